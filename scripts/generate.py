@@ -1,0 +1,28 @@
+"""Text from a run: python scripts/generate.py run.dir=runs/sample prompt="The people" [tokens=120] [temperature=0.8] [top_k=50] [seed=0]
+
+Uses the newest complete checkpoint of the run directory.
+"""
+
+from trainer import distributed
+from trainer.cli import run_dir_of, script_main
+from trainer.generate import SampleConfig, generate
+from trainer.restore import restore_run
+
+
+def main(
+    overrides: list[str],
+    *,
+    prompt: str = "The",
+    tokens: int = 120,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> None:
+    sample = SampleConfig(prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    run = restore_run(run_dir_of(overrides))
+    print(generate(run.state.model, run.tokenizer, sample, context=run.context, device=run.world.device))
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)

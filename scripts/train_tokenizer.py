@@ -1,0 +1,25 @@
+"""Train the corpus's byte-level BPE: python scripts/train_tokenizer.py data=sample [data.vocab_size=4096] [data.tokenizer=...]
+
+Replaces a tokenizer that stands there; its old token shards then no longer fit and training says so.
+"""
+
+from pathlib import Path
+
+from trainer.cli import script_main
+from trainer.config import load_config
+from trainer.corpus import write_sample
+from trainer.prepare import train_tokenizer
+from trainer.tokenizer import load_tokenizer
+
+
+def main(overrides: list[str]) -> None:
+    config = load_config(overrides).data
+    if config.name == "sample" and not (Path(config.path) / "en").is_dir():
+        write_sample(Path(config.path))
+    train_tokenizer(config, again=True)
+    tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    print(f"{config.tokenizer}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint}")
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)

@@ -1,0 +1,33 @@
+"""Llama and GPT as plain PyTorch: every matrix product is an ``nn.Linear``.
+
+A model never hears the word "precision": narrow formats are put in from outside, by replacing linears.
+"""
+
+from models.gpt import GPT, GPTConfig
+from models.layers import Init
+from models.llama import Llama, LlamaConfig, RopeScaling
+
+ModelConfig = LlamaConfig | GPTConfig
+Model = Llama | GPT
+
+#: ``model.arch`` of a config -> the dataclass that describes it.
+ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt": GPTConfig}
+
+
+def create(config: ModelConfig) -> Model:
+    """The model that ``config`` describes, on the current default device (use ``torch.device("meta")``)."""
+    return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "GPT",
+    "GPTConfig",
+    "Init",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "ModelConfig",
+    "RopeScaling",
+    "create",
+]

@@ -1,0 +1,1 @@
+"""One paper, one file: ``recipe(**args) -> Recipe``. The directory is the registry."""

@@ -1,0 +1,1 @@
+"""The trainer: Hydra config in, run directory out. Start reading at ``loop.py``."""

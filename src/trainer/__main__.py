@@ -1,0 +1,50 @@
+"""``python -m trainer`` and ``torchrun -m trainer``: compose the config, train."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import hydra
+from hydra._internal.utils import get_args_parser
+
+from trainer.config import CONFIG_DIR, load_config
+from trainer.errors import ExitCode, UserError
+from trainer.run import run
+
+
+def main() -> int:
+    try:
+        arguments = get_args_parser().parse_args()
+        if arguments.multirun:
+            _refuse_multirun()
+        config = load_config(arguments.overrides)
+        if arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
+            _show()
+            return ExitCode.FINISHED
+        return run(config)
+    except UserError as error:
+        return _complain(error)
+
+
+@hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
+def _show(config: object) -> None:
+    """Hydra itself answers --help, --cfg and --info."""
+
+
+def _refuse_multirun() -> None:
+    raise UserError("--multirun is not supported here: start one run per command, each with a run.dir of its own")
+
+
+def _complain(error: UserError) -> int:
+    # Once, not once a rank; the others wait, because torchrun ends them all as soon as one has ended.
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    return ExitCode.BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""From a config to a job. The order is the file: meta model, recipe, compile, shard, initialize, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models import ARCHITECTURES, Model, ModelConfig, create
+from precision.recipe import Plan, Recipe, apply, load
+from trainer.data import DataConfig, OrderedSource, ShuffledSource, TokenShards, TokenStream
+from trainer.distributed import ParallelConfig, World
+from trainer.errors import UserError
+from trainer.loop import EvalConfig
+from trainer.optim import OptimConfig, build_optimizer
+from trainer.state import TrainState
+from trainer.tokenizer import TextTokenizer, load_tokenizer
+
+#: ``model.arch`` -> the schema of the ``model`` group.
+MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Which recipe, with which arguments (its signature is their schema), on which backend."""
+
+    name: str
+    recipe: str
+    args: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+
+    def validate(self) -> None:
+        """Raises ValueError for an unknown recipe or argument."""
+        load(self.recipe, self.args)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The opened corpus."""
+
+    tokenizer: TextTokenizer
+    shards: TokenShards
+    training: TokenStream
+    validation: TokenStream
+
+
+def open_data(config: DataConfig, world: World) -> Data:
+    """Tokenizer and token shards. Raises UserError, on all ranks alike, if they are missing, damaged or do not fit."""
+
+    def opened() -> Data:
+        if not Path(config.path).is_dir() and not Path(config.shards_dir).is_dir():
+            raise UserError(
+                f"data.path={config.path}: no such directory; run python scripts/prepare_data.py data={config.name}"
+            )
+        if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
+            raise UserError(
+                f"data.tokenizer={config.tokenizer}: no such file or directory; "
+                f"run python scripts/prepare_data.py data={config.name}"
+            )
+        tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+        shards = TokenShards(config, tokenizer.fingerprint)
+        if config.verify and world.is_main:
+            shards.verify()
+        streams = [TokenStream(shards, split, config.seq_len) for split in ("train", "validation")]
+        return Data(tokenizer, shards, *streams)
+
+    return world.on_all(opened)
+
+
+def resolve_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelConfig:
+    """The model's config with its vocabulary. Raises UserError if tokens or positions do not fit into it."""
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.vocab_size} is less than the tokenizer's {vocab_size}: "
+            "leave it null to follow the tokenizer"
+        )
+    if config.position_limit is not None and seq_len > config.position_limit:
+        raise UserError(f"data.seq_len={seq_len} is beyond model.max_seq_len={config.position_limit} learned positions")
+    return replace(config, vocab_size=config.vocab_size or vocab_size)
+
+
+def build_model(
+    config: ModelConfig,
+    recipe: Recipe,
+    parallel: ParallelConfig,
+    world: World,
+    *,
+    backend: str = "auto",
+    tokens: int | None = None,
+) -> tuple[Model, Plan]:
+    """The sharded model with its recipe in it, on the device, its parameters not yet set."""
+    with torch.device("meta"):
+        model = create(config)
+    try:
+        plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend)
+    except ValueError as error:
+        raise UserError(f"precision: {error}") from error
+    for block in model.layers:
+        block.recompute = parallel.activation_checkpointing
+        if parallel.compile:
+            block.compile()
+    model.to(dtype=recipe.dtypes.param)
+    policy = MixedPrecisionPolicy(
+        param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
+    )
+    mesh = world.mesh(parallel)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
+    model.set_gradient_divide_factor(1.0)
+    model.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=world.device)
+    model.tie_weights()
+    return model, plan
+
+
+@torch.no_grad()
+def initialize(model: Model, seed: int) -> None:
+    """Set every parameter from (seed, its name): the whole tensor is drawn, each rank keeps its rows."""
+    for name, parameter in model.named_parameters():
+        full = model.init_of(name).draw(seed, name, parameter.shape).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            # src_data_rank=None: every rank has drawn the same tensor, nothing needs to be sent.
+            full = distribute_tensor(
+                full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        parameter.copy_(full)
+
+
+def build_state(
+    model_config: ModelConfig,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    world: World,
+    *,
+    seed: int,
+    tokens: int | None = None,
+) -> TrainState:
+    """A state at step 0."""
+    recipe = load(precision.recipe, precision.args)
+    model, plan = build_model(model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens)
+    initialize(model, seed)
+    optimizer = build_optimizer(optim, model, recipe.update)
+    return TrainState(model, optimizer, plan)
+
+
+def training_source(
+    stream: TokenStream, world: World, *, seed: int, global_batch: int, micro_batch: int
+) -> ShuffledSource:
+    return ShuffledSource(
+        stream, seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=world.rank, world_size=world.size
+    )
+
+
+def validation_source(
+    stream: TokenStream, config: EvalConfig, world: World, micro_batch: int
+) -> tuple[OrderedSource | None, float]:
+    """The validation pass and the UTF-8 bytes that its targets spell; None if ``eval.tokens`` is 0."""
+    if config.tokens == 0:
+        return None, 0.0
+    windows = min(stream.num_windows, -(-config.tokens // stream.seq_len))
+    source = OrderedSource(stream, num_windows=windows, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
+    return source, stream.num_bytes(windows)
+
+
+def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, parallel: ParallelConfig, world: World) -> int:
+    """``wanted``, or for "auto" the largest that divides a process's share of the batch and fits in half its memory.
+
+    Raises UserError if the batch cannot be dealt out evenly.
+    """
+    share, rest = divmod(data.global_batch_size, world.size)
+    if rest:
+        near = max(world.size, data.global_batch_size - rest)
+        raise UserError(
+            f"data.global_batch_size={data.global_batch_size} does not divide into {world.size} processes: "
+            f"take {near} or {near + world.size}"
+        )
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    if wanted != "auto":
+        if wanted not in divisors:
+            raise UserError(
+                f"train.micro_batch_size={wanted} does not divide the {share} sequences of a process "
+                f"(data.global_batch_size / {world.size} processes): one of {', '.join(map(str, divisors))}"
+            )
+        return int(wanted)
+    need = data.seq_len * _activation_bytes_per_token(config, parallel, data.seq_len)
+    budget = _memory_of_process(world) / 2
+    return max([size for size in divisors if size * need <= budget], default=1)
+
+
+def _activation_bytes_per_token(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> float:
+    """A generous count of what backward keeps, in bytes a token."""
+    hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size or 0
+    scores = config.num_heads * min(seq_len, 1024)  # of attention on a CPU; longer sequences keep none
+    block = 4 * (12 * hidden + 4 * ffn + scores)
+    blocks = 4 * hidden * config.num_layers + block if parallel.activation_checkpointing else block * config.num_layers
+    return float(blocks + 12 * vocab)  # logits in the compute dtype, in float32, and their gradient
+
+
+def _memory_of_process(world: World) -> float:
+    """Bytes of memory for one process. What the machine has, not what is free just now: a restart must decide alike."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(world.device).total_memory)
+    return psutil.virtual_memory().total / world.local_size
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model; a tied one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,267 @@
+"""Checkpoints: torch DCP under a temporary name, checksummed, renamed, then pruned; restored at any world size.
+
+checkpoints/step-00000200.incomplete/   being written, or left by a run that was killed
+checkpoints/step-00000200/              complete: DCP files, meta.json, checksums.json
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from trainer.distributed import World, say
+from trainer.errors import UserError, one_line
+from trainer.files import sha256_of, sync_directory, write_json
+from trainer.state import TrainState, local
+
+FORMAT = 1
+_META, _CHECKSUMS = "meta.json", "checksums.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept. A run that ends or is stopped always writes one."""
+
+    every: int = 100  # steps; 0 = only at the end
+    keep_last: int = 2
+    keep_every: int = 0  # also keep every n-th step for good; 0 = none
+    asynchronous: bool = True  # write in the background while training goes on
+
+    def validate(self) -> None:
+        """Raises ValueError for counts out of range."""
+        for field, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk and its ``meta.json``."""
+
+    path: Path
+    meta: dict[str, Any]
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints under ``directory`` that were finished, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        (path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
+    )
+
+
+def examine(path: Path) -> Checkpoint:
+    """Compare every file with its checksum and read the description. Raises ValueError saying what is wrong."""
+    try:
+        checksums = json.loads((path / _CHECKSUMS).read_text())
+        for name, (size, digest) in checksums.items():
+            file = path / name
+            if not file.exists():
+                raise ValueError(f"{name} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{name} has {file.stat().st_size} bytes, not {size}")
+            if sha256_of(file) != digest:
+                raise ValueError(f"{name} does not match its checksum")
+        meta = json.loads((path / _META).read_text())
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError("its description is damaged") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"it has format {meta.get('format')}, not {FORMAT}")
+    return Checkpoint(path, meta)
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over."""
+    for path in sorted(directory.glob("step-*.incomplete")) if directory.is_dir() else []:
+        say(f"checkpoint {path} was never finished: passed over")
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            return examine(path)
+        except ValueError as error:
+            say(f"checkpoint {path} is damaged ({error}): passed over")
+    return None
+
+
+def load_into(checkpoint: Checkpoint, state: TrainState, process_group: Any) -> None:
+    """Read the checkpoint into the state's own tensors, whatever world size wrote it.
+
+    Raises UserError if it holds other tensors.
+    """
+    tensors = state.tensors()
+    _require_same_tensors(checkpoint, tensors)
+    dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=process_group)
+    state.read_counters()
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint whose names start with ``prefix``, in this process alone."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    return {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
+
+
+def _require_same_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    there, here = checkpoint.meta["tensors"], _describe(tensors)
+    if there == here:
+        return
+    name = next(name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name))
+    raise UserError(
+        f"checkpoint {checkpoint.path} is of another model or recipe: {name} is {there.get(name, 'absent')} there and "
+        f"{here.get(name, 'absent')} here; use the same model and precision, or another run.dir"
+    )
+
+
+class Checkpointer:
+    """Writes checkpoints of one run, one at a time. Every method is called on all ranks."""
+
+    def __init__(self, config: CheckpointConfig, directory: Path, world: World, meta: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._config = config
+        self._world = world
+        self._meta = dict(meta)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._pending_step = -1
+        self.saved_step: int | None = None  # newest complete one
+        self.last_error: str | None = None
+
+    def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
+        """Load ``checkpoint``, which ``newest`` found."""
+        self._world.on_all(lambda: load_into(checkpoint, state, self._world.checkpoint))
+        self.saved_step = state.step
+
+    def save(self, state: TrainState) -> None:
+        """Snapshot the state and write it, in the background if so configured.
+
+        A write that fails is reported in one line and keeps the checkpoints there are; training goes on.
+        """
+        self.wait()
+        if self.saved_step == state.step:
+            return
+        if self._world.max(float(not state.is_finite()))[0]:
+            self.last_error = f"the state at step {state.step} is not finite: no checkpoint is written over a good one"
+            self._report()
+            return
+        tensors = state.tensors()
+        meta = self._meta | {"format": FORMAT, "step": state.step, "tensors": _describe(tensors)}
+        size = sum(local(tensor).nbytes for tensor in tensors.values())
+        partial = self.directory / f"step-{state.step:08}.incomplete"
+        (total,) = self._world.sum(size)
+        self.last_error = self._world.on_main(lambda: self._make_room(partial, total))
+        if self.last_error is not None:
+            self._report()
+            return
+        # Copied here, so that the next step may change the state while the thread writes.
+        snapshot = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending = self._executor.submit(self._write, snapshot, partial, meta)
+        self._pending_step = state.step
+        if not self._config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the write under way has ended; afterwards ``saved_step`` and ``last_error`` say how."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        error = pending.exception()
+        failed = self._world.on_main(lambda: _reason(error) if error else None)
+        if failed is None:
+            self.saved_step, self.last_error = self._pending_step, None
+        else:
+            self.last_error = f"checkpoint at step {self._pending_step} not written in {self.directory}: {failed}"
+            self._report()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    def _report(self) -> None:
+        if self._world.is_main:
+            kept = "none yet" if self.saved_step is None else f"step {self.saved_step}"
+            say(f"warning: {self.last_error}; newest complete checkpoint: {kept}")
+
+    def _make_room(self, partial: Path, size: float) -> str | None:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            free = shutil.disk_usage(partial).free
+            if free < size:
+                shutil.rmtree(partial, ignore_errors=True)
+                return (
+                    f"no room for a checkpoint in {self.directory}: it needs {size / 1e6:.1f} MB, "
+                    f"{free / 1e6:.1f} MB are free"
+                )
+        except OSError as error:
+            return f"no checkpoint can be written in {self.directory}: {error.strerror or error}"
+        return None
+
+    def _write(self, tensors: dict[str, Tensor], partial: Path, meta: dict[str, Any]) -> None:
+        # One thread a rank; DCP keeps the ranks together, and returns on rank 0 once all have written.
+        try:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._world.checkpoint)
+            if self._world.is_main:
+                self._commit(partial, meta)
+        except BaseException:
+            if self._world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _commit(self, partial: Path, meta: dict[str, Any]) -> None:
+        write_json(partial / _META, meta)
+        files = sorted(path for path in partial.iterdir() if path.name != _CHECKSUMS)
+        write_json(partial / _CHECKSUMS, {path.name: [path.stat().st_size, sha256_of(path)] for path in files})
+        sync_directory(partial)
+        final = partial.with_suffix("")
+        if final.exists():  # a damaged one that was passed over at the start
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_directory(self.directory)
+        self._prune()
+
+    def _prune(self) -> None:
+        every = self._config.keep_every
+        for path in list_checkpoints(self.directory)[: -self._config.keep_last]:
+            if not every or int(path.name[5:]) % every:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's word for a failed write, from inside DCP's wrapper."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"{_reason(cause)}" + (f" (rank {rank})" if rank else "")
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    # torch's zip writer reports a full disk as a RuntimeError that has lost the errno.
+    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):
+        return f"{os.strerror(errno.ENOSPC)} (or a limit on file size)"
+    return one_line(error)

@@ -1,0 +1,60 @@
+"""What every script shares: key=value arguments of its own beside Hydra overrides, --help, errors in one line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ExitCode, UserError
+
+
+def script_main(main: Callable[..., Any], doc: str | None) -> None:
+    """Run ``main(overrides, **own)`` and exit.
+
+    The keyword-only parameters of ``main`` are the script's own ``key=value`` arguments, typed by their defaults;
+    everything else goes to ``overrides``.
+    """
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print((doc or "").strip())
+        sys.exit(ExitCode.FINISHED)
+    try:
+        own, overrides = _split(main, arguments)
+        code = main(overrides, **own)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
+    sys.exit(code or ExitCode.FINISHED)
+
+
+def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    parameters = {p.name: p.default for p in inspect.signature(main).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    own: dict[str, Any] = {}
+    overrides = []
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if key not in parameters or not separator:
+            overrides.append(argument)
+            continue
+        kind = type(parameters[key])
+        try:
+            own[key] = kind(value)
+        except ValueError as error:
+            raise UserError(f"{argument}: {key} must be a {kind.__name__}") from error
+    return own, overrides
+
+
+def run_dir_of(arguments: list[str]) -> Path:
+    """The value of ``run.dir=...``, the one argument besides the script's own.
+
+    Raises UserError if it is missing or if there is another.
+    """
+    values = dict(argument.partition("=")[::2] for argument in arguments)
+    if unknown := sorted(values.keys() - {"run.dir"}):
+        raise UserError(f"unknown argument {unknown[0]!r}; --help shows the ones there are")
+    if not values.get("run.dir"):
+        raise UserError("run.dir=... is missing: the directory of a run")
+    return Path(values["run.dir"])

@@ -1,0 +1,202 @@
+"""Hydra composes, OmegaConf checks types, the dataclasses validate. Every error is one line with the close matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from precision.recipe import close
+from trainer.build import MODEL_SCHEMAS, PrecisionConfig
+from trainer.checkpoint import CheckpointConfig
+from trainer.data import DataConfig
+from trainer.distributed import ParallelConfig
+from trainer.errors import UserError, one_line
+from trainer.generate import SampleConfig
+from trainer.loop import EvalConfig, LoopConfig
+from trainer.metrics import LogConfig
+from trainer.optim import OptimConfig
+from trainer.rundir import RunConfig
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The whole config: one field a part, each described beside the code that reads it."""
+
+    model: Any = MISSING  # one of trainer.build.MODEL_SCHEMAS
+    data: DataConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    optim: OptimConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    seed: int = 0
+    run: RunConfig = MISSING
+    train: LoopConfig = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def validate(self) -> None:
+        """Raises UserError for the first part that is not valid. Changes nothing."""
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if hasattr(value, "validate"):
+                try:
+                    value.validate()
+                except ValueError as error:
+                    raise UserError(one_line(error)) from error
+
+    def to_yaml(self) -> str:
+        """The config as YAML, which ``load_run_config`` reads back."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+def register_schemas() -> None:
+    """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for arch, schema in MODEL_SCHEMAS.items():
+        store.store(group="model", name=f"{arch}_schema", node=schema)
+
+
+register_schemas()
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and the choices of each."""
+    return {
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(CONFIG_DIR.iterdir())
+        if directory.is_dir()
+    }
+
+
+def load_config(overrides: Sequence[str]) -> TrainConfig:
+    """Compose ``configs/train.yaml`` with Hydra overrides, and validate.
+
+    Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
+    value out of range.
+    """
+    parsed = _parse(overrides)
+    _check_choices(parsed)
+    chosen = [override.input_line or "" for override in parsed if override.key_or_group in groups()]
+    base = _compose(chosen)
+    _check_keys(parsed, base)
+    return to_config(_compose([override.input_line or "" for override in parsed if not _is_hydra(override)]))
+
+
+def load_run_config(file: Path) -> TrainConfig:
+    """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read."""
+    try:
+        tree = OmegaConf.load(file)
+        assert isinstance(tree, DictConfig)
+        schema = MODEL_SCHEMAS[tree.model.arch]
+        tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
+        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree))
+    except FileNotFoundError as error:
+        raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
+    except (OSError, AssertionError, KeyError, AttributeError, OmegaConfBaseException) as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def to_config(tree: Any) -> TrainConfig:
+    """A composed tree as dataclasses, validated."""
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UserError(_type_error(error)) from error
+    assert isinstance(config, TrainConfig)
+    if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
+        raise UserError("model: the chosen config lacks the defaults entry that names its schema")
+    config.validate()
+    return config
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, with the old and the new value."""
+    before, after = (dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config)))) for config in (old, new))
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(OverridesParser.create().parse_override(text))
+        except HydraException as error:
+            hint = "" if "=" in text else "; write key=value"
+            raise UserError(f"{text!r} is not an override{hint} ({one_line(error).split(' See https')[0]})") from error
+    return parsed
+
+
+def _is_hydra(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
+
+
+def _check_choices(overrides: Sequence[Override]) -> None:
+    known = groups()
+    for override in overrides:
+        group = override.key_or_group
+        if group in known and override.value() not in known[group]:
+            value = override.value()
+            raise UserError(
+                f"{group}={value}: no such {group} config{close(str(value), known[group])}; "
+                f"there are: {', '.join(known[group])}"
+            )
+
+
+def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
+    tree = OmegaConf.to_container(base, resolve=False)
+    known = {key for key, _ in _flatten(tree)}
+    known |= {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    hydra_known = {f"hydra.{key}" for key, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
+    for override in overrides:
+        key = override.key_or_group
+        if key in groups() or key.startswith("precision.args."):
+            continue
+        if _is_hydra(override):
+            if "/" not in key and not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
+                raise UserError(f"unknown key {key!r}{close(key, hydra_known)}")
+        elif key not in known:
+            near = close(key, known) or close(key.split(".")[-1], {k.split(".")[-1] for k in known})
+            raise UserError(f"unknown key {key!r}{near}; python -m trainer --cfg job shows all")
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose("train", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        raise UserError(_type_error(cause)) from error
+
+
+def _type_error(error: BaseException) -> str:
+    key = getattr(error, "full_key", None)
+    message = (getattr(error, "msg", None) or str(error)).splitlines()[0]
+    return f"{key}: {message}" if key and key not in message else message

@@ -1,0 +1,214 @@
+"""Processes: the group they form, what they agree on, and when they must stop."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trainer.errors import UserError
+
+T = TypeVar("T")
+LOST_LAUNCHER = 255  # beside the signal numbers
+
+# Taken at import, before anything can have died: an orphan's parent is no longer this process.
+_PARENT = os.getppid()
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is spread over processes."""
+
+    name: str
+    replicate: int = 1  # copies of the sharded model (HSDP); 1 shards over all processes (FSDP)
+    reshard_after_forward: bool = True  # gather parameters again in backward, instead of keeping them
+    activation_checkpointing: bool = False  # recompute each block in backward
+    compile: bool = False  # torch.compile each block; changes the loss by rounding only
+    threads: int | None = None  # CPU threads a process; null shares the cores out
+    timeout_seconds: int = 1800  # of a collective
+
+    def validate(self) -> None:
+        """Raises ValueError for counts below one."""
+        for field in ("replicate", "threads", "timeout_seconds"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"parallel.{field}={value}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    control: Any  # gloo group for small messages, of the main thread
+    checkpoint: Any  # gloo group of the checkpoint thread: two threads must not share one
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.control)
+        return tensor.tolist()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """``function()`` of rank 0, on all ranks; a UserError there is raised on all of them."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """``function()`` on every rank; the first UserError of any is raised on all, so that none waits for ever."""
+        result, error = None, None
+        try:
+            result = function()
+        except UserError as caught:
+            error = str(caught)
+        errors: list[str | None] = [None] * self.size
+        dist.all_gather_object(errors, error, group=self.control)
+        if (first := next((text for text in errors if text is not None), None)) is not None:
+            raise UserError(first)
+        return result  # type: ignore[return-value]
+
+    def mesh(self, config: ParallelConfig) -> DeviceMesh:
+        """The device mesh: [shard], or [replicate, shard].
+
+        Raises UserError if the copies do not divide the processes.
+        """
+        if self.size % config.replicate:
+            raise UserError(f"parallel.replicate={config.replicate} does not divide the {self.size} processes")
+        if config.replicate == 1:
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        shape = (config.replicate, self.size // config.replicate)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def start(config: ParallelConfig) -> World:
+    """Join the process group that torchrun announces in the environment, or form one of a single process."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    # torchrun sets OMP_NUM_THREADS=1 for more than one process, which idles all cores but one each.
+    if not cuda:
+        _keep_freed_memory()
+    threads = config.threads or (max(1, available_cores() // local_size) if not cuda else None)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=config.timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        device = PartialState(cpu=not cuda).device
+    control, checkpoint = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what torch frees: it would give every large temporary back, and fault it in again each time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_* of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    PartialState._reset_state()
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launcher_pid() -> int:
+    """The process that ends this run when it is killed: torchrun, or this process itself."""
+    return _PARENT if launched_by_torchrun() else os.getpid()
+
+
+class StopRequest:
+    """Whether this process was asked to stop: SIGTERM, SIGUSR1, Ctrl-C, or the launcher is gone.
+
+    torchrun's workers live in sessions of their own, so a killed launcher leaves them training: they look themselves.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._code = 0
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._code:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self._code = number
+
+    @property
+    def code(self) -> int:
+        """0, or the number of the signal, or LOST_LAUNCHER. Cheap enough to ask at every step."""
+        if not self._code and launched_by_torchrun() and os.getppid() != _PARENT:
+            self._code = LOST_LAUNCHER
+        return self._code
+
+    @staticmethod
+    def describe(code: int) -> str:
+        return "the launcher is gone" if code == LOST_LAUNCHER else signal.Signals(code).name
+
+
+def say(text: str) -> None:
+    """Print one line; a closed terminal or pipe must not end a run."""
+    try:
+        print(text, file=sys.stdout, flush=True)
+    except (BrokenPipeError, ValueError, OSError):
+        sys.stdout = open(os.devnull, "w")

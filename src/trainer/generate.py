@@ -1,0 +1,59 @@
+"""Text from a model, token by token; the prefix is computed anew each time, which is plenty for samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainer.tokenizer import TextTokenizer
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """The text that a run writes at its end."""
+
+    prompt: str = "The"
+    tokens: int = 120  # 0 = write none
+    temperature: float = 0.8  # 0 = always the likeliest token
+    top_k: int = 50  # 0 = all
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ValueError for values out of range."""
+        if self.tokens < 0:
+            raise ValueError(f"sample.tokens={self.tokens}: must not be negative")
+        if not self.temperature >= 0:
+            raise ValueError(f"sample.temperature={self.temperature}: must not be negative")
+        if self.top_k < 0:
+            raise ValueError(f"sample.top_k={self.top_k}: must not be negative")
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokenizer: TextTokenizer, config: SampleConfig, *, context: int, device: torch.device
+) -> str:
+    """``config.prompt`` and what the model makes of it, up to the end of text.
+
+    With a sharded model every rank calls this, and all draw the same tokens.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = tokenizer.encode_batch([config.prompt])[0] or [tokenizer.eot]
+    training = model.training
+    model.eval()
+    for _ in range(config.tokens):
+        window = torch.tensor([tokens[-context:]], device=device)
+        logits = model(window)[0, -1].float().cpu()[: tokenizer.vocab_size]
+        if config.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            logits = logits / config.temperature
+            if config.top_k and config.top_k < logits.numel():
+                logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
+            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        if token == tokenizer.eot:
+            break
+        tokens.append(token)
+    model.train(training)
+    return tokenizer.decode(tokens)

@@ -1,0 +1,277 @@
+"""The training loop. ``train`` is the run from first step to last; ``train_step`` is the step; nothing is hidden.
+
+No callbacks, no autocast, no global configuration: a job is a value, built in ``build.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from trainer.checkpoint import Checkpointer
+from trainer.data import DataSource, OrderedSource
+from trainer.distributed import StopRequest, World
+from trainer.errors import ExitCode
+from trainer.metrics import Console, MetricsFile, Trackers
+from trainer.optim import OptimConfig, learning_rate
+from trainer.state import TrainState
+
+
+@dataclass(kw_only=True)
+class LoopConfig:
+    """How long a run is, and when it gives up."""
+
+    steps: int
+    micro_batch_size: Any = "auto"  # sequences a process computes at once; auto: the largest that fits
+    max_nonfinite_in_a_row: int = 10  # skipped steps before the run ends as diverged
+
+    def validate(self) -> None:
+        """Raises ValueError for counts below one."""
+        for name in ("steps", "max_nonfinite_in_a_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        size = self.micro_batch_size
+        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"train.micro_batch_size={size}: must be 'auto' or a whole number from 1")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Validation, always on the same first tokens of the split."""
+
+    every: int = 100  # steps; 0 = only at the end
+    tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
+
+    def validate(self) -> None:
+        """Raises ValueError for negative counts."""
+        for name in ("every", "tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
+
+
+class Status(Enum):
+    """How a run ended; the value stands in ``done.json``."""
+
+    finished = "finished"
+    stopped = "stopped"
+    diverged = "diverged"
+    failed = "failed"
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return {
+            Status.finished: ExitCode.FINISHED,
+            Status.stopped: ExitCode.STOPPED,
+            Status.diverged: ExitCode.DIVERGED,
+            Status.failed: ExitCode.FAILED,
+        }[self]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: Status
+    step: int
+    reason: str
+
+
+@dataclass
+class Job:
+    """All that a run consists of."""
+
+    world: World
+    state: TrainState
+    source: DataSource
+    validation: OrderedSource | None
+    validation_bytes: float  # of the text that the validation targets spell
+    tokens_per_step: int
+    config: LoopConfig
+    eval_config: EvalConfig
+    optim_config: OptimConfig
+    checkpoint_every: int
+    checkpointer: Checkpointer
+    stop: StopRequest
+    metrics: MetricsFile | None = None  # on rank 0
+    console: Console | None = None
+    trackers: Trackers | None = None
+    last_eval: dict[str, Any] | None = field(default=None)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+        if self.trackers is not None:
+            self.trackers.log(row)
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.line(text)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats a token, over the global batch
+    grad_norm: float  # before clipping
+    lr: float
+    applied: bool  # False: something was not finite and the parameters are as before
+    stop_code: int  # not 0: some rank was asked to stop
+
+
+def train(job: Job) -> Outcome:
+    """Train from ``job.state.step`` to the last step, validating and checkpointing on the way."""
+    state, total = job.state, job.config.steps
+    while state.step < total:
+        started = time.monotonic()
+        result = train_step(job, state.step)
+        state.step += 1
+        state.nonfinite_in_a_row = 0 if result.applied else state.nonfinite_in_a_row + 1
+        _log_step(job, result, time.monotonic() - started)
+
+        if state.nonfinite_in_a_row >= job.config.max_nonfinite_in_a_row:
+            return Outcome(
+                Status.diverged,
+                state.step,
+                f"{state.nonfinite_in_a_row} steps in a row with a non-finite loss or gradient",
+            )
+        stop_code = result.stop_code
+        if not stop_code and _due(job.eval_config.every, state.step) and state.step < total:
+            stop_code = evaluate(job)
+        if stop_code:
+            job.checkpointer.save(state)
+            return _stopped(job, stop_code)
+        if _due(job.checkpoint_every, state.step) or state.step == total:
+            job.checkpointer.save(state)
+
+    if stop_code := evaluate(job):
+        return _stopped(job, stop_code)
+    job.checkpointer.wait()
+    if job.checkpointer.saved_step != state.step:
+        return Outcome(Status.failed, state.step, job.checkpointer.last_error or "the last checkpoint was not written")
+    return Outcome(Status.finished, state.step, f"all {total} steps done")
+
+
+def train_step(job: Job, step: int) -> StepResult:
+    """Forward and backward over the micro-batches of ``step`` (from 0), one update, or none if it is not finite."""
+    state, world = job.state, job.world
+    model, optimizer, plan = state.model, state.optimizer, state.plan
+    device = world.device
+
+    plan.begin_step(step, job.source.first_sample(step))
+    batches = [job.source.batch(step, micro) for micro in range(job.source.num_micro)]
+    # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
+    total_weight, *_ = world.sum(sum(float(batch.weights.sum()) for batch in batches))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        last = batch is batches[-1]
+        model.set_requires_gradient_sync(last)
+        tokens_BT = batch.tokens.to(device, non_blocking=True)
+        losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) * batch.weights.to(device, non_blocking=True)
+        loss = losses_BT.sum() / total_weight
+        loss.backward()
+        loss_sum += losses_BT.detach().sum(dtype=torch.float64)
+    plan.end_step()
+
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    (total_loss,) = world.sum(float(loss_sum))
+    (stop_code,) = world.max(job.stop.code)
+    result_loss, grad_norm = total_loss / total_weight, float(norm)
+    lr = learning_rate(job.optim_config, step, job.config.steps)
+    applied = math.isfinite(result_loss) and math.isfinite(grad_norm)
+    if applied:
+        if job.optim_config.clip_norm > 0:
+            clip_grads_with_norm_(parameters, job.optim_config.clip_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(result_loss, grad_norm, lr, applied, int(stop_code))
+
+
+@torch.no_grad()
+def evaluate(job: Job) -> int:
+    """Validate and log; the same tokens in the same order at every world size.
+
+    Returns 0, or, if a rank was asked to stop meanwhile, that code: nothing is logged then.
+    """
+    if job.validation is None:
+        return 0
+    model, device = job.state.model, job.world.device
+    model.eval()
+    loss_sum = weight_sum = 0.0
+    try:
+        for micro in range(job.validation.num_micro):
+            batch = job.validation.batch(0, micro)
+            tokens_BT = batch.tokens.to(device)
+            losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+            loss_sum += float((losses_BT * batch.weights.to(device)).sum(dtype=torch.float64))
+            weight_sum += float(batch.weights.sum())
+            (stop_code,) = job.world.max(job.stop.code)
+            if stop_code:
+                return int(stop_code)
+    finally:
+        model.train()
+    loss_sum, weight_sum = job.world.sum(loss_sum, weight_sum)
+    loss = loss_sum / weight_sum
+    row = {
+        "kind": "eval",
+        "step": job.state.step,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss_sum / math.log(2) / job.validation_bytes,
+        "tokens": int(weight_sum),
+        "time": time.time(),
+    }
+    job.last_eval = row
+    job.log(row)
+    job.say(
+        f"validation at step {row['step']}: loss {loss:.4f}, perplexity {row['perplexity']:.2f}, "
+        f"{row['bits_per_byte']:.4f} bits per byte"
+    )
+    return 0
+
+
+def _log_step(job: Job, result: StepResult, seconds: float) -> None:
+    step = job.state.step
+    row: dict[str, Any] = {
+        "kind": "train",
+        "step": step,
+        "tokens": step * job.tokens_per_step,
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": job.tokens_per_step / seconds,
+        "time": time.time(),
+    }
+    if not result.applied:
+        first = job.source.first_sample(step - 1) if job.world.is_main else 0
+        row["skipped"] = f"loss {result.loss}, grad norm {result.grad_norm}"
+        row["samples"] = [first, first + _samples_per_step(job) - 1]
+        job.say(
+            f"warning: step {step} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm}; "
+            f"its batch is samples {first} to {row['samples'][1]} of the run"
+        )
+    job.log(row)
+    if job.console is not None:
+        job.console.train(row, seconds)
+
+
+def _samples_per_step(job: Job) -> int:
+    return job.source.first_sample(1) - job.source.first_sample(0)
+
+
+def _stopped(job: Job, code: int) -> Outcome:
+    job.checkpointer.wait()
+    reason = f"stopped by {StopRequest.describe(code)}"
+    if job.checkpointer.saved_step != job.state.step:
+        return Outcome(Status.failed, job.state.step, f"{reason}; {job.checkpointer.last_error}")
+    return Outcome(Status.stopped, job.state.step, reason)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

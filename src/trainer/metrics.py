@@ -1,0 +1,249 @@
+"""``metrics.jsonl`` at full precision, progress on the console, experiment trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from tqdm import tqdm
+
+from trainer.distributed import say
+from trainer.errors import one_line
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is shown while training, beside ``metrics.jsonl``, which always has every step."""
+
+    every: int = 10  # steps between lines where there is no terminal for a progress bar
+    trackers: list[str] = field(default_factory=list)  # of wandb, tensorboard, trackio
+    project: str = "narrowgauge"
+    wandb_mode: str = "offline"  # offline, online or disabled
+
+    def validate(self) -> None:
+        """Raises ValueError for an unknown tracker or mode."""
+        if self.every < 1:
+            raise ValueError(f"log.every={self.every}: must be at least 1")
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise ValueError(f"log.trackers: no tracker named {tracker!r}; there are: {', '.join(TRACKERS)}")
+        if self.wandb_mode not in ("offline", "online", "disabled"):
+            raise ValueError(f"log.wandb_mode={self.wandb_mode}: one of offline, online, disabled")
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, flushed as written.
+
+    A last line that a killed run left torn is cut off. Rows that cannot be written (a full disk) are kept and tried
+    again with the next one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending: list[bytes] = []
+        self._warned = False
+        self._file = path.open("ab", buffering=0)
+        self._length = _repair(path)
+        self._file.truncate(self._length)
+
+    def write(self, row: dict[str, Any]) -> None:
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._pending.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what is waiting; False if it still waits."""
+        try:
+            while self._pending:
+                line = self._pending[0]
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(28, "No space left on device")
+                self._length += len(line)
+                self._pending.pop(0)
+        except OSError as error:
+            os.truncate(self._path, self._length)  # no torn line in the middle
+            if not self._warned:
+                say(f"warning: {self._path} cannot be written ({error.strerror}); rows are kept and tried again")
+            self._warned = True
+            return False
+        return True
+
+    def close(self) -> None:
+        if not self.flush():
+            say(f"error: {len(self._pending)} rows of {self._path} are lost")
+        self._file.close()
+
+
+def _repair(path: Path) -> int:
+    """The length of ``path`` up to its last whole JSON line."""
+    data = path.read_bytes()
+    length = data.rfind(b"\n") + 1
+    while length:
+        start = data.rfind(b"\n", 0, length - 1) + 1
+        try:
+            json.loads(data[start:length])
+            return length
+        except ValueError:
+            length = start
+    return 0
+
+
+def read_metrics(path: Path, kind: str) -> dict[int, dict[str, Any]]:
+    """The rows of one kind by step; of a step that was done twice the last counts, lines that are not JSON do not."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in _rows(path):
+        if row.get("kind") == kind:
+            rows[row["step"]] = row
+    return dict(sorted(rows.items()))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+class Console:
+    """A progress bar with ETA on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config: LogConfig, total_steps: int, first_step: int) -> None:
+        self._every = config.every
+        self._total = total_steps
+        self._seconds: float | None = None  # a step, smoothed
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def train(self, row: dict[str, Any], seconds: float) -> None:
+        """Show a train row; ``seconds`` is how long its step took."""
+        self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {row['loss']:.4f} {row['tokens_per_second']:,.0f} tok/s", refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        elif row["step"] % self._every == 0 or row["step"] in (1, self._total):
+            say(
+                f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.4f}  "
+                f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tok/s  "
+                f"{_clock(self._seconds * (self._total - row['step']))} left"
+            )
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            say(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Trackers:
+    """Experiment trackers of `accelerate`, fed from a thread of their own: whatever they do, training goes on."""
+
+    _GIVE_UP_SECONDS = 20.0
+
+    def __init__(self, config: LogConfig, directory: Path, values: dict[str, Any]) -> None:
+        self._queue: queue.SimpleQueue[tuple[dict[str, Any], int] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if config.trackers:
+            arguments = (config, directory, values)
+            self._thread = threading.Thread(target=self._run, args=arguments, name="trackers", daemon=True)
+            self._thread.start()
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._thread is not None:
+            kind = row["kind"]
+            values = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+            self._queue.put((values | {"trainer/step": row["step"]}, row["step"]))
+
+    def close(self) -> None:
+        """Let the trackers finish, but do not wait for ever."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(self._GIVE_UP_SECONDS)
+            if self._thread.is_alive():
+                say(f"warning: a tracker did not finish within {self._GIVE_UP_SECONDS:.0f} s and is left behind")
+
+    def _run(self, config: LogConfig, directory: Path, values: dict[str, Any]) -> None:
+        trackers = {}
+        for name in config.trackers:
+            try:
+                trackers[name] = _start_tracker(name, config, directory, values)
+            except BaseException as error:
+                say(f"warning: tracker {name} cannot start ({one_line(error)}); training goes on without it")
+        while (item := self._queue.get()) is not None:
+            for name in list(trackers):
+                try:
+                    # wandb drops a step that goes back, as it does after a resume: it gets its own counter.
+                    trackers[name].log(item[0], step=None if name == "wandb" else item[1])
+                except BaseException as error:
+                    say(f"warning: tracker {name} failed ({one_line(error)}); training goes on without it")
+                    del trackers[name]
+        for name, tracker in trackers.items():
+            try:
+                tracker.finish()
+            except BaseException as error:
+                say(f"warning: tracker {name} did not finish: {one_line(error)}")
+
+
+def _start_tracker(name: str, config: LogConfig, directory: Path, values: dict[str, Any]) -> Any:
+    if name not in get_available_trackers():
+        raise RuntimeError(f"the package {name} is not installed")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        tracker = kind("tensorboard", logging_dir=directory)
+    elif name == "wandb":
+        identity = _wandb_id(directory)
+        tracker = kind(
+            config.project,
+            dir=directory,
+            id=identity,
+            name=directory.name,
+            mode=config.wandb_mode,
+            resume="allow",
+            settings={"silent": True},
+        )
+    else:
+        tracker = kind(config.project, name=directory.name, resume="allow")
+    tracker.start()
+    if name == "wandb":
+        tracker.run.define_metric("trainer/step")
+        tracker.run.define_metric("*", step_metric="trainer/step")
+    tracker.store_init_configuration(values)
+    return tracker
+
+
+def _wandb_id(directory: Path) -> str:
+    """One W&B run for one run directory, over all its restarts."""
+    file = directory / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(os.urandom(6).hex())
+    return file.read_text()

@@ -1,0 +1,85 @@
+"""The optimizer of a recipe's update rule, and learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from precision.updates import UpdateRule
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"  # warm-up, stable, decay (arXiv 2405.18392): constant, then linear over the last part
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Hyperparameters of the update; the rule itself belongs to the precision recipe."""
+
+    name: str
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled; not on norms and biases
+    clip_norm: float = 1.0  # of the global gradient; 0 = off
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 100
+    warmup_max_fraction: float = 0.1  # of the run: a short run is not all warm-up
+    min_lr_ratio: float = 0.1  # where linear, cosine and wsd end
+    decay_fraction: float = 0.2  # of the run, for wsd
+
+    def validate(self) -> None:
+        """Raises ValueError for a hyperparameter outside its range."""
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"optim.lr={self.lr}: must be positive")
+        for field in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"optim.{field}={getattr(self, field)}: must not be negative")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optim.{field}={getattr(self, field)}: must be at least 0 and below 1")
+        for field in ("warmup_max_fraction", "min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"optim.{field}={getattr(self, field)}: must be between 0 and 1")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The rate of update ``step`` (from 0) of a run of ``total_steps``."""
+    warmup = min(config.warmup_steps, int(config.warmup_max_fraction * total_steps))
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    start = warmup
+    if config.schedule is Schedule.wsd:
+        start = max(warmup, total_steps - round(config.decay_fraction * total_steps))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    floor = config.min_lr_ratio
+    match config.schedule:
+        case Schedule.constant:
+            factor = 1.0
+        case Schedule.linear | Schedule.wsd:
+            factor = 1.0 - (1.0 - floor) * progress
+        case Schedule.cosine:
+            factor = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * factor
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module, update: UpdateRule) -> Optimizer:
+    """The update rule over two groups: matrices and embeddings decay, vectors do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return update.build(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)

@@ -1,0 +1,45 @@
+"""The loss curve of a run directory as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trainer.metrics import read_metrics
+
+
+def plot_losses(run_dir: Path, target: Path) -> None:
+    """Training loss (every step, and smoothed) and validation loss over tokens, from ``metrics.jsonl``."""
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl", "train").values() if row["loss"] is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    tokens, losses = [row["tokens"] for row in rows], [row["loss"] for row in rows]
+    axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train, each step")
+    axes.plot(tokens, _smooth(losses), color="tab:blue", linewidth=1.5, label="train, smoothed")
+    if rows:
+        per_step = rows[-1]["tokens"] / rows[-1]["step"]
+        evals = [row for row in read_metrics(run_dir / "metrics.jsonl", "eval").values() if row["loss"] is not None]
+        axes.plot(
+            [row["step"] * per_step for row in evals],
+            [row["loss"] for row in evals],
+            "o-",
+            color="tab:orange",
+            markersize=4,
+            label="validation",
+        )
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target, metadata={"Software": None})
+
+
+def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    result, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result

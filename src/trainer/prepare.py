@@ -1,0 +1,212 @@
+"""Text files to token shards: one memory-mappable shard a file, in parallel, resumable, described by a manifest.
+
+A shard is ``NAME.bin`` (little-endian uint16 or uint32 tokens, every document followed by the end-of-text token) and
+``NAME.docs.npy`` (int64 [documents, 2]: tokens and UTF-8 bytes up to each document's end). ``manifest.json`` is
+written last and holds counts, checksums and the tokenizer's fingerprint. The shards know no sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.corpus import CorpusFile, corpus_files, read_texts, write_sample
+from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo
+from trainer.errors import UserError
+from trainer.files import sha256_of, write_json
+from trainer.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+
+_CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+
+# Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
+_progress: Any = None
+_tokenizer: TextTokenizer
+
+
+def prepare(config: DataConfig, workers: int | None = None) -> dict[str, Any]:
+    """Do what is missing of: sample corpus, tokenizer, token shards. Returns the manifest.
+
+    Shards that stand from an earlier, interrupted call are kept if source and tokenizer are still the same and
+    their checksum holds. Raises UserError for input that cannot be used; what is finished by then stays.
+    """
+    path = Path(config.path)
+    if config.name == "sample" and not (path / "en").is_dir():
+        print(f"writing the sample corpus to {path}")
+        write_sample(path)
+    files = corpus_files(path)
+    train_tokenizer(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    target = Path(config.shards_dir)
+    target.mkdir(parents=True, exist_ok=True)
+
+    everything = [file for split in files.values() for file in split]
+    infos = {file: info for file in everything if (info := _standing(file, tokenizer, target)) is not None}
+    todo = [file for file in everything if file not in infos]
+    if infos and todo:
+        print(f"{len(infos)} of {len(everything)} shards stand already in {target}")
+    infos |= _tokenize_all(todo, config, target, workers or os.cpu_count() or 1)
+
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot},
+        "dtype": _dtype(tokenizer),
+        "splits": {split: [infos[file] for file in split_files] for split, split_files in files.items()},
+    }
+    write_json(target / MANIFEST, manifest)
+    return manifest
+
+
+def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
+    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet."""
+    target = Path(config.tokenizer)
+    if config.tokenizer == "bytes" or (target.exists() and not again):
+        return
+    if Path(config.path) not in target.parents:
+        raise UserError(
+            f"data.tokenizer={config.tokenizer}: no such file or directory "
+            f"(only a tokenizer inside data.path={config.path} is trained when missing)"
+        )
+    print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
+    texts = itertools.chain.from_iterable(read_texts(file.path) for file in corpus_files(Path(config.path))["train"])
+    train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
+
+
+def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
+    seen = 0
+    for text in texts:
+        yield text
+        seen += len(text)
+        if seen >= limit:
+            return
+
+
+def _shard_name(file: CorpusFile) -> str:
+    return f"{file.split}.{file.index:05}-of-{file.count:05}"
+
+
+def _standing(file: CorpusFile, tokenizer: TextTokenizer, target: Path) -> ShardInfo | None:
+    """The finished shard of ``file`` in ``target``, unless source, tokenizer or shard have changed since."""
+    try:
+        info: ShardInfo = json.loads((target / f"{_shard_name(file)}.json").read_text())
+        same = (
+            info["source_identity"] == file.identity()
+            and info["tokenizer"] == tokenizer.fingerprint
+            and info["sha256"] == sha256_of(target / info["file"])
+            and (target / info["documents_file"]).stat().st_size > 0
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return info if same else None
+
+
+def _tokenize_all(
+    files: Sequence[CorpusFile], config: DataConfig, target: Path, cpus: int
+) -> dict[CorpusFile, ShardInfo]:
+    if not files:
+        return {}
+    processes = min(len(files), cpus)
+    # Spawned, not forked: a forked child that inherits OpenMP or tokenizer threads can hang.
+    context = multiprocessing.get_context("spawn")
+    read = context.Value("q", 0)
+    threads = {"RAYON_NUM_THREADS": str(max(1, cpus // processes)), "TOKENIZERS_PARALLELISM": "true"}
+    arguments = (read, config.tokenizer, config.eot_token, threads)
+    done: dict[CorpusFile, ShardInfo] = {}
+    total = sum(file.path.stat().st_size for file in files)
+    with (
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if sys.stderr.isatty() else 10
+        ) as bar,
+        ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool,
+    ):
+        jobs = {pool.submit(_tokenize, file, target): file for file in files}
+        pending = set(jobs)
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(min(read.value, total) - bar.n)
+                for job in finished:
+                    done[jobs[job]] = job.result()
+            bar.update(total - bar.n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done
+
+
+def _start_worker(read: Any, tokenizer: str, eot_token: str | None, environment: dict[str, str]) -> None:
+    global _progress, _tokenizer
+    os.environ.update(environment)
+    _progress = read
+    _tokenizer = load_tokenizer(tokenizer, eot_token)
+
+
+def _tokenize(file: CorpusFile, target: Path) -> ShardInfo:
+    """Tokenize one file, in a worker. The shard appears under its name only when whole; its ``.json`` comes last."""
+    name, dtype = _shard_name(file), np.dtype(_dtype(_tokenizer))
+    binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
+    partial = binary.with_suffix(f".bin.{os.getpid()}.incomplete")
+    digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
+    try:
+        with partial.open("wb") as output:
+            for texts in _chunks(read_texts(file.path, _report)):
+                empty += texts.count("")
+                texts = [text for text in texts if text]
+                encoded = [[*ids, _tokenizer.eot] for ids in _tokenizer.encode_batch(texts)]
+                chunk = np.fromiter(itertools.chain.from_iterable(encoded), dtype)
+                output.write(chunk.tobytes())
+                digest.update(chunk.tobytes())
+                for text, ids in zip(texts, encoded, strict=True):
+                    tokens, size = tokens + len(ids), size + len(text.encode())
+                    ends.append((tokens, size))
+            output.flush()
+            os.fsync(output.fileno())
+        np.save(documents, np.array(ends, dtype=np.int64).reshape(-1, 2))
+        partial.replace(binary)
+    finally:
+        partial.unlink(missing_ok=True)
+    info: ShardInfo = {
+        "file": binary.name,
+        "documents_file": documents.name,
+        "source": file.path.name,
+        "source_identity": file.identity(),
+        "tokenizer": _tokenizer.fingerprint,
+        "tokens": tokens,
+        "documents": len(ends),
+        "empty_documents": empty,
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+    }
+    write_json(target / f"{name}.json", info)
+    return info
+
+
+def _report(count: int) -> None:
+    with _progress.get_lock():
+        _progress.value += count
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _dtype(tokenizer: TextTokenizer) -> str:
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

@@ -1,0 +1,43 @@
+"""A trained run, opened again in one process, to generate from or to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import distributed
+from trainer.build import build_state, resolve_model
+from trainer.checkpoint import load_into, newest
+from trainer.config import TrainConfig, load_run_config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.rundir import RunDirectory
+from trainer.state import TrainState
+from trainer.tokenizer import TextTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """The state of a run directory's newest checkpoint."""
+
+    config: TrainConfig
+    world: World
+    state: TrainState
+    tokenizer: TextTokenizer
+    context: int  # the longest prefix it was trained on
+
+
+def restore_run(run_dir: Path) -> Run:
+    """Open ``run_dir``. Raises UserError if it is no run directory or holds no usable checkpoint."""
+    directory = RunDirectory(run_dir)
+    config = load_run_config(directory.config)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
+    checkpoint = newest(directory.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
+    config.parallel.replicate = 1
+    world = distributed.start(config.parallel)
+    model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
+    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=config.seed)
+    load_into(checkpoint, state, world.checkpoint)
+    return Run(config, world, state, tokenizer, config.data.seq_len)

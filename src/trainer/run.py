@@ -1,0 +1,232 @@
+"""One run from its config to its ``done.json``: take the directory, build, restore, train, sum up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer import distributed
+from trainer.build import (
+    Data,
+    build_state,
+    micro_batch_size,
+    num_parameters,
+    open_data,
+    resolve_model,
+    training_source,
+    validation_source,
+)
+from trainer.checkpoint import Checkpoint, Checkpointer, newest
+from trainer.config import TrainConfig, differences, load_run_config
+from trainer.distributed import StopRequest, World, say
+from trainer.errors import ExitCode, UserError, one_line
+from trainer.generate import generate
+from trainer.loop import Job, Outcome, Status, train
+from trainer.metrics import Console, MetricsFile, Trackers
+from trainer.plot import plot_losses
+from trainer.rundir import Resume, RunDirectory, environment
+
+# A run that goes on must not change these: its loss curve would be of two different runs.
+_FIXED = ("model", "precision.recipe", "precision.args", "seed", "data.seq_len", "data.global_batch_size")
+
+
+def run(config: TrainConfig) -> ExitCode:
+    """Train as ``config`` says, or go on with what ``run.dir`` holds. Raises UserError for what the user can mend."""
+    world = distributed.start(config.parallel)
+    directory = RunDirectory(Path(config.run.dir))
+    try:
+        with StopRequest() as stop:
+            directory.lock(world)
+            try:
+                return _run(config, world, directory, stop)
+            finally:
+                directory.unlock()
+    finally:
+        distributed.finish()
+
+
+def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest) -> ExitCode:
+    checkpoint = world.on_main(lambda: _examine(config, directory))
+    if checkpoint == "finished":
+        return ExitCode.FINISHED
+    assert checkpoint is None or isinstance(checkpoint, Checkpoint)
+    data = open_data(config.data, world)
+    if checkpoint is not None and checkpoint.meta["data"] != data.shards.fingerprint:
+        raise UserError(
+            f"checkpoint {checkpoint.path} was trained on other tokens than {data.shards.directory} holds now: "
+            "prepare the same data again, or choose another run.dir"
+        )
+    job = _build(config, world, directory, data, checkpoint, stop)
+    outcome = None
+    try:
+        outcome = train(job)
+        _finish(config, job, directory, data, outcome)
+        return outcome.status.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        # An error of one rank ends the others through a broken connection; each says what it saw.
+        if world.is_main and outcome is None:
+            directory.write_done(Status.failed.value, job.state.step, f"{type(error).__name__}: {one_line(error)}")
+        raise
+    finally:
+        if job.console is not None:
+            job.console.close()
+        if job.metrics is not None:
+            job.metrics.close()
+        if job.trackers is not None:
+            job.trackers.close()
+
+
+def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str | None:
+    """On rank 0: what to go on from; "finished" where there is nothing left to do."""
+    if config.run.resume is Resume.never:
+        if directory.has_run():
+            directory.move_aside()
+        return None
+    if directory.config.exists() and directory.has_run():
+        changed = differences(load_run_config(directory.config), config)
+        fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in _FIXED)]
+        if fixed:
+            old, new = changed[fixed[0]]
+            raise UserError(
+                f"run.dir={directory.path} holds a run with {fixed[0]}={old}, not {new}: choose another run.dir, "
+                "or run.resume=never to move it aside"
+            )
+        shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
+        if shown:
+            say(f"going on with another config: {', '.join(shown)}")
+    checkpoint = newest(directory.checkpoints)
+    if checkpoint is None:
+        if config.run.resume is Resume.must:
+            raise UserError(f"run.resume=must: {directory.checkpoints} holds no usable checkpoint")
+        if directory.has_run():
+            say(f"{directory.path} holds no usable checkpoint: starting at step 0")
+        return None
+    finished = directory.finished_step()
+    if finished is not None and checkpoint.meta["step"] >= config.train.steps:
+        say(f"{directory.path} is finished: step {finished}. Nothing to do; raise train.steps to go on")
+        return "finished"
+    return checkpoint
+
+
+def _build(
+    config: TrainConfig,
+    world: World,
+    directory: RunDirectory,
+    data: Data,
+    checkpoint: Checkpoint | None,
+    stop: StopRequest,
+) -> Job:
+    model_config = resolve_model(config.model, data.shards.vocab_size, config.data.seq_len)
+    wanted = config.train.micro_batch_size
+    if wanted == "auto" and checkpoint is not None and checkpoint.meta["world_size"] == world.size:
+        wanted = checkpoint.meta["micro_batch_size"]  # the order of sums must be the same after a restart
+    micro_batch = micro_batch_size(wanted, model_config, config.data, config.parallel, world)
+    state = build_state(
+        model_config,
+        config.precision,
+        config.parallel,
+        config.optim,
+        world,
+        seed=config.seed,
+        tokens=micro_batch * config.data.seq_len,
+    )
+    meta = {
+        "recipe": {"name": config.precision.recipe, "args": config.precision.args},
+        "data": data.shards.fingerprint,
+        "world_size": world.size,
+        "micro_batch_size": micro_batch,
+    }
+    checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta)
+    if checkpoint is not None:
+        checkpointer.restore(state, checkpoint)
+    if world.is_main:
+        say(_describe(config, world, state.model, micro_batch, data))
+        if checkpoint is not None:
+            say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
+    validation, validation_bytes = validation_source(data.validation, config.eval, world, micro_batch)
+    job = Job(
+        world=world,
+        state=state,
+        source=training_source(
+            data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
+        ),
+        validation=validation,
+        validation_bytes=validation_bytes,
+        tokens_per_step=config.data.global_batch_size * config.data.seq_len,
+        config=config.train,
+        eval_config=config.eval,
+        optim_config=config.optim,
+        checkpoint_every=config.checkpoint.every,
+        checkpointer=checkpointer,
+        stop=stop,
+    )
+    world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), environment(world, state.step)))
+    if world.is_main:
+        job.metrics = MetricsFile(directory.metrics)
+        job.console = Console(config.log, config.train.steps, state.step)
+        job.trackers = Trackers(config.log, directory.path, _flat_values(config))
+    return job
+
+
+def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, data: Data) -> str:
+    batch = config.data.global_batch_size
+    tokens = config.train.steps * batch * config.data.seq_len
+    accumulated = batch // world.size // micro_batch
+    return (
+        f"{config.model.name}: {num_parameters(model):,} parameters, vocabulary {model.config.vocab_size:,}; "
+        f"{config.precision.name} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})\n"
+        f"{config.train.steps:,} steps of {batch} x {config.data.seq_len} tokens = {tokens:,} tokens, "
+        f"{tokens / data.training.num_tokens:.2f} epochs; micro-batch {micro_batch}, accumulation {accumulated}"
+    )
+
+
+def _flat_values(config: TrainConfig) -> dict[str, Any]:
+    values = {"model": config.model.name, "data": config.data.name, "precision": config.precision.name}
+    return values | {"seed": config.seed, "lr": config.optim.lr, "steps": config.train.steps}
+
+
+def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, outcome: Outcome) -> None:
+    """The last lines on the console, the sample, the picture; ``done.json`` comes last."""
+    job.checkpointer.wait()
+    job.checkpointer.close()
+    text = None
+    if outcome.status is Status.finished and config.sample.tokens:
+        limit = job.state.model.config.position_limit or config.data.seq_len
+        text = generate(
+            job.state.model,
+            data.tokenizer,
+            config.sample,
+            context=min(limit, config.data.seq_len),
+            device=job.world.device,
+        )
+    if not job.world.is_main:
+        return
+    if job.console is not None:
+        job.console.close()
+        job.console = None
+    try:
+        plot_losses(directory.path, directory.path / "loss.png")
+        if text is not None:
+            (directory.path / "sample.txt").write_text(text + "\n")
+    except OSError as error:
+        say(f"warning: {directory.path}: the sample or the picture cannot be written: {error.strerror or error}")
+    if outcome.status is Status.finished:
+        _summary(job, directory, text)
+    else:
+        again = {Status.stopped: "the same command goes on", Status.diverged: "try a lower optim.lr"}
+        hint = again.get(outcome.status, "mend the cause, then run the same command again")
+        say(f"{outcome.status.value} at step {outcome.step}: {outcome.reason}; {hint} ({directory.path})")
+    directory.write_done(outcome.status.value, outcome.step, outcome.reason)
+
+
+def _summary(job: Job, directory: RunDirectory, text: str | None) -> None:
+    say("")
+    if job.last_eval is not None:
+        row = job.last_eval
+        say(f"validation loss    {row['loss']:.4f} nats per token, over {row['tokens']:,} tokens")
+        say(f"perplexity         {row['perplexity']:.3f}")
+        say(f"bits per byte      {row['bits_per_byte']:.4f}")
+    if text is not None:
+        say(f"sample             {text}")
+    say(f"loss curve         {directory.path / 'loss.png'}")
+    say(f"run directory      {directory.path}")

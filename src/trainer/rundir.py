@@ -1,0 +1,206 @@
+"""The run directory, which is the API: ``config.yaml, plan.txt, env.json, metrics.jsonl, checkpoints/, done.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+
+from trainer.checkpoint import list_checkpoints
+from trainer.distributed import World, launcher_pid, say
+from trainer.errors import UserError
+from trainer.files import write_json, write_text
+
+_WAIT_FOR_ORPHANS_SECONDS = 120.0
+_CONTENTS = (
+    "config.yaml",
+    "plan.txt",
+    "env.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "done.json",
+    "loss.png",
+    "sample.txt",
+)
+
+
+class Resume(Enum):
+    """What to do with what ``run.dir`` holds."""
+
+    auto = "auto"  # go on where it stands, or start
+    never = "never"  # start anew; what is there is moved aside
+    must = "must"  # go on, or fail
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    dir: str
+    resume: Resume = Resume.auto
+
+    def validate(self) -> None:
+        """Raises ValueError for an empty path."""
+        if not self.dir:
+            raise ValueError("run.dir is empty: name a directory")
+
+
+class RunDirectory:
+    """Paths of one run, and the lock that keeps a second run out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.txt"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.done = path / "done.json"
+        self._lock: IO[str] | None = None
+
+    def lock(self, world: World) -> None:
+        """Take the directory for this run; every rank holds a share, so it is free once the last one has ended.
+
+        Waits for workers that lost their launcher to end. Raises UserError if another run is alive in it.
+        """
+
+        def exclusively() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / ".lock").open("a+")
+            except OSError as error:
+                raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+            self._wait_for_lock(self._lock)
+            self._lock.seek(0)
+            self._lock.truncate()
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launcher": launcher_pid()}, self._lock)
+            self._lock.flush()
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+        world.on_main(exclusively)
+        if not world.is_main:
+            self._lock = (self.path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        world.sum(0.0)  # nobody goes on before everybody holds a share
+
+    def _wait_for_lock(self, file: IO[str]) -> None:
+        deadline = time.monotonic() + _WAIT_FOR_ORPHANS_SECONDS
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                holder = self._holder()
+            if holder is None or holder["alive"] or time.monotonic() > deadline:
+                who = "another run" if holder is None else f"process {holder['pid']} on {holder['host']}"
+                raise UserError(
+                    f"run.dir={self.path} is in use by {who}: wait for it to end, or choose another run.dir"
+                )
+            if not told:
+                say(f"waiting for the workers of a killed run to leave {self.path}")
+                told = True
+            time.sleep(0.2)
+
+    def _holder(self) -> dict[str, Any] | None:
+        for _ in range(20):  # it may be writing its name just now
+            try:
+                holder: dict[str, Any] = json.loads((self.path / ".lock").read_text())
+                break
+            except ValueError:
+                time.sleep(0.1)
+        else:
+            return None
+        holder["alive"] = holder["host"] != socket.gethostname() or _is_running(holder["launcher"])
+        return holder
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def has_run(self) -> bool:
+        """Whether an earlier run left anything to lose."""
+        return self.metrics.exists() or self.done.exists() or bool(list_checkpoints(self.checkpoints))
+
+    def move_aside(self) -> None:
+        """Put an earlier run's files into a numbered directory beside the new ones."""
+        number = 1
+        while (target := self.path / f"earlier-{number}").exists():
+            number += 1
+        target.mkdir()
+        for name in _CONTENTS:
+            if (self.path / name).exists():
+                shutil.move(self.path / name, target / name)
+        say(f"run.resume=never: what {self.path} held is now in {target}")
+
+    def finished_step(self) -> int | None:
+        """The last step of a run that finished here, or None."""
+        try:
+            done = json.loads(self.done.read_text())
+            return int(done["step"]) if done["status"] == "finished" else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
+        """What this attempt is; an earlier attempt's ``done.json`` no longer holds."""
+        try:
+            self.done.unlink(missing_ok=True)
+            write_text(self.config, config_yaml)
+            write_text(self.plan, plan)
+            write_json(self.path / "env.json", env)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def write_done(self, status: str, step: int, reason: str) -> None:
+        """``status`` is finished, stopped, diverged or failed."""
+        try:
+            write_json(self.done, {"status": status, "step": step, "reason": reason})
+        except OSError as error:
+            say(f"warning: {self.done} cannot be written: {error.strerror or error}")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def environment(world: World, restored_step: int) -> dict[str, Any]:
+    """What ``env.json`` says: versions, machine, processes, command line, the code's revision."""
+    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "triton", "numpy", "hydra-core")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(world.device) if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
+        "world_size": world.size,
+        "threads": torch.get_num_threads(),
+        "started_at_step": restored_step,
+    }
+
+
+def _revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,57 @@
+"""Everything that changes while training; nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from precision.recipe import Plan
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, what the recipe remembers, and two counters.
+
+    Data order, learning rate and noise are functions of (seed, step): they have no state.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    plan: Plan
+    step: int = 0  # steps done
+    nonfinite_in_a_row: int = 0
+    _counters: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, alive: what a checkpoint saves, and loads into in place."""
+        result: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            result[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                result[f"optim.{name}.{key}"] = value
+        result |= {f"recipe.{name}": value for name, value in self.plan.state_tensors().items()}
+        self._counters = {
+            "train.step": torch.tensor(self.step),
+            "train.nonfinite_in_a_row": torch.tensor(self.nonfinite_in_a_row),
+        }
+        return result | self._counters
+
+    def read_counters(self) -> None:
+        """After a load into ``tensors()``."""
+        self.step = int(self._counters["train.step"])
+        self.nonfinite_in_a_row = int(self._counters["train.nonfinite_in_a_row"])
+
+    def is_finite(self) -> bool:
+        """Whether this rank's part holds no infinity and no NaN."""
+        return all(
+            bool(local(value).isfinite().all()) for value in self.tensors().values() if value.is_floating_point()
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

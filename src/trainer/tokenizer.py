@@ -1,0 +1,119 @@
+"""Tokenizers: a byte-level BPE trained here, any `tokenizers` or `transformers` tokenizer by path, or plain bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import transformers  # lazy: its parts load when named, and a worker that needs none starts seconds faster
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trainer.errors import UserError, one_line
+
+END_OF_TEXT = "<|endoftext|>"
+_KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
+
+
+class TextTokenizer(Protocol):
+    """Text to token ids and back. ``eot`` is put after every document."""
+
+    vocab_size: int
+    eot: int
+    fingerprint: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0..255, end of text as 256."""
+
+    vocab_size = 257
+    eot = 256
+    fingerprint = "bytes"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < self.eot).decode(errors="replace")
+
+
+class FastTokenizer:
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, tokenizer: Tokenizer, eot_token: str) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A document that spells out a special token must not become one.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eot = tokenizer.token_to_id(eot_token)
+        self.fingerprint = hashlib.sha256(f"{tokenizer.to_str()}\n{eot_token}".encode()).hexdigest()[:16]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
+    """``bytes``, a `tokenizer.json`, or a directory that `tokenizers` or `transformers` wrote.
+
+    Raises UserError if there is nothing of the kind, or if it has no end-of-text token and none is named.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"data.tokenizer={name}: no such file or directory (scripts/train_tokenizer.py makes one)")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.exists():
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True).backend_tokenizer
+    except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError ...
+        raise UserError(f"data.tokenizer={name}: not a tokenizer that can be read: {one_line(error)}") from error
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    candidates = [eot_token] if eot_token else [*_configured_end_token(file.parent), *_KNOWN_END_TOKENS]
+    for token in candidates:
+        if token in known:
+            return FastTokenizer(tokenizer, token)
+    raise UserError(
+        f"data.tokenizer={name} has no end-of-text token {' or '.join(map(repr, candidates))}: "
+        "name one of its tokens with data.eot_token"
+    )
+
+
+def _configured_end_token(directory: Path) -> list[str]:
+    file = directory / "tokenizer_config.json"
+    if not file.exists():
+        return []
+    token = json.loads(file.read_text()).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return [token] if token else []
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progress: bool = True) -> None:
+    """Train a byte-level BPE of ``vocab_size`` entries (Radford et al. 2019) and write it for `transformers`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    ).save_pretrained(directory)

@@ -1,0 +1,95 @@
+"""Running, killing and comparing whole runs: the bitwise-resume promise as something anybody can check."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from trainer.checkpoint import newest, read_tensors
+from trainer.errors import UserError
+from trainer.metrics import read_metrics
+
+KILL_TARGETS = ("all", "launcher", "worker")
+_START_SECONDS = 600.0
+
+
+def command(overrides: Sequence[str], processes: int) -> list[str]:
+    """The command line of a run: plain Python for one process, torchrun for more."""
+    if processes == 1:
+        return [sys.executable, "-m", "trainer", *overrides]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, "-m", "trainer", *overrides]
+
+
+def run_to_end(overrides: Sequence[str], processes: int) -> None:
+    """Run to the last step. Raises UserError with the run's last lines if it fails."""
+    result = subprocess.run(command(overrides, processes), capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        errors = [line for line in lines if line.startswith("error:")] or lines[-5:]
+        raise UserError(f"the run failed with exit code {result.returncode}: {' | '.join(errors)}")
+
+
+def run_killed(overrides: Sequence[str], processes: int, step: int, target: str) -> None:
+    """Run until ``metrics.jsonl`` shows ``step``, then SIGKILL all processes, the launcher alone, or one worker.
+
+    Returns at once, while orphans may still live: the next start has to cope. Raises UserError if the run ends or
+    hangs before that step.
+    """
+    run_dir = Path(next(text for text in overrides if text.startswith("run.dir=")).removeprefix("run.dir="))
+    process = subprocess.Popen(
+        command(overrides, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + _START_SECONDS
+    while max(read_metrics(run_dir / "metrics.jsonl", "train"), default=0) < step:
+        if process.poll() is not None:
+            raise UserError(f"the run ended with exit code {process.returncode} before step {step}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise UserError(f"the run did not reach step {step} within {_START_SECONDS:.0f} s")
+        time.sleep(0.02)
+    launcher = psutil.Process(process.pid)
+    workers = launcher.children(recursive=True)
+    victims = {"all": [launcher, *workers], "launcher": [launcher], "worker": workers[-1:] or [launcher]}[target]
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def compare_runs(first: Path, second: Path) -> list[str]:
+    """What differs between two run directories: losses and gradient norms by step, validations, final tensors."""
+    problems = []
+    for kind, keys in (("train", ("loss", "grad_norm", "lr", "tokens")), ("eval", ("loss", "bits_per_byte"))):
+        rows = [read_metrics(path / "metrics.jsonl", kind) for path in (first, second)]
+        if rows[0].keys() != rows[1].keys():
+            problems.append(f"{kind} rows: steps {_span(rows[0])} and {_span(rows[1])}")
+        for step in sorted(rows[0].keys() & rows[1].keys()):
+            for key in keys:
+                one, other = rows[0][step][key], rows[1][step][key]
+                if one != other:
+                    problems.append(f"{kind} {key} at step {step}: {one!r} and {other!r}")
+    checkpoints = [newest(path / "checkpoints") for path in (first, second)]
+    if checkpoints[0] is None or checkpoints[1] is None:
+        return [*problems, "a run without a checkpoint"]
+    tensors = [read_tensors(checkpoint.path) for checkpoint in checkpoints if checkpoint is not None]
+    if tensors[0].keys() != tensors[1].keys():
+        problems.append("names of the final tensors")
+    for name in sorted(tensors[0].keys() & tensors[1].keys()):
+        # As bytes: NaN differs from itself, and -0.0 equals 0.0.
+        one, other = (tensor[name].contiguous().flatten().view(torch.uint8) for tensor in tensors)
+        if not torch.equal(one, other):
+            problems.append(f"final {name}")
+    return problems
+
+
+def _span(rows: dict[int, object]) -> str:
+    return f"{min(rows)}..{max(rows)} ({len(rows)})" if rows else "none"
