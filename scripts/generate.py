@@ -1,4 +1,6 @@
-"""Text from a run: python scripts/generate.py run.dir=runs/sample prompt="The people" [tokens=120] [temperature=0.8] [top_k=50] [seed=0]
+"""Text from a run: python scripts/generate.py run.dir=runs/sample prompt="The people"
+
+[tokens=120] [temperature=0.8, 0 = the likeliest] [top_k=50, 0 = all] [seed=0]
 
 Uses the newest complete checkpoint of the run directory.
 """

@@ -1,4 +1,6 @@
-"""Train the corpus's byte-level BPE: python scripts/train_tokenizer.py data=sample [data.vocab_size=4096] [data.tokenizer=...]
+"""Train the corpus's byte-level BPE: python scripts/train_tokenizer.py data=sample
+
+[data.vocab_size=4096] [data.tokenizer=DIRECTORY]
 
 Replaces a tokenizer that stands there; its old token shards then no longer fit and training says so.
 """

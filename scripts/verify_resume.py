@@ -1,9 +1,11 @@
-"""Does a killed run end like one left alone? python scripts/verify_resume.py [processes=2] [kills=2] [target=all] [overrides ...]
+"""Does a killed run end like one left alone? python scripts/verify_resume.py [overrides ...]
+
+[processes=2] [kills=2] [target=all|launcher|worker] [random_seed=0]
 
 Trains the config twice, once left alone and once SIGKILLed at random steps and started again with the same command,
 and compares every step's loss, every validation and all final weights and moments, bit for bit.
-target is who is killed: all processes, the launcher alone, or one worker. seed= draws other kill points
-(random_seed=...), run.dir= is where both runs go (default: a temporary directory).
+target is who is killed: all processes, the launcher alone, or one worker. random_seed draws other kill points;
+run.dir is where both runs go (default: a temporary directory, removed if they are equal).
 """
 
 import random

@@ -1,1 +1,1 @@
-"""Number formats and precision recipes for pretraining. Knows nothing of trainers; works on any tree of ``nn.Linear``."""
+"""Number formats and precision recipes for pretraining: for any tree of ``nn.Linear``, under any trainer."""

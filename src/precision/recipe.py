@@ -55,7 +55,7 @@ class Recipe:
 
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
-    update: UpdateRule = AdamW()
+    update: UpdateRule = field(default_factory=AdamW)
     hooks: tuple[Hook, ...] = ()
 
 
@@ -89,7 +89,7 @@ class Plan:
     _step: int = field(default=0, init=False)
 
     def begin_step(self, step: int, sample_offset: int) -> None:
-        """Before the first micro-batch of ``step``; ``sample_offset`` is the global index of this rank's first sample."""
+        """Before the first micro-batch of ``step``; ``sample_offset`` is this rank's first sample, by global index."""
         self._step = step
         for hook in self.recipe.hooks:
             hook.begin_step(self.model, step)

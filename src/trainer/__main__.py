@@ -39,7 +39,7 @@ def _refuse_multirun() -> None:
 
 def _complain(error: UserError) -> int:
     # Once, not once a rank; the others wait, because torchrun ends them all as soon as one has ended.
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)

@@ -1,4 +1,4 @@
-"""C4's own layout, the one text format: ``en/c4-train.00000-of-01024.json.gz``, gzip JSON lines (text, timestamp, url)."""
+"""C4's own layout, the one text format: ``en/c4-train.00000-of-01024.json.gz``, gzip JSON lines of text and more."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def corpus_files(path: Path) -> dict[str, list[CorpusFile]]:
     return found
 
 
-def read_texts(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def read_texts(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[str]:
     """The texts of one file, in order. ``on_bytes`` hears how many compressed bytes have been read since it last did.
 
     Raises UserError, with the file and the line, for a damaged gzip, a line that is not a JSON object with a string

@@ -115,7 +115,7 @@ class World:
 
 def start(config: ParallelConfig) -> World:
     """Join the process group that torchrun announces in the environment, or form one of a single process."""
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     # torchrun sets OMP_NUM_THREADS=1 for more than one process, which idles all cores but one each.
     if not cuda:
@@ -211,4 +211,4 @@ def say(text: str) -> None:
     try:
         print(text, file=sys.stdout, flush=True)
     except (BrokenPipeError, ValueError, OSError):
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.state import evaluating
 from trainer.tokenizer import TextTokenizer
 
 
@@ -30,7 +31,6 @@ class SampleConfig:
             raise ValueError(f"sample.top_k={self.top_k}: must not be negative")
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module, tokenizer: TextTokenizer, config: SampleConfig, *, context: int, device: torch.device
 ) -> str:
@@ -40,20 +40,20 @@ def generate(
     """
     generator = torch.Generator().manual_seed(config.seed)
     tokens = tokenizer.encode_batch([config.prompt])[0] or [tokenizer.eot]
-    training = model.training
-    model.eval()
-    for _ in range(config.tokens):
-        window = torch.tensor([tokens[-context:]], device=device)
-        logits = model(window)[0, -1].float().cpu()[: tokenizer.vocab_size]
-        if config.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            logits = logits / config.temperature
-            if config.top_k and config.top_k < logits.numel():
-                logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-        if token == tokenizer.eot:
-            break
-        tokens.append(token)
-    model.train(training)
+    with evaluating(model):
+        for _ in range(config.tokens):
+            window = torch.tensor([tokens[-context:]], device=device)
+            token = _choose(model(window)[0, -1].float().cpu()[: tokenizer.vocab_size], config, generator)
+            if token == tokenizer.eot:
+                break
+            tokens.append(token)
     return tokenizer.decode(tokens)
+
+
+def _choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
+    if config.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.numel():
+        logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

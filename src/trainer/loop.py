@@ -20,7 +20,7 @@ from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate
-from trainer.state import TrainState
+from trainer.state import TrainState, evaluating
 
 
 @dataclass(kw_only=True)
@@ -99,6 +99,7 @@ class Job:
     metrics: MetricsFile | None = None  # on rank 0
     console: Console | None = None
     trackers: Trackers | None = None
+    evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
     last_eval: dict[str, Any] | None = field(default=None)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -124,6 +125,10 @@ class StepResult:
 def train(job: Job) -> Outcome:
     """Train from ``job.state.step`` to the last step, validating and checkpointing on the way."""
     state, total = job.state, job.config.steps
+    # A run stopped before or in a validation that was due makes up for it.
+    missed = 0 < state.step < total and _due(job.eval_config.every, state.step) and job.evaluated_step < state.step
+    if missed and (stop_code := evaluate(job)):
+        return _stopped(job, stop_code)
     while state.step < total:
         started = time.monotonic()
         result = train_step(job, state.step)
@@ -193,7 +198,6 @@ def train_step(job: Job, step: int) -> StepResult:
     return StepResult(result_loss, grad_norm, lr, applied, int(stop_code))
 
 
-@torch.no_grad()
 def evaluate(job: Job) -> int:
     """Validate and log; the same tokens in the same order at every world size.
 
@@ -202,9 +206,8 @@ def evaluate(job: Job) -> int:
     if job.validation is None:
         return 0
     model, device = job.state.model, job.world.device
-    model.eval()
     loss_sum = weight_sum = 0.0
-    try:
+    with evaluating(model):
         for micro in range(job.validation.num_micro):
             batch = job.validation.batch(0, micro)
             tokens_BT = batch.tokens.to(device)
@@ -214,8 +217,6 @@ def evaluate(job: Job) -> int:
             (stop_code,) = job.world.max(job.stop.code)
             if stop_code:
                 return int(stop_code)
-    finally:
-        model.train()
     loss_sum, weight_sum = job.world.sum(loss_sum, weight_sum)
     loss = loss_sum / weight_sum
     row = {

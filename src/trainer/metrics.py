@@ -215,7 +215,7 @@ class Trackers:
 
 
 def _start_tracker(name: str, config: LogConfig, directory: Path, values: dict[str, Any]) -> Any:
-    if name not in get_available_trackers():
+    if name not in {str(tracker) for tracker in get_available_trackers()}:
         raise RuntimeError(f"the package {name} is not installed")
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -116,28 +116,36 @@ def _tokenize_all(
     if not files:
         return {}
     processes = min(len(files), cpus)
+    total = sum(file.path.stat().st_size for file in files)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if sys.stderr.isatty() else 10
+    )
+    with bar:
+        if processes > 1:
+            return _tokenize_in_pool(files, config, target, processes, cpus, bar)
+        tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+        return {file: _tokenize(file, target, tokenizer, bar.update) for file in files}
+
+
+def _tokenize_in_pool(
+    files: Sequence[CorpusFile], config: DataConfig, target: Path, processes: int, cpus: int, bar: Any
+) -> dict[CorpusFile, ShardInfo]:
     # Spawned, not forked: a forked child that inherits OpenMP or tokenizer threads can hang.
     context = multiprocessing.get_context("spawn")
     read = context.Value("q", 0)
     threads = {"RAYON_NUM_THREADS": str(max(1, cpus // processes)), "TOKENIZERS_PARALLELISM": "true"}
     arguments = (read, config.tokenizer, config.eot_token, threads)
     done: dict[CorpusFile, ShardInfo] = {}
-    total = sum(file.path.stat().st_size for file in files)
-    with (
-        tqdm(
-            total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if sys.stderr.isatty() else 10
-        ) as bar,
-        ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool,
-    ):
-        jobs = {pool.submit(_tokenize, file, target): file for file in files}
+    with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
+        jobs = {pool.submit(_tokenize_in_worker, file, target): file for file in files}
         pending = set(jobs)
         try:
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(min(read.value, total) - bar.n)
+                bar.update(min(read.value, bar.total) - bar.n)
                 for job in finished:
                     done[jobs[job]] = job.result()
-            bar.update(total - bar.n)
+            bar.update(bar.total - bar.n)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -151,18 +159,22 @@ def _start_worker(read: Any, tokenizer: str, eot_token: str | None, environment:
     _tokenizer = load_tokenizer(tokenizer, eot_token)
 
 
-def _tokenize(file: CorpusFile, target: Path) -> ShardInfo:
-    """Tokenize one file, in a worker. The shard appears under its name only when whole; its ``.json`` comes last."""
-    name, dtype = _shard_name(file), np.dtype(_dtype(_tokenizer))
+def _tokenize_in_worker(file: CorpusFile, target: Path) -> ShardInfo:
+    return _tokenize(file, target, _tokenizer, _report)
+
+
+def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes: Callable[[int], object]) -> ShardInfo:
+    """Tokenize one file. The shard appears under its name only when whole; its ``.json`` comes last."""
+    name, dtype = _shard_name(file), np.dtype(_dtype(tokenizer))
     binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
     partial = binary.with_suffix(f".bin.{os.getpid()}.incomplete")
     digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
     try:
         with partial.open("wb") as output:
-            for texts in _chunks(read_texts(file.path, _report)):
-                empty += texts.count("")
-                texts = [text for text in texts if text]
-                encoded = [[*ids, _tokenizer.eot] for ids in _tokenizer.encode_batch(texts)]
+            for chunk_of_texts in _chunks(read_texts(file.path, on_bytes)):
+                texts = [text for text in chunk_of_texts if text]
+                empty += len(chunk_of_texts) - len(texts)
+                encoded = [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
                 chunk = np.fromiter(itertools.chain.from_iterable(encoded), dtype)
                 output.write(chunk.tobytes())
                 digest.update(chunk.tobytes())
@@ -180,7 +192,7 @@ def _tokenize(file: CorpusFile, target: Path) -> ShardInfo:
         "documents_file": documents.name,
         "source": file.path.name,
         "source_identity": file.identity(),
-        "tokenizer": _tokenizer.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
         "tokens": tokens,
         "documents": len(ends),
         "empty_documents": empty,

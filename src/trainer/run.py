@@ -22,7 +22,7 @@ from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, Status, train
-from trainer.metrics import Console, MetricsFile, Trackers
+from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
 from trainer.plot import plot_losses
 from trainer.rundir import Resume, RunDirectory, environment
 
@@ -161,6 +161,7 @@ def _build(
         stop=stop,
     )
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), environment(world, state.step)))
+    job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))
     if world.is_main:
         job.metrics = MetricsFile(directory.metrics)
         job.console = Console(config.log, config.train.steps, state.step)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -50,6 +53,25 @@ class TrainState:
         return all(
             bool(local(value).isfinite().all()) for value in self.tensors().values() if value.is_floating_point()
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, evaluation mode, and parameters sharded again afterwards.
+
+    A forward pass without a backward pass leaves FSDP's root gathered: ``named_parameters`` would then give the
+    gathered copies, in the compute dtype, instead of the parameters.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train(training)
 
 
 def local(tensor: Tensor) -> Tensor:

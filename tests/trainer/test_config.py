@@ -1,0 +1,139 @@
+"""Every yaml composes; every mistake is one line with the nearest valid name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import launch
+
+from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config
+from trainer.errors import UserError
+
+CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_yaml_composes_and_bears_its_own_name(choice: str) -> None:
+    group, name = choice.split("=")
+    config = load_config([choice, "data.seq_len=64"])
+    assert getattr(config, group).name == name
+    assert yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text())["name"] == name
+
+
+def complaint(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", "unknown key 'optim.lrr' (did you mean 'optim.lr'"),
+        ("lr=1", "unknown key 'lr' (did you mean 'lr'"),
+        ("+optim.lrr=1", "unknown key 'optim.lrr'"),
+        ("trian.steps=1", "unknown key 'trian.steps' (did you mean 'train.steps'"),
+        ("data.batch_size=1", "unknown key 'data.batch_size' (did you mean 'data.global_batch_size'"),
+        ("model.rope_tetha=1", "did you mean 'model.rope_theta'"),
+        ("hydra.rn.dir=x", "unknown key 'hydra.rn.dir' (did you mean 'hydra.run.dir'"),
+        ("model=llama_tinny", "model=llama_tinny: no such model config (did you mean 'llama_tiny'"),
+        ("precision=bf61", "precision=bf61: no such precision config (did you mean 'bf16'"),
+        ("data=c5", "there are: c4, sample"),
+        ("nonsense", "'nonsense' is not an override; write key=value"),
+        ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
+        ("train.steps=1.5", "train.steps: Value '1.5'"),
+        ("optim.schedule=cosin", "optim.schedule: Invalid value 'cosin', expected one of"),
+        ("run.resume=maybe", "run.resume: Invalid value 'maybe', expected one of [auto, never, must]"),
+        ("optim.lr=0", "optim.lr=0.0: must be positive"),
+        ("optim.lr=nan", "optim.lr=nan: must be positive"),
+        ("optim.beta2=1", "optim.beta2=1.0"),
+        ("optim.eps=-1", "optim.eps=-1.0"),
+        ("optim.clip_norm=-1", "optim.clip_norm=-1.0"),
+        ("optim.weight_decay=-1", "optim.weight_decay=-1.0"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps=-1"),
+        ("optim.warmup_max_fraction=2", "optim.warmup_max_fraction=2.0"),
+        ("optim.min_lr_ratio=-1", "optim.min_lr_ratio=-1.0"),
+        ("optim.decay_fraction=2", "optim.decay_fraction=2.0"),
+        ("train.steps=0", "train.steps=0: must be at least 1"),
+        ("train.max_nonfinite_in_a_row=0", "train.max_nonfinite_in_a_row=0"),
+        ("train.micro_batch_size=0", "train.micro_batch_size=0: must be 'auto' or a whole number"),
+        ("train.micro_batch_size=big", "train.micro_batch_size=big: must be 'auto' or a whole number"),
+        ("eval.every=-1", "eval.every=-1"),
+        ("eval.tokens=-1", "eval.tokens=-1"),
+        ("checkpoint.every=-1", "checkpoint.every=-1"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0"),
+        ("checkpoint.keep_every=-1", "checkpoint.keep_every=-1"),
+        ("data.seq_len=0", "data.seq_len=0"),
+        ("data.global_batch_size=0", "data.global_batch_size=0"),
+        ("data.vocab_size=100", "data.vocab_size=100"),
+        ("data.tokenizer_train_bytes=0", "data.tokenizer_train_bytes=0"),
+        ("parallel.replicate=0", "parallel.replicate=0"),
+        ("parallel.threads=0", "parallel.threads=0"),
+        ("parallel.timeout_seconds=0", "parallel.timeout_seconds=0"),
+        ("log.every=0", "log.every=0"),
+        ("log.trackers=[wand]", "log.trackers: no tracker named 'wand'"),
+        ("log.wandb_mode=on", "log.wandb_mode"),
+        ("sample.tokens=-1", "sample.tokens=-1"),
+        ("sample.temperature=-1", "sample.temperature=-1.0"),
+        ("sample.top_k=-1", "sample.top_k=-1"),
+        ("model.num_heads=7", "model.num_heads=7 does not divide model.hidden_size=256"),
+        ("precision.recipe=bf61", "no recipe named 'bf61' (did you mean 'bf16'"),
+        ("+precision.args.margin=1", "recipe 'bf16' has no argument 'margin'"),
+        ("seed=-1", "seed=-1"),
+        ("run.dir=''", "run.dir is empty"),
+    ],
+)
+def test_every_mistake_is_one_line(override: str, words: str) -> None:
+    assert words in complaint(override)
+
+
+def test_values_are_kept_in_their_types() -> None:
+    config = load_config(["optim.lr=1e-4", "train.micro_batch_size=4", "seed=3", "log.trackers=[wandb,tensorboard]"])
+    assert (config.optim.lr, config.train.micro_batch_size, config.seed) == (1e-4, 4, 3)
+    assert config.log.trackers == ["wandb", "tensorboard"]
+
+
+def test_the_run_directory_reads_its_config_back(tmp_path: Path) -> None:
+    config = load_config(["model=gpt2_tiny", "optim.lr=1e-4", "optim.schedule=wsd"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_run_config(file) == config
+    assert differences(config, replace(config, seed=5)) == {"seed": (0, 5)}
+
+
+def test_a_config_that_cannot_be_read_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        load_run_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("model: {arch: rnn}\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run_config(tmp_path / "config.yaml")
+
+
+def test_the_command_line_says_it_once_on_every_rank() -> None:
+    result = launch(["optim.lrr=1"], processes=2)
+    assert result.returncode == 1  # torchrun's word for every failure
+    assert result.stderr.count("error: unknown key 'optim.lrr' (did you mean 'optim.lr'") == 1
+    alone = launch(["optim.lrr=1"])
+    assert alone.returncode == 2
+    assert alone.stderr.count("\n") == 1
+
+
+def test_help_and_cfg_show_and_run_nothing(tmp_path: Path) -> None:
+    for flags, words in ((["--help"], "torchrun --nproc-per-node"), (["--cfg", "job", "seed=7"], "seed: 7")):
+        command = [sys.executable, "-m", "trainer", *flags]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ)
+        assert words in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_multirun_is_refused() -> None:
+    result = launch(["--multirun", "seed=0,1"])
+    assert result.returncode == 2
+    assert "--multirun" in result.stderr

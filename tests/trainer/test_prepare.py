@@ -1,0 +1,208 @@
+"""Text to shards: exact, resumable, and clear about text it cannot use."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from conftest import make_texts, write_corpus
+
+from trainer.config import load_config
+from trainer.corpus import corpus_files, read_texts, write_sample
+from trainer.data import DataConfig
+from trainer.errors import UserError
+from trainer.prepare import prepare
+from trainer.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer, train_bpe
+
+ROOT = Path(__file__).parents[2]
+
+
+def data(path: Path, *overrides: str) -> DataConfig:
+    return load_config([f"data.path={path}", *overrides]).data
+
+
+def small(path: Path) -> Path:
+    return write_corpus(path, {"train": [make_texts(30, 1), make_texts(30, 2)], "validation": [make_texts(9, 3)]})
+
+
+def test_shards_hold_every_document_and_its_end(tmp_path: Path) -> None:
+    texts = [["héllo\n", "", "東京 <|endoftext|> x"], ["two"]]
+    corpus = write_corpus(tmp_path, {"train": texts, "validation": [["v"]]})
+    manifest = prepare(data(corpus, "data.vocab_size=300"))
+    tokenizer = load_tokenizer(str(corpus / "tokenizer"))
+    first, second = manifest["splits"]["train"]
+    assert (first["documents"], first["empty_documents"], second["documents"]) == (2, 1, 1)
+    tokens = np.fromfile(corpus / "shards" / "tokenizer" / first["file"], "<u2").tolist()
+    # A document that spells the end of text does not end there.
+    assert tokens.count(tokenizer.eot) == 2
+    ends = np.load(corpus / "shards" / "tokenizer" / first["documents_file"])
+    assert ends[:, 1].tolist() == [len(texts[0][0].encode()), len((texts[0][0] + texts[0][2]).encode())]
+    assert tokenizer.decode(tokens[: ends[0, 0] - 1]) == texts[0][0]
+    assert tokens[ends[0, 0] - 1] == tokens[ends[1, 0] - 1] == tokenizer.eot
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, workers: int) -> None:
+    corpus = small(tmp_path)
+    manifest = prepare(data(corpus, "data.tokenizer=bytes"), workers)
+    expected = [token for text in make_texts(30, 1) + make_texts(30, 2) for token in [*text.encode(), 256]]
+    files = [corpus / "shards" / "bytes" / info["file"] for info in manifest["splits"]["train"]]
+    assert np.concatenate([np.fromfile(file, "<u2") for file in files]).tolist() == expected
+
+
+def test_preparing_again_keeps_what_stands_and_mends_what_does_not(tmp_path: Path) -> None:
+    config = data(small(tmp_path), "data.tokenizer=bytes")
+    first = prepare(config, 1)
+    directory = Path(config.shards_dir)
+    stamps = {file: file.stat().st_mtime_ns for file in directory.glob("*.bin")}
+    damaged = directory / "train.00001-of-00002.bin"
+    damaged.write_bytes(b"xx")
+    (directory / "manifest.json").unlink()
+    (directory / "validation.00000-of-00001.json").unlink()  # as if killed between the shard and its description
+    assert prepare(config, 1) == first
+    kept = directory / "train.00000-of-00002.bin"
+    assert kept.stat().st_mtime_ns == stamps[kept]
+    assert damaged.stat().st_size > 2
+
+
+def test_a_changed_text_or_tokenizer_is_tokenized_again(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    config = data(corpus, f"data.shards={tmp_path / 's'}", "data.tokenizer=bytes")
+    before = prepare(config, 1)
+    small_change = {"train": [make_texts(30, 1), make_texts(30, 4)], "validation": [make_texts(9, 3)]}
+    write_corpus(corpus, small_change)
+    after = prepare(config, 1)
+    changed = [a != b for a, b in zip(before["splits"]["train"], after["splits"]["train"], strict=True)]
+    assert changed == [False, True]
+    other = prepare(data(corpus, f"data.shards={tmp_path / 's'}", "data.vocab_size=300"), 1)
+    assert other["tokenizer"]["fingerprint"] != after["tokenizer"]["fingerprint"]
+
+
+def first_file(corpus: Path) -> Path:
+    return corpus / "en" / "c4-train.00000-of-00002.json.gz"
+
+
+GOOD = json.dumps({"text": "fine"}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(GOOD * 1000)[:-20], "damaged or truncated gzip after line"),
+        (b"not gzip at all", "damaged or truncated gzip after line 0"),
+        (gzip.compress(GOOD + b"{nonsense\n"), "line 2 is not JSON"),
+        (gzip.compress(GOOD + b'{"url": "x"}\n'), "line 2 has no string field 'text'"),
+        (gzip.compress(GOOD + b'{"text": 3}\n'), "line 2 has no string field 'text'"),
+        (gzip.compress(GOOD + b"[1]\n"), "line 2 has no string field 'text'"),
+        (gzip.compress(GOOD + b'{"text": "\xff"}\n'), "line 2 is not valid UTF-8"),
+        (gzip.compress(GOOD + b'{"text": "\\ud800"}\n'), "line 2 is not valid UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(read_texts(first_file(corpus)))
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(first_file(corpus)))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_bad_file_loses_nothing_of_the_others(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    good = first_file(corpus).read_bytes()
+    bad = corpus / "en" / "c4-train.00001-of-00002.json.gz"
+    saved = bad.read_bytes()
+    bad.write_bytes(good[:-9])
+    config = data(corpus, "data.tokenizer=bytes")
+    with pytest.raises(UserError, match="damaged or truncated"):
+        prepare(config, 1)
+    directory = Path(config.shards_dir)
+    stamp = (directory / "train.00000-of-00002.bin").stat().st_mtime_ns
+    assert not list(directory.glob("*.incomplete"))
+    bad.write_bytes(saved)
+    prepare(config, 1)
+    assert (directory / "train.00000-of-00002.bin").stat().st_mtime_ns == stamp
+
+
+def test_directories_that_are_no_corpus(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        corpus_files(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no train file named like c4-train\.00000-of-00001\.json\.gz"):
+        corpus_files(tmp_path)
+    corpus = small(tmp_path / "hole")
+    first_file(corpus).unlink()
+    with pytest.raises(UserError, match=r"train has 1 of 2 files; missing c4-train\.00000-of-00002"):
+        corpus_files(corpus)
+
+
+def test_the_script_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "data=c4", f"data.path={tmp_path / 'none'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: data.path={tmp_path / 'none'}: no such directory")
+
+
+def test_the_sample_corpus(tmp_path: Path) -> None:
+    write_sample(tmp_path)
+    files = corpus_files(tmp_path)
+    texts = {split: [t for file in group for t in read_texts(file.path)] for split, group in files.items()}
+    assert {split: len(group) for split, group in files.items()} == {"train": 8, "validation": 1}
+    assert not set(texts["train"]) & set(texts["validation"])
+    size = {split: sum(len(text.encode()) for text in group) for split, group in texts.items()}
+    assert size["train"] > 11_000_000
+    assert 0.03 < size["validation"] / size["train"] < 0.1
+    with gzip.open(files["train"][0].path) as file:
+        assert set(json.loads(file.readline())) == {"text", "timestamp", "url"}
+    before = {file.path: file.path.read_bytes() for file in files["train"]}
+    write_sample(tmp_path)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+class TestTokenizers:
+    @pytest.fixture
+    def bpe(self, tmp_path: Path) -> Path:
+        train_bpe(make_texts(200, 0), 300, tmp_path / "bpe", progress=False)
+        return tmp_path / "bpe"
+
+    @pytest.mark.parametrize("text", ["", "plain", " two  spaces\n\n", "é 東京 🚂", END_OF_TEXT, "\x00\x7f"])
+    def test_text_comes_back(self, bpe: Path, text: str) -> None:
+        for tokenizer in (ByteTokenizer(), load_tokenizer(str(bpe))):
+            tokens = tokenizer.encode_batch([text])[0]
+            assert tokenizer.decode(tokens) == text
+            assert tokenizer.eot not in tokens
+            assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+
+    def test_a_directory_and_its_json_are_one_tokenizer(self, bpe: Path) -> None:
+        by_directory, by_file = load_tokenizer(str(bpe)), load_tokenizer(str(bpe / "tokenizer.json"))
+        assert by_directory.fingerprint == by_file.fingerprint
+        assert by_directory.vocab_size == 300
+
+    def test_transformers_reads_what_we_train(self, bpe: Path) -> None:
+        theirs = transformers.AutoTokenizer.from_pretrained(bpe)
+        text = "the narrow gauge é 東"
+        assert theirs(text)["input_ids"] == load_tokenizer(str(bpe)).encode_batch([text])[0]
+        assert theirs.eos_token == END_OF_TEXT
+
+    def test_another_end_of_text_is_another_fingerprint(self, bpe: Path) -> None:
+        assert load_tokenizer(str(bpe), "a").fingerprint != load_tokenizer(str(bpe)).fingerprint
+
+    def test_tokenizers_that_cannot_be_used(self, bpe: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no such file or directory"):
+            load_tokenizer(str(tmp_path / "none"))
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            load_tokenizer(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match="no end-of-text token '<none>'"):
+            load_tokenizer(str(bpe), "<none>")
+
+    def test_only_the_corpus_own_tokenizer_is_trained_when_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="only a tokenizer inside"):
+            prepare(data(small(tmp_path / "c"), f"data.tokenizer={tmp_path / 'elsewhere'}"), 1)
