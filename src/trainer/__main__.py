@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -26,6 +27,9 @@ def main() -> int:
         return run(config)
     except UserError as error:
         return _complain(error)
+    except KeyboardInterrupt:
+        print("interrupted; the newest checkpoint stands", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
