@@ -31,6 +31,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     init_std: float = 0.02
+    init_from: str | None = None  # a `transformers` directory to start from instead of random weights
 
     @property
     def num_kv_heads(self) -> int:

@@ -45,6 +45,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
+    init_from: str | None = None  # a `transformers` directory to start from instead of random weights
 
     @property
     def head_size(self) -> int:

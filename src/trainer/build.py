@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models import ARCHITECTURES, Model, ModelConfig, create
+from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from precision.recipe import Plan, Recipe, apply, load
 from trainer.data import DataConfig, OrderedSource, ShuffledSource, TokenShards, TokenStream
 from trainer.distributed import ParallelConfig, World
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.loop import EvalConfig
 from trainer.optim import OptimConfig, build_optimizer
+from trainer.pretrained import PretrainedDirectory
 from trainer.state import TrainState
 from trainer.tokenizer import TextTokenizer, load_tokenizer
 
@@ -127,13 +130,54 @@ def build_model(
 def initialize(model: Model, seed: int) -> None:
     """Set every parameter from (seed, its name): the whole tensor is drawn, each rank keeps its rows."""
     for name, parameter in model.named_parameters():
-        full = model.init_of(name).draw(seed, name, parameter.shape).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # src_data_rank=None: every rank has drawn the same tensor, nothing needs to be sent.
-            full = distribute_tensor(
-                full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        _set_whole(parameter, model.init_of(name).draw(seed, name, parameter.shape))
+
+
+@torch.no_grad()
+def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
+    """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
+
+    Raises UserError if the checkpoint is of another shape or lacks a tensor.
+    """
+    for name, parameter in model.named_parameters():
+        piece = piece_of(model.config, name)
+        whole = piece.cut(directory.tensor(piece.name))
+        if whole.shape != parameter.shape:
+            raise UserError(
+                f"{directory.path}: {piece.name} gives {name} the shape {list(whole.shape)}, "
+                f"the model wants {list(parameter.shape)}"
             )
-        parameter.copy_(full)
+        _set_whole(parameter, whole)
+
+
+def _set_whole(parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy this rank's part of ``full`` into the parameter; every rank has the same ``full``."""
+    full = full.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        # src_data_rank=None: nothing needs to be sent.
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
+
+
+def pretrained_config(directory: PretrainedDirectory) -> ModelConfig:
+    """The shape of a `transformers` checkpoint. Raises UserError for one that is not built here."""
+    try:
+        config = from_hf_config(directory.config, directory.path.name or "pretrained")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory.path / 'config.json'}: {one_line(error)}") from error
+    return config
+
+
+def _require_same_shape(config: ModelConfig, directory: PretrainedDirectory) -> None:
+    theirs = pretrained_config(directory)
+    if type(theirs) is not type(config):
+        raise UserError(f"model.arch={config.arch}, but model.init_from={directory.path} holds a {theirs.arch}")
+    for part in fields(config):
+        ours, other = getattr(config, part.name), getattr(theirs, part.name)
+        if part.name == "head_dim":
+            ours, other = config.head_size, theirs.head_size
+        if part.name not in ("name", "init_std", "init_from", "max_seq_len") and ours != other:
+            raise UserError(f"model.{part.name}={ours}, but model.init_from={directory.path} has {other}")
 
 
 def build_state(
@@ -145,13 +189,33 @@ def build_state(
     *,
     seed: int,
     tokens: int | None = None,
+    pretrained: str | None = None,
 ) -> TrainState:
-    """A state at step 0."""
+    """A state at step 0, with random weights, or with those of the `transformers` directory ``pretrained``.
+
+    Raises UserError if that directory does not fit.
+    """
     recipe = load(precision.recipe, precision.args)
     model, plan = build_model(model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens)
-    initialize(model, seed)
+    if pretrained is None:
+        initialize(model, seed)
+    else:
+        world.on_all(lambda: _start_from(model, pretrained))
     optimizer = build_optimizer(optim, model, recipe.update)
     return TrainState(model, optimizer, plan)
+
+
+def _start_from(model: Model, pretrained: str) -> None:
+    directory = PretrainedDirectory(pretrained)
+    _require_same_shape(model.config, directory)
+    load_pretrained(model, directory)
+
+
+def to_transformers(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor], end_of_text: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """``config.json`` and state dict of the same model in `transformers`."""
+    return to_hf_config(config, end_of_text), to_hf_tensors(config, tensors)
 
 
 def training_source(

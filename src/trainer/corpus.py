@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,17 +38,17 @@ class CorpusFile:
             return f"{size}:{file.read().hex()}"
 
 
-def corpus_files(path: Path) -> dict[str, list[CorpusFile]]:
-    """The files of each split under ``path`` (its ``en/``, or itself), in order.
+def corpus_files(path: Path, splits: Sequence[str] = SPLITS) -> dict[str, list[CorpusFile]]:
+    """The files of each of ``splits`` under ``path`` (its ``en/``, or itself), in order.
 
     Raises UserError for a missing directory, for one without such files, and for a set with a hole.
     """
     if not path.is_dir():
         raise UserError(f"data.path={path}: no such directory (python scripts/prepare_data.py data=sample makes one)")
     directory = path / "en" if (path / "en").is_dir() else path
-    found: dict[str, list[CorpusFile]] = {split: [] for split in SPLITS}
+    found: dict[str, list[CorpusFile]] = {split: [] for split in splits}
     for file in sorted(directory.iterdir()):
-        if match := _NAME.fullmatch(file.name):
+        if (match := _NAME.fullmatch(file.name)) and match["split"] in found:
             found[match["split"]].append(CorpusFile(file, match["split"], int(match["index"]), int(match["count"])))
     for split, files in found.items():
         if not files:

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer.checkpoint import Checkpointer
@@ -205,19 +206,10 @@ def evaluate(job: Job) -> int:
     """
     if job.validation is None:
         return 0
-    model, device = job.state.model, job.world.device
-    loss_sum = weight_sum = 0.0
-    with evaluating(model):
-        for micro in range(job.validation.num_micro):
-            batch = job.validation.batch(0, micro)
-            tokens_BT = batch.tokens.to(device)
-            losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
-            loss_sum += float((losses_BT * batch.weights.to(device)).sum(dtype=torch.float64))
-            weight_sum += float(batch.weights.sum())
-            (stop_code,) = job.world.max(job.stop.code)
-            if stop_code:
-                return int(stop_code)
-    loss_sum, weight_sum = job.world.sum(loss_sum, weight_sum)
+    result = validate(job.state.model, job.validation, job.world, job.stop)
+    if isinstance(result, int):
+        return result
+    loss_sum, weight_sum = result
     loss = loss_sum / weight_sum
     row = {
         "kind": "eval",
@@ -235,6 +227,26 @@ def evaluate(job: Job) -> int:
         f"{row['bits_per_byte']:.4f} bits per byte"
     )
     return 0
+
+
+def validate(model: nn.Module, source: DataSource, world: World, stop: StopRequest) -> tuple[float, float] | int:
+    """Summed loss in nats and summed weight over one pass of ``source``, over all ranks.
+
+    If a rank is asked to stop meanwhile, that code instead.
+    """
+    loss_sum = weight_sum = 0.0
+    with evaluating(model):
+        for micro in range(source.num_micro):
+            batch = source.batch(0, micro)
+            tokens_BT = batch.tokens.to(world.device)
+            losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+            loss_sum += float((losses_BT * batch.weights.to(world.device)).sum(dtype=torch.float64))
+            weight_sum += float(batch.weights.sum())
+            (stop_code,) = world.max(stop.code)
+            if stop_code:
+                return int(stop_code)
+    loss_sum, weight_sum = world.sum(loss_sum, weight_sum)
+    return loss_sum, weight_sum
 
 
 def _log_step(job: Job, result: StepResult, seconds: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.corpus import CorpusFile, corpus_files, read_texts, write_sample
+from trainer.corpus import SPLITS, CorpusFile, corpus_files, read_texts, write_sample
 from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo
 from trainer.errors import UserError
 from trainer.files import sha256_of, write_json
@@ -34,8 +34,8 @@ _progress: Any = None
 _tokenizer: TextTokenizer
 
 
-def prepare(config: DataConfig, workers: int | None = None) -> dict[str, Any]:
-    """Do what is missing of: sample corpus, tokenizer, token shards. Returns the manifest.
+def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
+    """Do what is missing of: sample corpus, tokenizer, token shards of ``splits``. Returns the manifest.
 
     Shards that stand from an earlier, interrupted call are kept if source and tokenizer are still the same and
     their checksum holds. Raises UserError for input that cannot be used; what is finished by then stays.
@@ -44,7 +44,7 @@ def prepare(config: DataConfig, workers: int | None = None) -> dict[str, Any]:
     if config.name == "sample" and not (path / "en").is_dir():
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = corpus_files(path)
+    files = corpus_files(path, splits)
     train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     target = Path(config.shards_dir)
@@ -78,7 +78,9 @@ def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
             f"(only a tokenizer inside data.path={config.path} is trained when missing)"
         )
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = itertools.chain.from_iterable(read_texts(file.path) for file in corpus_files(Path(config.path))["train"])
+    texts = itertools.chain.from_iterable(
+        read_texts(file.path) for file in corpus_files(Path(config.path), ["train"])["train"]
+    )
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
 
 

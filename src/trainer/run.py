@@ -129,6 +129,7 @@ def _build(
         world,
         seed=config.seed,
         tokens=micro_batch * config.data.seq_len,
+        pretrained=config.model.init_from if checkpoint is None else None,
     )
     meta = {
         "recipe": {"name": config.precision.recipe, "args": config.precision.args},

@@ -68,8 +68,34 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
 
     Raises UserError if there is nothing of the kind, or if it has no end-of-text token and none is named.
     """
+    return ByteTokenizer() if name == "bytes" else FastTokenizer(*_load_fast(name, eot_token))
+
+
+def save_for_transformers(name: str, eot_token: str | None, directory: Path) -> None:
+    """Write the tokenizer ``name`` so that ``AutoTokenizer`` gives the same tokens. Raises as ``load_tokenizer``."""
     if name == "bytes":
-        return ByteTokenizer()
+        tokenizer, eot_token = _bytes_as_bpe(), END_OF_TEXT
+    else:
+        tokenizer, eot_token = _load_fast(name, eot_token)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eot_token, bos_token=eot_token, clean_up_tokenization_spaces=False
+    ).save_pretrained(directory)
+
+
+def _bytes_as_bpe() -> Tokenizer:
+    """``ByteTokenizer`` as a byte-level BPE without merges."""
+    # GPT-2's names for bytes: the printable ones are themselves, the others follow from U+0100 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    names = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _load_fast(name: str, eot_token: str | None) -> tuple[Tokenizer, str]:
     path = Path(name)
     if not path.exists():
         raise UserError(f"data.tokenizer={name}: no such file or directory (scripts/train_tokenizer.py makes one)")
@@ -85,7 +111,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     candidates = [eot_token] if eot_token else [*_configured_end_token(file.parent), *_KNOWN_END_TOKENS]
     for token in candidates:
         if token in known:
-            return FastTokenizer(tokenizer, token)
+            return tokenizer, token
     raise UserError(
         f"data.tokenizer={name} has no end-of-text token {' or '.join(map(repr, candidates))}: "
         "name one of its tokens with data.eot_token"

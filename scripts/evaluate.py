@@ -1,0 +1,41 @@
+"""Loss, perplexity and bits per byte: python scripts/evaluate.py run.dir=runs/a   or   hf=DIRECTORY path=CORPUS
+
+[path=a corpus in C4's layout; a run's own shards if not given] [split=validation] [tokens=0, the first ones; 0 = all]
+[batch=8 sequences at once] [seq_len=1024 and precision=bf16, for hf=]
+"""
+
+from trainer import distributed
+from trainer.cli import run_dir_of, script_main
+from trainer.corpus import SPLITS
+from trainer.errors import UserError
+from trainer.evaluation import evaluate_on, open_pretrained, open_run
+
+
+def main(
+    overrides: list[str],
+    *,
+    hf: str = "",
+    path: str = "",
+    split: str = "validation",
+    tokens: int = 0,
+    batch: int = 8,
+    seq_len: int = 1024,
+    precision: str = "bf16",
+) -> None:
+    if split not in SPLITS:
+        raise UserError(f"split={split}: one of {', '.join(SPLITS)}")
+    for name, value, least in (("tokens", tokens, 0), ("batch", batch, 1), ("seq_len", seq_len, 1)):
+        if value < least:
+            raise UserError(f"{name}={value}: must be at least {least}")
+    if hf and not path:
+        raise UserError("hf=... needs path=...: a corpus in C4's layout")
+    subject = open_pretrained(hf, precision, seq_len) if hf else open_run(run_dir_of(overrides))
+    result = evaluate_on(subject, path or None, split, tokens, batch)
+    print(f"loss           {result.loss:.6f} nats per token, over {result.tokens:,} tokens of {split}")
+    print(f"perplexity     {result.perplexity:.4f}")
+    print(f"bits per byte  {result.bits_per_byte:.6f}")
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)

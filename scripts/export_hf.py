@@ -1,0 +1,23 @@
+"""A run as a `transformers` checkpoint: python scripts/export_hf.py run.dir=runs/a out=hf/ [dtype=float32|bfloat16]
+
+Writes config.json, model.safetensors and the tokenizer of the newest complete checkpoint; AutoModelForCausalLM and
+AutoTokenizer load it offline. The master weights are written: a narrow recipe's rounding is not in the file.
+"""
+
+from pathlib import Path
+
+from trainer.cli import run_dir_of, script_main
+from trainer.errors import UserError
+from trainer.export import export_run
+
+
+def main(overrides: list[str], *, out: str = "", dtype: str = "float32") -> None:
+    run_dir = run_dir_of(overrides)
+    if not out:
+        raise UserError("out=... is missing: the directory to write")
+    step = export_run(run_dir, Path(out), dtype)
+    print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}")
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)

@@ -1,0 +1,195 @@
+"""To and from `transformers` checkpoints: names, layouts and configs, without importing `transformers`.
+
+Llama differs by a prefix. GPT-2 keeps its weights as [in, out] and query, key and value in one matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.gpt import GPTConfig
+from models.llama import LlamaConfig, RopeScaling
+
+_GPT_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
+_GPT_BLOCK = {
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn",
+    "self_attn.k_proj": "attn.c_attn",
+    "self_attn.v_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where one of our parameters lies in a `transformers` state dict."""
+
+    name: str
+    transposed: bool = False
+    third: int | None = None  # of q, k, v side by side
+
+    def cut(self, theirs: Tensor) -> Tensor:
+        """Our parameter out of their tensor (a view)."""
+        if self.third is not None:
+            theirs = theirs.chunk(3, dim=-1)[self.third]
+        return theirs.t() if self.transposed else theirs
+
+
+def piece_of(config: LlamaConfig | GPTConfig, name: str) -> Piece:
+    """Where our parameter ``name`` is found in ``LlamaForCausalLM`` or ``GPT2LMHeadModel``."""
+    if isinstance(config, LlamaConfig):
+        return Piece(name if name.startswith("lm_head.") else f"model.{name}")
+    if name.startswith("lm_head."):
+        return Piece(name)
+    if (match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)) is None:
+        module, _, kind = name.rpartition(".")
+        return Piece(f"transformer.{_GPT_TOP[module]}.{kind}")
+    layer, module, kind = match.groups()
+    theirs = f"transformer.h.{layer}.{_GPT_BLOCK[module]}.{kind}"
+    third = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(module.rpartition(".")[2])
+    return Piece(theirs, transposed=kind == "weight" and "proj" in module, third=third)
+
+
+def to_hf_tensors(config: LlamaConfig | GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict of ours as `transformers` names and lays it out; a tied head is left out."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if config.tie_embeddings and name == "lm_head.weight":
+            continue
+        piece = piece_of(config, name)
+        parts.setdefault(piece.name, []).append((piece.third or 0, tensor.t() if piece.transposed else tensor))
+    result = {}
+    for name, pieces in parts.items():
+        ordered = [tensor for _, tensor in sorted(pieces, key=lambda part: part[0])]
+        result[name] = (torch.cat(ordered, dim=-1) if len(ordered) > 1 else ordered[0]).contiguous()
+    return result
+
+
+def from_hf_tensors(
+    config: LlamaConfig | GPTConfig, names: list[str], theirs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our parameters ``names`` out of a `transformers` state dict. Raises KeyError for one it lacks."""
+    pieces = {name: piece_of(config, name) for name in names}
+    return {name: piece.cut(theirs[piece.name]).contiguous() for name, piece in pieces.items()}
+
+
+def to_hf_config(config: LlamaConfig | GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+    """The ``config.json`` that lets `transformers` build the same model."""
+    common = {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "dtype": "float32",
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+    }
+    if isinstance(config, GPTConfig):
+        return common | {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": config.max_seq_len,
+            "n_embd": config.hidden_size,
+            "n_inner": config.intermediate_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "layer_norm_epsilon": config.norm_eps,
+            "activation_function": "gelu_new",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    return common | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,  # where releases before 5 look
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTConfig:
+    """Our config of the model that a ``config.json`` describes.
+
+    Raises ValueError for an architecture, activation, bias or rotary scaling that is not built here.
+    """
+    kind = theirs.get("model_type")
+    if kind == "gpt2":
+        _require(theirs, "activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh"))
+        _require(theirs, "scale_attn_by_inverse_layer_idx", False, (False,))
+        return GPTConfig(
+            name=name,
+            vocab_size=theirs["vocab_size"],
+            hidden_size=theirs["n_embd"],
+            intermediate_size=theirs.get("n_inner") or 4 * theirs["n_embd"],
+            num_layers=theirs["n_layer"],
+            num_heads=theirs["n_head"],
+            max_seq_len=theirs.get("n_positions", 1024),
+            norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
+            tie_embeddings=theirs.get("tie_word_embeddings", True),
+        )
+    if kind != "llama":
+        raise ValueError(f"model_type {kind!r} is not built here; there are: llama, gpt2")
+    _require(theirs, "hidden_act", "silu", ("silu",))
+    _require(theirs, "attention_bias", False, (False,))
+    _require(theirs, "mlp_bias", False, (False,))
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rotary scaling {rope_type!r} is not built here; there are: default, llama3")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = RopeScaling(
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_seq_len=rope["original_max_position_embeddings"],
+        )
+    heads = theirs["num_attention_heads"]
+    return LlamaConfig(
+        name=name,
+        vocab_size=theirs["vocab_size"],
+        hidden_size=theirs["hidden_size"],
+        intermediate_size=theirs["intermediate_size"],
+        num_layers=theirs["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=theirs.get("num_key_value_heads") or heads,
+        head_dim=theirs.get("head_dim"),
+        max_seq_len=theirs.get("max_position_embeddings", 2048),
+        rope_theta=rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)),
+        rope_scaling=scaling,
+        norm_eps=theirs.get("rms_norm_eps", 1e-6),
+        tie_embeddings=theirs.get("tie_word_embeddings", False),
+    )
+
+
+def _require(theirs: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> None:
+    if (value := theirs.get(key, default)) not in allowed:
+        raise ValueError(f"{key}={value!r} is not built here; it must be {' or '.join(map(repr, allowed))}")
