@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer.checkpoint import Checkpointer
@@ -120,7 +121,6 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     applied: bool  # False: something was not finite and the parameters are as before
-    stop_code: int  # not 0: some rank was asked to stop
 
 
 def train(job: Job) -> Outcome:
@@ -132,7 +132,7 @@ def train(job: Job) -> Outcome:
         return _stopped(job, stop_code)
     while state.step < total:
         started = time.monotonic()
-        result = train_step(job, state.step)
+        result, stop_code = train_step(job, state.step)
         state.step += 1
         state.nonfinite_in_a_row = 0 if result.applied else state.nonfinite_in_a_row + 1
         _log_step(job, result, time.monotonic() - started)
@@ -143,7 +143,6 @@ def train(job: Job) -> Outcome:
                 state.step,
                 f"{state.nonfinite_in_a_row} steps in a row with a non-finite loss or gradient",
             )
-        stop_code = result.stop_code
         if not stop_code and _due(job.eval_config.every, state.step) and state.step < total:
             stop_code = evaluate(job)
         if stop_code:
@@ -160,43 +159,46 @@ def train(job: Job) -> Outcome:
     return Outcome(Status.finished, state.step, f"all {total} steps done")
 
 
-def train_step(job: Job, step: int) -> StepResult:
-    """Forward and backward over the micro-batches of ``step`` (from 0), one update, or none if it is not finite."""
-    state, world = job.state, job.world
-    model, optimizer, plan = state.model, state.optimizer, state.plan
-    device = world.device
+def train_step(job: Job, step: int) -> tuple[StepResult, int]:
+    """Step ``step`` (from 0), and the code of a stop that some rank was asked for (0 = none)."""
+    result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
+    (stop_code,) = job.world.max(job.stop.code)
+    return result, int(stop_code)
 
-    plan.begin_step(step, job.source.first_sample(step))
-    batches = [job.source.batch(step, micro) for micro in range(job.source.num_micro)]
+
+def update_from(
+    state: TrainState, source: DataSource, world: World, config: OptimConfig, step: int, total_steps: int
+) -> StepResult:
+    """Forward and backward over the micro-batches of ``step``, one update, or none if something is not finite."""
+    model, optimizer, plan, device = state.model, state.optimizer, state.plan, world.device
+    plan.begin_step(step, source.first_sample(step))
+    batches = [source.batch(step, micro) for micro in range(source.num_micro)]
     # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
-    total_weight, *_ = world.sum(sum(float(batch.weights.sum()) for batch in batches))
+    (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        last = batch is batches[-1]
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(batch is batches[-1])
         tokens_BT = batch.tokens.to(device, non_blocking=True)
         losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) * batch.weights.to(device, non_blocking=True)
-        loss = losses_BT.sum() / total_weight
-        loss.backward()
+        (losses_BT.sum() / total_weight).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
     plan.end_step()
 
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     (total_loss,) = world.sum(float(loss_sum))
-    (stop_code,) = world.max(job.stop.code)
-    result_loss, grad_norm = total_loss / total_weight, float(norm)
-    lr = learning_rate(job.optim_config, step, job.config.steps)
-    applied = math.isfinite(result_loss) and math.isfinite(grad_norm)
+    loss, grad_norm = total_loss / total_weight, float(norm)
+    lr = learning_rate(config, step, total_steps)
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
-        if job.optim_config.clip_norm > 0:
-            clip_grads_with_norm_(parameters, job.optim_config.clip_norm, norm)
+        if config.clip_norm > 0:
+            clip_grads_with_norm_(parameters, config.clip_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(result_loss, grad_norm, lr, applied, int(stop_code))
+    return StepResult(loss, grad_norm, lr, applied)
 
 
 def evaluate(job: Job) -> int:
