@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels.attention import block_attention
+from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition
+
 
 class Init(NamedTuple):
     """How a parameter starts: normal with this mean and standard deviation (0 = constant)."""
@@ -55,28 +58,19 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return x_BHTD * cos_TD + turned * sin_TD
 
 
-# On a CPU, torch's fused attention spends most of its time in backward; up to this length, matmul and softmax over
-# blocks of queries, which skip the masked half, are about twice as fast (scripts/bench_attention.py).
-_EXPLICIT_MAX_POSITIONS = 1024
-_QUERY_BLOCK = 128
+# Beyond this length the probabilities that block attention keeps outweigh what it saves (scripts/bench_attention.py).
+BLOCK_ATTENTION_MAX_POSITIONS = 1024
 
 
 def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D), causal) v. [B, H, T, D]; H is a multiple of K."""
-    num_positions, head_dim = q_BHTD.shape[-2:]
-    if q_BHTD.device.type != "cpu" or num_positions > _EXPLICIT_MAX_POSITIONS:
-        grouped = q_BHTD.shape[1] != k_BKTD.shape[1]
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped)
-    groups = q_BHTD.shape[1] // k_BKTD.shape[1]
+    batch, heads, num_positions, _ = q_BHTD.shape
+    groups = heads // k_BKTD.shape[1]
+    if q_BHTD.device.type != "cpu" or num_positions > BLOCK_ATTENTION_MAX_POSITIONS:
+        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=groups > 1)
     k_BHTD, v_BHTD = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BKTD, v_BKTD))
-    q_BHTD = q_BHTD * head_dim**-0.5
-    mask_TT = torch.full((num_positions, num_positions), -torch.inf, dtype=q_BHTD.dtype).triu(1)
-    blocks = []
-    for start in range(0, num_positions, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, num_positions)
-        scores = q_BHTD[:, :, start:stop] @ k_BHTD[:, :, :stop].transpose(-1, -2) + mask_TT[start:stop, :stop]
-        blocks.append(scores.softmax(-1) @ v_BHTD[:, :, :stop])
-    return torch.cat(blocks, dim=2)
+    y_NTD = block_attention(q_BHTD.flatten(0, 1), k_BHTD.flatten(0, 1), v_BHTD.flatten(0, 1))
+    return y_NTD.unflatten(0, (batch, heads))
 
 
 class Attention(nn.Module):
@@ -102,5 +96,6 @@ class Attention(nn.Module):
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of every position in nats, float32, [B, T]."""
-    losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
-    return losses.unflatten(0, targets_BT.shape).clone()  # not a view: sharding hooks onto a module's output
+    compute = chunked_cross_entropy if logits_BTV.device.type == "cpu" else cross_entropy_definition
+    losses_N = compute(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    return losses_N.unflatten(0, targets_BT.shape).clone()  # not a view: sharding hooks onto a module's output

