@@ -51,6 +51,12 @@ class GPTConfig:
         for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        if self.arch != "gpt":
+            raise ValueError(f"model.arch={self.arch}: {self.name} is a gpt; choose another model instead")
+        if not self.norm_eps > 0:
+            raise ValueError(f"model.norm_eps={self.norm_eps}: must be positive")
+        if not self.init_std >= 0:
+            raise ValueError(f"model.init_std={self.init_std}: must not be negative")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
 

@@ -61,6 +61,15 @@ class LlamaConfig:
         for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        if self.arch != "llama":
+            raise ValueError(f"model.arch={self.arch}: {self.name} is a llama; choose another model instead")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"model.head_dim={self.head_dim}: must be at least 1, or null")
+        for field in ("rope_theta", "norm_eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"model.{field}={getattr(self, field)}: must be positive")
+        if not self.init_std >= 0:
+            raise ValueError(f"model.init_std={self.init_std}: must not be negative")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}: "

@@ -19,7 +19,10 @@ def main() -> int:
     try:
         arguments = get_args_parser().parse_args()
         if arguments.multirun:
-            _refuse_multirun()
+            raise UserError("--multirun is not supported here: start one run per command, each with its own run.dir")
+        for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+            if getattr(arguments, flag):
+                raise UserError(f"--{flag.replace('_', '-')} is not used here: configs/train.yaml is the entry config")
         config = load_config(arguments.overrides)
         if arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
             _show()
@@ -35,10 +38,6 @@ def main() -> int:
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
 def _show(config: object) -> None:
     """Hydra itself answers --help, --cfg and --info."""
-
-
-def _refuse_multirun() -> None:
-    raise UserError("--multirun is not supported here: start one run per command, each with a run.dir of its own")
 
 
 def _complain(error: UserError) -> int:

@@ -2,6 +2,8 @@
 
 checkpoints/step-00000200.incomplete/   being written, or left by a run that was killed
 checkpoints/step-00000200/              complete: DCP files, meta.json, checksums.json
+checkpoints/step-00000200.deleting/     being pruned
+checkpoints/step-00000200.damaged/      passed over at a start, kept for the user to look at
 """
 
 from __future__ import annotations
@@ -89,15 +91,30 @@ def examine(path: Path) -> Checkpoint:
     return Checkpoint(path, meta)
 
 
-def newest(directory: Path) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over."""
-    for path in sorted(directory.glob("step-*.incomplete")) if directory.is_dir() else []:
+def newest(directory: Path, *, tidy: bool = False) -> Checkpoint | None:
+    """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over.
+
+    With ``tidy``, which only the run that owns the directory may ask for, remains of killed writes and prunings are
+    removed, and damaged checkpoints get another name: they must not count among those that are kept.
+    """
+    if not directory.is_dir():
+        return None
+    for path in sorted(directory.glob("step-*.incomplete")):
         say(f"checkpoint {path} was never finished: passed over")
+        if tidy:
+            shutil.rmtree(path, ignore_errors=True)
+    if tidy:
+        for path in directory.glob("step-*.deleting"):
+            shutil.rmtree(path, ignore_errors=True)
     for path in reversed(list_checkpoints(directory)):
         try:
             return examine(path)
         except ValueError as error:
             say(f"checkpoint {path} is damaged ({error}): passed over")
+            if tidy:
+                aside = path.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
     return None
 
 
@@ -160,8 +177,8 @@ class Checkpointer:
         self._world.on_all(lambda: load_into(checkpoint, state, self._world.checkpoint))
         self.saved_step = state.step
 
-    def save(self, state: TrainState) -> None:
-        """Snapshot the state and write it, in the background if so configured.
+    def save(self, state: TrainState, *, prune: bool = True) -> None:
+        """Snapshot the state and write it, in the background if so configured; then remove what need not be kept.
 
         A write that fails is reported in one line and keeps the checkpoints there are; training goes on.
         """
@@ -183,7 +200,7 @@ class Checkpointer:
             return
         # Copied here, so that the next step may change the state while the thread writes.
         snapshot = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._pending = self._executor.submit(self._write, snapshot, partial, meta)
+        self._pending = self._executor.submit(self._write, snapshot, partial, meta, prune)
         self._pending_step = state.step
         if not self._config.asynchronous:
             self.wait()
@@ -224,12 +241,14 @@ class Checkpointer:
             return f"no checkpoint can be written in {self.directory}: {error.strerror or error}"
         return None
 
-    def _write(self, tensors: dict[str, Tensor], partial: Path, meta: dict[str, Any]) -> None:
+    def _write(self, tensors: dict[str, Tensor], partial: Path, meta: dict[str, Any], prune: bool) -> None:
         # One thread a rank; DCP keeps the ranks together, and returns on rank 0 once all have written.
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._world.checkpoint)
             if self._world.is_main:
                 self._commit(partial, meta)
+                if prune:
+                    self._prune()
         except BaseException:
             if self._world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -240,18 +259,16 @@ class Checkpointer:
         files = sorted(path for path in partial.iterdir() if path.name != _CHECKSUMS)
         write_json(partial / _CHECKSUMS, {path.name: [path.stat().st_size, sha256_of(path)] for path in files})
         sync_directory(partial)
-        final = partial.with_suffix("")
-        if final.exists():  # a damaged one that was passed over at the start
-            shutil.rmtree(final)
-        partial.rename(final)
+        partial.rename(partial.with_suffix(""))
         sync_directory(self.directory)
-        self._prune()
 
     def _prune(self) -> None:
         every = self._config.keep_every
         for path in list_checkpoints(self.directory)[: -self._config.keep_last]:
             if not every or int(path.name[5:]) % every:
-                shutil.rmtree(path, ignore_errors=True)
+                # Renamed first: what bears a checkpoint's name is whole, also if this is killed half-way.
+                going = path.rename(path.with_suffix(".deleting"))
+                shutil.rmtree(going, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:

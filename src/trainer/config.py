@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
@@ -61,6 +62,10 @@ class TrainConfig:
                 except ValueError as error:
                     raise UserError(one_line(error)) from error
 
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, as plain numbers, strings, lists and None."""
+        return dict(_flatten(OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)))
+
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back."""
         return OmegaConf.to_yaml(OmegaConf.structured(self))
@@ -97,7 +102,7 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     chosen = [override.input_line or "" for override in parsed if override.key_or_group in groups()]
     base = _compose(chosen)
     _check_keys(parsed, base)
-    return to_config(_compose([override.input_line or "" for override in parsed if not _is_hydra(override)]))
+    return to_config(_compose([_for_compose(override) for override in parsed if not _is_hydra(override)]))
 
 
 def load_run_config(file: Path) -> TrainConfig:
@@ -110,7 +115,7 @@ def load_run_config(file: Path) -> TrainConfig:
         return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree))
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
-    except (OSError, AssertionError, KeyError, AttributeError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, AssertionError, KeyError, AttributeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
 
 
@@ -129,7 +134,7 @@ def to_config(tree: Any) -> TrainConfig:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value."""
-    before, after = (dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config)))) for config in (old, new))
+    before, after = old.flat(), new.flat()
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -147,6 +152,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def _is_hydra(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
+
+
+def _for_compose(override: Override) -> str:
+    line = override.input_line or ""
+    # The recipe's signature is the schema of its arguments, so the yaml need not name them all.
+    return f"++{line}" if line.startswith("precision.args.") else line
 
 
 def _check_choices(overrides: Sequence[Override]) -> None:
@@ -171,7 +182,9 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         if key in groups() or key.startswith("precision.args."):
             continue
         if _is_hydra(override):
-            if "/" not in key and not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
+            if "/" in key:
+                raise UserError(f"{key}: Hydra's own groups are not used here; drop this override")
+            if not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
                 raise UserError(f"unknown key {key!r}{close(key, hydra_known)}")
         elif key not in known:
             near = close(key, known) or close(key.split(".")[-1], {k.split(".")[-1] for k in known})

@@ -65,6 +65,7 @@ class ShardInfo(TypedDict):
     empty_documents: int
     bytes: int
     sha256: str
+    documents_sha256: str
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,19 @@ class TokenShards:
             if size != shard["tokens"] * self.dtype.itemsize:
                 state = "is missing" if size < 0 else f"has {size} bytes, not {shard['tokens'] * self.dtype.itemsize}"
                 raise UserError(f"{file} {state}: {again}")
+            if not (self.directory / shard["documents_file"]).exists():
+                raise UserError(f"{self.directory / shard['documents_file']} is missing: {again}")
 
     def verify(self) -> None:
         """Compare every shard's checksum. Raises UserError for a damaged one."""
         for shard in (shard for shards in self.splits.values() for shard in shards):
-            file = self.directory / shard["file"]
-            if sha256_of(file) != shard["sha256"]:
-                raise UserError(f"{file} is damaged (checksum differs): run python scripts/prepare_data.py again")
+            checksums = {shard["file"]: shard["sha256"], shard["documents_file"]: shard["documents_sha256"]}
+            for name, checksum in checksums.items():
+                if sha256_of(self.directory / name) != checksum:
+                    raise UserError(
+                        f"{self.directory / name} is damaged (checksum differs): "
+                        "run python scripts/prepare_data.py again"
+                    )
 
 
 class TokenStream:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 T = TypeVar("T")
 LOST_LAUNCHER = 255  # beside the signal numbers
@@ -80,8 +80,8 @@ class World:
         if self.is_main:
             try:
                 box[0] = function()
-            except UserError as error:
-                box[1] = str(error)
+            except (UserError, OSError) as error:
+                box[1] = _message(error)
         dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
             raise UserError(box[1])
@@ -92,8 +92,8 @@ class World:
         result, error = None, None
         try:
             result = function()
-        except UserError as caught:
-            error = str(caught)
+        except (UserError, OSError) as caught:
+            error = _message(caught)
         errors: list[str | None] = [None] * self.size
         dist.all_gather_object(errors, error, group=self.control)
         if (first := next((text for text in errors if text is not None), None)) is not None:
@@ -111,6 +111,12 @@ class World:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         shape = (config.replicate, self.size // config.replicate)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _message(error: UserError | OSError) -> str:
+    if isinstance(error, UserError) or not error.strerror:
+        return one_line(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def start(config: ParallelConfig) -> World:

@@ -12,6 +12,7 @@ from trainer.build import resolve_model, to_transformers
 from trainer.checkpoint import newest, read_tensors
 from trainer.config import load_run_config
 from trainer.errors import UserError
+from trainer.restore import require_tokenizer
 from trainer.rundir import RunDirectory
 from trainer.tokenizer import load_tokenizer, save_for_transformers
 
@@ -34,6 +35,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32") -> int:
     if checkpoint is None:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
+    require_tokenizer(checkpoint, tokenizer)
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}

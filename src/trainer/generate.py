@@ -27,6 +27,8 @@ class SampleConfig:
             raise ValueError(f"sample.tokens={self.tokens}: must not be negative")
         if not self.temperature >= 0:
             raise ValueError(f"sample.temperature={self.temperature}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"sample.seed={self.seed}: must be from 0 to 2^63 - 1")
         if self.top_k < 0:
             raise ValueError(f"sample.top_k={self.top_k}: must not be negative")
 

@@ -145,15 +145,20 @@ def train(job: Job) -> Outcome:
             )
         if not stop_code and _due(job.eval_config.every, state.step) and state.step < total:
             stop_code = evaluate(job)
+        # In the middle of skipped steps the weights may be past saving: such a checkpoint replaces no other.
+        sound = state.nonfinite_in_a_row == 0
         if stop_code:
-            job.checkpointer.save(state)
+            job.checkpointer.save(state, prune=sound)
             return _stopped(job, stop_code)
-        if _due(job.checkpoint_every, state.step) or state.step == total:
-            job.checkpointer.save(state)
+        if state.step == total or (sound and _due(job.checkpoint_every, state.step)):
+            job.checkpointer.save(state, prune=sound)
 
     if stop_code := evaluate(job):
         return _stopped(job, stop_code)
     job.checkpointer.wait()
+    if state.nonfinite_in_a_row:
+        reason = f"the run ends with {state.nonfinite_in_a_row} skipped steps: non-finite loss or gradient"
+        return Outcome(Status.diverged, state.step, reason)
     if job.checkpointer.saved_step != state.step:
         return Outcome(Status.failed, state.step, job.checkpointer.last_error or "the last checkpoint was not written")
     return Outcome(Status.finished, state.step, f"all {total} steps done")

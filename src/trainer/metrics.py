@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class MetricsFile:
     def flush(self) -> bool:
         """Write what is waiting; False if it still waits."""
         try:
+            if self._pending and self._path.stat().st_size != self._length:
+                self._file.truncate(self._length)  # what an earlier failure left torn
             while self._pending:
                 line = self._pending[0]
                 written = self._file.write(line)
@@ -75,7 +78,8 @@ class MetricsFile:
                 self._length += len(line)
                 self._pending.pop(0)
         except OSError as error:
-            os.truncate(self._path, self._length)  # no torn line in the middle
+            with suppress(OSError):
+                self._file.truncate(self._length)  # no torn line in the middle
             if not self._warned:
                 say(f"warning: {self._path} cannot be written ({error.strerror}); rows are kept and tried again")
             self._warned = True

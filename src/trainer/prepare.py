@@ -105,7 +105,7 @@ def _standing(file: CorpusFile, tokenizer: TextTokenizer, target: Path) -> Shard
             info["source_identity"] == file.identity()
             and info["tokenizer"] == tokenizer.fingerprint
             and info["sha256"] == sha256_of(target / info["file"])
-            and (target / info["documents_file"]).stat().st_size > 0
+            and info["documents_sha256"] == sha256_of(target / info["documents_file"])
         )
     except (OSError, ValueError, KeyError):
         return None
@@ -200,6 +200,7 @@ def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes
         "empty_documents": empty,
         "bytes": size,
         "sha256": digest.hexdigest(),
+        "documents_sha256": sha256_of(documents),
     }
     write_json(target / f"{name}.json", info)
     return info

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer import distributed
 from trainer.build import build_state, resolve_model
-from trainer.checkpoint import load_into, newest
+from trainer.checkpoint import Checkpoint, load_into, newest
 from trainer.config import TrainConfig, load_run_config
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -27,6 +27,15 @@ class Run:
     context: int  # the longest prefix it was trained on
 
 
+def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:
+    """Raises UserError if the run was trained with another tokenizer: its tokens would be other words."""
+    if checkpoint.meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoint.path} was trained with the tokenizer of fingerprint {checkpoint.meta['tokenizer']}; "
+            f"data.tokenizer holds {tokenizer.fingerprint} now"
+        )
+
+
 def restore_run(run_dir: Path) -> Run:
     """Open ``run_dir``. Raises UserError if it is no run directory or holds no usable checkpoint."""
     directory = RunDirectory(run_dir)
@@ -35,6 +44,7 @@ def restore_run(run_dir: Path) -> Run:
     checkpoint = newest(directory.checkpoints)
     if checkpoint is None:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
+    require_tokenizer(checkpoint, tokenizer)
     config.parallel.replicate = 1
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)

@@ -36,7 +36,7 @@ def run(config: TrainConfig) -> ExitCode:
     directory = RunDirectory(Path(config.run.dir))
     try:
         with StopRequest() as stop:
-            directory.lock(world)
+            directory.lock(world, stop)
             try:
                 return _run(config, world, directory, stop)
             finally:
@@ -57,17 +57,17 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
             "prepare the same data again, or choose another run.dir"
         )
     job = _build(config, world, directory, data, checkpoint, stop)
-    outcome = None
     try:
         outcome = train(job)
         _finish(config, job, directory, data, outcome)
         return outcome.status.exit_code
     except (Exception, KeyboardInterrupt) as error:
         # An error of one rank ends the others through a broken connection; each says what it saw.
-        if world.is_main and outcome is None:
+        if world.is_main:
             directory.write_done(Status.failed.value, job.state.step, f"{type(error).__name__}: {one_line(error)}")
         raise
     finally:
+        job.checkpointer.close()  # the lock is given back only when nothing is being written any more
         if job.console is not None:
             job.console.close()
         if job.metrics is not None:
@@ -84,7 +84,7 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         return None
     if directory.config.exists() and directory.has_run():
         changed = differences(load_run_config(directory.config), config)
-        fixed = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in _FIXED)]
+        fixed = [key for key in changed if _is_fixed(key)]
         if fixed:
             old, new = changed[fixed[0]]
             raise UserError(
@@ -94,18 +94,33 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
         if shown:
             say(f"going on with another config: {', '.join(shown)}")
-    checkpoint = newest(directory.checkpoints)
+    checkpoint = newest(directory.checkpoints, tidy=True)
     if checkpoint is None:
         if config.run.resume is Resume.must:
             raise UserError(f"run.resume=must: {directory.checkpoints} holds no usable checkpoint")
         if directory.has_run():
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
+    for key, value in _identity(config).items():
+        if (there := checkpoint.meta["identity"].get(key, value)) != value:
+            raise UserError(
+                f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: choose another run.dir, "
+                "or run.resume=never to move it aside"
+            )
     finished = directory.finished_step()
     if finished is not None and checkpoint.meta["step"] >= config.train.steps:
         say(f"{directory.path} is finished: step {finished}. Nothing to do; raise train.steps to go on")
         return "finished"
     return checkpoint
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in _FIXED)
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says about the run it is of, beside the shapes of its tensors."""
+    return {key: value for key, value in config.flat().items() if _is_fixed(key)}
 
 
 def _build(
@@ -133,7 +148,9 @@ def _build(
     )
     meta = {
         "recipe": {"name": config.precision.recipe, "args": config.precision.args},
+        "identity": _identity(config),
         "data": data.shards.fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
         "world_size": world.size,
         "micro_batch_size": micro_batch,
     }
@@ -190,7 +207,6 @@ def _flat_values(config: TrainConfig) -> dict[str, Any]:
 def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, outcome: Outcome) -> None:
     """The last lines on the console, the sample, the picture; ``done.json`` comes last."""
     job.checkpointer.wait()
-    job.checkpointer.close()
     text = None
     if outcome.status is Status.finished and config.sample.tokens:
         limit = job.state.model.config.position_limit or config.data.seq_len

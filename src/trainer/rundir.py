@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -21,21 +22,11 @@ import psutil
 import torch
 
 from trainer.checkpoint import list_checkpoints
-from trainer.distributed import World, launcher_pid, say
+from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
 from trainer.files import write_json, write_text
 
-_WAIT_FOR_ORPHANS_SECONDS = 120.0
-_CONTENTS = (
-    "config.yaml",
-    "plan.txt",
-    "env.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "done.json",
-    "loss.png",
-    "sample.txt",
-)
+_SAY_AGAIN_SECONDS = 60.0
 
 
 class Resume(Enum):
@@ -69,10 +60,11 @@ class RunDirectory:
         self.done = path / "done.json"
         self._lock: IO[str] | None = None
 
-    def lock(self, world: World) -> None:
+    def lock(self, world: World, stop: StopRequest) -> None:
         """Take the directory for this run; every rank holds a share, so it is free once the last one has ended.
 
-        Waits for workers that lost their launcher to end. Raises UserError if another run is alive in it.
+        Waits, however long, for workers that lost their launcher to end. Raises UserError if another run is alive in
+        it, or if this one is asked to stop while it waits.
         """
 
         def exclusively() -> None:
@@ -81,7 +73,7 @@ class RunDirectory:
                 self._lock = (self.path / ".lock").open("a+")
             except OSError as error:
                 raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
-            self._wait_for_lock(self._lock)
+            self._wait_for_lock(self._lock, stop)
             self._lock.seek(0)
             self._lock.truncate()
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launcher": launcher_pid()}, self._lock)
@@ -94,23 +86,24 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         world.sum(0.0)  # nobody goes on before everybody holds a share
 
-    def _wait_for_lock(self, file: IO[str]) -> None:
-        deadline = time.monotonic() + _WAIT_FOR_ORPHANS_SECONDS
-        told = False
+    def _wait_for_lock(self, file: IO[str], stop: StopRequest) -> None:
+        told = -_SAY_AGAIN_SECONDS
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError:
                 holder = self._holder()
-            if holder is None or holder["alive"] or time.monotonic() > deadline:
+            if holder is None or holder["alive"]:
                 who = "another run" if holder is None else f"process {holder['pid']} on {holder['host']}"
                 raise UserError(
                     f"run.dir={self.path} is in use by {who}: wait for it to end, or choose another run.dir"
                 )
-            if not told:
-                say(f"waiting for the workers of a killed run to leave {self.path}")
-                told = True
+            if stop.code:
+                raise UserError(f"stopped by {stop.describe(stop.code)} while waiting for {self.path}")
+            if time.monotonic() - told >= _SAY_AGAIN_SECONDS:
+                say(f"waiting for process {holder['pid']}, of a run whose launcher was killed, to leave {self.path}")
+                told = time.monotonic()
             time.sleep(0.2)
 
     def _holder(self) -> dict[str, Any] | None:
@@ -127,7 +120,8 @@ class RunDirectory:
 
     def unlock(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            with suppress(OSError):  # a full disk keeps what was written last
+                self._lock.close()
             self._lock = None
 
     def has_run(self) -> bool:
@@ -140,9 +134,11 @@ class RunDirectory:
         while (target := self.path / f"earlier-{number}").exists():
             number += 1
         target.mkdir()
-        for name in _CONTENTS:
-            if (self.path / name).exists():
-                shutil.move(self.path / name, target / name)
+        # Checkpoints first and the config last: killed in between, the rest is still known as the old run's.
+        rank = {"checkpoints": 0, "config.yaml": 2}
+        for path in sorted(self.path.iterdir(), key=lambda path: rank.get(path.name, 1)):
+            if path.name != ".lock" and not path.name.startswith("earlier-"):
+                shutil.move(path, target / path.name)
         say(f"run.resume=never: what {self.path} held is now in {target}")
 
     def finished_step(self) -> int | None:

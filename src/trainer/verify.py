@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -43,11 +44,13 @@ def run_killed(overrides: Sequence[str], processes: int, step: int, target: str)
     hangs before that step.
     """
     run_dir = Path(next(text for text in overrides if text.startswith("run.dir=")).removeprefix("run.dir="))
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.read_bytes().rfind(b"\n") + 1 if metrics.exists() else 0  # what an earlier attempt wrote
     process = subprocess.Popen(
         command(overrides, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + _START_SECONDS
-    while max(read_metrics(run_dir / "metrics.jsonl", "train"), default=0) < step:
+    while _newest_step(metrics, before) < step:
         if process.poll() is not None:
             raise UserError(f"the run ended with exit code {process.returncode} before step {step}")
         if time.monotonic() > deadline:
@@ -63,6 +66,17 @@ def run_killed(overrides: Sequence[str], processes: int, step: int, target: str)
         except psutil.NoSuchProcess:
             continue
     process.wait()
+
+
+def _newest_step(metrics: Path, start: int) -> int:
+    """The highest train step in ``metrics`` after byte ``start``, 0 if there is none."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
 
 def compare_runs(first: Path, second: Path) -> list[str]:

@@ -135,6 +135,29 @@ def test_a_half_written_one_is_named_and_passed_over(two: Path, capsys: pytest.C
     assert "step-00000002.incomplete was never finished" in capsys.readouterr().out
 
 
+def test_a_start_tidies_what_kills_left(two: Path) -> None:
+    (two / "step-00000007.incomplete").mkdir()
+    (two / "step-00000001").rename(two / "step-00000001.deleting")
+    flip(two / "step-00000002" / "__0_0.distcp")
+    assert newest(two) is None
+    assert len(list(two.iterdir())) == 3  # looking changes nothing
+    assert newest(two, tidy=True) is None
+    assert [path.name for path in two.iterdir()] == ["step-00000002.damaged"]
+
+
+def test_damaged_ones_do_not_count_among_those_kept(two: Path, tiny: Tiny, world: World) -> None:
+    for step in (1, 2):
+        (two / f"step-{step:08}").rename(two / f"step-{step + 500:08}")
+        flip(two / f"step-{step + 500:08}" / "__0_0.distcp")
+    assert newest(two, tidy=True) is None
+    state = make_state(tiny(), world)
+    checkpointer = saver(two, world, keep_last=2)
+    for state.step in (1, 2, 3):
+        checkpointer.save(state)
+    checkpointer.wait()
+    assert [path.name for path in list_checkpoints(two)] == ["step-00000002", "step-00000003"]
+
+
 def test_none_is_left(two: Path, tmp_path: Path) -> None:
     for path in list_checkpoints(two):
         (path / "checksums.json").write_text("{}")
@@ -146,7 +169,7 @@ def test_none_is_left(two: Path, tmp_path: Path) -> None:
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(two: Path, tiny: Tiny, world: World) -> None:
     flip(two / "step-00000002" / "__0_0.distcp")
     state = make_state(tiny(), world)
-    found = newest(two)
+    found = newest(two, tidy=True)
     assert found is not None
     checkpointer = saver(two, world)
     checkpointer.restore(state, found)

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from conftest import launch
 
+from trainer.__main__ import main
 from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config
-from trainer.errors import UserError
+from trainer.errors import ExitCode, UserError
 
 CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]
 
@@ -86,6 +87,14 @@ def complaint(*overrides: str) -> str:
         ("model.num_heads=7", "model.num_heads=7 does not divide model.hidden_size=256"),
         ("precision.recipe=bf61", "no recipe named 'bf61' (did you mean 'bf16'"),
         ("+precision.args.margin=1", "recipe 'bf16' has no argument 'margin'"),
+        ("precision.args.margin=1", "recipe 'bf16' has no argument 'margin'"),
+        ("model.init_std=-1", "model.init_std=-1.0"),
+        ("model.head_dim=-2", "model.head_dim=-2"),
+        ("model.rope_theta=0", "model.rope_theta=0.0"),
+        ("model.norm_eps=0", "model.norm_eps=0.0"),
+        ("model.arch=gpt", "model.arch=gpt: llama_tiny is a llama"),
+        ("sample.seed=99999999999999999999999", "sample.seed="),
+        ("hydra/launcher=bogus", "hydra/launcher: Hydra's own groups are not used here"),
         ("seed=-1", "seed=-1"),
         ("run.dir=''", "run.dir is empty"),
     ],
@@ -133,7 +142,7 @@ def test_help_and_cfg_show_and_run_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_multirun_is_refused() -> None:
-    result = launch(["--multirun", "seed=0,1"])
-    assert result.returncode == 2
-    assert "--multirun" in result.stderr
+@pytest.mark.parametrize("flags", [["--multirun", "seed=0,1"], ["--config-name=mine"]])
+def test_flags_that_are_not_used_are_refused(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer", *flags])
+    assert main() == ExitCode.BAD_INPUT

@@ -175,6 +175,13 @@ def test_shards_that_are_damaged(own: Callable[..., TrainConfig]) -> None:
     assert f"has {len(good) - 2} bytes, not {len(good)}" in refused(config)
     shard.write_bytes(b"\0\0" + good[2:])
     assert "is damaged" in refused(config)
+    shard.write_bytes(good)
+    documents = directory / "train.00000-of-00001.docs.npy"
+    table = documents.read_bytes()
+    documents.write_bytes(table[:-1] + b"\1")
+    assert "docs.npy is damaged" in refused(config)
+    documents.unlink()
+    assert "docs.npy is missing" in refused(config)
     shard.unlink()
     assert "is missing" in refused(config)
     (directory / "manifest.json").write_text("{")

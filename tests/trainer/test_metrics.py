@@ -58,10 +58,13 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Capture
         def write(self, data: bytes) -> int:
             return real.write(data[:5])  # what a nearly full disk does: part of the line
 
+        def truncate(self, size: int) -> int:
+            raise OSError(30, "Read-only file system")
+
     file._file = Full()  # type: ignore[assignment]
     file.write(row(2))
     file.write(row(3))
-    assert lines(tmp_path / "m") == [row(1)]
+    assert (tmp_path / "m").read_bytes().count(b"\n") == 1  # two torn tails, which could not be cut off
     file._file = real
     file.write(row(4))
     assert lines(tmp_path / "m") == [row(step) for step in (1, 2, 3, 4)]

@@ -195,7 +195,10 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: Tiny) -> None:
     root = Path(config.run.dir)
     for file in ("config.yaml", "metrics.jsonl", "done.json"):
         (root / file).unlink()
-    assert "is of another model or recipe" in refusal(tiny("model.hidden_size=64"))
+    assert "is of a run with model.hidden_size=32, not 64" in refusal(tiny("model.hidden_size=64"))
+    # What no tensor's shape shows is known too.
+    assert "is of a run with model.rope_theta=10000.0, not 5000.0" in refusal(tiny("model.rope_theta=5000"))
+    assert "is of a run with seed=0, not 1" in refusal(tiny("seed=1"))
 
 
 def test_other_tokens_than_the_checkpoints_are_refused(tiny: Tiny) -> None:
@@ -206,6 +209,20 @@ def test_other_tokens_than_the_checkpoints_are_refused(tiny: Tiny) -> None:
     meta.write_text(json.dumps(text | {"data": "0" * 16}))
     (meta.parent / "checksums.json").write_text("{}")
     assert "was trained on other tokens" in refusal(tiny("train.steps=9"))
+
+
+def test_another_tokenizer_than_the_runs_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    from trainer.export import export_run
+    from trainer.restore import restore_run
+
+    config = tiny()
+    train_here(config)
+    for meta in (Path(config.run.dir) / "checkpoints").glob("*/meta.json"):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "another"}))
+        (meta.parent / "checksums.json").write_text("{}")
+    for use in (lambda: restore_run(Path(config.run.dir)), lambda: export_run(Path(config.run.dir), tmp_path / "hf")):
+        with pytest.raises(UserError, match="was trained with the tokenizer of fingerprint another"):
+            use()
 
 
 def test_changes_that_are_allowed_are_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +278,22 @@ def test_too_many_in_a_row_end_the_run_as_diverged(
     tensors = read_tensors(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     assert "diverged at step 7" in capsys.readouterr().out
+
+
+def test_skipped_steps_replace_no_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("train.max_nonfinite_in_a_row=6", "train.steps=20", "checkpoint.every=1")
+    poison(monkeypatch, set(range(4, 99)))
+    assert train_here(config) is ExitCode.DIVERGED
+    kept = [path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints")]
+    assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_a_run_that_ends_in_skipped_steps_has_not_finished(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    poison(monkeypatch, {4, 5})
+    assert train_here(config) is ExitCode.DIVERGED
+    assert done(config)["status"] == "diverged"
+    assert "ends with 2 skipped steps" in done(config)["reason"]
 
 
 def test_an_error_in_the_middle_is_recorded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
