@@ -27,6 +27,7 @@ from trainer.errors import UserError
 from trainer.files import sha256_of, write_json
 from trainer.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
+_WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 # Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
@@ -55,7 +56,7 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     todo = [file for file in everything if file not in infos]
     if infos and todo:
         print(f"{len(infos)} of {len(everything)} shards stand already in {target}")
-    infos |= _tokenize_all(todo, config, target, workers or os.cpu_count() or 1)
+    infos |= _tokenize_all(todo, config, target, workers)
 
     manifest = {
         "version": MANIFEST_VERSION,
@@ -113,12 +114,14 @@ def _standing(file: CorpusFile, tokenizer: TextTokenizer, target: Path) -> Shard
 
 
 def _tokenize_all(
-    files: Sequence[CorpusFile], config: DataConfig, target: Path, cpus: int
+    files: Sequence[CorpusFile], config: DataConfig, target: Path, workers: int | None
 ) -> dict[CorpusFile, ShardInfo]:
+    """``workers`` processes; None takes one for each core, or none but this one where they would not pay."""
     if not files:
         return {}
-    processes = min(len(files), cpus)
+    cpus = os.cpu_count() or 1
     total = sum(file.path.stat().st_size for file in files)
+    processes = min(len(files), workers or (1 if total < _WORTH_PROCESSES_BYTES else cpus))
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if sys.stderr.isatty() else 10
     )
