@@ -203,7 +203,7 @@ def build_state(
     else:
         world.on_all(lambda: _start_from(model, pretrained))
     optimizer = build_optimizer(optim, model, recipe.update)
-    return TrainState(model, optimizer, plan)
+    return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
 
 
 def _start_from(model: Model, pretrained: str) -> None:
@@ -241,6 +241,8 @@ def validation_source(
 def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, parallel: ParallelConfig, world: World) -> int:
     """``wanted``, or for "auto" the largest that divides a process's share of the batch and fits in half its memory.
 
+    One process takes at most half of the batch, as two would.
+
     Raises UserError if the batch cannot be dealt out evenly.
     """
     share, rest = divmod(data.global_batch_size, world.size)
@@ -258,6 +260,10 @@ def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, paralle
                 f"(data.global_batch_size / {world.size} processes): one of {', '.join(map(str, divisors))}"
             )
         return int(wanted)
+    if world.size == 1:
+        # Never the whole batch in one piece: what two processes compute in halves, one process does too, and both sum
+        # the same numbers. In float32 they then agree bit for bit, where a chaotic step would blow up a last bit.
+        divisors = [size for size in divisors if size <= max(1, share // 2)]
     need = data.seq_len * _activation_bytes_per_token(config, parallel, data.seq_len)
     budget = _memory_of_process(world) / 2
     return max([size for size in divisors if size * need <= budget], default=1)

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer.checkpoint import Checkpointer
 from trainer.data import DataSource, OrderedSource
@@ -22,7 +20,7 @@ from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate
-from trainer.state import TrainState, evaluating
+from trainer.state import TrainState, evaluating, local
 
 
 @dataclass(kw_only=True)
@@ -190,15 +188,16 @@ def update_from(
     plan.end_step()
 
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    (total_loss,) = world.sum(float(loss_sum))
-    loss, grad_norm = total_loss / total_weight, float(norm)
+    gradients = [local(parameter.grad) for parameter in parameters]
+    # In float64, so that neither sum depends on how the tensors are sharded.
+    squares = sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
+    total_loss, total_squares = world.sum(float(loss_sum), squares)
+    loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     lr = learning_rate(config, step, total_steps)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
         if config.clip_norm > 0:
-            clip_grads_with_norm_(parameters, config.clip_norm, norm)
+            torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -25,6 +25,7 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     plan: Plan
+    num_replicas: int = 1  # copies of every shard (HSDP)
     step: int = 0  # steps done
     nonfinite_in_a_row: int = 0
     _counters: dict[str, Tensor] = field(default_factory=dict, repr=False)

@@ -400,11 +400,11 @@ def test_the_micro_batch_follows_memory_and_never_the_mood(tiny: Tiny, monkeypat
     config = tiny()
     train_here(config)
     checkpoints = list_checkpoints(Path(config.run.dir) / "checkpoints")
-    assert json.loads((checkpoints[-1] / "meta.json").read_text())["micro_batch_size"] == 8
+    assert json.loads((checkpoints[-1] / "meta.json").read_text())["micro_batch_size"] == 4
     monkeypatch.setattr(build, "_memory_of_process", lambda world: 0.0)
     train_here(tiny("train.steps=8"))  # less memory now: the order of sums stays as it was
     meta = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1] / "meta.json"
-    assert json.loads(meta.read_text())["micro_batch_size"] == 8
+    assert json.loads(meta.read_text())["micro_batch_size"] == 4
     train_here(tiny("run.resume=never"))
     meta = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1] / "meta.json"
     assert json.loads(meta.read_text())["micro_batch_size"] == 1
