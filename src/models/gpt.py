@@ -80,18 +80,21 @@ class GPTBlock(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GeluMLP(config)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
         if self.recompute and self.training:
-            return checkpoint(self._forward, x_BTC, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTC)
+            return checkpoint(self._forward, x_BTC, positions_BT, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTC, positions_BT)
 
-    def _forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), None)
+    def _forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), None, positions_BT)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
 class GPT(nn.Module):
-    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32."""
+    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32.
+
+    With ``positions_BT``, every token's place in its document, documents of a row neither see nor follow one another.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -113,10 +116,12 @@ class GPT(nn.Module):
         """How the parameter ``name`` starts."""
         return init_of(name, std=self.config.init_std, num_layers=self.config.num_layers)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTC = self.embed_tokens(tokens_BT) + self.embed_positions(positions_T)
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) if positions_BT is None else positions_BT
+        x_BTC = self.embed_tokens(tokens_BT) + self.embed_positions(places)
         for layer in self.layers:
-            x_BTC = layer(x_BTC)
+            x_BTC = layer(x_BTC, positions_BT)
         logits_BTV = self.lm_head(self.norm(x_BTC))
         return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)

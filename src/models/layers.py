@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels.attention import block_attention
-from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition
+from models.kernels import attention, cross_entropy, pointwise
+from models.kernels.attention import Rope
 
 
 class Init(NamedTuple):
@@ -51,26 +51,54 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tenso
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2): the half-split layout of `transformers`, so weights need no permutation."""
-    half = x_BHTD.shape[-1] // 2
-    turned = torch.cat((-x_BHTD[..., half:], x_BHTD[..., :half]), dim=-1)
-    return x_BHTD * cos_TD + turned * sin_TD
-
-
 # Beyond this length the probabilities that block attention keeps outweigh what it saves (scripts/bench_attention.py).
 BLOCK_ATTENTION_MAX_POSITIONS = 1024
 
 
-def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D), causal) v. [B, H, T, D]; H is a multiple of K."""
-    batch, heads, num_positions, _ = q_BHTD.shape
-    groups = heads // k_BKTD.shape[1]
-    if q_BHTD.device.type != "cpu" or num_positions > BLOCK_ATTENTION_MAX_POSITIONS:
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=groups > 1)
+def causal_attention(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, rope: Rope | None = None, positions_BT: Tensor | None = None
+) -> Tensor:
+    """softmax(rotate(q) rotate(k)^T / sqrt(D), causal) v, [B, T, H, D]; H is a multiple of K.
+
+    ``positions_BT``: the place of every token in its document; a token then sees its own document only.
+    """
+    if attention.native_serves(q_BTHD):
+        return attention.native_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT)
+    if rope is not None:
+        q_BTHD, k_BTKD = (attention.rotate(x, rope, positions_BT) for x in (q_BTHD, k_BTKD))
+    batch, num_positions, heads, _ = q_BTHD.shape
+    groups = heads // k_BTKD.shape[2]
+    starts_BT = None if positions_BT is None else attention.starts_of(positions_BT)
+    q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    if q_BTHD.device.type != "cpu" or num_positions > BLOCK_ATTENTION_MAX_POSITIONS:
+        mask = None if starts_BT is None else attention.visible_keys(num_positions, starts_BT, q_BTHD.device)[:, None]
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        )
+        return y_BHTD.transpose(1, 2)
     k_BHTD, v_BHTD = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BKTD, v_BKTD))
-    y_NTD = block_attention(q_BHTD.flatten(0, 1), k_BHTD.flatten(0, 1), v_BHTD.flatten(0, 1))
-    return y_NTD.unflatten(0, (batch, heads))
+    starts_NT = None if starts_BT is None else starts_BT.repeat_interleave(heads, dim=0)
+    y_NTD = attention.block_attention(*(x.flatten(0, 1) for x in (q_BHTD, k_BHTD, v_BHTD)), starts_NT)
+    return y_NTD.unflatten(0, (batch, heads)).transpose(1, 2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    compute = pointwise.native_swiglu if pointwise.native_serves(gate, up) else pointwise.swiglu_definition
+    return compute(gate, up)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        native = pointwise.native_serves(x, self.weight)
+        return (pointwise.native_rms_norm if native else pointwise.rms_norm_definition)(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -84,18 +112,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        q_BHTD = self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k_BKTD = self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        v_BKTD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if rope is not None:
-            q_BHTD, k_BKTD = rotate(q_BHTD, *rope), rotate(k_BKTD, *rope)
-        y_BHTD = causal_attention(q_BHTD, k_BKTD, v_BKTD)
-        return self.o_proj(y_BHTD.transpose(1, 2).flatten(-2))
+    def forward(self, x_BTC: Tensor, rope: Rope | None, positions_BT: Tensor | None) -> Tensor:
+        q_BTHD = self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
+        k_BTKD = self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
+        v_BTKD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(causal_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT).flatten(-2))
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of every position in nats, float32, [B, T]."""
-    compute = chunked_cross_entropy if logits_BTV.device.type == "cpu" else cross_entropy_definition
+    compute = cross_entropy.cross_entropy_definition
+    if logits_BTV.device.type == "cpu":
+        native = cross_entropy.native_serves(logits_BTV)
+        compute = cross_entropy.native_cross_entropy if native else cross_entropy.chunked_cross_entropy
     losses_N = compute(logits_BTV.flatten(0, 1), targets_BT.flatten())
     return losses_N.unflatten(0, targets_BT.shape).clone()  # not a view: sharding hooks onto a module's output

@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Attention, Init, init_of, rope_frequencies, token_losses
+from models.kernels.attention import Rope
+from models.layers import Attention, Init, RMSNorm, init_of, rope_frequencies, swiglu, token_losses
 
 
 @dataclass(kw_only=True)
@@ -81,8 +81,8 @@ class LlamaConfig:
             raise ValueError(f"model.head_dim={self.head_size}: rotary positions need an even head size")
 
 
-def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, float32, [T, D]. Made on the fly: a buffer would be state to reset."""
+def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) -> Rope:
+    """The angles of every position. Made on the fly: a buffer would be state to reset."""
     inv_freq = rope_frequencies(config.head_size, config.rope_theta, device)
     if (scaling := config.rope_scaling) is not None:
         wavelength = 2 * math.pi / inv_freq
@@ -92,8 +92,7 @@ def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) ->
         smooth = ((low / wavelength - 1) / (low / high - 1)).clamp(0.0, 1.0)
         inv_freq = inv_freq * (smooth + (1 - smooth) / scaling.factor)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), inv_freq)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return Rope(angles.cos(), angles.sin())
 
 
 class SwiGLU(nn.Module):
@@ -106,32 +105,35 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        return self.down_proj(swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
 
 
 class LlamaBlock(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.recompute = False  # activation checkpointing
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = Attention(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size, bias=False
         )
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None) -> Tensor:
         if self.recompute and self.training:
-            return checkpoint(self._forward, x_BTC, cos_TD, sin_TD, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTC, cos_TD, sin_TD)
+            return checkpoint(self._forward, x_BTC, rope, positions_BT, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTC, rope, positions_BT)
 
-    def _forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), (cos_TD, sin_TD))
+    def _forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, positions_BT)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
 class Llama(nn.Module):
-    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32."""
+    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32.
+
+    With ``positions_BT``, every token's place in its document, documents of a row neither see nor follow one another.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -139,7 +141,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -152,11 +154,12 @@ class Llama(nn.Module):
         """How the parameter ``name`` starts."""
         return init_of(name, std=self.config.init_std, num_layers=self.config.num_layers)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
         x_BTC = self.embed_tokens(tokens_BT)
-        cos_TD, sin_TD = rope_table(self.config, tokens_BT.shape[1], x_BTC.device)
-        cos_TD, sin_TD = cos_TD.to(x_BTC.dtype), sin_TD.to(x_BTC.dtype)
+        rope = rope_table(self.config, tokens_BT.shape[1], x_BTC.device)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, cos_TD, sin_TD)
+            x_BTC = layer(x_BTC, rope, positions_BT)
         logits_BTV = self.lm_head(self.norm(x_BTC))
         return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)

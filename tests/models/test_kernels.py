@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.attention import QUERY_BLOCK, attention_definition, block_attention
-from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition
+from models.kernels import native, pointwise
+from models.kernels.attention import (
+    QUERY_BLOCK,
+    Rope,
+    attention_definition,
+    block_attention,
+    native_attention,
+    rotate,
+    starts_of,
+)
+from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition, native_cross_entropy
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
+needs_avx512_bf16 = pytest.mark.skipif(not native.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor, *more: Any) -> list[Tensor]:
@@ -36,6 +49,160 @@ def test_attention_in_float64(num_positions: int, head_dim: int) -> None:
         torch.testing.assert_close(ours, exact)
 
 
+def documents(batch: int, num_positions: int, seed: int = 0) -> Tensor:
+    """Positions in documents of random lengths, [B, T]; the first row is one document."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand(batch, num_positions, generator=generator) < 0.05
+    first[0] = False
+    places = torch.arange(num_positions).expand(batch, -1)
+    return places - torch.where(first, places, 0).cummax(-1).values
+
+
+@pytest.mark.parametrize("num_positions", [1, 5, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 77])
+def test_attention_within_documents_in_float64(num_positions: int) -> None:
+    generator = torch.Generator().manual_seed(num_positions)
+    q, k, v, dy = torch.randn(4, 3, num_positions, 8, dtype=torch.float64, generator=generator).unbind()
+    starts = starts_of(documents(3, num_positions))
+    for ours, exact in zip(
+        with_gradients(block_attention, [q, k, v], dy, starts),
+        with_gradients(attention_definition, [q, k, v], dy, starts),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact)
+
+
+def attention_of_heads(
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, positions: Tensor | None, exact: bool = False
+) -> Tensor:
+    """The definition over [B, T, H, D] with rotation and groups; rotation rounds to BF16 unless ``exact``."""
+    if rope is not None:
+        q, k = rotate(q, rope, positions), rotate(k, rope, positions)
+    groups, heads = q.shape[2] // k.shape[2], q.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    starts = None if positions is None else starts_of(positions).repeat_interleave(heads, dim=0)
+    y = attention_definition(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), starts)
+    return y.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+@needs_avx512_bf16
+@pytest.mark.parametrize("head_dim", [2, 16, 24, 32, 64, 80, 128])
+@pytest.mark.parametrize(("num_positions", "masked"), [(1, False), (31, True), (32, False), (75, True), (300, True)])
+def test_native_attention_is_as_near_float64_as_its_definition(head_dim: int, num_positions: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(head_dim * num_positions)
+    q, dy = torch.randn(2, 2, num_positions, 4, head_dim, generator=generator).bfloat16().unbind()
+    k, v = torch.randn(2, 2, num_positions, 2, head_dim, generator=generator).bfloat16().unbind()
+    angles = torch.outer(torch.arange(float(num_positions)), 100 ** -torch.linspace(0, 1, head_dim // 2))
+    rope = Rope(angles.cos(), angles.sin())
+    positions = documents(2, num_positions) if masked else None
+    ours = with_gradients(native_attention, [q, k, v], dy, rope, positions)
+    wide = [x.double() for x in (q, k, v)]
+    exact = with_gradients(attention_of_heads, wide, dy.double(), Rope(*(x.double() for x in rope)), positions)
+    definition = with_gradients(attention_of_heads, [q, k, v], dy, rope, positions)
+    for mine, theirs, true in zip(ours, definition, exact, strict=True):
+        # Measured against the size of the gradient's terms: a single key's dq and dk are exactly zero.
+        scale = float(true.norm()) + 0.01 * float(true.numel()) ** 0.5
+        assert float((mine.double() - true).norm()) < 1.5 * float((theirs.double() - true).norm()) + 2e-3 * scale
+
+
+@needs_avx512_bf16
+def test_native_attention_keeps_documents_apart() -> None:
+    """Exactly: what one document holds changes no bit of another."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 96, 2, 32, generator=generator).bfloat16().unbind()
+    positions = torch.cat((torch.arange(40), torch.arange(56)))[None]
+    before = native_attention(q, k, v, None, positions)
+    for x in (q, k, v):
+        x[:, :40] = torch.randn(40, 2, 32, generator=generator) * 1e4
+    after = native_attention(q, k, v, None, positions)
+    assert torch.equal(before[:, 40:], after[:, 40:])
+    assert not torch.equal(before[:, :40], after[:, :40])
+
+
+@needs_avx512_bf16
+def test_native_attention_passes_nan_scores_on() -> None:
+    q, k, v = torch.randn(3, 1, 40, 1, 16).bfloat16().unbind()
+    k[:, 7] = torch.nan
+    y = native_attention(q, k, v)
+    assert y[:, :7].isfinite().all()
+    assert y[:, 7:].isnan().all()
+
+
+@needs_avx512_bf16
+def test_native_kernels_do_not_depend_on_the_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 3, 70, 4, 32, generator=generator).bfloat16().unbind()
+    x, dx = torch.randn(2, 500, 48, generator=generator).bfloat16().unbind()
+    weight = torch.rand(48, generator=generator).bfloat16()
+
+    def both() -> list[Tensor]:
+        first = with_gradients(native_attention, [q, k, v], dy)
+        return first + with_gradients(pointwise.native_rms_norm, [x, weight], dx, 1e-5)
+
+    threads = torch.get_num_threads()
+    many = both()
+    torch.set_num_threads(1)
+    try:
+        one = both()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, many, one))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (200, 33), (2, 65, 256)])
+def test_native_pointwise_kernels_round_once(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, dy = (3 * torch.randn(3, *shape, generator=generator)).bfloat16().unbind()
+    weight = torch.rand(shape[-1], generator=generator).bfloat16()
+    cases: list[tuple[Any, Any, list[Tensor], list[Any]]] = [
+        (pointwise.native_swiglu, pointwise.swiglu_definition, [a, b], []),
+        (pointwise.native_rms_norm, pointwise.rms_norm_definition, [a, weight], [1e-5]),
+    ]
+    for ours, definition, inputs, more in cases:
+        mine = with_gradients(ours, inputs, dy, *more)
+        exact = with_gradients(definition, [x.double() for x in inputs], dy.double(), *more)
+        for value, true in zip(mine, exact, strict=True):
+            torch.testing.assert_close(value.double(), true, rtol=2**-8, atol=1e-6 * (1 + float(true.abs().max())))
+
+
+@needs_compiler
+def test_native_swiglu_at_the_edges() -> None:
+    gate = torch.tensor([-1e30, -100.0, -0.0, 0.0, 100.0, 1e30, torch.inf, torch.nan]).bfloat16()
+    y = pointwise.native_swiglu(gate, torch.ones_like(gate))
+    torch.testing.assert_close(y, pointwise.swiglu_definition(gate, torch.ones_like(gate)), equal_nan=True)
+
+
+def test_without_a_compiler_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    native.library.cache_clear()
+    native.has_attention.cache_clear()
+    try:
+        assert native.library() is None
+        assert not native.has_attention()
+        x = torch.randn(3, 8).bfloat16()
+        assert not pointwise.native_serves(x)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+        native.has_attention.cache_clear()
+
+
+def test_a_failed_build_warns_once_and_plain_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "kernels.cpp"
+    broken.write_text("this is not C++")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        if native.shutil.which("g++"):
+            with pytest.warns(UserWarning, match="was not built, plain torch serves"):
+                assert native.library() is None
+        assert list((tmp_path / "narrowgauge").glob("*")) == []
+    finally:
+        native.library.cache_clear()
+
+
 def test_attention_of_strided_heads() -> None:
     """As they come from a projection: [B, T, H, D] seen as [B, H, T, D]."""
     generator = torch.Generator().manual_seed(0)
@@ -53,6 +220,19 @@ def test_attention_in_bf16_is_as_near_as_its_definition() -> None:
     ours = relative_error(with_gradients(block_attention, [q, k, v], dy), exact)
     definition = relative_error(with_gradients(attention_definition, [q, k, v], dy), exact)
     assert all(mine < 1.5 * theirs for mine, theirs in zip(ours, definition, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 2), (7, 101), (500, 4096)])
+def test_native_cross_entropy_is_exact_inside(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(shape, generator=generator)).bfloat16()
+    targets = torch.randint(shape[1], shape[:1], generator=generator)
+    dy = torch.rand(shape[0], generator=generator)
+    ours = with_gradients(native_cross_entropy, [logits], dy, targets)
+    exact = with_gradients(cross_entropy_definition, [logits.double()], dy, targets)
+    torch.testing.assert_close(ours[0], exact[0].float(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=2**-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 101), (5000, 300), (3, 600_000)])
@@ -80,10 +260,25 @@ def test_cross_entropy_in_bf16_is_as_near_as_its_definition() -> None:
     torch.testing.assert_close(ours[1], exact[1], rtol=1e-2, atol=1e-6)  # one BF16 rounding apart
 
 
-def test_cross_entropy_at_the_edges() -> None:
+COMPUTE = [
+    pytest.param(chunked_cross_entropy, torch.float32),
+    pytest.param(native_cross_entropy, torch.bfloat16, marks=needs_compiler),
+]
+
+
+@needs_compiler
+def test_native_cross_entropy_refuses_a_target_outside() -> None:
+    for target in (-1, 3):
+        with pytest.raises(IndexError, match="outside the vocabulary of 3"):
+            native_cross_entropy(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([target]))
+
+
+@pytest.mark.parametrize(("compute", "dtype"), COMPUTE)
+def test_cross_entropy_at_the_edges(compute: Callable[..., Tensor], dtype: torch.dtype) -> None:
     logits = torch.tensor([[1e30, -1e30, 0.0], [-torch.inf, 3.0, 3.0], [torch.nan, 0.0, 0.0], [torch.inf, 0.0, 0.0]])
+    logits = logits.to(dtype)
     targets = torch.tensor([0, 1, 1, 1])
-    losses = chunked_cross_entropy(logits, targets)
+    losses = compute(logits, targets)
     torch.testing.assert_close(losses[:3], cross_entropy_definition(logits, targets)[:3], equal_nan=True)
     assert losses[:2].isfinite().all()
     assert not losses[2:].isfinite().any()  # what is not finite must reach the loop's check

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, create
-from models.layers import Init, causal_attention
+from models.layers import BLOCK_ATTENTION_MAX_POSITIONS, Init, causal_attention
 from models.llama import rope_table
 from trainer.config import groups, load_config
 
@@ -160,15 +162,20 @@ def test_recompute_changes_no_gradient(make: object) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("num_positions", [1, 7, 128, 129, 300])
+def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("num_positions", [1, 7, 128, 129, 300, BLOCK_ATTENTION_MAX_POSITIONS + 1])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, num_positions, 8), (2, kv_heads, num_positions, 8), (2, kv_heads, num_positions, 8)]
+    shapes = [(2, num_positions, heads, 8), (2, num_positions, kv_heads, 8), (2, num_positions, kv_heads, 8)]
     q, k, v = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
     dy = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
     ours = causal_attention(q, k, v)
-    oracle = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    oracle = torch_attention(q, k, v)
     torch.testing.assert_close(ours, oracle)
     for mine, theirs in zip(
         torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(oracle, (q, k, v), dy), strict=True
@@ -178,12 +185,10 @@ def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_h
 
 def test_bf16_attention_is_as_near_to_fp64_as_torch_is() -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 256, 32, generator=generator).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(2, 256, 4, 32, generator=generator).bfloat16() for _ in range(3))
     exact = causal_attention(q.double(), k.double(), v.double())
     ours = (causal_attention(q, k, v).double() - exact).norm() / exact.norm()
-    theirs = (
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).double() - exact
-    ).norm() / exact.norm()
+    theirs = (torch_attention(q, k, v).double() - exact).norm() / exact.norm()
     assert ours < 3 * theirs  # scores are rounded to BF16 before the softmax, as in eager attention
 
 
@@ -209,8 +214,23 @@ def test_init_scales_residual_outputs_and_leaves_norms_at_one() -> None:
 def test_rope_turns_by_relative_position() -> None:
     config = llama().config
     cos, sin = rope_table(config, 50, torch.device("cpu"))
-    assert cos.shape == (50, config.head_size)
+    assert cos.shape == (50, config.head_size // 2)
     torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [llama, gpt])
+def test_a_document_in_a_row_is_as_if_alone(make: Callable[[], Llama | GPT], dtype: torch.dtype) -> None:
+    """With positions that start anew, the logits are those of the documents apart."""
+    model = make().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(40, (2, 1, 13), generator=generator)
+    row, positions = torch.cat((first, second), 1), torch.arange(13).repeat(2)[None]
+    together = model(row, positions_BT=positions)
+    apart = torch.cat((model(first), model(second)), 1)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+    torch.testing.assert_close(together, apart, **tolerance)
+    assert not torch.allclose(together[:, 13:], model(row)[:, 13:], rtol=0.02, atol=0.001)
 
 
 @pytest.mark.parametrize(

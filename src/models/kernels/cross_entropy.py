@@ -1,8 +1,6 @@
-"""Cross-entropy over a vocabulary in chunks of rows, for CPUs.
+"""Cross-entropy over a vocabulary for CPUs: ``cross_entropy_definition``, in chunks of rows, and compiled for BF16.
 
 The definition makes three float32 tensors of the logits' size, in memory that a CPU has to fault in and write through.
-Here a chunk of rows is turned into float32, reduced and forgotten; backward makes the gradient chunk by chunk too, in
-the logits' dtype.
 """
 
 from __future__ import annotations
@@ -14,16 +12,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+from models.kernels import native
+
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32: stays in a core's cache
 
 
 def cross_entropy_definition(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """-log softmax(logits)[target], in nats, float32 [N]: what ``chunked_cross_entropy`` computes."""
+    """-log softmax(logits)[target], in nats, float32 [N]: what the others compute."""
     return cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def chunked_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """The same, with float32 inside whatever the logits are."""
+    """The same, with float32 inside whatever the logits are: a chunk is turned into float32, reduced, forgotten."""
     return _ChunkedCrossEntropy.apply(logits_NV, targets_N)
 
 
@@ -47,3 +47,62 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, targets[part, None], torch.full_like(log_sums[part, None], -1.0))
             dlogits[part] = p.mul_(dlosses[part, None])
         return dlogits, None
+
+
+def native_serves(logits: Tensor) -> bool:
+    """Whether the compiled kernel takes this."""
+    return logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and native.library() is not None
+
+
+def native_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The same, compiled, for BF16 logits. Raises IndexError for a target outside the vocabulary."""
+    if targets_N.numel() and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < logits_NV.shape[1]:
+        raise IndexError(f"a target is outside the vocabulary of {logits_NV.shape[1]}")
+    losses_N, _ = _cross_entropy(logits_NV.contiguous(), targets_N.contiguous())
+    return losses_N
+
+
+@torch.library.custom_op("narrowgauge::cross_entropy", mutates_args=())
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = native.loaded()
+    assert logits.dtype == torch.bfloat16
+    assert targets.dtype == torch.int64
+    assert logits.ndim == 2
+    assert targets.shape == logits.shape[:1]
+    losses, log_sums = (torch.empty_like(targets, dtype=torch.float32) for _ in range(2))
+    arguments = (logits, targets, losses, log_sums)
+    kernels.cross_entropy_forward(*map(native.pointer, arguments), *map(native.size, logits.shape))
+    return losses, log_sums
+
+
+@_cross_entropy.register_fake
+def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
+
+
+@torch.library.custom_op("narrowgauge::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(logits: Tensor, targets: Tensor, log_sums: Tensor, dlosses: Tensor) -> Tensor:
+    kernels = native.loaded()
+    assert dlosses.dtype == torch.float32
+    assert dlosses.shape == targets.shape
+    dlogits = torch.empty_like(logits)
+    arguments = (logits, targets, log_sums, dlosses, dlogits)
+    kernels.cross_entropy_backward(*map(native.pointer, arguments), *map(native.size, logits.shape))
+    return dlogits
+
+
+@_cross_entropy_backward.register_fake
+def _(logits: Tensor, targets: Tensor, log_sums: Tensor, dlosses: Tensor) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, None]:
+    return _cross_entropy_backward(*ctx.saved_tensors, dlosses.contiguous()), None
+
+
+_cross_entropy.register_autograd(_backward, setup_context=_save)
