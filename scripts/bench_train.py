@@ -25,8 +25,10 @@ from trainer.build import build_state, num_parameters
 from trainer.cli import script_main
 from trainer.config import load_config
 from trainer.data import Batch
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.loop import StepResult, update_from
+from trainer.state import TrainState
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, POSITIONS, SEQUENCES = 8192, 256, 704, 8, 8, 512, 16
 TOKENS = POSITIONS * SEQUENCES
@@ -115,7 +117,7 @@ def hf_trainer(attention: str, steps: int) -> Callable[[int], None]:
     return run
 
 
-def our_step() -> tuple[Callable[[int], StepResult], int]:
+def our_training() -> tuple[Callable[[int], StepResult], TrainState, World]:
     config = load_config(["precision=bf16"])
     world = distributed.start(config.parallel)
     model = LlamaConfig(
@@ -130,13 +132,14 @@ def our_step() -> tuple[Callable[[int], StepResult], int]:
     )
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0)
     source = RandomSource()
-    return lambda number: update_from(state, source, world, config.optim, number, 1000), num_parameters(state.model)
+    return lambda number: update_from(state, source, world, config.optim, number, 1000), state, world
 
 
 def main(overrides: list[str], *, rounds: int = 5, steps: int = 2, compiled: int = 1) -> None:
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; --help shows the ones there are")
-    ours, parameters = our_step()  # first: it sets the threads and the allocator for all
+    ours, state, _ = our_training()  # first: it sets the threads and the allocator for all
+    parameters = num_parameters(state.model)
     models = {name: hf_model(name) for name in ("eager", "sdpa")}
     ways: dict[str, Callable[[int], object]] = {"ours": ours}
     ways |= {f"transformers loop, {name}": hf_step(model, model) for name, model in models.items()}
