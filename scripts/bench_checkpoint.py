@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from bench_train import our_training
+
 from trainer import distributed
 from trainer.checkpoint import CheckpointConfig, Checkpointer
 from trainer.cli import script_main
