@@ -111,7 +111,7 @@ class NumberFormat:
         bits = a.view(torch.int32)
         if self.min_exponent == -126:
             return torch.copysign(self._round_bits(a, bits, noise), x)
-        e = (bits >> 23).clamp(self.min_exponent + 127, self.max_exponent + 127)
+        e = (bits >> 23).clamp(self.min_exponent + 127, max(self.min_exponent, self.max_exponent) + 127)
         if noise is None:
             c = ((e + (23 - self.mantissa_bits)) << 23).view(torch.float32)
             return torch.copysign((a + c) - c, x)
