@@ -71,9 +71,10 @@ class Noise:
         """FP32 [rows, cols] in [0, 1), for a tensor of this shape (as it is quantized, after any transpose)."""
         if self.transposed:
             rows, cols = cols, rows
-        row = torch.arange(rows, dtype=torch.int64, device=self.key.device) + self.row_offset
-        low, high = _words(row, self.key.device)
-        row_hash = _fmix32(_fmix32(low ^ self.key[0]) + high)
+        offset, high = _words(self.row_offset, self.key.device)
+        low = torch.arange(rows, dtype=torch.int32, device=self.key.device) + offset
+        carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
+        row_hash = _fmix32(_fmix32(low ^ self.key[0]) + (high + carry.int()))
         col = torch.arange(cols, dtype=torch.int32, device=self.key.device) * _signed(0x9E3779B9)
         summed = row_hash[None, :] + col[:, None] if self.transposed else row_hash[:, None] + col
         return ((_fmix32(summed ^ self.key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
