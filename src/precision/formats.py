@@ -1,0 +1,330 @@
+"""Number formats as data, and what they do to numbers: ``round``, ``encode``, ``decode``.
+
+A format is a grid of values. ``round`` takes any float tensor to the grid and stays in FP32; ``encode`` turns grid
+values into codes and ``decode`` codes into values. Scales are no business of this module.
+
+Non-finite values: ``round`` saturates, so an infinity becomes the largest finite value of its sign, also in formats
+that have infinities; NaN stays NaN. ``encode`` gives NaN its code; in formats without one it becomes the largest
+positive value, as the PTX conversion instructions do.
+
+How the bits are defined (every operation below is one FP32 operation rounded to nearest even, or an integer one):
+
+* ``a = min(|x|, max)``; ``e = max(floor(log2(a)), min_exponent)``, from the exponent field of ``a``; the spacing of the
+  grid around ``a`` is ``ulp = 2^(e - mantissa_bits)``. Integers are formats whose every value is subnormal: spacing 1.
+* nearest even: ``(a + c) - c`` with ``c = 2^(e - mantissa_bits + 23)``: the sum has the spacing ``ulp``.
+* stochastic: ``f = a / ulp`` (exact), ``q = floor(f)``, up by one if ``noise < f - q``, times ``ulp`` (exact).
+* formats with FP32's own exponent range work on the bits of ``a``, whose low ``23 - mantissa_bits`` bits are dropped.
+* the sign of ``x`` is put back, that of zero included.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberFormat:
+    """A binary number format of up to 16 bits: sign, exponent, mantissa; or a two's complement integer.
+
+    Args:
+        name: as in ``by_name`` and in plan.txt.
+        bits: of one code.
+        exponent_bits: 0 for integers.
+        mantissa_bits: stored bits of the significand, without the implicit one.
+        min_exponent: of the smallest normal value, 2^min_exponent.
+        max: largest finite value; ``round`` saturates there.
+        dtype: torch's storage dtype, or None where there is none. That of E2M1 holds two codes and has no casts.
+        nan: the code of NaN, or None in a format without one.
+        inf: whether the magnitude code after that of ``max`` is an infinity.
+    """
+
+    name: str
+    bits: int
+    exponent_bits: int
+    mantissa_bits: int
+    min_exponent: int
+    max: float
+    dtype: torch.dtype | None = None
+    nan: int | None = None
+    inf: bool = False
+
+    @property
+    def integer(self) -> bool:
+        return self.exponent_bits == 0
+
+    @property
+    def scales_only(self) -> bool:
+        """E8M0: powers of two alone, without sign or zero."""
+        return self.mantissa_bits == 0
+
+    @property
+    def bias(self) -> int:
+        """What is subtracted from the exponent field of a normal value."""
+        return 1 - self.min_exponent
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(max))."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def tiny_exponent(self) -> int:
+        """log2 of the smallest positive value."""
+        return self.min_exponent - self.mantissa_bits
+
+    @property
+    def significant_bits(self) -> int:
+        """Bits that the significand of any value fits in, the implicit one included."""
+        return self.max_exponent + 1 if self.integer else self.mantissa_bits + 1
+
+    @property
+    def max_code(self) -> int:
+        """The code of ``max``."""
+        if self.integer:
+            return int(self.max)
+        significand = round(self.max / 2.0 ** (self.max_exponent - self.mantissa_bits))
+        return ((self.max_exponent + self.bias) << self.mantissa_bits) + significand - (1 << self.mantissa_bits)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The values of ``x`` rounded to this format's grid, in FP32.
+
+        Args:
+            x: any shape, any float dtype (brought to FP32 first).
+            noise: None for round to nearest even; else FP32 in [0, 1), of the shape of ``x``: rounds away from zero
+                where it is below the fraction of the grid's spacing that would be cut off. Values on the grid stay.
+
+        Raises ValueError for E8M0, which holds scales: how those round is a rule of ``precision.scaling``.
+        """
+        if self.scales_only:
+            raise ValueError("e8m0 holds scales and has no rounding of its own; see precision.scaling.PowerOfTwo")
+        x = x.float()
+        a = x.abs().clamp(max=self.max)
+        bits = a.view(torch.int32)
+        if self.min_exponent == -126:
+            return torch.copysign(self._round_bits(a, bits, noise), x)
+        e = (bits >> 23).clamp(self.min_exponent + 127, max(self.min_exponent, self.max_exponent) + 127)
+        if noise is None:
+            c = ((e + (23 - self.mantissa_bits)) << 23).view(torch.float32)
+            return torch.copysign((a + c) - c, x)
+        f = a * ((254 + self.mantissa_bits - e) << 23).view(torch.float32)
+        floor = f.floor()
+        q = floor + (noise < f - floor).float()
+        return torch.copysign(q * ((e - self.mantissa_bits) << 23).view(torch.float32), x)
+
+    def _round_bits(self, a: Tensor, bits: Tensor, noise: Tensor | None) -> Tensor:
+        drop = 23 - self.mantissa_bits
+        mask = (1 << drop) - 1
+        if noise is None:
+            rounded = (bits + (mask >> 1) + ((bits >> drop) & 1)) & ~mask
+        else:
+            up = noise < (bits & mask).float() * 2.0**-drop
+            rounded = (bits & ~mask) + (up.int() << drop)
+        return torch.where(a.isnan(), a, rounded.view(torch.float32))
+
+    def encode(self, values: Tensor) -> Tensor:
+        """The codes (uint8) of values on the grid, as ``round`` gives them; of powers of two in E8M0.
+
+        Raises ValueError for formats of more than 8 bits, which are stored in their torch dtype.
+        """
+        self._require_codes()
+        values = values.float()
+        if self.scales_only:
+            exponent = (values.view(torch.int32) >> 23) & 0xFF
+            return exponent.to(torch.uint8)
+        values = torch.where(values.isnan(), self.max, values) if self.nan is None else values
+        if self.integer:
+            return (values.int() & ((1 << self.bits) - 1)).to(torch.uint8)
+        m = self.mantissa_bits
+        a = values.abs().clamp(max=self.max)
+        bits = a.view(torch.int32)
+        normal = (bits >> (23 - m)) - ((127 - self.bias) << m)
+        # NaN is taken out before it becomes an integer: that conversion is undefined.
+        subnormal = (a.nan_to_num() * 2.0**-self.tiny_exponent).clamp(max=float(1 << m)).int()
+        code = torch.where(a < 2.0**self.min_exponent, subnormal, normal)
+        code = code | ((values.view(torch.int32) < 0).int() << (self.bits - 1))
+        if self.nan is not None:
+            code = torch.where(values.isnan(), self.nan, code)
+        return code.to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The FP32 values of codes (uint8): the inverse of ``encode``, infinities and NaN included.
+
+        Bits above those of the format are ignored. Raises ValueError for formats of more than 8 bits.
+        """
+        self._require_codes()
+        code = codes.int() & ((1 << self.bits) - 1)
+        if self.scales_only:
+            bits = torch.where(code == 0, 1 << 22, torch.where(code == 255, 0x7FC00000, code << 23))
+            return bits.view(torch.float32)
+        half = 1 << (self.bits - 1)
+        if self.integer:
+            return ((code ^ half) - half).float()
+        m = self.mantissa_bits
+        magnitude = code & (half - 1)
+        normal = ((magnitude + ((127 - self.bias) << m)) << (23 - m)).view(torch.float32)
+        value = torch.where(magnitude < (1 << m), magnitude.float() * 2.0**self.tiny_exponent, normal)
+        if self.nan is not None:
+            value = torch.where(magnitude > self.max_code + int(self.inf), math.nan, value)
+        if self.inf:
+            value = torch.where(magnitude == self.max_code + 1, math.inf, value)
+        return torch.where(code >= half, -value, value)
+
+    def _require_codes(self) -> None:
+        if self.bits > 8:
+            raise ValueError(f"{self.name} has {self.bits} bits; codes are for formats of at most 8")
+
+
+def pack4(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte: uint8 [..., n] -> uint8 [..., ceil(n / 2)].
+
+    The element of even index lies in the LOW nibble; after an odd number of elements comes a zero code.
+    """
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[..., 0::2] & 0xF) | ((codes[..., 1::2] & 0xF) << 4)
+
+
+def unpack4(packed: Tensor, size: int) -> Tensor:
+    """The inverse of ``pack4``: uint8 [..., ceil(size / 2)] -> uint8 [..., size].
+
+    Raises ValueError when ``size`` is not what the bytes hold.
+    """
+    if packed.shape[-1] != (size + 1) // 2:
+        raise ValueError(f"{size} codes of 4 bits take {(size + 1) // 2} bytes, not {packed.shape[-1]}")
+    return torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)[..., :size]
+
+
+# OCP FP8 (E4M3 has no infinity and one NaN), and E4M3 as on Gaudi 2: an IEEE-like top exponent, so the maximum is 240.
+E4M3 = NumberFormat(
+    name="e4m3",
+    bits=8,
+    exponent_bits=4,
+    mantissa_bits=3,
+    min_exponent=-6,
+    max=448.0,
+    dtype=torch.float8_e4m3fn,
+    nan=0x7F,
+)
+E4M3_240 = NumberFormat(
+    name="e4m3_240", bits=8, exponent_bits=4, mantissa_bits=3, min_exponent=-6, max=240.0, nan=0x7C, inf=True
+)
+E5M2 = NumberFormat(
+    name="e5m2",
+    bits=8,
+    exponent_bits=5,
+    mantissa_bits=2,
+    min_exponent=-14,
+    max=57344.0,
+    dtype=torch.float8_e5m2,
+    nan=0x7E,
+    inf=True,
+)
+# OCP FP4 and FP6: neither infinities nor NaN.
+E2M1 = NumberFormat(
+    name="e2m1",
+    bits=4,
+    exponent_bits=2,
+    mantissa_bits=1,
+    min_exponent=0,
+    max=6.0,
+    dtype=torch.float4_e2m1fn_x2,
+)
+E3M2 = NumberFormat(name="e3m2", bits=6, exponent_bits=3, mantissa_bits=2, min_exponent=-2, max=28.0)
+E2M3 = NumberFormat(name="e2m3", bits=6, exponent_bits=2, mantissa_bits=3, min_exponent=0, max=7.5)
+# OCP's scale format: powers of two from 2^-127 to 2^127, no sign, no zero.
+E8M0 = NumberFormat(
+    name="e8m0",
+    bits=8,
+    exponent_bits=8,
+    mantissa_bits=0,
+    min_exponent=-127,
+    max=2.0**127,
+    dtype=torch.float8_e8m0fnu,
+    nan=0xFF,
+)
+BF16 = NumberFormat(
+    name="bf16",
+    bits=16,
+    exponent_bits=8,
+    mantissa_bits=7,
+    min_exponent=-126,
+    max=torch.finfo(torch.bfloat16).max,
+    dtype=torch.bfloat16,
+    nan=0x7FC0,
+    inf=True,
+)
+FP16 = NumberFormat(
+    name="fp16",
+    bits=16,
+    exponent_bits=5,
+    mantissa_bits=10,
+    min_exponent=-14,
+    max=65504.0,
+    dtype=torch.float16,
+    nan=0x7E00,
+    inf=True,
+)
+# Symmetric grids: the most negative code is decoded and never made.
+INT8 = NumberFormat(name="int8", bits=8, exponent_bits=0, mantissa_bits=7, min_exponent=7, max=127.0, dtype=torch.int8)
+INT4 = NumberFormat(name="int4", bits=4, exponent_bits=0, mantissa_bits=3, min_exponent=3, max=7.0)
+
+FORMATS: dict[str, NumberFormat] = {
+    f.name: f for f in (E4M3, E4M3_240, E5M2, E2M1, E3M2, E2M3, E8M0, BF16, FP16, INT8, INT4)
+}
+
+
+def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> NumberFormat:
+    """The signed format with these field widths and the bias 2^(exponent_bits - 1) - 1.
+
+    Args:
+        ieee: whether the top exponent is kept for infinity and NaN, as in E5M2 and BF16; else it holds numbers, as in
+            E2M1. E4M3 with its one NaN is neither.
+
+    Gives the constant of this module where one has the same grid; else one named ``eXmY_ieee`` or ``eXmY_finite``.
+    Raises ValueError unless 2 <= exponent_bits <= 8 and 1 <= mantissa_bits and all fit in 16 bits, and for 8 exponent
+    bits without the IEEE top exponent, whose range is not FP32's.
+    """
+    bits = 1 + exponent_bits + mantissa_bits
+    if not (2 <= exponent_bits <= 8 and mantissa_bits >= 1 and bits <= 16) or (exponent_bits == 8 and not ieee):
+        raise ValueError(
+            f"no format e{exponent_bits}m{mantissa_bits}{'' if ieee else '_finite'}: exponents have 2 to 8 bits "
+            "(8 only with IEEE specials), mantissas at least 1, and all of it fits in 16 bits"
+        )
+    bias = (1 << (exponent_bits - 1)) - 1
+    top = bias if ieee else bias + 1
+    made = NumberFormat(
+        name=f"e{exponent_bits}m{mantissa_bits}_{'ieee' if ieee else 'finite'}",
+        bits=bits,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=1 - bias,
+        max=(2.0 - 2.0**-mantissa_bits) * 2.0**top,
+        nan=(((1 << exponent_bits) - 1) << mantissa_bits) | (1 << (mantissa_bits - 1)) if ieee else None,
+        inf=ieee,
+    )
+    same = (made.exponent_bits, made.mantissa_bits, made.max)
+    known = [f for f in FORMATS.values() if (f.exponent_bits, f.mantissa_bits, f.max) == same]
+    return known[0] if known else made
+
+
+def by_name(name: str) -> NumberFormat:
+    """The format of this name: one of ``FORMATS``, or ``eXmY_ieee`` (or just ``eXmY``) or ``eXmY_finite``.
+
+    Raises ValueError with the close matches for any other name.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    if match := re.fullmatch(r"e(\d)m(\d+)(_ieee|_finite)?", name):
+        return exmy(int(match[1]), int(match[2]), ieee=match[3] != "_finite")
+    near = difflib.get_close_matches(name, FORMATS, n=3)
+    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    raise ValueError(f"no number format named {name!r}{hint}; there are: {', '.join(FORMATS)}, and any eXmY")

@@ -1,0 +1,101 @@
+"""Rounding noise as a pure function of (seed, step, module path, slot, global element index): no generator, no state.
+
+The noise of an element does not depend on the rank that computes it, on micro-batches, on the order of layers, or on
+whether the code is eager or compiled; a resumed run has the same noise with nothing saved.
+
+The hash (murmur3's 32-bit finalizer), in arithmetic modulo 2^32, ``>>`` logical, ``^`` exclusive or:
+
+    fmix32(h):  h ^= h >> 16;  h *= 0x85EBCA6B;  h ^= h >> 13;  h *= 0xC2B2AE35;  h ^= h >> 16
+    base        = first 8 bytes of SHA-256(b"narrowgauge rounding noise 1" || seed as 8 bytes || slot as 4 bytes ||
+                  path in UTF-8), all integers little-endian: words base0, base1
+    key_i       = fmix32(fmix32(base_i ^ step_lo) + step_hi)          step = 2^32 * step_hi + step_lo
+    row_hash    = fmix32(fmix32(row_lo ^ key_0) + row_hi)             row = 2^32 * row_hi + row_lo
+    element     = fmix32((row_hash + col * 0x9E3779B9) ^ key_1)
+    noise       = (element >> 8) * 2^-24                              in [0, 1), exact in FP32
+
+Here ``uint32`` lives in int32 tensors: torch's additions, products and left shifts wrap modulo 2^32, and right shifts
+are made logical by a mask. In C and Triton the same is plain uint32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def base_key(seed: int, path: str, slot: int, *, device: torch.device | str | None = None) -> Tensor:
+    """What does not change over a run: int32 [2].
+
+    Args:
+        seed: any integer; taken modulo 2^64.
+        path: the module's path in the model, without wrappers.
+        slot: which tensor of the module, below 2^32.
+    """
+    text = b"narrowgauge rounding noise 1" + (seed % 2**64).to_bytes(8, "little") + slot.to_bytes(4, "little")
+    digest = hashlib.sha256(text + path.encode()).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def step_key(base: Tensor, step: Tensor | int) -> Tensor:
+    """The key of one step: int32 [2].
+
+    Args:
+        base: of ``base_key``.
+        step: not negative. Under ``torch.compile`` a 0-dim int64 tensor: an integer would compile anew at every step.
+    """
+    low, high = _words(step, base.device)
+    return _fmix32(_fmix32(base ^ low) + high)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Noise:
+    """The noise of one tensor.
+
+    Args:
+        key: of ``step_key``.
+        row_offset: global index of the tensor's first row: what other ranks and micro-batches have before it. May
+            exceed 2^32. An integer or a 0-dim int64 tensor.
+        transposed: the tensor that is quantized is the transpose of the one whose rows are counted. So dy.mT, quantized
+            along tokens, gets noise by (token, feature) like dy.
+    """
+
+    key: Tensor
+    row_offset: Tensor | int = 0
+    transposed: bool = False
+
+    def uniform(self, rows: int, cols: int) -> Tensor:
+        """FP32 [rows, cols] in [0, 1), for a tensor of this shape (as it is quantized, after any transpose)."""
+        if self.transposed:
+            rows, cols = cols, rows
+        offset, high = _words(self.row_offset, self.key.device)
+        low = torch.arange(rows, dtype=torch.int32, device=self.key.device) + offset
+        carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
+        row_hash = _fmix32(_fmix32(low ^ self.key[0]) + (high + carry.int()))
+        col = torch.arange(cols, dtype=torch.int32, device=self.key.device) * _signed(0x9E3779B9)
+        summed = row_hash[None, :] + col[:, None] if self.transposed else row_hash[:, None] + col
+        return ((_fmix32(summed ^ self.key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of this uint32."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _words(value: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Low and high 32 bits of an int64, each as int32."""
+    value = torch.as_tensor(value, dtype=torch.int64, device=device)
+    # Brought into int32's range before the conversion, which is not defined outside of it.
+    low = ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    return low.to(torch.int32), (value >> 32).to(torch.int32)
+
+
+def _fmix32(h: Tensor) -> Tensor:
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * _signed(0x85EBCA6B)
+    h = h ^ ((h >> 13) & 0x7FFFF)
+    h = h * _signed(0xC2B2AE35)
+    return h ^ ((h >> 16) & 0xFFFF)

@@ -1,0 +1,226 @@
+"""Quantization of matrices: amax over tiles, codes and scales, and the way back. Pure functions in plain torch.
+
+This is the definition: other backends give the same bits. For x [outer, inner], contraction last:
+
+1. x is brought to FP32 (exact from BF16 and FP16; FP64 is rounded).
+2. amax of every tile: the maximum of |x|, NaN if there is one. Ragged last tiles have fewer elements.
+3. the scale rule gives the encode scale of every tile (``precision.scaling``).
+4. y = x * encode, one FP32 product per element; values = format.round(y, noise): saturating; codes = format.encode.
+
+Back: code value * stored scale, one FP32 product (exact in two-level scales); then * tensor scale, if there is one.
+
+Non-finite values: what amax does with them stands in ``precision.scaling``; elements follow ``precision.formats``: an
+infinity saturates, NaN stays NaN where the format has one. In a format without NaN the scale tells of it, except when
+the amax comes from elsewhere (delayed): then NaN becomes the largest positive value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from precision.formats import E8M0, pack4, unpack4
+from precision.noise import Noise
+from precision.scaling import Delayed, Tile, encode_power
+from precision.spec import OperandSpec, Rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Quantized:
+    """A quantized matrix.
+
+    Args:
+        codes: uint8 [outer, inner]; [outer, ceil(inner / 2)] for formats of 4 bits (even element in the low nibble);
+            for formats over 8 bits the values themselves, in the format's dtype (FP32 if it has none).
+        scales: [rows, columns] of the grid of tiles: FP32 decode scales, or codes (uint8) of the rule's scale format.
+        tensor_scale: FP32 scalar of a two-level rule, else None.
+        shape: outer, inner.
+        spec: how it was made.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    shape: tuple[int, int]
+    spec: OperandSpec
+
+    def t(self) -> Quantized:
+        """The same codes and scales as a matrix [inner, outer].
+
+        Raises ValueError for tiles that are not square: along the other dimension they would be another quantization.
+        """
+        tile = self.spec.tile
+        if tile.outer != tile.inner:
+            raise ValueError(
+                f"tiles of {tile} cannot be transposed: quantize the transposed tensor, or use square tiles"
+            )
+        outer, inner = self.shape
+        return Quantized(
+            codes=_pack(self.spec, _unpack(self).mT).contiguous(),
+            scales=self.scales.mT.contiguous(),
+            tensor_scale=self.tensor_scale,
+            shape=(inner, outer),
+            spec=self.spec,
+        )
+
+
+def amax(x: Tensor, tile: Tile) -> Tensor:
+    """The absolute maximum of every tile of x [outer, inner]: FP32 [rows, columns], detached.
+
+    0 for tiles without elements (a whole extent of an empty matrix is one tile). NaN where a tile has one.
+    """
+    x = x.detach()
+    return _tiled(x if x.dtype != torch.float64 else x.float(), tile).abs().amax((1, 3)).float()
+
+
+def quantize(x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None) -> Quantized:
+    """Codes and scales of x [outer, inner]; any float dtype, any strides, ragged and empty shapes included.
+
+    Args:
+        amax: what the scale is made from: FP32, one per tile, or one in all for a two-level rule (its tensor level; the
+            tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
+        noise: for stochastic rounding, which needs it; refused otherwise.
+
+    Raises ValueError for a tensor that is not a float matrix, for an amax of the wrong size, and for amax or noise that
+    is missing or of no use.
+    """
+    _check(x, spec, amax, noise)
+    x = x.detach()
+    outer, inner = x.shape
+    rule, grid = spec.scale, spec.tile.grid(outer, inner)
+    tensor_amax = None
+    if rule.levels == 0:
+        tile_amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
+    elif rule.levels == 1:
+        tile_amax = amax.float().reshape(grid) if amax is not None else _amax(x, spec.tile)
+    else:
+        tile_amax = _amax(x, spec.tile)
+        tensor_amax = amax.float().reshape(()) if amax is not None else _amax(tile_amax, Tile(-1, -1)).reshape(())
+    scales = rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
+    y = x.float() if rule.levels == 0 else _scaled(x.float(), scales.encode, spec.tile)
+    values = spec.format.round(y, noise.uniform(outer, inner) if noise is not None else None)
+    if spec.format.bits <= 8:
+        stored = _pack(spec, spec.format.encode(values))
+    else:
+        stored = values.to(spec.format.dtype or torch.float32)
+    return Quantized(
+        codes=stored,
+        scales=scales.stored,
+        tensor_scale=scales.tensor,
+        shape=(outer, inner),
+        spec=spec,
+    )
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values [outer, inner] that ``q`` stands for: FP32, then rounded to ``dtype``."""
+    values = _values(q)
+    if q.spec.scale.levels:
+        values = _scaled(values, _stored_values(q), q.spec.tile)
+    if q.tensor_scale is not None:
+        values = values * q.tensor_scale
+    return values.to(dtype)
+
+
+def operand(q: Quantized) -> tuple[Tensor, Tensor | None]:
+    """What goes into an emulated GEMM: a matrix [outer, inner], and a factor (FP32 scalar) for its output, or None.
+
+    ``matrix * factor`` is ``dequantize(q)`` but for what is flushed, and for the rounding of that last product. The
+    matrix is BF16 where that holds the values exactly, without BF16 subnormals:
+
+    * one FP32 scale for the tensor: the code values; the factor is the scale. Without a scale there is no factor.
+    * two levels: code value * tile scale; the factor is the tensor's scale.
+    * powers of two per tile: code value * 2^(k - c), with 2^k the tile's scale and the factor 2^c; c is the largest k
+      of the tensor that is not NaN's, but at least -126. Tiles whose smallest positive value would fall below 2^-126
+      are flushed to zeros, signs kept: for E4M3 those with k < c - 117.
+
+    Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
+    """
+    element, rule = q.spec.format, q.spec.scale
+    values = _values(q)
+    narrow = torch.bfloat16 if element.significant_bits <= 8 else torch.float32
+    if rule.levels == 0:
+        return values.to(narrow), None
+    if rule.levels == 2:
+        block = rule.format
+        assert block is not None
+        exact = element.significant_bits + block.significant_bits <= 8
+        matrix = _scaled(values, _stored_values(q), q.spec.tile)
+        return matrix.to(torch.bfloat16 if exact else torch.float32), q.tensor_scale
+    if rule.format is None and q.spec.tile == (-1, -1):
+        return values.to(narrow), q.scales.reshape(())
+    if rule.power_of_two and narrow is torch.bfloat16 and element.tiny_exponent >= -126:
+        code = q.scales.int() if rule.format is E8M0 else E8M0.encode(q.scales).int()
+        nan = code == 255
+        centre = pad(torch.where(nan, 0, code).flatten(), (0, 1), value=1).amax()
+        # 127 + k - c as an E8M0 code; what lies too far below is multiplied by zero.
+        shifted = 127 + code - centre
+        factor = encode_power(254 - shifted.clamp(min=1))
+        factor = torch.where(shifted + element.tiny_exponent < 1, 0.0, factor)
+        factor = torch.where(nan, torch.nan, factor)
+        return _scaled(values, factor, q.spec.tile).to(narrow), encode_power(254 - centre)
+    return _scaled(values, _stored_values(q), q.spec.tile), None
+
+
+_amax = amax  # the function, where an argument hides its name
+
+
+def _check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"quantize takes a float matrix, not {x.dtype} of shape {list(x.shape)}")
+    if amax is None and isinstance(spec.amax, Delayed):
+        raise ValueError(f"{spec} scales by an earlier amax: pass it")
+    if amax is not None:
+        rows, columns = spec.tile.grid(*x.shape)
+        wanted = {0: 0, 1: rows * columns, 2: 1}[spec.scale.levels]
+        if amax.numel() != wanted:
+            raise ValueError(f"{spec} of shape {list(x.shape)} takes {wanted} amaxes, not {amax.numel()}")
+    if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):
+        raise ValueError(
+            f"{spec} rounds {spec.rounding.value}: {'no noise' if noise is not None else 'it needs noise'}"
+        )
+
+
+def _tiled(x: Tensor, tile: Tile) -> Tensor:
+    """x [outer, inner] -> [rows, tile outer, columns, tile inner], ragged tiles filled with zeros."""
+    outer, inner = x.shape
+    rows, columns = tile.grid(outer, inner)
+    tall = max(outer, 1) if tile.outer < 0 else tile.outer
+    wide = max(inner, 1) if tile.inner < 0 else tile.inner
+    if (rows * tall, columns * wide) != (outer, inner):
+        x = pad(x, (0, columns * wide - inner, 0, rows * tall - outer))
+    return x.reshape(rows, tall, columns, wide)
+
+
+def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
+    """x [outer, inner] times the scale of its tile, from scales [rows, columns]."""
+    outer, inner = x.shape
+    rows, columns = scales.shape
+    if rows * columns == 1:
+        return x * scales.reshape(())
+    y = _tiled(x, tile)
+    tall, wide = y.shape[1], y.shape[3]
+    y = y * scales[:, None, :, None]
+    return y.reshape(rows * tall, columns * wide)[:outer, :inner]
+
+
+def _pack(spec: OperandSpec, codes: Tensor) -> Tensor:
+    return pack4(codes) if spec.format.bits == 4 else codes
+
+
+def _unpack(q: Quantized) -> Tensor:
+    return unpack4(q.codes, q.shape[1]) if q.spec.format.bits == 4 else q.codes
+
+
+def _values(q: Quantized) -> Tensor:
+    """Code values, FP32 [outer, inner]."""
+    return q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
+
+
+def _stored_values(q: Quantized) -> Tensor:
+    """The tiles' scales as FP32 [rows, columns]."""
+    format = q.spec.scale.format
+    return q.scales if format is None else format.decode(q.scales)

@@ -1,0 +1,154 @@
+"""What a recipe says about a linear's three GEMMs: data only.
+
+Every GEMM is ``a @ b.mT`` with the contraction last in both operands, so nothing here names an axis:
+
+=====  ======  ======
+GEMM   a       b
+=====  ======  ======
+fprop  x       w
+dgrad  dy      w.mT
+wgrad  dy.mT   x.mT
+=====  ======  ======
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from precision.formats import NumberFormat
+from precision.scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile
+
+
+class Rounding(enum.Enum):
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+class Source(enum.Enum):
+    """What a backward operand is quantized from.
+
+    ORIGINAL: the high-precision tensor. QUANTIZED: what an earlier GEMM of the same linear made of that tensor, as a
+    transposed view of its codes where the tile allows that, else dequantized and quantized again.
+    """
+
+    ORIGINAL = "original"
+    QUANTIZED = "quantized"
+
+
+class Transform(Protocol):
+    """An exact rewrite of a GEMM: ``output(left(a) @ right(b).mT)`` is ``a @ b.mT`` but for rounding.
+
+    Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
+    """
+
+    def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
+        """What is quantized in place of a [m, k]."""
+
+    def right(self, b: Tensor, stats: Tensor | None = None) -> Tensor:
+        """What is quantized in place of b [n, k]."""
+
+    def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
+        """What the GEMM's output [m, n] becomes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperandSpec:
+    """How one operand of a GEMM is rounded.
+
+    Args:
+        format: of the elements.
+        tile: what shares a scale.
+        scale: how amax becomes a scale.
+        amax: of this tensor, or of earlier steps.
+        rounding: of the elements; scales round as their rule says.
+        source: see ``Source``.
+
+    Raises ValueError for what cannot be: a scale format as elements, an empty tile, delayed amaxes of many tiles, two
+    levels of scales on one tile, a tile without a scale.
+    """
+
+    format: NumberFormat
+    tile: Tile = TENSOR
+    scale: ScaleRule = field(default_factory=Fp32)
+    amax: AmaxSource = field(default_factory=Current)
+    rounding: Rounding = Rounding.NEAREST
+    source: Source = Source.ORIGINAL
+
+    def __post_init__(self) -> None:
+        if self.format.scales_only:
+            raise ValueError(f"{self.format} holds scales: it cannot be the format of elements")
+        for name, extent in zip(Tile._fields, self.tile, strict=True):
+            if extent != -1 and extent < 1:
+                raise ValueError(f"the {name} extent of a tile is at least 1, or -1 for the whole; not {extent}")
+        whole = self.tile == TENSOR
+        if self.scale.levels == 0 and not whole:
+            raise ValueError(f"{self.scale} has no scales to give to tiles of {self.tile}: leave the tile out")
+        if self.scale.levels == 2 and whole:
+            raise ValueError(f"{self.scale} has a scale for the tensor and one per tile: the tile must be smaller")
+        if isinstance(self.amax, Delayed):
+            if self.scale.levels == 0:
+                raise ValueError("an unscaled operand has no use for a delayed amax")
+            if self.scale.levels == 1 and not whole:
+                raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
+
+    def __str__(self) -> str:
+        delayed = isinstance(self.amax, Delayed)
+        scale = str(self.scale)
+        parts = [str(self.format)]
+        parts += [str(self.tile)] if self.scale.levels else []
+        parts += [] if delayed and self.scale == Fp32() else [scale]
+        parts += [str(self.amax)] if delayed else []
+        parts += ["sr"] if self.rounding is Rounding.STOCHASTIC else []
+        parts += ["requantized"] if self.source is Source.QUANTIZED else []
+        return "/".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmSpec:
+    """The operands of ``a @ b.mT``; None leaves one in high precision.
+
+    Raises ValueError for a transform of operands that are both left alone: it would only add rounding.
+    """
+
+    a: OperandSpec | None = None
+    b: OperandSpec | None = None
+    transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and self.a is None and self.b is None:
+            raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
+
+    def __str__(self) -> str:
+        a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))
+        suffix = f" [{self.transform}]" if self.transform is not None else ""
+        return f"{a} x {b}{suffix}" if (self.a, self.b) != (None, None) else "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSpec:
+    """The three GEMMs of a linear. An empty spec is a plain linear.
+
+    Raises ValueError where an operand is to come from codes that nobody makes: x, w and dy appear first in fprop and
+    dgrad, and must come from the original there; later operands can reuse only what was quantized before.
+    """
+
+    fprop: GemmSpec = GemmSpec()
+    dgrad: GemmSpec = GemmSpec()
+    wgrad: GemmSpec = GemmSpec()
+
+    def __post_init__(self) -> None:
+        slots = {"x": self.fprop.a, "w": self.fprop.b, "dy": self.dgrad.a}
+        for tensor, slot in slots.items():
+            if slot is not None and slot.source is Source.QUANTIZED:
+                raise ValueError(f"{tensor} is quantized here for the first time: its source must be ORIGINAL")
+        reuses = {"dgrad.b": (self.dgrad.b, "w"), "wgrad.a": (self.wgrad.a, "dy"), "wgrad.b": (self.wgrad.b, "x")}
+        for name, (slot, tensor) in reuses.items():
+            if slot is not None and slot.source is Source.QUANTIZED and slots[tensor] is None:
+                raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
+
+    def __str__(self) -> str:
+        return f"fprop {self.fprop}, dgrad {self.dgrad}, wgrad {self.wgrad}"
