@@ -9,17 +9,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from precision import recipes
+from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.updates import AdamW, UpdateRule
 
 
@@ -32,19 +34,81 @@ class Dtypes:
     reduce: torch.dtype = torch.float32
 
 
+BLOCK_LINEARS = r"(.*\.)?(layers|h|blocks)\.\d+\..+"
+"""The linears of transformer blocks, in models of this project and of `transformers`: not the head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Modules that stay in high precision: the union of what the fields select.
+
+    Args:
+        path: regex, full match.
+        kind: a module type.
+        first: blocks from the start of the model: a whole number, or a fraction of them, rounded up.
+        last: blocks from its end.
+    """
+
+    path: str | None = None
+    kind: type[nn.Module] | None = None
+    first: float = 0
+    last: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            if value < 0 or (value >= 1 and value != int(value)):
+                raise ValueError(f"keep_{name}={value}: a number of blocks, or a fraction of them below 1")
+
+    def matches(self, path: str, module: nn.Module, num_blocks: int) -> bool:
+        """Whether the module is among them."""
+        block = block_of(path)
+        inside = block is not None and (
+            block < _count(self.first, num_blocks) or block >= num_blocks - _count(self.last, num_blocks)
+        )
+        named = self.path is not None and re.fullmatch(self.path, path) is not None
+        return inside or named or (self.kind is not None and isinstance(module, self.kind))
+
+    def __str__(self) -> str:
+        parts = [f"path {self.path!r}" if self.path is not None else "", self.kind.__name__ if self.kind else ""]
+        parts += [f"{name} {value:g} of the blocks" for name in ("first", "last") if (value := getattr(self, name))]
+        return ", ".join(filter(None, parts)) or "nothing"
+
+
+def keep(
+    *, first: float = 0, last: float = 0, paths: Iterable[str] = (), kinds: Iterable[type[nn.Module]] = ()
+) -> tuple[Keep, ...]:
+    """Selectors for a recipe's arguments: one each, so that one that matches nothing is found out."""
+    ends = [Keep(first=first)] * bool(first) + [Keep(last=last)] * bool(last)
+    return (*ends, *(Keep(path=path) for path in paths), *(Keep(kind=kind) for kind in kinds))
+
+
+def block_of(path: str) -> int | None:
+    """The index of the block a module belongs to: the first number in its path."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _count(wanted: float, num_blocks: int) -> int:
+    return math.ceil(wanted * num_blocks) if wanted < 1 else int(wanted)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path)``."""
+    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path)``.
+
+    ``keep``: the modules among them that stay as they are.
+    """
 
     kind: type[nn.Module]
     path: str
     make: Callable[[nn.Module, str], nn.Module]
+    keep: tuple[Keep, ...] = ()
 
 
 class Hook(Protocol):
     """What a recipe does once per optimizer step, on all ranks alike."""
 
-    def begin_step(self, model: nn.Module, step: int) -> None: ...
+    def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None: ...
 
     def end_step(self, model: nn.Module, step: int) -> None: ...
 
@@ -57,6 +121,13 @@ class Recipe:
     dtypes: Dtypes = Dtypes()
     update: UpdateRule = field(default_factory=AdamW)
     hooks: tuple[Hook, ...] = ()
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A module with state beside its parameters."""
+
+    def reset_state(self) -> None: ...
 
 
 class PlanRow(Protocol):
@@ -86,13 +157,19 @@ class Plan:
     recipe: Recipe
     model: nn.Module
     rows: Sequence[PlanRow]
+    clock: Clock = field(default_factory=Clock)
     _step: int = field(default=0, init=False)
 
-    def begin_step(self, step: int, sample_offset: int) -> None:
-        """Before the first micro-batch of ``step``; ``sample_offset`` is this rank's first sample, by global index."""
+    def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
+        """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
+        self.begin_micro(sample_offset)
         for hook in self.recipe.hooks:
-            hook.begin_step(self.model, step)
+            hook.begin_step(self.model, step, total_steps)
+
+    def begin_micro(self, sample_offset: int) -> None:
+        """Before every further micro-batch of the step: rounding noise goes by the global index of a sample."""
+        self.clock.set(self._step, sample_offset)
 
     def end_step(self) -> None:
         """After the last backward pass, before the parameters change."""
@@ -104,10 +181,26 @@ class Plan:
         saved = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
 
+    def reset_state(self) -> None:
+        """Set every remembered tensor to its start; after ``to_empty`` they hold garbage."""
+        for module in self.model.modules():
+            if isinstance(module, Remembers):
+                module.reset_state()
+
+    def forget(self) -> None:
+        """Declare what is remembered unknown, as after loading weights alone: the next step measures for itself."""
+        for linear in self.model.modules():
+            if isinstance(linear, QuantLinear):
+                linear.reset_state(UNKNOWN)
+
     @contextmanager
     def high_precision(self) -> Iterator[None]:
-        """Evaluate without the recipe's quantization."""
-        yield
+        """Run without the recipe's quantization of matrix products."""
+        before, self.clock.high_precision = self.clock.high_precision, True
+        try:
+            yield
+        finally:
+            self.clock.high_precision = before
 
     def __str__(self) -> str:
         dtypes = self.recipe.dtypes
@@ -155,6 +248,7 @@ def apply(
     tokens: int | None = None,
     device: torch.device | None = None,
     backend: str = "auto",
+    seed: int = 0,
 ) -> Plan:
     """Replace modules of ``model`` in place as the recipe's rules say. Works on any tree of ``nn.Linear``.
 
@@ -162,28 +256,63 @@ def apply(
         tokens: rows of every activation matrix in one micro-batch, for backends that care about shapes.
         device: where the model will run; the model itself may be on the meta device.
         backend: ``auto``, or the one backend to use.
+        seed: of rounding noise.
 
-    Raises ValueError when a rule matches no module: a recipe that silently does nothing is worse than none.
+    Raises ValueError when a rule, or a selector of what it keeps, matches no module: a recipe that silently does
+    nothing is worse than none. Also for a backend that is none or refuses.
     """
+    device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for rule in recipe.rules:
-        pattern = re.compile(rule.path)
-        matched = [
-            (path, module)
-            for path, module in model.named_modules()
-            if isinstance(module, rule.kind) and pattern.fullmatch(path)
-        ]
-        if not matched:
-            kinds = sorted(path for path, module in model.named_modules() if isinstance(module, rule.kind))
-            raise ValueError(
-                f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; "
-                f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
-            )
-        for path, module in matched:
+        for path, module in _chosen(rule, model):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, rule.make(module, path))
-    rows = [
-        NativeLinear(path, (module.out_features, module.in_features), recipe.dtypes.compute)
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear
+    clock = Clock(seed=seed)
+    rows: list[PlanRow] = []
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            module.clock = clock
+            rows.append(assign_backends(module, tokens, device, backend))
+        elif type(module) is nn.Linear:
+            shape = (module.out_features, module.in_features)
+            rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
+        elif (row := getattr(module, "plan_row", None)) is not None:
+            rows.append(row)
+    plan = Plan(recipe, model, rows, clock)
+    if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
+        for name, buffer in plan.state_tensors().items():
+            if buffer.is_meta:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, torch.empty_like(buffer, device=device))
+        plan.reset_state()
+    return plan
+
+
+def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
+    pattern = re.compile(rule.path)
+    of_kind = [(path, module) for path, module in model.named_modules() if isinstance(module, rule.kind)]
+    matched = [(path, module) for path, module in of_kind if pattern.fullmatch(path)]
+    kinds = sorted(path for path, _ in of_kind)
+    there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
+    if not matched:
+        raise ValueError(f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; {there}")
+    num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
+    for selector in rule.keep:
+        if not any(selector.matches(path, module, num_blocks) for path, module in matched):
+            near = close(selector.path, kinds) if selector.path is not None else ""
+            raise ValueError(f"to keep in high precision: {selector} matches no {rule.kind.__name__}{near}; {there}")
+    return [
+        (path, module)
+        for path, module in matched
+        if not any(selector.matches(path, module, num_blocks) for selector in rule.keep)
     ]
-    return Plan(recipe, model, rows)
+
+
+_T = TypeVar("_T")
+
+
+def one_of(name: str, value: str, choices: Mapping[str, _T]) -> _T:
+    """The choice called ``value``. Raises ValueError naming the argument and the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value}: one of {', '.join(choices)}{close(str(value), choices)}")
+    return choices[value]

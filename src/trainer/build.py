@@ -97,12 +97,13 @@ def build_model(
     *,
     backend: str = "auto",
     tokens: int | None = None,
+    seed: int = 0,
 ) -> tuple[Model, Plan]:
     """The sharded model with its recipe in it, on the device, its parameters not yet set."""
     with torch.device("meta"):
         model = create(config)
     try:
-        plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend)
+        plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
     except ValueError as error:
         raise UserError(f"precision: {error}") from error
     for block in model.layers:
@@ -123,6 +124,7 @@ def build_model(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
+    plan.reset_state()
     model.tie_weights()
     return model, plan
 
@@ -197,11 +199,14 @@ def build_state(
     Raises UserError if that directory does not fit.
     """
     recipe = load(precision.recipe, precision.args)
-    model, plan = build_model(model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens)
+    model, plan = build_model(
+        model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens, seed=seed
+    )
     if pretrained is None:
         initialize(model, seed)
     else:
         world.on_all(lambda: _start_from(model, pretrained))
+        plan.forget()
     optimizer = build_optimizer(optim, model, recipe.update)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from trainer.distributed import World, say
 from trainer.errors import UserError, one_line
 from trainer.files import sha256_of, sync_directory, write_json
-from trainer.state import TrainState, local
+from trainer.state import RECIPE_PREFIX, TrainState, local
 
 FORMAT = 1
 _META, _CHECKSUMS = "meta.json", "checksums.json"
@@ -50,6 +51,20 @@ class CheckpointConfig:
         for field, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {least}")
+
+
+class RecipeChange(Enum):
+    """Whether a run may go on under another precision recipe."""
+
+    allow = "allow"
+    forbid = "forbid"
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """What a run that goes on may change."""
+
+    recipe_change: RecipeChange = RecipeChange.forbid
 
 
 @dataclass(frozen=True)
@@ -118,15 +133,24 @@ def newest(directory: Path, *, tidy: bool = False) -> Checkpoint | None:
     return None
 
 
-def load_into(checkpoint: Checkpoint, state: TrainState, process_group: Any) -> None:
+def load_into(checkpoint: Checkpoint, state: TrainState, process_group: Any, *, other_recipe: bool = False) -> None:
     """Read the checkpoint into the state's own tensors, whatever world size wrote it.
 
-    Raises UserError if it holds other tensors.
+    With ``other_recipe``, what the recipe of the checkpoint remembered is left out, and what this one remembers is
+    unknown. Raises UserError if the checkpoint holds other tensors.
     """
     tensors = state.tensors()
-    _require_same_tensors(checkpoint, tensors)
+    there = checkpoint.meta["tensors"]
+    if other_recipe:
+        tensors, there = (
+            {name: value for name, value in both.items() if not name.startswith(RECIPE_PREFIX)}
+            for both in (tensors, there)
+        )
+    _require_same_tensors(checkpoint.path, there, _describe(tensors))
     dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=process_group)
     state.read_counters()
+    if other_recipe:
+        state.plan.forget()
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -147,13 +171,12 @@ def _describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     return {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
 
 
-def _require_same_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    there, here = checkpoint.meta["tensors"], _describe(tensors)
+def _require_same_tensors(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     if there == here:
         return
     name = next(name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name))
     raise UserError(
-        f"checkpoint {checkpoint.path} is of another model or recipe: {name} is {there.get(name, 'absent')} there and "
+        f"checkpoint {path} is of another model or recipe: {name} is {there.get(name, 'absent')} there and "
         f"{here.get(name, 'absent')} here; use the same model and precision, or another run.dir"
     )
 
@@ -173,8 +196,13 @@ class Checkpointer:
         self.last_error: str | None = None
 
     def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
-        """Load ``checkpoint``, which ``newest`` found."""
-        self._world.on_all(lambda: load_into(checkpoint, state, self._world.checkpoint))
+        """Load ``checkpoint``, which ``newest`` found; one of another recipe without what that recipe remembered."""
+        before = checkpoint.meta["recipe"]
+        other_recipe = before != self._meta["recipe"]
+        self._world.on_all(lambda: load_into(checkpoint, state, self._world.checkpoint, other_recipe=other_recipe))
+        self._meta["recipe_changes"] = checkpoint.meta.get("recipe_changes", [])
+        if other_recipe:
+            self._meta["recipe_changes"] = [*self._meta["recipe_changes"], {"step": state.step, "before": before}]
         self.saved_step = state.step
 
     def save(self, state: TrainState, *, prune: bool = True) -> None:

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig
 from trainer.distributed import ParallelConfig
 from trainer.errors import UserError, one_line
@@ -47,6 +47,7 @@ class TrainConfig:
     train: LoopConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 

@@ -70,11 +70,15 @@ class ShardInfo(TypedDict):
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` int64 [B, T+1]; ``weights`` float32 [B, T], how much each target counts; global index of sample 0."""
+    """``tokens`` int64 [B, T+1]; ``weights`` float32 [B, T], how much each target counts; global index of sample 0.
+
+    ``positions`` int64 [B, T]: every token's place in its document, where documents are kept apart; else None.
+    """
 
     tokens: Tensor
     weights: Tensor
     first_sample: int
+    positions: Tensor | None = None
 
 
 class DataSource(Protocol):

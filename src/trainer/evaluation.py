@@ -13,7 +13,7 @@ from trainer.config import load_config
 from trainer.data import DataConfig, TokenShards, TokenStream
 from trainer.distributed import StopRequest, World
 from trainer.errors import UserError
-from trainer.loop import EvalConfig, validate
+from trainer.loop import EvalConfig, EvalPrecision, validate
 from trainer.prepare import prepare
 from trainer.pretrained import PretrainedDirectory
 from trainer.restore import restore_run
@@ -38,12 +38,13 @@ class Subject:
     world: World
     state: TrainState
     data: DataConfig
+    precision: EvalPrecision
 
 
 def open_run(run_dir: Path) -> Subject:
     """The newest checkpoint of a run."""
     run = restore_run(run_dir)
-    return Subject(run.world, run.state, run.config.data)
+    return Subject(run.world, run.state, run.config.data, run.config.eval.precision)
 
 
 def open_pretrained(directory: str, precision: str, seq_len: int) -> Subject:
@@ -54,7 +55,8 @@ def open_pretrained(directory: str, precision: str, seq_len: int) -> Subject:
     world = distributed.start(config.parallel)
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0, pretrained=directory)
     limit = model.position_limit or seq_len
-    return Subject(world, state, replace(config.data, tokenizer=directory, seq_len=min(seq_len, limit), eot_token=None))
+    data = replace(config.data, tokenizer=directory, seq_len=min(seq_len, limit), eot_token=None)
+    return Subject(world, state, data, EvalPrecision.recipe)
 
 
 def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, micro_batch: int) -> Evaluation:
@@ -73,7 +75,7 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
         wanted = EvalConfig(tokens=tokens or stream.num_tokens)
         source, size = validation_source(stream, wanted, subject.world, micro_batch)
         assert source is not None
-        result = validate(subject.state.model, source, subject.world, stop)
+        result = validate(subject.state, source, subject.world, stop, subject.precision)
     if isinstance(result, int):
         raise UserError(f"stopped by {StopRequest.describe(result)}")
     loss = result[0] / result[1]

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.checkpoint import Checkpointer
-from trainer.data import DataSource, OrderedSource
+from trainer.data import Batch, DataSource, OrderedSource
 from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
@@ -41,12 +42,20 @@ class LoopConfig:
             raise ValueError(f"train.micro_batch_size={size}: must be 'auto' or a whole number from 1")
 
 
+class EvalPrecision(Enum):
+    """What matrix products of a validation are computed in."""
+
+    recipe = "recipe"  # as in training
+    high = "high"  # the recipe's compute dtype, nothing quantized
+
+
 @dataclass(kw_only=True)
 class EvalConfig:
     """Validation, always on the same first tokens of the split."""
 
     every: int = 100  # steps; 0 = only at the end
     tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
+    precision: EvalPrecision = EvalPrecision.recipe
 
     def validate(self) -> None:
         """Raises ValueError for negative counts."""
@@ -174,15 +183,15 @@ def update_from(
 ) -> StepResult:
     """Forward and backward over the micro-batches of ``step``, one update, or none if something is not finite."""
     model, optimizer, plan, device = state.model, state.optimizer, state.plan, world.device
-    plan.begin_step(step, source.first_sample(step))
+    plan.begin_step(step, source.first_sample(step), total_steps)
     batches = [source.batch(step, micro) for micro in range(source.num_micro)]
     # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
     (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
+        plan.begin_micro(batch.first_sample)
         model.set_requires_gradient_sync(batch is batches[-1])
-        tokens_BT = batch.tokens.to(device, non_blocking=True)
-        losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) * batch.weights.to(device, non_blocking=True)
+        losses_BT = _losses(model, batch, device) * batch.weights.to(device, non_blocking=True)
         (losses_BT.sum() / total_weight).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
     plan.end_step()
@@ -205,6 +214,13 @@ def update_from(
     return StepResult(loss, grad_norm, lr, applied)
 
 
+def _losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    tokens_BT = batch.tokens.to(device, non_blocking=True)
+    positions_BT = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    losses_BT: Tensor = model(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT)
+    return losses_BT
+
+
 def evaluate(job: Job) -> int:
     """Validate and log; the same tokens in the same order at every world size.
 
@@ -212,7 +228,7 @@ def evaluate(job: Job) -> int:
     """
     if job.validation is None:
         return 0
-    result = validate(job.state.model, job.validation, job.world, job.stop)
+    result = validate(job.state, job.validation, job.world, job.stop, job.eval_config.precision)
     if isinstance(result, int):
         return result
     loss_sum, weight_sum = result
@@ -235,17 +251,19 @@ def evaluate(job: Job) -> int:
     return 0
 
 
-def validate(model: nn.Module, source: DataSource, world: World, stop: StopRequest) -> tuple[float, float] | int:
+def validate(
+    state: TrainState, source: DataSource, world: World, stop: StopRequest, precision: EvalPrecision
+) -> tuple[float, float] | int:
     """Summed loss in nats and summed weight over one pass of ``source``, over all ranks.
 
     If a rank is asked to stop meanwhile, that code instead.
     """
     loss_sum = weight_sum = 0.0
-    with evaluating(model):
+    high = state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
+    with evaluating(state.model), high:
         for micro in range(source.num_micro):
             batch = source.batch(0, micro)
-            tokens_BT = batch.tokens.to(world.device)
-            losses_BT = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+            losses_BT = _losses(state.model, batch, world.device)
             loss_sum += float((losses_BT * batch.weights.to(world.device)).sum(dtype=torch.float64))
             weight_sum += float(batch.weights.sum())
             (stop_code,) = world.max(stop.code)

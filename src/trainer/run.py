@@ -16,7 +16,7 @@ from trainer.build import (
     training_source,
     validation_source,
 )
-from trainer.checkpoint import Checkpoint, Checkpointer, newest
+from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, newest
 from trainer.config import TrainConfig, differences, load_run_config
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
@@ -84,13 +84,10 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         return None
     if directory.config.exists() and directory.has_run():
         changed = differences(load_run_config(directory.config), config)
-        fixed = [key for key in changed if _is_fixed(key)]
+        fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config)]
         if fixed:
             old, new = changed[fixed[0]]
-            raise UserError(
-                f"run.dir={directory.path} holds a run with {fixed[0]}={old}, not {new}: choose another run.dir, "
-                "or run.resume=never to move it aside"
-            )
+            raise UserError(f"run.dir={directory.path} holds a run with {fixed[0]}={old}, not {new}: {_ways(fixed[0])}")
         shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
         if shown:
             say(f"going on with another config: {', '.join(shown)}")
@@ -103,10 +100,9 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         return None
     for key, value in _identity(config).items():
         if (there := checkpoint.meta["identity"].get(key, value)) != value:
-            raise UserError(
-                f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: choose another run.dir, "
-                "or run.resume=never to move it aside"
-            )
+            if _may_change(key, config):
+                continue
+            raise UserError(f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: {_ways(key)}")
     finished = directory.finished_step()
     if finished is not None and checkpoint.meta["step"] >= config.train.steps:
         say(f"{directory.path} is finished: step {finished}. Nothing to do; raise train.steps to go on")
@@ -116,6 +112,15 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
 
 def _is_fixed(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in _FIXED)
+
+
+def _may_change(key: str, config: TrainConfig) -> bool:
+    return key.startswith("precision.") and config.resume.recipe_change is RecipeChange.allow
+
+
+def _ways(key: str) -> str:
+    allow = "resume.recipe_change=allow to go on under this recipe, " if key.startswith("precision.") else ""
+    return f"choose another run.dir, {allow}or run.resume=never to move it aside"
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

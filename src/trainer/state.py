@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 from precision.recipe import Plan
 
+RECIPE_PREFIX = "recipe."
+"""Of the names of what the precision recipe remembers."""
+
 
 @dataclass
 class TrainState:
@@ -37,7 +40,7 @@ class TrainState:
             result[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 result[f"optim.{name}.{key}"] = value
-        result |= {f"recipe.{name}": value for name, value in self.plan.state_tensors().items()}
+        result |= {f"{RECIPE_PREFIX}{name}": value for name, value in self.plan.state_tensors().items()}
         self._counters = {
             "train.step": torch.tensor(self.step),
             "train.nonfinite_in_a_row": torch.tensor(self.nonfinite_in_a_row),

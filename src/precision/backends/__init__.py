@@ -1,0 +1,74 @@
+"""Who quantizes and multiplies. The first backend of ``ORDER`` that takes a GEMM gets it, unless the user names one.
+
+``reference`` is the definition and takes everything; the others give the same codes, and native matrix products within
+a stated error. A choice is made once, when shapes are known, and stands in ``plan.txt`` with the reasons of those that
+refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from precision.backends.reference import Reference
+from precision.noise import Noise
+from precision.quantize import Quantized
+from precision.spec import GemmSpec, OperandSpec
+
+Operand = Quantized | Tensor
+"""One side of a GEMM: codes and scales, or a plain matrix left in high precision."""
+
+
+class Backend(Protocol):
+    name: str
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        """None if this backend takes the GEMM of ``shape`` (m, n, k; m None if unknown), else why not."""
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        """As ``precision.quantize.quantize``, bit for bit."""
+
+    def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""
+
+    def note(self, gemm: GemmSpec) -> str:
+        """What plan.txt should add about the product, or nothing."""
+
+
+REFERENCE: Backend = Reference()
+ORDER: tuple[Backend, ...] = (REFERENCE,)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend of one GEMM, and why faster ones were refused."""
+
+    backend: Backend
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
+
+
+def choose(gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device, wanted: str = "auto") -> Choice:
+    """The backend for a GEMM. Raises ValueError for a name that no backend has, and where the named one refuses."""
+    named = {backend.name: backend for backend in ORDER}
+    if wanted != "auto":
+        if wanted not in named:
+            near = difflib.get_close_matches(wanted, ["auto", *named], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no backend named {wanted!r}{hint}; there are: auto, {', '.join(named)}")
+        if reason := named[wanted].why_not(gemm, shape, device):
+            raise ValueError(f"backend {wanted!r} does not take {gemm} of shape {shape}: {reason}")
+        return Choice(named[wanted])
+    refused: list[str] = []
+    for backend in ORDER:
+        reason = backend.why_not(gemm, shape, device)
+        if reason is None:
+            return Choice(backend, tuple(refused))
+        refused.append(f"not {backend.name}: {reason}")
+    raise AssertionError("the reference takes everything")

@@ -1,0 +1,67 @@
+"""Plain torch on any device: the definition that the other backends are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from precision.noise import Noise
+from precision.quantize import Quantized, operand, quantize
+from precision.scaling import TENSOR
+from precision.spec import GemmSpec, OperandSpec
+
+
+class Reference:
+    """Emulation: operands that BF16 holds exactly meet in one BF16 product with float32 sums, others in an FP32 one."""
+
+    name = "reference"
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        return None
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        return quantize(x, spec, amax=amax, noise=noise)
+
+    def gemm(self, a: Quantized | Tensor, b: Quantized | Tensor, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
+
+        Tensor-wide scales multiply the float32 sums before their rounding; where that is not to be had (float32
+        output of BF16 operands on a CPU), the operands are widened.
+        """
+        left, left_factor = operand(a) if isinstance(a, Quantized) else (a, None)
+        right, right_factor = operand(b) if isinstance(b, Quantized) else (b, None)
+        wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
+        return scaled_product(left.to(wide), right.to(wide), left_factor, right_factor, bias).to(dtype)
+
+    def note(self, gemm: GemmSpec) -> str:
+        """Whether the product is in float32, which is slow: BF16 does not hold its operands."""
+        return "fp32 product" if any(spec is not None and not _fits_bf16(spec) for spec in (gemm.a, gemm.b)) else ""
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, a_factor: Tensor | None, b_factor: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """(a @ b.mT) * factors + bias, with one rounding to the operands' dtype."""
+    factors = [factor for factor in (a_factor, b_factor) if factor is not None]
+    if not factors:
+        return a @ b.mT if bias is None else torch.addmm(bias.to(a.dtype), a, b.mT)
+    if a.device.type == "cpu":
+        alpha = 1.0
+        for factor in factors:
+            alpha *= float(factor)
+        beta, start = (0, a.new_empty(())) if bias is None else (1, bias.to(a.dtype))
+        return torch.addmm(start, a, b.mT, beta=beta, alpha=alpha)
+    # The factors stay on the device: reading them would stop it.
+    y = torch.mm(a, b.mT, out_dtype=torch.float32) if a.dtype != torch.float32 else a @ b.mT
+    for factor in factors:
+        y = y * factor
+    return (y if bias is None else y + bias).to(a.dtype)
+
+
+def _fits_bf16(spec: OperandSpec) -> bool:
+    """Whether ``precision.quantize.operand`` gives BF16 for this spec."""
+    bits, rule = spec.format.significant_bits, spec.scale
+    if rule.levels == 2:
+        assert rule.format is not None
+        return bits + rule.format.significant_bits <= 8
+    return bits <= 8 and (rule.levels == 0 or spec.tile == TENSOR or rule.power_of_two)

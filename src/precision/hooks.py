@@ -1,0 +1,83 @@
+"""What runs once per optimizer step, on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from precision.linear import UNKNOWN, QuantLinear
+from precision.spec import GemmSpec
+
+
+def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
+    """The quantized linears of a model, in order."""
+    return (module for module in model.modules() if isinstance(module, QuantLinear))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollAmax:
+    """Ends a step of delayed scaling: one all-reduce(MAX) of all amaxes, then every history moves on.
+
+    An amax that is not finite leaves no trace: the step that made it is skipped by the trainer, and a history that
+    remembered an infinity would hold its scale still for a thousand steps.
+
+    Args:
+        reduce: take the maximum over ranks. Without it every rank scales by what it has seen itself, and a checkpoint
+            holds the first rank's histories.
+    """
+
+    reduce: bool = True
+
+    def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
+        pass
+
+    @torch.no_grad()
+    def end_step(self, model: nn.Module, step: int) -> None:
+        linears = [linear for linear in quant_linears(model) if linear.delayed is not None]
+        if not linears:
+            return
+        newest = torch.cat([linear.amax_history[0] for linear in linears])
+        # As an infinity first: a maximum over ranks may lose a NaN.
+        newest = torch.where(newest.isnan(), math.inf, newest)
+        if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(newest, op=dist.ReduceOp.MAX)
+        newest = torch.where(newest.isinf(), 0.0, newest)
+        parts = torch.split(newest, [len(linear.columns) for linear in linears])
+        for linear, part in zip(linears, parts, strict=True):
+            assert linear.delayed is not None
+            linear.amax_history[0] = part
+            # An amax that is still unknown stays so until a step has shown one.
+            known = linear.amax_held.clamp(min=0.0)
+            history, held = linear.delayed.update(linear.amax_history, known)
+            linear.amax_history.copy_(history)
+            linear.amax_held.copy_(torch.where((linear.amax_held == UNKNOWN) & (held == 0.0), UNKNOWN, held))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HighPrecisionForward:
+    """Forward GEMMs in high precision for the last part of a run (arXiv 2509.25149, section 5).
+
+    What backward keeps stays quantized. Where the length of the run is not known, nothing is switched.
+
+    Args:
+        fraction: of the run's steps, at its end.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"the part of a run is between 0 and 1, not {self.fraction}")
+
+    def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
+        switched = total_steps is not None and step >= total_steps - int(self.fraction * total_steps)
+        for linear in quant_linears(model):
+            linear.active = replace(linear.spec, fprop=GemmSpec()) if switched else linear.spec
+
+    def end_step(self, model: nn.Module, step: int) -> None:
+        pass

@@ -1,0 +1,310 @@
+"""The quantized linear: one autograd function over six operand slots.
+
+fprop  y  = x  @ w.mT        slots 0 (x) and 1 (w)
+dgrad  dx = dy @ w           slots 2 (dy) and 3 (w.mT)
+wgrad  dw = dy.mT @ x        slots 4 (dy.mT) and 5 (x.mT)
+
+Forward keeps for backward what wgrad will read of x: codes and scales, made in the forward pass. It keeps nothing of
+the weight but the parameter itself, which FSDP gathers anew; dgrad quantizes that. A slot without a spec stays as it
+is, and a linear whose spec is empty is ``F.linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from precision.backends import REFERENCE, Backend, Choice, Operand, choose
+from precision.noise import Noise, base_key, step_key
+from precision.quantize import Quantized, amax, dequantize
+from precision.scaling import TENSOR, Delayed
+from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+
+X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
+_TENSORS = {X: "x", W: "w", DGRAD_DY: "dy", DGRAD_W: "w", WGRAD_DY: "dy", WGRAD_X: "x"}
+UNKNOWN = -1.0
+"""A held amax that is not known: this step scales by the tensor's own."""
+
+
+@dataclass(eq=False)
+class Clock:
+    """Where training stands: shared by every quantized linear of a model, set by ``Plan``.
+
+    Tensors, so that compiled code need not be compiled anew at every step.
+    """
+
+    seed: int = 0
+    step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    first_sample: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    high_precision: bool = False
+
+    def set(self, step: int, first_sample: int) -> None:
+        self.step.fill_(step)
+        self.first_sample.fill_(first_sample)
+
+
+class Column(NamedTuple):
+    """One remembered amax: of which tensor, and through which transform it is seen."""
+
+    tensor: str
+    transform: str
+    delayed: Delayed
+
+
+def _slots(spec: LinearSpec) -> dict[int, tuple[OperandSpec, GemmSpec]]:
+    """The quantized slots with their GEMMs."""
+    gemms = (spec.fprop, spec.dgrad, spec.wgrad)
+    operands = [(operand, gemm) for gemm in gemms for operand in (gemm.a, gemm.b)]
+    return {slot: (operand, gemm) for slot, (operand, gemm) in enumerate(operands) if operand is not None}
+
+
+def _columns(spec: LinearSpec) -> dict[int, Column]:
+    """The remembered amax of every slot with delayed scaling; slots that see the same tensor alike share one."""
+    return {
+        slot: Column(_TENSORS[slot], str(gemm.transform or ""), operand.amax)
+        for slot, (operand, gemm) in _slots(spec).items()
+        if isinstance(operand.amax, Delayed)
+    }
+
+
+class QuantLinear(nn.Module):
+    """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
+
+    Buffers, for delayed scaling only: ``amax_history`` FP32 [length, columns] and ``amax_held`` FP32 [columns], as
+    ``precision.scaling.Delayed`` describes them. They are written in training mode alone, never in evaluation, and
+    only slot 0 of the history inside a step: activation recompute and micro-batches change nothing.
+
+    Raises ValueError for a spec whose delayed operands want histories of different kinds.
+    """
+
+    amax_history: Tensor
+    amax_held: Tensor
+
+    def __init__(self, linear: nn.Linear, path: str, spec: LinearSpec) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.path = path
+        self.spec = spec
+        self.active = spec  # what this step uses; a hook may change it by step
+        self.clock = Clock()
+        self.backends: tuple[Backend, Backend, Backend] = (REFERENCE, REFERENCE, REFERENCE)
+        columns = _columns(spec)
+        self.columns = list(dict.fromkeys(columns.values()))
+        kinds = {column.delayed for column in self.columns}
+        if len(kinds) > 1:
+            raise ValueError(f"{path}: one linear keeps one kind of amax history, not {', '.join(map(str, kinds))}")
+        self._column_of = {slot: self.columns.index(column) for slot, column in columns.items()}
+        self.delayed = kinds.pop() if kinds else None
+        history, held = (None, None) if self.delayed is None else self.delayed.start(len(self.columns), "meta")
+        self.register_buffer("amax_history", history)
+        self.register_buffer("amax_held", held)
+        self._base_keys: dict[int, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.spec}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in the dtype of ``x``."""
+        if self.clock.high_precision or self.active == LinearSpec():
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = self._quantized(x)
+        return y
+
+    # Quantization is one opaque step to the compiler: what it would fuse it would also round otherwise.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _quantized(self, x: Tensor) -> Tensor:
+        rows_of_a_sample = x.shape[-2] if x.dim() > 2 else 1
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = _Linear.apply(rows, self.weight, self.bias, self, rows_of_a_sample)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def reset_state(self, value: float = 0.0) -> None:
+        """Forget every amax. ``value``: what is held instead, 0 for a scale of 1, or ``UNKNOWN``."""
+        if self.delayed is not None:
+            self.amax_history.zero_()
+            self.amax_held.fill_(value)
+
+    def noise(self, slot: int, first_row: Tensor, *, transposed: bool) -> Noise:
+        if slot not in self._base_keys:
+            self._base_keys[slot] = base_key(self.clock.seed, self.path, slot, device=self.weight.device)
+        key = step_key(self._base_keys[slot], self.clock.step)
+        return Noise(key=key, row_offset=first_row, transposed=transposed)
+
+    def amax_for(self, slot: int, x: Tensor) -> Tensor | None:
+        """The amax that scales this slot's tensor: None for its own. Notes the new one in training."""
+        if slot not in self._column_of:
+            return None
+        column = self._column_of[slot]
+        now, held = amax(x, TENSOR).reshape(()), self.amax_held[column]
+        if self.training:
+            # maximum passes a NaN on: the rule then keeps what it held.
+            self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
+        return torch.where(held == UNKNOWN, now, held)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: QuantLinear, rows_of_a_sample: int
+    ) -> Tensor:
+        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample)
+        a = call.operand(X, x)
+        y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
+        kept = _kept(call, x, a) if ctx.needs_input_grad[1] else None
+        if isinstance(kept, Quantized):
+            ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale)
+            ctx.kept = kept.shape, kept.spec
+        else:
+            ctx.save_for_backward(weight, kept)
+            ctx.kept = None
+        ctx.call, ctx.has_bias = call, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        spec = call.spec
+        weight, *pieces = ctx.saved_tensors
+        dx = dw = dbias = None
+        dy_codes: Operand = dy
+        if ctx.needs_input_grad[0]:
+            dy_codes = call.operand(DGRAD_DY, dy)
+            if _reuses(spec.dgrad.b):
+                w_t = call.reused(DGRAD_W, call.operand(W, weight))
+            else:
+                w_t = call.operand(DGRAD_W, weight.mT)
+            dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
+        if ctx.needs_input_grad[1]:
+            if ctx.kept is None:
+                x_t = call.operand(WGRAD_X, pieces[0].mT)
+            else:
+                shape, kept_spec = ctx.kept
+                kept = Quantized(codes=pieces[0], scales=pieces[1], tensor_scale=pieces[2], shape=shape, spec=kept_spec)
+                x_t = kept.t() if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
+            if isinstance(dy_codes, Quantized) and _transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
+                dy_t: Operand = dy_codes.t()
+            elif isinstance(dy_codes, Quantized) and _reuses(spec.wgrad.a):
+                dy_t = call.reused(WGRAD_DY, dy_codes)
+            else:
+                dy_t = call.operand(WGRAD_DY, dy.mT)
+            dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        return dx, dw, dbias, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One forward pass of a linear and its backward pass: they use one spec and one place in the data."""
+
+    module: QuantLinear
+    spec: LinearSpec
+    first_row: Tensor
+
+    def gemm(self, slot: int) -> GemmSpec:
+        return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
+
+    def operand(self, slot: int, x: Tensor) -> Operand:
+        """What the slot's GEMM reads of ``x``: transformed and quantized as the spec says."""
+        gemm = self.gemm(slot)
+        spec = gemm.a if slot % 2 == 0 else gemm.b
+        if gemm.transform is not None:
+            x = gemm.transform.left(x) if slot % 2 == 0 else gemm.transform.right(x)
+        if spec is None:
+            return x
+        noise = None
+        if spec.rounding is Rounding.STOCHASTIC:
+            transposed = slot in (DGRAD_W, WGRAD_DY, WGRAD_X)
+            first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
+            noise = self.module.noise(slot, first_row, transposed=transposed)
+        amax = self.module.amax_for(slot, x)
+        return self.module.backends[slot // 2].quantize(x, spec, amax=amax, noise=noise)
+
+    def reused(self, slot: int, made: Operand) -> Operand:
+        """The slot's operand from what an earlier GEMM made of the transposed tensor."""
+        assert isinstance(made, Quantized)
+        return self.operand(slot, dequantize(made).mT)
+
+    def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+        transform = self.gemm(2 * gemm).transform
+        backend = self.module.backends[gemm]
+        if transform is None:
+            return backend.gemm(a, b, bias=bias, dtype=dtype)
+        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype))
+        return y if bias is None else y + bias
+
+
+def _kept(call: _Call, x: Tensor, a: Operand) -> Operand:
+    """What backward keeps of x."""
+    spec = call.spec
+    if spec.wgrad.b is None:
+        return x
+    if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b):
+        return a
+    return call.reused(WGRAD_X, a) if _reuses(spec.wgrad.b) else call.operand(WGRAD_X, x.mT)
+
+
+def _reuses(spec: OperandSpec | None) -> bool:
+    return spec is not None and spec.source is Source.QUANTIZED
+
+
+def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec, spec: OperandSpec | None) -> bool:
+    """Whether a slot's codes are those of ``first``, an earlier slot of the same tensor, transposed.
+
+    So it is for tiles that are square, specs that are alike and tensors that no transform has changed; rounded
+    stochastically, only if the spec says to reuse: else each slot has noise of its own.
+    """
+    if first is None or spec is None or first_gemm.transform is not None or gemm.transform is not None:
+        return False
+    alike = replace(spec, source=Source.ORIGINAL) == first and spec.tile.outer == spec.tile.inner
+    return alike and (spec.rounding is Rounding.NEAREST or spec.source is Source.QUANTIZED)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRow:
+    """One line of plan.txt per GEMM of a quantized linear."""
+
+    path: str
+    shape: tuple[int, int]
+    spec: LinearSpec
+    choices: tuple[Choice, Choice, Choice]
+
+    def __str__(self) -> str:
+        out_features, in_features = self.shape
+        lines = [f"{self.path:44} {in_features:>6} -> {out_features:<6}"]
+        for name, choice in zip(("fprop", "dgrad", "wgrad"), self.choices, strict=True):
+            gemm: GemmSpec = getattr(self.spec, name)
+            if gemm == GemmSpec():
+                lines.append(f"    {name}: high precision (torch)")
+                continue
+            note = choice.backend.note(gemm)
+            lines.append(f"    {name}: {gemm}  [{choice}{', ' + note if note else ''}]")
+        return "\n".join(lines)
+
+
+def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
+    """The ``make`` of a rule that gives every linear this spec."""
+
+    def make(module: nn.Module, path: str) -> QuantLinear:
+        assert isinstance(module, nn.Linear)
+        return QuantLinear(module, path, spec)
+
+    return make
+
+
+def assign_backends(linear: QuantLinear, tokens: int | None, device: torch.device, wanted: str) -> LinearRow:
+    """Choose a backend for each GEMM. Raises ValueError if ``wanted`` is none or refuses."""
+    n, k, spec = linear.out_features, linear.in_features, linear.spec
+    shapes: tuple[tuple[int | None, int, int], ...] = ((tokens, n, k), (tokens, k, n), (n, k, tokens or -1))
+    gemms = (spec.fprop, spec.dgrad, spec.wgrad)
+    fprop, dgrad, wgrad = (choose(gemm, shape, device, wanted) for gemm, shape in zip(gemms, shapes, strict=True))
+    linear.backends = (fprop.backend, dgrad.backend, wgrad.backend)
+    return LinearRow(linear.path, (n, k), spec, (fprop, dgrad, wgrad))

@@ -1,0 +1,47 @@
+"""FP8 with current scaling (arXiv 2209.05433; TransformerEngine's Float8CurrentScaling).
+
+A tensor's scale comes from its own absolute maximum: nothing saturates and nothing is remembered, at the price of
+reading every tensor twice. E4M3 forward, E5M2 for gradients (HYBRID), one scale per tensor. Head, embeddings and norms
+stay in BF16.
+
+The scale spans the rows of one rank's micro-batch, so losses depend a little on world size and micro-batch size.
+
+Not finite: an infinite amax gives scale 1 and infinities saturate; NaN stays NaN in its element.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from precision.formats import E4M3, E5M2
+from precision.linear import quantized
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from precision.scaling import Fp32
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+
+def recipe(
+    *,
+    format: str = "hybrid",
+    pow2: bool = False,
+    eps: float = 0.0,
+    keep_first: float = 0,
+    keep_last: float = 0,
+    keep_paths: Sequence[str] = (),
+) -> Recipe:
+    """
+    Args:
+        format: hybrid (gradients in E5M2) or e4m3 (all in E4M3).
+        pow2: round scales down to powers of two.
+        eps: floor of amax.
+        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
+        keep_paths: linears left in BF16, by regex.
+    """
+    scale = Fp32(pow2=pow2, eps=eps)
+    forward = OperandSpec(format=E4M3, scale=scale)
+    dy = OperandSpec(format=one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3}), scale=scale)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=forward, b=forward), dgrad=GemmSpec(a=dy, b=forward), wgrad=GemmSpec(a=dy, b=forward)
+    )
+    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))

@@ -1,0 +1,56 @@
+"""FP8 with delayed scaling (arXiv 2209.05433, as TransformerEngine defines it).
+
+A tensor's scale comes from the absolute maxima of earlier steps, so it is cast in one pass, without looking at it
+first. What is lost: a tensor that grows faster than its history saturates for a step, and one outlier keeps the scale
+low until it leaves the history. E4M3 forward for precision, E5M2 for gradients, whose range is wider (HYBRID). One
+scale per tensor; the first step has scale 1, as there. Head, embeddings and norms stay in BF16.
+
+Not finite: an infinity saturates, NaN stays NaN, so that loss and gradient show it and the trainer skips the step; an
+amax that is not finite is not remembered (TransformerEngine's would hold the scale until it left the history).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from precision.formats import E4M3, E5M2
+from precision.hooks import RollAmax
+from precision.linear import quantized
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from precision.scaling import Delayed, Fp32, Reduce
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+
+def recipe(
+    *,
+    history: int = 1024,
+    algo: str = "max",
+    margin: int = 0,
+    format: str = "hybrid",
+    reduce_amax: bool = True,
+    keep_first: float = 0,
+    keep_last: float = 0,
+    keep_paths: Sequence[str] = (),
+) -> Recipe:
+    """
+    Args:
+        history: steps that a scale looks back on, the newest included.
+        algo: max or most_recent, over the history.
+        margin: bits of head-room: amax is mapped to the format's maximum times 2^-margin.
+        format: hybrid (gradients in E5M2) or e4m3 (all in E4M3).
+        reduce_amax: one amax over all ranks.
+        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
+        keep_paths: linears left in BF16, by regex.
+    """
+    amax = Delayed(history=history, reduce=one_of("algo", algo, {reduce.value: reduce for reduce in Reduce}))
+    forward = OperandSpec(format=E4M3, scale=Fp32(margin=margin), amax=amax)
+    gradient = one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3})
+    dy = OperandSpec(format=gradient, scale=Fp32(margin=margin), amax=amax)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=forward, b=forward), dgrad=GemmSpec(a=dy, b=forward), wgrad=GemmSpec(a=dy, b=forward)
+    )
+    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
+    return Recipe(
+        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
+        hooks=(RollAmax(reduce=reduce_amax),),
+    )
