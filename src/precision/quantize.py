@@ -201,10 +201,15 @@ def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
     rows, columns = scales.shape
     if rows * columns == 1:
         return x * scales.reshape(())
-    y = _tiled(x, tile)
-    tall, wide = y.shape[1], y.shape[3]
-    y = y * scales[:, None, :, None]
-    return y.reshape(rows * tall, columns * wide)[:outer, :inner]
+    tall = max(outer, 1) if tile.outer < 0 else tile.outer
+    wide = max(inner, 1) if tile.inner < 0 else tile.inner
+    if (rows * tall, columns * wide) == (outer, inner):
+        return (x.reshape(rows, tall, columns, wide) * scales[:, None, :, None]).reshape(outer, inner)
+    # Ragged: by index, since Inductor (torch 2.13) drops the ragged tile of what is scaled in tiles and then sliced. The
+    # division must not be one that it can see through (floor division is).
+    row = torch.arange(outer, device=x.device).div(tall, rounding_mode="trunc")
+    column = torch.arange(inner, device=x.device).div(wide, rounding_mode="trunc")
+    return x * scales[row[:, None], column]
 
 
 def _pack(spec: OperandSpec, codes: Tensor) -> Tensor:
