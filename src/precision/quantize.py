@@ -205,8 +205,8 @@ def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
     wide = max(inner, 1) if tile.inner < 0 else tile.inner
     if (rows * tall, columns * wide) == (outer, inner):
         return (x.reshape(rows, tall, columns, wide) * scales[:, None, :, None]).reshape(outer, inner)
-    # Ragged: by index, since Inductor (torch 2.13) drops the ragged tile of what is scaled in tiles and then sliced. The
-    # division must not be one that it can see through (floor division is).
+    # Ragged: by index, since Inductor (torch 2.13, CPU) drops the ragged tile of what is scaled in tiles and then
+    # sliced: it splits the loop at the tile's size as if that divided it. It would see through a floor division, too.
     row = torch.arange(outer, device=x.device).div(tall, rounding_mode="trunc")
     column = torch.arange(inner, device=x.device).div(wide, rounding_mode="trunc")
     return x * scales[row[:, None], column]

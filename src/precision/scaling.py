@@ -14,7 +14,7 @@ Unit             nothing is scaled                           nothing is scaled
 Fp32             scale 1: infinities saturate                scale 1; if the format has no NaN, decode scale NaN
 Fp32Decode       decode inf, encode 0: the tile is NaN       the tile is NaN
 PowerOfTwo       RCEIL: code 254; others: as if amax were    code 255 = NaN: the tile is NaN
-                 2^128
+                 2^128. Saturated, it decodes to inf again
 TwoLevel         of the tensor: global encode scale 1; of    of the tensor: all is NaN; of a block: the block is
                  a block: its scale saturates                NaN
 ===============  ==========================================  ====================================================
