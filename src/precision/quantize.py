@@ -188,8 +188,7 @@ def _tiled(x: Tensor, tile: Tile) -> Tensor:
     """x [outer, inner] -> [rows, tile outer, columns, tile inner], ragged tiles filled with zeros."""
     outer, inner = x.shape
     rows, columns = tile.grid(outer, inner)
-    tall = max(outer, 1) if tile.outer < 0 else tile.outer
-    wide = max(inner, 1) if tile.inner < 0 else tile.inner
+    tall, wide = tile.extent(outer, inner)
     if (rows * tall, columns * wide) != (outer, inner):
         x = pad(x, (0, columns * wide - inner, 0, rows * tall - outer))
     return x.reshape(rows, tall, columns, wide)
@@ -201,8 +200,7 @@ def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
     rows, columns = scales.shape
     if rows * columns == 1:
         return x * scales.reshape(())
-    tall = max(outer, 1) if tile.outer < 0 else tile.outer
-    wide = max(inner, 1) if tile.inner < 0 else tile.inner
+    tall, wide = tile.extent(outer, inner)
     if (rows * tall, columns * wide) == (outer, inner):
         return (x.reshape(rows, tall, columns, wide) * scales[:, None, :, None]).reshape(outer, inner)
     # Ragged: by index, since Inductor (torch 2.13, CPU) drops the ragged tile of what is scaled in tiles and then

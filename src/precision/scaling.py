@@ -54,9 +54,17 @@ class Tile(NamedTuple):
 
     def grid(self, outer: int, inner: int) -> tuple[int, int]:
         """How many tiles cover a matrix of this shape: the last ones may be ragged, a whole extent is one tile."""
+        tall, wide = self.extent(outer, inner)
         return (
-            1 if self.outer < 0 else -(-outer // self.outer),
-            1 if self.inner < 0 else -(-inner // self.inner),
+            1 if self.outer < 0 else -(-outer // tall),
+            1 if self.inner < 0 else -(-inner // wide),
+        )
+
+    def extent(self, outer: int, inner: int) -> tuple[int, int]:
+        """The size of a tile of a matrix of this shape, at least 1 x 1."""
+        return (
+            max(outer, 1) if self.outer < 0 else self.outer,
+            max(inner, 1) if self.inner < 0 else self.inner,
         )
 
 
