@@ -14,7 +14,7 @@ Unit             nothing is scaled                           nothing is scaled
 Fp32             scale 1: infinities saturate                scale 1; if the format has no NaN, decode scale NaN
 Fp32Decode       decode inf, encode 0: the tile is NaN       the tile is NaN
 PowerOfTwo       RCEIL: code 254; others: as if amax were    code 255 = NaN: the tile is NaN
-                 2^128
+                 2^128. Saturated, it decodes to inf again
 TwoLevel         of the tensor: global encode scale 1; of    of the tensor: all is NaN; of a block: the block is
                  a block: its scale saturates                NaN
 ===============  ==========================================  ====================================================
@@ -54,9 +54,17 @@ class Tile(NamedTuple):
 
     def grid(self, outer: int, inner: int) -> tuple[int, int]:
         """How many tiles cover a matrix of this shape: the last ones may be ragged, a whole extent is one tile."""
+        tall, wide = self.extent(outer, inner)
         return (
-            1 if self.outer < 0 else -(-outer // self.outer),
-            1 if self.inner < 0 else -(-inner // self.inner),
+            1 if self.outer < 0 else -(-outer // tall),
+            1 if self.inner < 0 else -(-inner // wide),
+        )
+
+    def extent(self, outer: int, inner: int) -> tuple[int, int]:
+        """The size of a tile of a matrix of this shape, at least 1 x 1."""
+        return (
+            max(outer, 1) if self.outer < 0 else self.outer,
+            max(inner, 1) if self.inner < 0 else self.inner,
         )
 
 

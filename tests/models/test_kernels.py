@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels import native, pointwise
+import native
+from models.kernels import compiled, pointwise
 from models.kernels.attention import (
     QUERY_BLOCK,
     Rope,
@@ -22,8 +23,8 @@ from models.kernels.attention import (
 )
 from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition, native_cross_entropy
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
-needs_avx512_bf16 = pytest.mark.skipif(not native.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler on this machine")
+needs_avx512_bf16 = pytest.mark.skipif(not compiled.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor, *more: Any) -> list[Tensor]:
@@ -176,28 +177,28 @@ def test_without_a_compiler_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
     native.library.cache_clear()
-    native.has_attention.cache_clear()
+    compiled.has_attention.cache_clear()
     try:
-        assert native.library() is None
-        assert not native.has_attention()
+        assert compiled.library() is None
+        assert not compiled.has_attention()
         x = torch.randn(3, 8).bfloat16()
         assert not pointwise.native_serves(x)
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
-        native.has_attention.cache_clear()
+        compiled.has_attention.cache_clear()
 
 
 def test_a_failed_build_warns_once_and_plain_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "kernels.cpp"
     broken.write_text("this is not C++")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(compiled, "SOURCE", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:
         if native.shutil.which("g++"):
             with pytest.warns(UserWarning, match="was not built, plain torch serves"):
-                assert native.library() is None
+                assert compiled.library() is None
         assert list((tmp_path / "narrowgauge").glob("*")) == []
     finally:
         native.library.cache_clear()

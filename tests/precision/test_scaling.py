@@ -110,7 +110,7 @@ def test_fp32_decode_is_deepgemm() -> None:
 @pytest.mark.parametrize(
     ("amax", "floor", "ceil", "even", "rceil"),
     [
-        # FLOOR: exponent - 8. CEIL rounds amax up. EVEN rounds up from 1.9375. RCEIL: of amax / 448.
+        # FLOOR: exponent - 8. CEIL rounds amax up. EVEN rounds up from 1.9375. RCEIL: amax / 448, up from above 1.75.
         (256.0, 127, 127, 127, 127),
         (448.0, 127, 128, 127, 127),
         (above(448.0), 127, 128, 127, 128),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels import native
+import native
+from models.kernels import compiled
 
 QUERY_BLOCK = 128
 _MAX_HEAD_DIM = 128
@@ -101,7 +102,7 @@ class _BlockAttention(torch.autograd.Function):
 def native_serves(q_BTHD: Tensor) -> bool:
     """Whether the compiled kernel takes this."""
     fits = q_BTHD.dtype == torch.bfloat16 and q_BTHD.shape[-1] <= _MAX_HEAD_DIM and q_BTHD.shape[-1] % 2 == 0
-    return q_BTHD.device.type == "cpu" and fits and native.has_attention()
+    return q_BTHD.device.type == "cpu" and fits and compiled.has_attention()
 
 
 def native_attention(
@@ -145,7 +146,7 @@ def _attention(
     positions: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     _check(q, k, v)
     y, log_sums = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     arguments = (q, k, v, cos, sin, positions, starts, y, log_sums)
@@ -171,7 +172,7 @@ def _attention_backward(
     log_sums: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     _check(q, k, v, y, dy)
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     arguments = (q, k, v, cos, sin, positions, starts, y, log_sums, dy, *gradients)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from models.kernels import native
+import native
+from models.kernels import compiled
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32: stays in a core's cache
 
@@ -51,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def native_serves(logits: Tensor) -> bool:
     """Whether the compiled kernel takes this."""
-    return logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and native.library() is not None
+    return logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and compiled.library() is not None
 
 
 def native_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def native_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @torch.library.custom_op("narrowgauge::cross_entropy", mutates_args=())
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert logits.dtype == torch.bfloat16
     assert targets.dtype == torch.int64
     assert logits.ndim == 2
@@ -82,7 +83,7 @@ def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("narrowgauge::cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(logits: Tensor, targets: Tensor, log_sums: Tensor, dlosses: Tensor) -> Tensor:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert dlosses.dtype == torch.float32
     assert dlosses.shape == targets.shape
     dlogits = torch.empty_like(logits)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from models.kernels import native
+import native
+from models.kernels import compiled
 
 _ROWS_OF_A_CHUNK = 64  # dweight is summed over rows within a chunk, then over chunks: the same for any thread count
 
@@ -28,7 +29,7 @@ def swiglu_definition(gate: Tensor, up: Tensor) -> Tensor:
 def native_serves(*inputs: Tensor) -> bool:
     """Whether the compiled kernels take these."""
     fits = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in inputs)
-    return fits and native.library() is not None
+    return fits and compiled.library() is not None
 
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +49,7 @@ def _rows_and_width(x: Tensor) -> list[Any]:
 
 @torch.library.custom_op("narrowgauge::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert x.dtype == weight.dtype == torch.bfloat16
     assert weight.shape == x.shape[-1:]
     y, inverse_rms = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -64,7 +65,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("narrowgauge::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(x: Tensor, weight: Tensor, inverse_rms: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert dy.dtype == x.dtype
     assert dy.shape == x.shape
     dx = torch.empty_like(x)
@@ -94,7 +95,7 @@ _rms_norm.register_autograd(_backward_rms_norm, setup_context=_save_rms_norm)
 
 @torch.library.custom_op("narrowgauge::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert gate.dtype == up.dtype == torch.bfloat16
     assert gate.shape == up.shape
     y = torch.empty_like(gate)
@@ -109,7 +110,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("narrowgauge::swiglu_backward", mutates_args=())
 def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = native.loaded()
+    kernels = compiled.loaded()
     assert dy.dtype == gate.dtype
     assert dy.shape == gate.shape
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)

@@ -1,7 +1,7 @@
-"""The compiled CPU kernels of this folder: built once by the system's compiler, cached by source hash and CPU.
+"""C++ kernels for CPUs: built once by the system's compiler, cached by source, compiler and CPU, called by ctypes.
 
-``library()`` is None where there is no compiler, where the build fails, or where NARROWGAUGE_NATIVE=0 forbids it; the
-plain-torch definitions then serve. Nothing is built or loaded at import.
+A package of its own because ``models`` and ``precision`` both have such kernels and neither may know the other. Nothing
+is built or loaded at import.
 """
 
 from __future__ import annotations
@@ -19,48 +19,37 @@ from pathlib import Path
 
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# No fast-math: float32 operations are what they say. libgomp is the one torch has loaded: one pool of threads.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None. A failed build warns once, with the compiler's first line."""
+def library(source: Path, *flags: str) -> ctypes.CDLL | None:
+    """The loaded kernels of ``source``, or None, where plain torch has to serve.
+
+    None without a compiler, with NARROWGAUGE_NATIVE=0, and where the build fails: that warns once, with the compiler's
+    first line.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None or os.environ.get("NARROWGAUGE_NATIVE") == "0" or platform.system() != "Linux":
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(compiler, source, (*_FLAGS, *flags))))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{SOURCE.name} was not built, plain torch serves: {output.strip().splitlines()[0]}", stacklevel=2
+            f"{source.name} was not built, plain torch serves: {output.strip().splitlines()[0]}", stacklevel=2
         )
         return None
 
 
-def loaded() -> ctypes.CDLL:
-    """The kernels, once ``library()`` is known to be there."""
-    kernels = library()
-    assert kernels is not None
-    return kernels
-
-
-@functools.cache
-def has_attention() -> bool:
-    """Whether the kernels are there and this CPU multiplies BF16 pairs (AVX512_BF16)."""
-    kernels = library()
-    return kernels is not None and bool(kernels.has_attention())
-
-
-def _built(compiler: str) -> Path:
-    target = _cache_directory() / f"models-{_fingerprint(compiler)}.so"
+def _built(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
+    target = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".incomplete", delete=False) as partial:
             pass
         try:
-            command = [compiler, *_FLAGS, "-o", partial.name, str(SOURCE)]
+            command = [compiler, *flags, "-o", partial.name, str(source)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(partial.name, target)  # ranks that build at once put the same file there
         finally:
@@ -69,16 +58,22 @@ def _built(compiler: str) -> Path:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    target = Path(home) / "narrowgauge"
     try:
-        target = Path(base) / "narrowgauge"
         target.mkdir(parents=True, exist_ok=True)
-        return target
+        if os.access(target, os.W_OK):
+            return target
     except OSError:  # a read-only home
-        return Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
+        pass
+    target = Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
+    target.mkdir(mode=0o700, exist_ok=True)
+    if target.stat().st_uid != os.getuid():
+        raise OSError(f"{target} belongs to somebody else: what is loaded from there cannot be trusted")
+    return target
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     try:
         cpu = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
@@ -86,7 +81,7 @@ def _fingerprint(compiler: str) -> str:
     except (OSError, StopIteration):
         cpu = platform.processor()
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), " ".join(_FLAGS), cpu, version)
+    parts = (source.read_text(), " ".join(flags), cpu, version)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
