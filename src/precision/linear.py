@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key, step_key
-from precision.quantize import Quantized, amax, dequantize
+from precision.quantize import Quantized, dequantize
 from precision.scaling import TENSOR, Delayed
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 
@@ -142,7 +142,7 @@ class QuantLinear(nn.Module):
         if slot not in self._column_of:
             return None
         column = self._column_of[slot]
-        now, held = amax(x, TENSOR).reshape(()), self.amax_held[column]
+        now, held = self.backends[slot // 2].amax(x, TENSOR).reshape(()), self.amax_held[column]
         if self.training:
             # maximum passes a NaN on: the rule then keeps what it held.
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
@@ -217,7 +217,7 @@ class _Call:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         if gemm.transform is not None:
-            x = gemm.transform.left(x) if slot % 2 == 0 else gemm.transform.right(x)
+            x = self.module.backends[slot // 2].transformed(gemm.transform, x, left=slot % 2 == 0)
         if spec is None:
             return x
         noise = None

@@ -16,7 +16,8 @@ the amax comes from elsewhere (delayed): then NaN becomes the largest positive v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch.nn.functional import pad
 
 from precision.formats import E8M0, pack4, unpack4
 from precision.noise import Noise
-from precision.scaling import Delayed, Tile, encode_power
+from precision.scaling import TENSOR, Delayed, Tile, encode_power
 from precision.spec import OperandSpec, Rounding
 
 
@@ -39,6 +40,7 @@ class Quantized:
         tensor_scale: FP32 scalar of a two-level rule, else None.
         shape: outer, inner.
         spec: how it was made.
+        transposed: whether codes and scales are those of the matrix [inner, outer].
     """
 
     codes: Tensor
@@ -46,9 +48,10 @@ class Quantized:
     tensor_scale: Tensor | None
     shape: tuple[int, int]
     spec: OperandSpec
+    transposed: bool = False
 
     def t(self) -> Quantized:
-        """The same codes and scales as a matrix [inner, outer].
+        """The same codes and scales, seen as a matrix [inner, outer]: nothing is copied.
 
         Raises ValueError for tiles that are not square: along the other dimension they would be another quantization.
         """
@@ -57,14 +60,25 @@ class Quantized:
             raise ValueError(
                 f"tiles of {tile} cannot be transposed: quantize the transposed tensor, or use square tiles"
             )
-        outer, inner = self.shape
-        return Quantized(
-            codes=_pack(self.spec, _unpack(self).mT).contiguous(),
-            scales=self.scales.mT.contiguous(),
-            tensor_scale=self.tensor_scale,
-            shape=(inner, outer),
-            spec=self.spec,
-        )
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Of the matrix whose rows the codes follow."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+class Passes(Protocol):
+    """The passes over memory that quantization consists of; what is left is arithmetic on scales."""
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        """As ``amax`` below."""
+
+    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
+        """``Quantized.codes`` of x [outer, inner], given FP32 encode scales [rows, columns]."""
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Code value * factor of its tile (FP32 [rows, columns]; None for 1) in ``dtype``, [outer, inner]."""
 
 
 def amax(x: Tensor, tile: Tile) -> Tensor:
@@ -76,18 +90,27 @@ def amax(x: Tensor, tile: Tile) -> Tensor:
     return _tiled(x if x.dtype != torch.float64 else x.float(), tile).abs().amax((1, 3)).float()
 
 
-def quantize(x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None) -> Quantized:
+def quantize(
+    x: Tensor,
+    spec: OperandSpec,
+    *,
+    amax: Tensor | None = None,
+    noise: Noise | None = None,
+    passes: Passes | None = None,
+) -> Quantized:
     """Codes and scales of x [outer, inner]; any float dtype, any strides, ragged and empty shapes included.
 
     Args:
         amax: what the scale is made from: FP32, one per tile, or one in all for a two-level rule (its tensor level; the
             tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
         noise: for stochastic rounding, which needs it; refused otherwise.
+        passes: who reads and writes the matrix; None for plain torch.
 
     Raises ValueError for a tensor that is not a float matrix, for an amax of the wrong size, and for amax or noise that
     is missing or of no use.
     """
     _check(x, spec, amax, noise)
+    passes = passes or TORCH
     x = x.detach()
     outer, inner = x.shape
     rule, grid = spec.scale, spec.tile.grid(outer, inner)
@@ -95,19 +118,13 @@ def quantize(x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise:
     if rule.levels == 0:
         tile_amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
     elif rule.levels == 1:
-        tile_amax = amax.float().reshape(grid) if amax is not None else _amax(x, spec.tile)
+        tile_amax = amax.float().reshape(grid) if amax is not None else passes.amax(x, spec.tile)
     else:
-        tile_amax = _amax(x, spec.tile)
-        tensor_amax = amax.float().reshape(()) if amax is not None else _amax(tile_amax, Tile(-1, -1)).reshape(())
+        tile_amax = passes.amax(x, spec.tile)
+        tensor_amax = amax.float().reshape(()) if amax is not None else passes.amax(tile_amax, TENSOR).reshape(())
     scales = rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
-    y = x.float() if rule.levels == 0 else _scaled(x.float(), scales.encode, spec.tile)
-    values = spec.format.round(y, noise.uniform(outer, inner) if noise is not None else None)
-    if spec.format.bits <= 8:
-        stored = _pack(spec, spec.format.encode(values))
-    else:
-        stored = values.to(spec.format.dtype or torch.float32)
     return Quantized(
-        codes=stored,
+        codes=passes.encode(x, scales.encode, spec, noise),
         scales=scales.stored,
         tensor_scale=scales.tensor,
         shape=(outer, inner),
@@ -115,17 +132,15 @@ def quantize(x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise:
     )
 
 
-def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes | None = None) -> Tensor:
     """The values [outer, inner] that ``q`` stands for: FP32, then rounded to ``dtype``."""
-    values = _values(q)
-    if q.spec.scale.levels:
-        values = _scaled(values, _stored_values(q), q.spec.tile)
-    if q.tensor_scale is not None:
-        values = values * q.tensor_scale
-    return values.to(dtype)
+    scales = _stored_values(q) if q.spec.scale.levels else None
+    if q.tensor_scale is None:
+        return (passes or TORCH).values(q, scales, dtype)
+    return ((passes or TORCH).values(q, scales, torch.float32) * q.tensor_scale).to(dtype)
 
 
-def operand(q: Quantized) -> tuple[Tensor, Tensor | None]:
+def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tensor | None]:
     """What goes into an emulated GEMM: a matrix [outer, inner], and a factor (FP32 scalar) for its output, or None.
 
     ``matrix * factor`` is ``dequantize(q)`` but for what is flushed, and for the rounding of that last product. The
@@ -140,18 +155,17 @@ def operand(q: Quantized) -> tuple[Tensor, Tensor | None]:
     Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
     """
     element, rule = q.spec.format, q.spec.scale
-    values = _values(q)
+    values = (passes or TORCH).values
     narrow = torch.bfloat16 if element.significant_bits <= 8 else torch.float32
     if rule.levels == 0:
-        return values.to(narrow), None
+        return values(q, None, narrow), None
     if rule.levels == 2:
         block = rule.format
         assert block is not None
         exact = element.significant_bits + block.significant_bits <= 8
-        matrix = _scaled(values, _stored_values(q), q.spec.tile)
-        return matrix.to(torch.bfloat16 if exact else torch.float32), q.tensor_scale
+        return values(q, _stored_values(q), torch.bfloat16 if exact else torch.float32), q.tensor_scale
     if rule.format is None and q.spec.tile == (-1, -1):
-        return values.to(narrow), q.scales.reshape(())
+        return values(q, None, narrow), q.scales.reshape(())
     if rule.power_of_two and narrow is torch.bfloat16 and element.tiny_exponent >= -126:
         code = q.scales.int() if rule.format is E8M0 else E8M0.encode(q.scales).int()
         nan = code == 255
@@ -161,11 +175,31 @@ def operand(q: Quantized) -> tuple[Tensor, Tensor | None]:
         factor = encode_power(254 - shifted.clamp(min=1))
         factor = torch.where(shifted + element.tiny_exponent < 1, 0.0, factor)
         factor = torch.where(nan, torch.nan, factor)
-        return _scaled(values, factor, q.spec.tile).to(narrow), encode_power(254 - centre)
-    return _scaled(values, _stored_values(q), q.spec.tile), None
+        return values(q, factor, narrow), encode_power(254 - centre)
+    return values(q, _stored_values(q), torch.float32), None
 
 
-_amax = amax  # the function, where an argument hides its name
+class _Torch:
+    """The definition of the passes."""
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return amax(x, tile)
+
+    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
+        y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
+        values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
+        if spec.format.bits <= 8:
+            return _pack(spec, spec.format.encode(values))
+        return values.to(spec.format.dtype or torch.float32)
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        wide = q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
+        if factors is not None:
+            wide = _scaled(wide, factors, q.spec.tile)
+        return wide.mT.to(dtype) if q.transposed else wide.to(dtype)
+
+
+TORCH: Passes = _Torch()
 
 
 def _check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:
@@ -215,12 +249,7 @@ def _pack(spec: OperandSpec, codes: Tensor) -> Tensor:
 
 
 def _unpack(q: Quantized) -> Tensor:
-    return unpack4(q.codes, q.shape[1]) if q.spec.format.bits == 4 else q.codes
-
-
-def _values(q: Quantized) -> Tensor:
-    """Code values, FP32 [outer, inner]."""
-    return q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
+    return unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
 
 
 def _stored_values(q: Quantized) -> Tensor:

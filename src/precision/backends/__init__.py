@@ -14,10 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
 from precision.noise import Noise
 from precision.quantize import Quantized
-from precision.spec import GemmSpec, OperandSpec
+from precision.scaling import Tile
+from precision.spec import GemmSpec, OperandSpec, Transform
 
 Operand = Quantized | Tensor
 """One side of a GEMM: codes and scales, or a plain matrix left in high precision."""
@@ -32,6 +34,15 @@ class Backend(Protocol):
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
         """As ``precision.quantize.quantize``, bit for bit."""
 
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        """As ``precision.quantize.operand``, bit for bit."""
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        """As ``precision.quantize.amax``, bit for bit."""
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        """``transform.left(x)`` or ``transform.right(x)``, bit for bit."""
+
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""
 
@@ -40,7 +51,7 @@ class Backend(Protocol):
 
 
 REFERENCE: Backend = Reference()
-ORDER: tuple[Backend, ...] = (REFERENCE,)
+ORDER: tuple[Backend, ...] = (Cpu(), REFERENCE)
 
 
 @dataclass(frozen=True, slots=True)

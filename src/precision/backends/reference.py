@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from precision.noise import Noise
-from precision.quantize import Quantized, operand, quantize
-from precision.scaling import TENSOR
-from precision.spec import GemmSpec, OperandSpec
+from precision.quantize import Quantized, amax, operand, quantize
+from precision.scaling import TENSOR, Tile
+from precision.spec import GemmSpec, OperandSpec, Transform
 
 
 class Reference:
@@ -22,14 +22,23 @@ class Reference:
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
         return quantize(x, spec, amax=amax, noise=noise)
 
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        return operand(q)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return amax(x, tile)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        return transform.left(x) if left else transform.right(x)
+
     def gemm(self, a: Quantized | Tensor, b: Quantized | Tensor, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
 
         Tensor-wide scales multiply the float32 sums before their rounding; where that is not to be had (float32
         output of BF16 operands on a CPU), the operands are widened.
         """
-        left, left_factor = operand(a) if isinstance(a, Quantized) else (a, None)
-        right, right_factor = operand(b) if isinstance(b, Quantized) else (b, None)
+        left, left_factor = self.operand(a) if isinstance(a, Quantized) else (a, None)
+        right, right_factor = self.operand(b) if isinstance(b, Quantized) else (b, None)
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
         return scaled_product(left.to(wide), right.to(wide), left_factor, right_factor, bias).to(dtype)
 

@@ -1,0 +1,165 @@
+"""Fused C++ passes over memory: the codes, scales and operands of the reference, bit for bit.
+
+Scales are computed by the rules themselves (``precision.scaling``), on grids that are small beside the matrix; only
+what reads or writes a whole matrix is compiled. The matrix product is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import native
+from precision.backends.reference import Reference
+from precision.formats import NumberFormat
+from precision.noise import Noise
+from precision.quantize import TORCH, Quantized, operand, quantize
+from precision.scaling import Tile
+from precision.spec import GemmSpec, OperandSpec, Transform
+from precision.transforms import Hadamard
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_ROWS_OF_A_PART = 64  # of a whole tensor's amax: what one thread takes at once
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return native.library(SOURCE, "-ffp-contract=off")
+
+
+class Cpu(Reference):
+    """The reference with compiled passes."""
+
+    name = "cpu"
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device.type}"
+        for spec in (gemm.a, gemm.b):
+            if spec is not None and not _fits(spec.format):
+                return f"no kernel for {spec.format}"
+        return None if library() is not None else "no C++ compiler"
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        return quantize(x, spec, amax=amax, noise=noise, passes=PASSES)
+
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        return operand(q, passes=PASSES)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return PASSES.amax(x, tile)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        if not isinstance(transform, Hadamard) or x.dtype not in (torch.float32, torch.bfloat16):
+            return super().transformed(transform, x, left=left)
+        x = contiguous(x)
+        y = torch.empty_like(x)
+        signs = torch.tensor(transform.vector(), dtype=torch.float32)
+        factor = native.real(1 / math.sqrt(transform.size))
+        sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
+        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x))
+        _kernels().hadamard(native.pointer(x), native.pointer(y), *sizes, *arguments)
+        return y
+
+
+class _Format(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("bits", "mantissa_bits", "min_exponent", "max_exponent", "nan", "inf")),
+        ("max", ctypes.c_float),
+    ]
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = [
+        ("on", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("key0", ctypes.c_uint32),
+        ("key1", ctypes.c_uint32),
+        ("row_offset", ctypes.c_uint64),
+    ]
+
+
+class _Compiled:
+    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel."""
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0:
+            return TORCH.amax(x, tile)
+        x = x.detach()
+        if tile.outer == tile.inner and not x.is_contiguous() and x.mT.is_contiguous():
+            return self.amax(x.mT, tile).mT.contiguous()  # square tiles of a transpose: no copy is needed
+        x = contiguous(x)
+        outer, inner = x.shape
+        tall, wide = tile.extent(outer, inner)
+        part = Tile(min(tall, _ROWS_OF_A_PART), wide) if tile.outer < 0 else Tile(tall, wide)
+        out = torch.empty(part.grid(outer, inner), dtype=torch.float32)
+        arguments = map(native.size, (outer, inner, part.outer, part.inner))
+        _kernels().tile_amax(native.pointer(x), native.pointer(out), *arguments, _dtype(x))
+        return out.amax(0, keepdim=True) if tile.outer < 0 else out
+
+    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
+        if not _fits(spec.format) or x.numel() == 0:
+            return TORCH.encode(x, scales, spec, noise)
+        x = contiguous(x if x.dtype in (torch.float32, torch.bfloat16) else x.float())
+        outer, inner = x.shape
+        codes = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
+        sizes = map(native.size, (outer, inner, *spec.tile.extent(outer, inner)))
+        format, random = ctypes.byref(_format(spec.format)), ctypes.byref(_noise(noise))
+        pointers = map(native.pointer, (x, scales.contiguous(), codes))
+        _kernels().encode(*pointers, *sizes, format, random, _dtype(x))
+        return codes
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
+            return TORCH.values(q, factors, dtype)
+        outer, inner = q.stored_shape
+        factors = torch.ones(q.spec.tile.grid(outer, inner)) if factors is None else factors
+        out = torch.empty(outer, inner, dtype=dtype)
+        sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
+        pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
+        _kernels().values(*pointers, *sizes, ctypes.byref(_format(q.spec.format)), _dtype(out))
+        return out.mT if q.transposed else out
+
+
+PASSES = _Compiled()
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x.contiguous()`` of a matrix, fast where it is a transpose."""
+    if x.is_contiguous() or x.numel() == 0 or not x.mT.is_contiguous() or x.element_size() not in (1, 2, 4):
+        return x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    sizes = (native.size(x.shape[1]), native.size(x.shape[0]), ctypes.c_int32(x.element_size()))
+    _kernels().transpose(native.pointer(x.mT), native.pointer(y), *sizes)
+    return y
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None
+    return kernels
+
+
+def _fits(format: NumberFormat) -> bool:
+    return format.bits <= 8 and not format.integer and not format.scales_only and format.min_exponent > -126
+
+
+def _dtype(x: Tensor) -> ctypes.c_int32:
+    return ctypes.c_int32(x.dtype == torch.bfloat16)
+
+
+def _format(format: NumberFormat) -> _Format:
+    nan = -1 if format.nan is None else format.nan
+    exponents = (format.min_exponent, format.max_exponent)
+    return _Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
+
+
+def _noise(noise: Noise | None) -> _Noise:
+    if noise is None:
+        return _Noise()
+    key0, key1 = (int(word) & 0xFFFFFFFF for word in noise.key.tolist())
+    return _Noise(1, int(noise.transposed), key0, key1, int(noise.row_offset) & 0xFFFFFFFFFFFFFFFF)
