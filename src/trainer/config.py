@@ -21,7 +21,7 @@ from yaml import YAMLError
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig
-from trainer.data import DataConfig
+from trainer.data import DataConfig, home_of
 from trainer.distributed import ParallelConfig
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
@@ -73,6 +73,7 @@ class TrainConfig:
 
 def register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
+    OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():

@@ -46,7 +46,7 @@ def complaint(*overrides: str) -> str:
         ("hydra.rn.dir=x", "unknown key 'hydra.rn.dir' (did you mean 'hydra.run.dir'"),
         ("model=llama_tinny", "model=llama_tinny: no such model config (did you mean 'llama_tiny'"),
         ("precision=bf61", "precision=bf61: no such precision config (did you mean 'bf16'"),
-        ("data=c5", "there are: c4, sample"),
+        ("data=c5", "there are: c4, c4_stream, mix, sample"),
         ("nonsense", "'nonsense' is not an override; write key=value"),
         ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
         ("train.steps=1.5", "train.steps: Value '1.5'"),
