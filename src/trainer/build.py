@@ -77,7 +77,7 @@ def open_data(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:
 
     def opened() -> Data:
         tokenizer = _open_tokenizer(config)
-        shards = {name: _open_shards(part, tokenizer, config) for name, part in config.parts().items()}
+        shards = _open_shards(config, tokenizer)
         if config.verify and world.is_main:
             for part in shards.values():
                 part.verify()
@@ -105,8 +105,7 @@ def open_windows(config: DataConfig, tokenizer: TextTokenizer, split: str, token
         files = corpus_files(config.path, [split], max_files=config.max_files, attempts=config.attempts)[split]
         wanted = -(-tokens // config.seq_len) * config.seq_len + 1 if tokens else None
         return _text_windows(*read_head(files, tokenizer, wanted), config, split)
-    shards = {name: _open_shards(part, tokenizer, config) for name, part in config.parts().items()}
-    return _windows(shards, config, split, tokens)
+    return _windows(_open_shards(config, tokenizer), config, split, tokens)
 
 
 def _windows(shards: Mapping[str, TokenShards], config: DataConfig, split: str, tokens: int) -> Windows:
@@ -139,12 +138,18 @@ def _open_tokenizer(config: DataConfig) -> TextTokenizer:
     return load_tokenizer(config.tokenizer, config.eot_token)
 
 
-def _open_shards(part: DataConfig, tokenizer: TextTokenizer, whole: DataConfig) -> TokenShards:
-    here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
-    if not here:
-        key = "data.path" if whole.sources is None else "a source of data.sources: path"
-        raise UserError(f"{key}={part.path}: no such directory; run python scripts/prepare_data.py data={whole.name}")
-    return TokenShards(part, tokenizer.fingerprint)
+def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, TokenShards]:
+    """By the name of the source."""
+    shards = {}
+    for name, part in config.parts().items():
+        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
+        if not here:
+            key = "data.path" if config.sources is None else f"data.sources.{name}.path"
+            raise UserError(
+                f"{key}={part.path}: no such directory; run python scripts/prepare_data.py data={config.name}"
+            )
+        shards[name] = TokenShards(part, tokenizer.fingerprint)
+    return shards
 
 
 def _open_stream(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:

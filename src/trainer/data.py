@@ -108,8 +108,10 @@ class DataConfig:
 
 def home_of(path: str) -> str:
     """Where a corpus keeps its tokenizer and token shards: in itself, or in ``data/`` if it lies on a server."""
-    url = remote_path(path) if not Path(path).is_dir() else None
-    return path if url is None else f"data/{re.sub('[^a-z0-9]+', '-', path.split('://')[-1].lower()).strip('-')}"
+    if remote_path(path) is None or Path(path).is_dir():
+        return path
+    place = path.split("://")[-1].removeprefix("datasets/").lower()
+    return f"data/{re.sub('[^a-z0-9]+', '-', place).strip('-')}"
 
 
 class ShardInfo(TypedDict):
@@ -378,7 +380,7 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 
 def _shuffled(samples: np.ndarray, num_windows: int, key: str) -> np.ndarray:
-    """The windows that ``samples`` read of a stream that is gone through again and again, each time in another order."""
+    """The windows that ``samples`` read of a stream that is gone through over and over, in another order each time."""
     epochs, places = np.divmod(samples, num_windows)
     windows = np.empty_like(places)
     for epoch in np.unique(epochs):

@@ -60,8 +60,8 @@ def open_pretrained(directory: str, precision: str, seq_len: int) -> Subject:
 def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, micro_batch: int) -> Evaluation:
     """One pass over the first ``tokens`` tokens (0 = all) of ``split``.
 
-    With ``path`` None, over the text or shards the subject was trained with; otherwise the corpus there is tokenized into a
-    temporary directory first. Raises UserError for a corpus that cannot be used.
+    With ``path`` None, over the text or shards the subject was trained with; otherwise the corpus there is tokenized
+    into a temporary directory first. Raises UserError for a corpus that cannot be used.
     """
     data = subject.data
     with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch, StopRequest() as stop:

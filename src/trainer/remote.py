@@ -27,6 +27,7 @@ _TIMEOUT_SECONDS = 30.0  # without a byte
 _FIRST_WAIT_SECONDS = 0.5  # doubled after every failure in a row
 _LONGEST_WAIT_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 20
+_PATHS_AT_ONCE = 500  # of one question to the hub
 _TRANSIENT = (408, 425, 429)  # and every 5xx
 _HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<inside>.+))?")
 _C4 = "allenai/c4"
@@ -150,7 +151,7 @@ def retried(function: Callable[..., T], what: str, attempts: int, *arguments: An
                 raise error if isinstance(error, OSError) else OSError(reason) from error
             if attempt == attempts:
                 plural = "s" if attempts > 1 else ""
-                raise OSError(f"{reason} ({what}; gave up after {attempts} attempt{plural})") from error
+                raise OSError(f"{reason}; gave up after {attempts} attempt{plural}") from error
             wait = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _retry_after(error)))
             # Not by `say`: every rank reads files of its own, and standard output is for results.
             line = f"{what}: {reason}; attempt {attempt + 1} of {attempts} in {wait:.1f} s"
@@ -220,7 +221,7 @@ def _list_http(url: str, name: re.Pattern[str], known: Sequence[str], attempts: 
         with retried(_request, address, attempts, address, "HEAD", {}) as response:
             size = _length(response)
             if size < 0:
-                raise OSError(f"{address}: the server does not say how long it is")
+                raise OSError(f"the server does not say how long {address} is")
             return RemoteFile(address, size, _tag(response), attempts)
 
     def found(address: str) -> bool:
@@ -237,7 +238,7 @@ def _list_http(url: str, name: re.Pattern[str], known: Sequence[str], attempts: 
             with ThreadPoolExecutor(16) as pool:
                 return list(pool.map(describe_one, [f"{directory}/{file}" for file in names]))
         except OSError as error:
-            raise UserError(f"data.path={url}: {one_line(error)}") from error
+            raise UserError(f"data.path={url}: sizes and dates of its files: {one_line(error)}") from error
 
     for directory in (f"{url}/en", url):
         page = ""
@@ -275,37 +276,32 @@ def _list_hub(url: str, name: re.Pattern[str], attempts: int) -> Listing:
         return retried(lambda: _as_os_error(lambda: function(*arguments, **options)), url, attempts)
 
     revision = once(api.dataset_info, repo, revision=match["revision"]).sha
-    base = f"hf://datasets/{repo}@{revision}"
+    headers = tuple((key, value) for key, value in build_hf_headers().items() if isinstance(value, str))
+
+    def describe(directory: str, chosen: Sequence[str]) -> list[RemoteFile]:
+        paths = [f"{directory}/{file}".lstrip("/") for file in chosen]
+        infos = {}
+        for start in range(0, len(paths), _PATHS_AT_ONCE):
+            part = paths[start : start + _PATHS_AT_ONCE]
+            found = once(api.get_paths_info, repo, part, revision=revision, repo_type="dataset")
+            infos |= {info.path: info for info in found}
+        files = []
+        for path in paths:
+            url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
+            info = infos[path]
+            content = info.lfs.sha256 if info.lfs else info.blob_id
+            files.append(RemoteFile(url, info.size, content, attempts, pinned=True, headers=headers))
+        return files
+
     inside = match["inside"] or ""
     for directory in (f"{inside}/en".lstrip("/"), inside):
-        prefix = f"{base}/{directory}".rstrip("/")
+        place = f"hf://datasets/{repo}@{revision}/{directory}".rstrip("/")
         try:
-            paths = once(resolve_pattern, f"{prefix}/c4-*.json.gz", base_path="")
+            paths = once(resolve_pattern, f"{place}/c4-*.json.gz", base_path="")
         except FileNotFoundError:
             continue
-        names = sorted(path.rsplit("/", 1)[1] for path in paths)
-        headers = tuple((key, value) for key, value in build_hf_headers().items() if isinstance(value, str))
-
-        def describe(chosen: Sequence[str], directory: str = directory) -> list[RemoteFile]:
-            wanted = [f"{directory}/{file}".lstrip("/") for file in chosen]
-            infos = {}
-            for start in range(0, len(wanted), 500):
-                part = wanted[start : start + 500]
-                found = once(api.get_paths_info, repo, part, revision=revision, repo_type="dataset")
-                infos |= {info.path: info for info in found}
-            return [
-                RemoteFile(
-                    hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint),
-                    infos[path].size,
-                    infos[path].lfs.sha256 if infos[path].lfs else infos[path].blob_id,
-                    attempts,
-                    pinned=True,
-                    headers=headers,
-                )
-                for path in wanted
-            ]
-
-        return Listing(prefix, [file for file in names if name.fullmatch(file)], describe)
+        names = sorted(file for path in paths if name.fullmatch(file := path.rsplit("/", 1)[1]))
+        return Listing(place, names, lambda chosen, at=directory: describe(at, chosen))
     return Listing(url, [], lambda chosen: [])
 
 

@@ -1,14 +1,14 @@
 """Batches straight from the text files, in an order that is a function of the seed, with a position that is saved.
 
-The stream is a fixed number of lanes, which follows from the batch and the number of files and not from the processes.
-In every epoch the files are dealt to the lanes in a keyed order; a lane reads its files one after the other, the rows of
-each shuffled inside blocks, and gives the same share of every batch. Where a lane stands is five whole numbers, whatever
-was tokenized ahead: epoch, file (counted within the lane), row (counted in shuffled order), token of that row's
-document, and windows given so far.
+The stream is a fixed number of lanes, which follows from the batch and the number of files, not from the processes. In
+every epoch the files are dealt to the lanes in a keyed order; a lane reads its files one after the other, the rows of
+each shuffled inside blocks, and gives the same share of every batch. Where a lane stands is five whole numbers,
+whatever was tokenized ahead: epoch, file (counted within the lane), row (counted in shuffled order), token of that
+row's document, and windows given so far.
 
-Against token shards: nothing to prepare, but a row is tokenized anew in every epoch, only rows near each other in a file
-are shuffled, a sample and its neighbour in the lane come from one file, and going on means to read each lane's file up
-to where it stood.
+Against token shards: nothing to prepare, but a row is tokenized anew in every epoch, only rows near each other in a
+file are shuffled, a sample and its neighbour in the lane come from one file, and going on means to read each lane's
+file up to where it stood.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ class TextStream:
         lanes = self.num_lanes(global_batch)
         if lanes % world_size == 0:
             return None
-        divisors = [size for size in range(1, lanes + 1) if lanes % size == 0]
-        near = min(divisors, key=lambda size: (abs(size - world_size), size))
-        enough = next((n for n in range(world_size, global_batch + 1, world_size) if global_batch % n == 0), None)
-        other = f", or at least {enough} files and data.lanes" if enough is not None else ""
+        near = min((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: (abs(n - world_size), n))
+        fitting = [n for n in range(world_size, global_batch + 1, world_size) if global_batch % n == 0]
+        if within := [n for n in fitting if n <= lanes]:
+            other = f"data.lanes={within[-1]}"
+        else:
+            other = f"{fitting[0]} files" + (f" and data.lanes={fitting[0]}" if self.max_lanes < fitting[0] else "")
         return (
-            f"{world_size} processes share {lanes} lanes (files read at a time), so some text is read and tokenized by "
-            f"several of them; {near} process{'es' if near > 1 else ''}{other} would avoid that"
+            f"{world_size} processes share {lanes} lane{'s' * (lanes > 1)} (files read at a time), so some text is read "
+            f"and tokenized by several of them; {near} process{'es' * (near > 1)} or {other} would avoid that"
         )
 
 
@@ -291,8 +293,10 @@ class TextWindows:
 def read_head(
     files: Sequence[CorpusFile], tokenizer: TextTokenizer, num_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents until there are ``num_tokens`` tokens (None: all), int32, and int64 [documents, 2]: the tokens and
-    UTF-8 bytes up to each document's end."""
+    """Whole documents until there are ``num_tokens`` tokens (None: all).
+
+    Gives the tokens, int32, and the tokens and UTF-8 bytes up to each document's end, int64 [documents, 2].
+    """
     parts, ends, tokens, size = [], [], 0, 0
     for text in (text for file in files for text in read_texts(file.path)):
         if not text:
