@@ -60,8 +60,8 @@ class TextStream:
         else:
             other = f"{fitting[0]} files" + (f" and data.lanes={fitting[0]}" if self.max_lanes < fitting[0] else "")
         return (
-            f"{world_size} processes share {lanes} lane{'s' * (lanes > 1)} (files read at a time), so some text is read "
-            f"and tokenized by several of them; {near} process{'es' * (near > 1)} or {other} would avoid that"
+            f"{world_size} processes share {lanes} lane{'s' * (lanes > 1)} (files read at a time), so some text is "
+            f"read and tokenized by several of them; {near} process{'es' * (near > 1)} or {other} would avoid that"
         )
 
 
