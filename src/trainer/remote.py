@@ -146,7 +146,8 @@ def retried(function: Callable[..., T], what: str, attempts: int, *arguments: An
         try:
             return function(*arguments)
         except (OSError, HTTPException) as error:
-            reason = one_line(error)
+            cause = getattr(error, "reason", None)  # of a URLError, which wraps it in its own words
+            reason = one_line(cause if isinstance(cause, OSError) else error)
             if not _is_transient(error):
                 raise error if isinstance(error, OSError) else OSError(reason) from error
             if attempt == attempts:
