@@ -1,6 +1,7 @@
 """Text to token shards: python scripts/prepare_data.py data=sample [data.path=...] [data.tokenizer=...] [workers=N]
 
 Writes the sample corpus and trains its tokenizer if they are missing, then tokenizes every file in parallel.
+data=c4 reads the hub, a mirror in a directory or on a web server (data.path); data=mix prepares each of its sources.
 Interrupted, the same command goes on; shards that stand are checked and kept.
 """
 
@@ -11,11 +12,13 @@ from trainer.prepare import prepare
 
 def main(overrides: list[str], *, workers: int = 0) -> None:
     config = load_config(overrides)
-    manifest = prepare(config.data, workers or None)
-    for split, shards in manifest["splits"].items():
-        tokens, documents, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
-        print(f"{split:10} {documents:>12,} documents  {size:>15,} bytes  {tokens:>15,} tokens  {len(shards)} shards")
-    print(f"token shards in {config.data.shards_dir}")
+    for part in config.data.parts().values():
+        manifest = prepare(part, workers or None)
+        for split, shards in manifest["splits"].items():
+            tokens, documents, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
+            counts = f"{documents:>12,} documents  {size:>15,} bytes  {tokens:>15,} tokens"
+            print(f"{split:10} {counts}  {len(shards)} shards")
+        print(f"token shards in {part.shards_dir}")
 
 
 if __name__ == "__main__":

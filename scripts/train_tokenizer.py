@@ -10,12 +10,15 @@ from pathlib import Path
 from trainer.cli import script_main
 from trainer.config import load_config
 from trainer.corpus import write_sample
+from trainer.errors import UserError
 from trainer.prepare import train_tokenizer
 from trainer.tokenizer import load_tokenizer
 
 
 def main(overrides: list[str]) -> None:
     config = load_config(overrides).data
+    if config.sources is not None:
+        raise UserError(f"data={config.name}: train the tokenizer on one source, as in data=c4 data.path=DIR")
     if config.name == "sample" and not (Path(config.path) / "en").is_dir():
         write_sample(Path(config.path))
     train_tokenizer(config, again=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,13 +19,27 @@ from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
 from precision.recipe import Plan, Recipe, apply, load
-from trainer.data import DataConfig, OrderedSource, ShuffledSource, TokenShards, TokenStream
-from trainer.distributed import ParallelConfig, World
+from trainer.corpus import CorpusFile, corpus_files
+from trainer.data import (
+    DataConfig,
+    MixedSource,
+    MixedWindows,
+    Mixture,
+    OrderedSource,
+    ShuffledSource,
+    TokenShards,
+    TokenStream,
+    TrainingSource,
+    Windows,
+)
+from trainer.distributed import ParallelConfig, World, say
 from trainer.errors import UserError, one_line
 from trainer.loop import EvalConfig
 from trainer.optim import OptimConfig, build_optimizer
 from trainer.pretrained import PretrainedDirectory
+from trainer.remote import remote_path
 from trainer.state import TrainState
+from trainer.stream import StreamSource, TextStream, TextWindows, read_head
 from trainer.tokenizer import TextTokenizer, load_tokenizer
 
 #: ``model.arch`` -> the schema of the ``model`` group.
@@ -46,35 +62,117 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """The opened corpus."""
+    """The opened corpus, or corpora."""
 
     tokenizer: TextTokenizer
-    shards: TokenShards
-    training: TokenStream
-    validation: TokenStream
+    training: TokenStream | Mixture | TextStream
+    validation: Windows | None  # None if `eval.tokens` is 0
+    fingerprint: str  # of all that the order and the content of batches follow from, beside the seed
+    place: str
 
 
-def open_data(config: DataConfig, world: World) -> Data:
-    """Tokenizer and token shards. Raises UserError, on all ranks alike, if they are missing, damaged or do not fit."""
+def open_data(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:
+    """Tokenizer and text, or token shards. Raises UserError, on all ranks alike, if they are missing, damaged or do not
+    fit."""
 
     def opened() -> Data:
-        if not Path(config.path).is_dir() and not Path(config.shards_dir).is_dir():
-            raise UserError(
-                f"data.path={config.path}: no such directory; run python scripts/prepare_data.py data={config.name}"
-            )
-        if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
-            raise UserError(
-                f"data.tokenizer={config.tokenizer}: no such file or directory; "
-                f"run python scripts/prepare_data.py data={config.name}"
-            )
-        tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
-        shards = TokenShards(config, tokenizer.fingerprint)
+        tokenizer = _open_tokenizer(config)
+        shards = _open_shards(config, tokenizer)
         if config.verify and world.is_main:
-            shards.verify()
-        streams = [TokenStream(shards, split, config.seq_len) for split in ("train", "validation")]
-        return Data(tokenizer, shards, *streams)
+            for part in shards.values():
+                part.verify()
+        training = {name: TokenStream(part, "train", config.seq_len) for name, part in shards.items()}
+        validation = _windows(shards, config, "validation", evaluation.tokens) if evaluation.tokens else None
+        if config.sources is None:
+            (name,) = training
+            return Data(tokenizer, training[name], validation, shards[name].fingerprint, str(shards[name].directory))
+        weights = [config.sources[name].weight for name in training]
+        content = [[name, part.fingerprint] for name, part in shards.items()]
+        place = ", ".join(str(part.directory) for part in shards.values())
+        return Data(tokenizer, Mixture(training, weights), validation, _fingerprint(content, weights), place)
 
+    if config.stream:
+        return _open_stream(config, evaluation, world)
     return world.on_all(opened)
+
+
+def open_windows(config: DataConfig, tokenizer: TextTokenizer, split: str, tokens: int) -> Windows:
+    """The windows of a split, of which the first ``tokens`` tokens (0 = all) are wanted; a mixture's by weight.
+
+    Raises UserError for text or shards that cannot be used.
+    """
+    if config.stream:
+        files = corpus_files(config.path, [split], max_files=config.max_files, attempts=config.attempts)[split]
+        wanted = -(-tokens // config.seq_len) * config.seq_len + 1 if tokens else None
+        return _text_windows(*read_head(files, tokenizer, wanted), config, split)
+    return _windows(_open_shards(config, tokenizer), config, split, tokens)
+
+
+def _windows(shards: Mapping[str, TokenShards], config: DataConfig, split: str, tokens: int) -> Windows:
+    streams = {name: TokenStream(part, split, config.seq_len) for name, part in shards.items()}
+    if config.sources is None:
+        return next(iter(streams.values()))
+    weights = [config.sources[name].weight for name in streams]
+    most = -(-(tokens or sum(stream.num_tokens for stream in streams.values())) // config.seq_len)
+    return MixedWindows(list(streams.values()), weights, most)
+
+
+def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> TextWindows:
+    windows = TextWindows(tokens, ends, config.seq_len)
+    if windows.num_windows == 0:
+        raise UserError(
+            f"data.path={config.path}: the {split} split has {windows.num_tokens} tokens, less than one window of "
+            f"data.seq_len + 1 = {config.seq_len + 1}"
+        )
+    return windows
+
+
+def _open_tokenizer(config: DataConfig) -> TextTokenizer:
+    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
+        script = "train_tokenizer" if config.stream else "prepare_data"
+        path = f" data.path={config.path}" if config.stream else ""
+        raise UserError(
+            f"data.tokenizer={config.tokenizer}: no such file or directory; "
+            f"run python scripts/{script}.py data={config.name}{path}"
+        )
+    return load_tokenizer(config.tokenizer, config.eot_token)
+
+
+def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, TokenShards]:
+    """By the name of the source."""
+    shards = {}
+    for name, part in config.parts().items():
+        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
+        if not here:
+            key = "data.path" if config.sources is None else f"data.sources.{name}.path"
+            raise UserError(
+                f"{key}={part.path}: no such directory; run python scripts/prepare_data.py data={config.name}"
+            )
+        shards[name] = TokenShards(part, tokenizer.fingerprint)
+    return shards
+
+
+def _open_stream(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:
+    def read() -> tuple[list[CorpusFile], list[str], Any]:
+        # By one process, for all: the same view of a directory that may change, and one request instead of many.
+        tokenizer = _open_tokenizer(config)
+        files = corpus_files(config.path, max_files=config.max_files, attempts=config.attempts)
+        wanted = -(-evaluation.tokens // config.seq_len) * config.seq_len + 1
+        head = read_head(files["validation"], tokenizer, wanted) if evaluation.tokens else None
+        return files["train"], [file.identity() for file in files["train"]], head
+
+    files, identities, head = world.on_main(read)
+    tokenizer = world.on_all(lambda: _open_tokenizer(config))
+    validation = _text_windows(*head, config, "validation") if head is not None else None
+    training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows)
+    if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
+        say(f"warning: {line}")
+    content = [[file.index, identity] for file, identity in zip(files, identities, strict=True)]
+    return Data(tokenizer, training, validation, _fingerprint(content, tokenizer.fingerprint), config.path)
+
+
+def _fingerprint(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def resolve_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelConfig:
@@ -225,22 +323,25 @@ def to_transformers(
 
 
 def training_source(
-    stream: TokenStream, world: World, *, seed: int, global_batch: int, micro_batch: int
-) -> ShuffledSource:
-    return ShuffledSource(
-        stream, seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=world.rank, world_size=world.size
-    )
+    data: TokenStream | Mixture | TextStream, world: World, *, seed: int, global_batch: int, micro_batch: int
+) -> TrainingSource:
+    share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": world.rank, "world_size": world.size}
+    if isinstance(data, TextStream):
+        return StreamSource(data, seed=seed, together=lambda read: world.add_up(world.on_all(read)), **share)
+    if isinstance(data, Mixture):
+        return MixedSource(data, seed=seed, **share)
+    return ShuffledSource(data, seed=seed, **share)
 
 
 def validation_source(
-    stream: TokenStream, config: EvalConfig, world: World, micro_batch: int
+    windows: Windows | None, config: EvalConfig, world: World, micro_batch: int
 ) -> tuple[OrderedSource | None, float]:
     """The validation pass and the UTF-8 bytes that its targets spell; None if ``eval.tokens`` is 0."""
-    if config.tokens == 0:
+    if windows is None or config.tokens == 0:
         return None, 0.0
-    windows = min(stream.num_windows, -(-config.tokens // stream.seq_len))
-    source = OrderedSource(stream, num_windows=windows, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
-    return source, stream.num_bytes(windows)
+    number = min(windows.num_windows, -(-config.tokens // windows.seq_len))
+    source = OrderedSource(windows, num_windows=number, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
+    return source, windows.num_bytes(number)
 
 
 def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, parallel: ParallelConfig, world: World) -> int:

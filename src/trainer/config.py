@@ -21,7 +21,7 @@ from yaml import YAMLError
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
-from trainer.data import DataConfig
+from trainer.data import DataConfig, SourceConfig, home_of
 from trainer.distributed import ParallelConfig
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
@@ -30,6 +30,7 @@ from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.rundir import RunConfig
 
+_SOURCES = "data.sources"
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -74,6 +75,7 @@ class TrainConfig:
 
 def register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
+    OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():
@@ -157,8 +159,12 @@ def _is_hydra(override: Override) -> bool:
 
 def _for_compose(override: Override) -> str:
     line = override.input_line or ""
-    # The recipe's signature is the schema of its arguments, so the yaml need not name them all.
-    return f"++{line}" if line.startswith("precision.args.") else line
+    if line.startswith(f"{_SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
+        path, _, value = line.partition("=")
+        names = path.removeprefix(f"{_SOURCES}.").split(".")
+        line = f"{_SOURCES}={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
+    # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
+    return f"++{line}" if line.startswith(("precision.args.", _SOURCES)) else line
 
 
 def _check_choices(overrides: Sequence[Override]) -> None:
@@ -182,7 +188,9 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         key = override.key_or_group
         if key in groups() or key.startswith("precision.args."):
             continue
-        if _is_hydra(override):
+        if key == _SOURCES or key.startswith(f"{_SOURCES}."):
+            _check_source(key, base)
+        elif _is_hydra(override):
             if "/" in key:
                 raise UserError(f"{key}: Hydra's own groups are not used here; drop this override")
             if not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
@@ -190,6 +198,15 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         elif key not in known:
             near = close(key, known) or close(key.split(".")[-1], {k.split(".")[-1] for k in known})
             raise UserError(f"unknown key {key!r}{near}; python -m trainer --cfg job shows all")
+
+
+def _check_source(key: str, base: DictConfig) -> None:
+    if base.data.sources is None:
+        raise UserError(f"{key}: data={base.data.name} reads one corpus, data.path; data=mix reads several")
+    known = [part.name for part in fields(SourceConfig)]
+    _, *parts = key.removeprefix(_SOURCES).split(".")  # NAME, NAME.FIELD, or nothing
+    if len(parts) > 2 or (len(parts) == 2 and parts[1] not in known):
+        raise UserError(f"unknown key {key!r}{close(parts[1], known)}; a source has {', '.join(known)}")
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,7 @@
-"""C4's own layout, the one text format: ``en/c4-train.00000-of-01024.json.gz``, gzip JSON lines of text and more."""
+"""C4's own layout, the one text format: ``en/c4-train.00000-of-01024.json.gz``, gzip JSON lines of text and more.
+
+It may lie in a directory, under an HTTP address or in a repository of the Hugging Face hub, with the same names.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from trainer.errors import UserError
+from trainer.remote import RemoteFile, list_remote, remote_path
 
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"c4-(?P<split>train|validation)\.(?P<index>\d{5})-of-(?P<count>\d{5})\.json\.gz")
+_OFFICIAL = [  # where a web server lists nothing: the sets of C4's en and realnewslike
+    *("c4-train.00000-of-01024.json.gz", "c4-train.00000-of-00512.json.gz"),
+    *("c4-validation.00000-of-00008.json.gz", "c4-validation.00000-of-00001.json.gz"),
+]
 _SAMPLE_TRAIN_FILES = 8
 _SAMPLE_DOCUMENT_BYTES = 2400
 _SAMPLE_HELD_OUT = 20  # every 20th speech, whole, is validation
@@ -25,72 +33,121 @@ _SAMPLE_HELD_OUT = 20  # every 20th speech, whole, is validation
 class CorpusFile:
     """One file of a corpus."""
 
-    path: Path
+    path: Path | RemoteFile
     split: str
     index: int
     count: int
 
     def identity(self) -> str:
-        """Size and gzip trailer (CRC-32 and length of the text): changes with the content, costs no read of it."""
+        """Changes with the content, costs no read of it: the size and the server's tag, or the gzip trailer.
+
+        That is CRC-32 and length of the text.
+        """
+        if isinstance(self.path, RemoteFile):
+            return self.path.identity()
         with self.path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - 8))
             return f"{size}:{file.read().hex()}"
 
+    @property
+    def size(self) -> int:
+        """Compressed bytes."""
+        return self.path.size if isinstance(self.path, RemoteFile) else self.path.stat().st_size
 
-def corpus_files(path: Path, splits: Sequence[str] = SPLITS) -> dict[str, list[CorpusFile]]:
-    """The files of each of ``splits`` under ``path`` (its ``en/``, or itself), in order.
 
-    Raises UserError for a missing directory, for one without such files, and for a set with a hole.
+def corpus_files(
+    path: Path | str, splits: Sequence[str] = SPLITS, *, max_files: int | None = None, attempts: int = 8
+) -> dict[str, list[CorpusFile]]:
+    """The files of each of ``splits`` under ``path`` (its ``en/``, or itself), in order; the first ``max_files``.
+
+    Raises UserError for a missing directory or server, for one without such files, and for a set with a hole.
     """
+    url = remote_path(str(path)) if not Path(path).is_dir() else None
+    if url is not None:
+        listing = list_remote(url, _NAME, _OFFICIAL, attempts)
+        place, names = listing.directory, listing.names
+    else:
+        directory = _local_directory(Path(path))
+        place, names = str(directory), sorted(file.name for file in directory.iterdir())
+    matches = [match for file in names if (match := _NAME.fullmatch(file))]
+    chosen = {split: _first_files(matches, split, path, place, max_files) for split in splits}
+    if url is not None:
+        everything = [match[0] for group in chosen.values() for match in group]
+        found: dict[str, Path | RemoteFile] = dict(zip(everything, listing.describe(everything), strict=True))
+    else:
+        found = {match[0]: directory / match[0] for group in chosen.values() for match in group}
+    return {
+        split: [CorpusFile(found[match[0]], split, int(match["index"]), int(match["count"])) for match in group]
+        for split, group in chosen.items()
+    }
+
+
+def _local_directory(path: Path) -> Path:
     if not path.is_dir():
-        raise UserError(f"data.path={path}: no such directory (python scripts/prepare_data.py data=sample makes one)")
-    directory = path / "en" if (path / "en").is_dir() else path
-    found: dict[str, list[CorpusFile]] = {split: [] for split in splits}
-    for file in sorted(directory.iterdir()):
-        if (match := _NAME.fullmatch(file.name)) and match["split"] in found:
-            found[match["split"]].append(CorpusFile(file, match["split"], int(match["index"]), int(match["count"])))
-    for split, files in found.items():
-        if not files:
-            raise UserError(
-                f"data.path={path}: no {split} file named like c4-{split}.00000-of-00001.json.gz in {directory}"
-            )
-        expected = files[0].count
-        missing = sorted(set(range(expected)) - {file.index for file in files})
-        if missing or len(files) != expected:
-            name = f"c4-{split}.{missing[0]:05}-of-{expected:05}.json.gz" if missing else "two counts of files"
-            raise UserError(f"data.path={path}: {split} has {len(files)} of {expected} files; missing {name}")
-    return found
+        raise UserError(
+            f"data.path={path}: no such directory (python scripts/prepare_data.py data=sample makes one, "
+            "data.path=allenai/c4 is the hub's)"
+        )
+    return path / "en" if (path / "en").is_dir() else path
 
 
-def read_texts(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """The texts of one file, in order. ``on_bytes`` hears how many compressed bytes have been read since it last did.
+def _first_files(
+    matches: Sequence[re.Match[str]], split: str, path: Path | str, place: str, max_files: int | None
+) -> list[re.Match[str]]:
+    files = [match for match in matches if match["split"] == split]
+    if not files:
+        raise UserError(f"data.path={path}: no {split} file named like c4-{split}.00000-of-00001.json.gz in {place}")
+    expected = int(files[0]["count"])
+    wanted = min(expected, max_files or expected)
+    missing = sorted(set(range(wanted)) - {int(match["index"]) for match in files})
+    if missing or len({match["count"] for match in files}) > 1:
+        name = f"c4-{split}.{missing[0]:05}-of-{expected:05}.json.gz" if missing else "two counts of files"
+        hint = f" (data.max_files={missing[0]} takes those before it)" if missing and missing[0] else ""
+        raise UserError(f"data.path={path}: {split} has {len(files)} of {expected} files; missing {name}{hint}")
+    return files[:wanted]
 
-    Raises UserError, with the file and the line, for a damaged gzip, a line that is not a JSON object with a string
-    ``text``, and text that is not valid Unicode.
+
+def read_lines(
+    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[int, bytes]]:
+    """The lines of one file and their numbers from 1. ``on_bytes`` hears how many compressed bytes have been read.
+
+    Raises UserError, with the file and the line, for a damaged gzip and for a file that cannot be read.
     """
     number = position = 0
     try:
-        with path.open("rb") as raw, gzip.open(raw) as lines:
+        with path.open("rb") as raw, gzip.open(cast(BinaryIO, raw)) as lines:
             for number, line in enumerate(cast(BinaryIO, lines), 1):
-                yield _text_of(line, path, number)
+                yield number, line
                 if (now := raw.tell()) != position:
                     on_bytes(now - position)
                     position = now
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged or truncated gzip after line {number}: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or error}") from error
 
 
-def _text_of(line: bytes, path: Path, number: int) -> str:
+def read_texts(path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[str]:
+    """The texts of one file, in order. Raises UserError as ``read_lines`` and ``text_of`` do."""
+    for number, line in read_lines(path, on_bytes):
+        yield text_of(line, path, number)
+
+
+def text_of(line: bytes, path: Path | RemoteFile, number: int) -> str:
+    """The text of line ``number``.
+
+    Raises UserError, with the file and the line, for one that is not a JSON object with a string ``text``, and for
+    text that is not valid Unicode.
+    """
     try:
         row = json.loads(line)
         text = row["text"]
         text.encode()  # a lone surrogate is valid JSON and not valid text
     except UnicodeError as error:
         raise UserError(f"{path}: line {number} is not valid UTF-8: {error.reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: line {number} is not JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: line {number} has no string field 'text'") from error

@@ -2,14 +2,18 @@
 
 The shards of a split form one stream of tokens; window i of length T+1 starts at token i*T. An epoch visits every
 window once, in an order that a keyed permutation of range(N) gives element by element, so nothing is stored and
-nothing has to be saved: after a restart the step number alone says what comes next.
+nothing has to be saved: after a restart the step number alone says what comes next. A mixture deals the samples of a
+run to several such streams, again by a permutation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -19,9 +23,20 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.files import sha256_of
+from trainer.remote import remote_path
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+_MIXTURE_BLOCK = 10_000  # samples in which every source of a mixture has its exact share
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One corpus of a mixture."""
+
+    path: str
+    weight: float = 1.0  # share of the samples, relative to the other weights
+    shards: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -29,11 +44,17 @@ class DataConfig:
     """Where text and tokens lie, and what a batch is."""
 
     name: str
-    path: str  # a corpus in C4's layout
+    path: str  # a corpus in C4's layout: a directory, an HTTP address, allenai/c4 or hf://datasets/OWNER/NAME
     tokenizer: str  # a directory, a tokenizer.json, or "bytes"
     eot_token: str | None = None  # end of text; null finds the tokenizer's own
-    shards: str | None = None  # token shards; null is a directory in `path` named after the tokenizer
+    shards: str | None = None  # token shards; null is a directory in the corpus's home named after the tokenizer
     verify: bool = True  # compare the shards' checksums at every start (sizes are always compared)
+    max_files: int | None = None  # the first ones of each split; null is all
+    attempts: int = 8  # at reading from a server, the waits between them doubling from half a second to a minute
+    stream: bool = False  # train from the text itself, without token shards
+    lanes: int = 64  # of a stream, at most: files read at a time over all processes
+    shuffle_rows: int = 1024  # of a stream: rows of a file that are shuffled among themselves
+    sources: dict[str, SourceConfig] | None = None  # a mixture, instead of the one corpus in `path`
     seq_len: int
     global_batch_size: int  # sequences of one optimizer step, over all ranks
     vocab_size: int = 4096  # of the BPE that is trained where `tokenizer` does not exist yet
@@ -41,15 +62,56 @@ class DataConfig:
 
     @property
     def shards_dir(self) -> str:
-        return self.shards or str(Path(self.path) / "shards" / Path(self.tokenizer).stem)
+        return self.shards or str(Path(home_of(self.path)) / "shards" / Path(self.tokenizer).stem)
+
+    def parts(self) -> dict[str, DataConfig]:
+        """The config of each source by its name; of a config without a mixture, itself.
+
+        Raises UserError for a mixture of nothing.
+        """
+        if self.sources is None:
+            return {self.name: self}
+        if not self.sources:
+            raise UserError(f"data={self.name} has no sources: data.sources='{{a: {{path: DIR, weight: 2}}, ...}}'")
+        return {
+            name: replace(self, name=name, path=source.path, shards=source.shards, sources=None)
+            for name, source in sorted(self.sources.items())
+        }
 
     def validate(self) -> None:
-        """Raises ValueError for impossible sizes."""
-        for field in ("seq_len", "global_batch_size", "tokenizer_train_bytes"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"data.{field}={getattr(self, field)}: must be at least 1")
+        """Raises ValueError for impossible sizes and weights."""
+        for name in ("seq_len", "global_batch_size", "tokenizer_train_bytes", "attempts", "lanes", "shuffle_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if self.max_files is not None and self.max_files < 1:
+            raise ValueError(f"data.max_files={self.max_files}: must be at least 1, or null for all")
         if self.vocab_size < 257:
             raise ValueError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has at least 257 entries")
+        if self.sources is not None and self.stream:
+            raise ValueError(
+                "data.sources: a mixture is of token shards; data=c4_stream reads one corpus, in data.path"
+            )
+        for name, source in (self.sources or {}).items():
+            if not 0 < source.weight < float("inf"):
+                raise ValueError(f"data.sources.{name}.weight={source.weight}: must be positive")
+            if not source.path:
+                raise ValueError(f"data.sources.{name}.path is empty")
+        if self.sources:
+            weights = {name: source.weight for name, source in self.sources.items()}
+            for name, count in zip(weights, apportion(list(weights.values()), _MIXTURE_BLOCK), strict=True):
+                if not count:
+                    raise ValueError(
+                        f"data.sources.{name}.weight={weights[name]}: gives no sample of {_MIXTURE_BLOCK}; the least "
+                        f"is {sum(weights.values()) / _MIXTURE_BLOCK:.3g}"
+                    )
+
+
+def home_of(path: str) -> str:
+    """Where a corpus keeps its tokenizer and token shards: in itself, or in ``data/`` if it lies on a server."""
+    if remote_path(path) is None or Path(path).is_dir():
+        return path
+    place = path.split("://")[-1].removeprefix("datasets/").lower()
+    return f"data/{re.sub('[^a-z0-9]+', '-', place).strip('-')}"
 
 
 class ShardInfo(TypedDict):
@@ -89,6 +151,17 @@ class DataSource(Protocol):
     def first_sample(self, step: int) -> int: ...
 
     def batch(self, step: int, micro: int) -> Batch: ...
+
+
+class Windows(Protocol):
+    """Text as windows of ``seq_len + 1`` tokens."""
+
+    seq_len: int
+    num_windows: int
+
+    def window(self, index: int) -> np.ndarray: ...
+
+    def num_bytes(self, num_windows: int) -> float: ...
 
 
 class TokenShards:
@@ -192,13 +265,13 @@ class TokenStream:
         return self._maps[shard]
 
 
-class ShuffledSource:
+class TrainingSource(ABC):
     """Training batches. Rank r of W holds samples [r*G/W, (r+1)*G/W) of each step's G, in equal micro-batches."""
 
-    def __init__(
-        self, stream: TokenStream, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
-    ) -> None:
-        self._stream = stream
+    #: What has to be saved beside the step number, alive; None where batches are a function of it.
+    position: Tensor | None = None
+
+    def __init__(self, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self._seed = seed
         self._global_batch = global_batch
         self._micro_batch = micro_batch
@@ -209,27 +282,126 @@ class ShuffledSource:
         """Global index of this rank's first sample of ``step``."""
         return step * self._global_batch + self._rank_offset
 
+    @abstractmethod
     def batch(self, step: int, micro: int) -> Batch:
         """Micro-batch ``micro`` of ``step`` (both from 0) on this rank."""
+
+
+class ShuffledSource(TrainingSource):
+    """All windows of one stream in each epoch, in another order."""
+
+    def __init__(self, stream: TokenStream, **share: int) -> None:
+        super().__init__(**share)
+        self._stream = stream
+
+    def batch(self, step: int, micro: int) -> Batch:
         first = self.first_sample(step) + micro * self._micro_batch
         windows = self.sample_windows(first, self._micro_batch)
-        tokens = torch.from_numpy(np.stack([self._stream.window(int(window)) for window in windows]))
-        return Batch(tokens, torch.ones(tokens.shape[0], tokens.shape[1] - 1), first)
+        return _batch_of([self._stream.window(int(window)) for window in windows], first)
 
     def sample_windows(self, first: int, count: int) -> np.ndarray:
         """The windows that samples ``first`` .. ``first + count - 1`` of the run read."""
-        epochs, places = np.divmod(np.arange(first, first + count), self._stream.num_windows)
-        windows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            windows[chosen] = permute(places[chosen], self._stream.num_windows, f"{self._seed}:{epoch}")
-        return windows
+        return _shuffled(np.arange(first, first + count), self._stream.num_windows, str(self._seed))
+
+
+class Mixture:
+    """Several streams, whose windows are drawn by weight. Raises UserError if one cannot be used."""
+
+    def __init__(self, streams: Mapping[str, TokenStream], weights: Sequence[float]) -> None:
+        self.names = list(streams)
+        self.streams = list(streams.values())
+        self.weights = list(weights)
+        self.num_tokens = sum(stream.num_tokens for stream in self.streams)
+
+
+class MixedSource(TrainingSource):
+    """A mixture: in every 10,000 samples each source has its exact share, and in each of its epochs every window once.
+
+    Where a source stands in a block, and which window comes next, are functions of (seed, sample).
+    """
+
+    def __init__(self, mixture: Mixture, **share: int) -> None:
+        super().__init__(**share)
+        self._mixture = mixture
+        self._counts = np.array(apportion(mixture.weights, _MIXTURE_BLOCK))
+        self._ends = np.cumsum(self._counts)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        first = self.first_sample(step) + micro * self._micro_batch
+        drawn = self.sample_windows(first, self._micro_batch)
+        return _batch_of([self._mixture.streams[source].window(int(window)) for source, window in drawn], first)
+
+    def sample_windows(self, first: int, count: int) -> np.ndarray:
+        """Source and window of samples ``first`` .. ``first + count - 1`` of the run, int64 [count, 2]."""
+        blocks, places = np.divmod(np.arange(first, first + count), _MIXTURE_BLOCK)
+        slots = np.empty_like(places)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            slots[chosen] = permute(places[chosen], _MIXTURE_BLOCK, f"{self._seed}:mixture:{block}")
+        sources = np.searchsorted(self._ends, slots, side="right")
+        counts = self._counts[sources]
+        samples = blocks * counts + slots - (self._ends[sources] - counts)  # in the source's own count
+        windows = np.empty_like(samples)
+        for source in np.unique(sources):
+            chosen, name = sources == source, self._mixture.names[source]
+            size = self._mixture.streams[source].num_windows
+            windows[chosen] = _shuffled(samples[chosen], size, f"{self._seed}:{name}")
+        return np.stack([sources, windows], axis=1)
+
+
+class MixedWindows:
+    """Validation of a mixture: the first windows of every source, in number by weight; fewer than ``num_windows`` if
+    one source is too short for its share."""
+
+    def __init__(self, streams: Sequence[Windows], weights: Sequence[float], num_windows: int) -> None:
+        total = sum(weights)
+        fits = min(int(stream.num_windows * total / weight) for stream, weight in zip(streams, weights, strict=True))
+        self._streams = streams
+        self._counts = apportion(weights, min(num_windows, fits))
+        self._ends = np.cumsum(self._counts)
+        self.seq_len = streams[0].seq_len
+        self.num_windows = int(self._ends[-1])
+
+    def window(self, index: int) -> np.ndarray:
+        """Window ``index``, int64 [seq_len + 1]."""
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        return self._streams[source].window(index - int(self._ends[source]) + self._counts[source])
+
+    def num_bytes(self, num_windows: int) -> float:
+        """Those of the first ``num_windows``, each source's counted as ``TokenStream.num_bytes`` does."""
+        starts = self._ends - self._counts
+        counts = np.clip(num_windows - starts, 0, self._counts)
+        return sum(stream.num_bytes(int(n)) for stream, n in zip(self._streams, counts, strict=True) if n)
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers with sum ``total``, as ``weights`` are, by largest remainder; of equal ones the first gets more."""
+    exact = np.array(weights, dtype=np.float64) * (total / sum(weights))
+    counts = np.floor(exact + 1e-9).astype(np.int64)  # a share that is whole must not fall below it by rounding
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: total - int(counts.sum())]] += 1
+    return [int(count) for count in counts]
+
+
+def _shuffled(samples: np.ndarray, num_windows: int, key: str) -> np.ndarray:
+    """The windows that ``samples`` read of a stream that is gone through over and over, in another order each time."""
+    epochs, places = np.divmod(samples, num_windows)
+    windows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        windows[chosen] = permute(places[chosen], num_windows, f"{key}:{epoch}")
+    return windows
+
+
+def _batch_of(windows: Sequence[np.ndarray], first: int) -> Batch:
+    tokens = torch.from_numpy(np.stack(windows))
+    return Batch(tokens, torch.ones(tokens.shape[0], tokens.shape[1] - 1), first)
 
 
 class OrderedSource:
     """Validation: windows 0 .. N-1 in order, dealt to ranks in turn; the last batch is padded with weight zero."""
 
-    def __init__(self, stream: TokenStream, *, num_windows: int, micro_batch: int, rank: int, world_size: int) -> None:
+    def __init__(self, stream: Windows, *, num_windows: int, micro_batch: int, rank: int, world_size: int) -> None:
         self._stream = stream
         self._num_windows = num_windows
         self._micro_batch = micro_batch

@@ -74,6 +74,11 @@ class World:
         dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` summed over ranks, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+        return tensor
+
     def on_main(self, function: Callable[[], T]) -> T:
         """``function()`` of rank 0, on all ranks; a UserError there is raised on all of them."""
         box: list[Any] = [None, None]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer import distributed
-from trainer.build import build_state, pretrained_config, validation_source
+from trainer.build import build_state, open_windows, pretrained_config, validation_source
 from trainer.config import load_config
-from trainer.data import DataConfig, TokenShards, TokenStream
+from trainer.data import DataConfig
 from trainer.distributed import StopRequest, World
 from trainer.errors import UserError
 from trainer.loop import EvalConfig, EvalPrecision, validate
@@ -62,18 +62,18 @@ def open_pretrained(directory: str, precision: str, seq_len: int) -> Subject:
 def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, micro_batch: int) -> Evaluation:
     """One pass over the first ``tokens`` tokens (0 = all) of ``split``.
 
-    With ``path`` None, over the shards the subject was trained with; otherwise the corpus there is tokenized into a
-    temporary directory first. Raises UserError for a corpus that cannot be used.
+    With ``path`` None, over the text or shards the subject was trained with; otherwise the corpus there is tokenized
+    into a temporary directory first. Raises UserError for a corpus that cannot be used.
     """
     data = subject.data
     with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch, StopRequest() as stop:
         if path is not None:
-            data = replace(data, name="c4", path=path, shards=scratch)
+            data = replace(data, name="c4", path=path, shards=scratch, sources=None, stream=False, max_files=None)
             prepare(data, splits=(split,))
         tokenizer = load_tokenizer(data.tokenizer, data.eot_token)
-        stream = TokenStream(TokenShards(data, tokenizer.fingerprint), split, data.seq_len)
-        wanted = EvalConfig(tokens=tokens or stream.num_tokens)
-        source, size = validation_source(stream, wanted, subject.world, micro_batch)
+        windows = open_windows(data, tokenizer, split, tokens)
+        wanted = EvalConfig(tokens=tokens or windows.num_windows * data.seq_len)
+        source, size = validation_source(windows, wanted, subject.world, micro_batch)
         assert source is not None
         result = validate(subject.state, source, subject.world, stop, subject.precision)
     if isinstance(result, int):

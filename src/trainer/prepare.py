@@ -22,9 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.corpus import SPLITS, CorpusFile, corpus_files, read_texts, write_sample
-from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo
+from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home_of
 from trainer.errors import UserError
 from trainer.files import sha256_of, write_json
+from trainer.remote import remote_path
 from trainer.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
@@ -41,11 +42,20 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     Shards that stand from an earlier, interrupted call are kept if source and tokenizer are still the same and
     their checksum holds. Raises UserError for input that cannot be used; what is finished by then stays.
     """
+    if config.stream:
+        raise UserError(
+            f"data={config.name} trains from the text itself: there is nothing to prepare "
+            f"(scripts/train_tokenizer.py data={config.name} trains its tokenizer)"
+        )
     path = Path(config.path)
     if config.name == "sample" and not (path / "en").is_dir():
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = corpus_files(path, splits)
+    files = corpus_files(config.path, splits, max_files=config.max_files, attempts=config.attempts)
+    if remote_path(config.path) and not path.is_dir():
+        size = sum(file.size for group in files.values() for file in group)
+        number = sum(map(len, files.values()))
+        print(f"{number:,} files, {size / 1e9:,.2f} GB, are read from {config.path} (data.max_files takes the first)")
     train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     target = Path(config.shards_dir)
@@ -73,15 +83,17 @@ def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
     target = Path(config.tokenizer)
     if config.tokenizer == "bytes" or (target.exists() and not again):
         return
-    if Path(config.path) not in target.parents:
+    if Path(home_of(config.path)) not in target.parents:
         raise UserError(
             f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only a tokenizer inside data.path={config.path} is trained when missing)"
+            if home_of(config.path) == config.path
+            else f"data.tokenizer={config.tokenizer}: no such file or directory "
+            f"(only one inside {home_of(config.path)} is trained when missing)"
         )
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = itertools.chain.from_iterable(
-        read_texts(file.path) for file in corpus_files(Path(config.path), ["train"])["train"]
-    )
+    files = corpus_files(config.path, ["train"], max_files=config.max_files, attempts=config.attempts)["train"]
+    texts = itertools.chain.from_iterable(read_texts(file.path) for file in files)
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
 
 
@@ -120,7 +132,7 @@ def _tokenize_all(
     if not files:
         return {}
     cpus = os.cpu_count() or 1
-    total = sum(file.path.stat().st_size for file in files)
+    total = sum(file.size for file in files)
     processes = min(len(files), workers or (1 if total < _WORTH_PROCESSES_BYTES else cpus))
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if sys.stderr.isatty() else 10
@@ -179,7 +191,9 @@ def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes
             for chunk_of_texts in _chunks(read_texts(file.path, on_bytes)):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
-                encoded = [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
+                encoded = tokenizer.encode_batch(texts)
+                for ids in encoded:
+                    ids.append(tokenizer.eot)
                 chunk = np.fromiter(itertools.chain.from_iterable(encoded), dtype)
                 output.write(chunk.tobytes())
                 digest.update(chunk.tobytes())

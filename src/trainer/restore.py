@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from trainer import distributed
 from trainer.build import build_state, resolve_model
 from trainer.checkpoint import Checkpoint, load_into, newest
@@ -12,7 +14,7 @@ from trainer.config import TrainConfig, load_run_config
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.rundir import RunDirectory
-from trainer.state import TrainState
+from trainer.state import POSITION, TrainState
 from trainer.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -49,5 +51,7 @@ def restore_run(run_dir: Path) -> Run:
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=config.seed)
+    if (position := checkpoint.meta["tensors"].get(POSITION)) is not None:  # of a stream that is not opened here
+        state.position = torch.zeros(position[1:], dtype=torch.int64)
     load_into(checkpoint, state, world.checkpoint)
     return Run(config, world, state, tokenizer, config.data.seq_len)

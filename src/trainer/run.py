@@ -25,9 +25,11 @@ from trainer.loop import Job, Outcome, Status, train
 from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
 from trainer.plot import plot_losses
 from trainer.rundir import Resume, RunDirectory, environment
+from trainer.stream import TextStream
 
+_FIXED_DATA = ("data.seq_len", "data.global_batch_size", "data.stream", "data.lanes", "data.shuffle_rows")
 # A run that goes on must not change these: its loss curve would be of two different runs.
-_FIXED = ("model", "precision.recipe", "precision.args", "seed", "data.seq_len", "data.global_batch_size")
+_FIXED = ("model", "precision.recipe", "precision.args", "seed", *_FIXED_DATA)
 
 
 def run(config: TrainConfig) -> ExitCode:
@@ -50,10 +52,10 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
     if checkpoint == "finished":
         return ExitCode.FINISHED
     assert checkpoint is None or isinstance(checkpoint, Checkpoint)
-    data = open_data(config.data, world)
-    if checkpoint is not None and checkpoint.meta["data"] != data.shards.fingerprint:
+    data = open_data(config.data, config.eval, world)
+    if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
         raise UserError(
-            f"checkpoint {checkpoint.path} was trained on other tokens than {data.shards.directory} holds now: "
+            f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
             "prepare the same data again, or choose another run.dir"
         )
     job = _build(config, world, directory, data, checkpoint, stop)
@@ -136,7 +138,7 @@ def _build(
     checkpoint: Checkpoint | None,
     stop: StopRequest,
 ) -> Job:
-    model_config = resolve_model(config.model, data.shards.vocab_size, config.data.seq_len)
+    model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     wanted = config.train.micro_batch_size
     if wanted == "auto" and checkpoint is not None and checkpoint.meta["world_size"] == world.size:
         wanted = checkpoint.meta["micro_batch_size"]  # the order of sums must be the same after a restart
@@ -154,11 +156,15 @@ def _build(
     meta = {
         "recipe": {"name": config.precision.recipe, "args": config.precision.args},
         "identity": _identity(config),
-        "data": data.shards.fingerprint,
+        "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "world_size": world.size,
         "micro_batch_size": micro_batch,
     }
+    source = training_source(
+        data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
+    )
+    state.position = source.position
     checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta)
     if checkpoint is not None:
         checkpointer.restore(state, checkpoint)
@@ -170,9 +176,7 @@ def _build(
     job = Job(
         world=world,
         state=state,
-        source=training_source(
-            data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
-        ),
+        source=source,
         validation=validation,
         validation_bytes=validation_bytes,
         tokens_per_step=config.data.global_batch_size * config.data.seq_len,
@@ -196,11 +200,17 @@ def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, d
     batch = config.data.global_batch_size
     tokens = config.train.steps * batch * config.data.seq_len
     accumulated = batch // world.size // micro_batch
+    if isinstance(data.training, TextStream):
+        lanes = data.training.num_lanes(batch)
+        size = sum(file.size for file in data.training.files)
+        of = f"streamed from {len(data.training.files):,} files ({size / 1e9:,.2f} GB) in {lanes} lanes"
+    else:
+        of = f"{tokens / data.training.num_tokens:.2f} epochs"
     return (
         f"{config.model.name}: {num_parameters(model):,} parameters, vocabulary {model.config.vocab_size:,}; "
         f"{config.precision.name} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})\n"
         f"{config.train.steps:,} steps of {batch} x {config.data.seq_len} tokens = {tokens:,} tokens, "
-        f"{tokens / data.training.num_tokens:.2f} epochs; micro-batch {micro_batch}, accumulation {accumulated}"
+        f"{of}; micro-batch {micro_batch}, accumulation {accumulated}"
     )
 
 

@@ -16,13 +16,15 @@ from precision.recipe import Plan
 
 RECIPE_PREFIX = "recipe."
 """Of the names of what the precision recipe remembers."""
+POSITION = "data.position"
 
 
 @dataclass
 class TrainState:
     """Model, optimizer, what the recipe remembers, and two counters.
 
-    Data order, learning rate and noise are functions of (seed, step): they have no state.
+    Data order, learning rate and noise are functions of (seed, step): they have no state. Only a text stream has a
+    position.
     """
 
     model: nn.Module
@@ -31,6 +33,7 @@ class TrainState:
     num_replicas: int = 1  # copies of every shard (HSDP)
     step: int = 0  # steps done
     nonfinite_in_a_row: int = 0
+    position: Tensor | None = None  # of the data, where it is no function of the step; the source keeps it up to date
     _counters: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -40,6 +43,8 @@ class TrainState:
             result[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 result[f"optim.{name}.{key}"] = value
+        if self.position is not None:
+            result[POSITION] = self.position
         result |= {f"{RECIPE_PREFIX}{name}": value for name, value in self.plan.state_tensors().items()}
         self._counters = {
             "train.step": torch.tensor(self.step),

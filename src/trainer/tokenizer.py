@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
+# A longer text costs the library a hundred times its size in memory, so it is cut where no token can lie across.
+_LONG_CHARACTERS = 1 << 20
+_BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 
 
@@ -52,15 +56,41 @@ class FastTokenizer:
         # A document that spells out a special token must not become one.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self._may_cut = _cuts_before_words(tokenizer)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eot = tokenizer.token_to_id(eot_token)
         self.fingerprint = hashlib.sha256(f"{tokenizer.to_str()}\n{eot_token}".encode()).hexdigest()[:16]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._may_cut and any(len(text) > _LONG_CHARACTERS for text in texts):
+            return [[token for piece in _pieces(text) for token in self._encode([piece])[0]] for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _cuts_before_words(tokenizer: Tokenizer) -> bool:
+    """Whether GPT-2's pattern splits the text first: then a space between two letters always begins a new piece."""
+    first = tokenizer.pre_tokenizer
+    return (
+        isinstance(first, pre_tokenizers.ByteLevel)
+        and not first.add_prefix_space
+        and first.use_regex
+        and tokenizer.normalizer is None
+        and all(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while (border := _BORDER.search(text, start + _LONG_CHARACTERS)) is not None:
+        yield text[start : border.start()]
+        start = border.start()
+    yield text[start:]
 
 
 def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:

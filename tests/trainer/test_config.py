@@ -46,7 +46,7 @@ def complaint(*overrides: str) -> str:
         ("hydra.rn.dir=x", "unknown key 'hydra.rn.dir' (did you mean 'hydra.run.dir'"),
         ("model=llama_tinny", "model=llama_tinny: no such model config (did you mean 'llama_tiny'"),
         ("precision=bf61", "precision=bf61: no such precision config (did you mean 'bf16'"),
-        ("data=c5", "there are: c4, sample"),
+        ("data=c5", "there are: c4, c4_stream, mix, sample"),
         ("nonsense", "'nonsense' is not an override; write key=value"),
         ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
         ("train.steps=1.5", "train.steps: Value '1.5'"),
@@ -75,6 +75,11 @@ def complaint(*overrides: str) -> str:
         ("data.global_batch_size=0", "data.global_batch_size=0"),
         ("data.vocab_size=100", "data.vocab_size=100"),
         ("data.tokenizer_train_bytes=0", "data.tokenizer_train_bytes=0"),
+        ("data.max_files=0", "data.max_files=0: must be at least 1, or null for all"),
+        ("data.attempts=0", "data.attempts=0"),
+        ("data.lanes=0", "data.lanes=0"),
+        ("data.shuffle_rows=0", "data.shuffle_rows=0"),
+        ("data.sources={a:{path:x}}", "data.sources: data=sample reads one corpus, data.path; data=mix reads several"),
         ("parallel.replicate=0", "parallel.replicate=0"),
         ("parallel.threads=0", "parallel.threads=0"),
         ("parallel.timeout_seconds=0", "parallel.timeout_seconds=0"),
@@ -101,6 +106,36 @@ def complaint(*overrides: str) -> str:
 )
 def test_every_mistake_is_one_line(override: str, words: str) -> None:
     assert words in complaint(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.sources={a:{path:x,weight:0}}", "data.sources.a.weight=0.0: must be positive"),
+        ("data.sources={a:{path:x,weight:-1}}", "data.sources.a.weight=-1.0: must be positive"),
+        ("data.sources={a:{path:x,weight:nan}}", "data.sources.a.weight=nan: must be positive"),
+        ("data.sources={a:{path:x},b:{path:y,weight:1e-6}}", "data.sources.b.weight=1e-06: gives no sample of 10000"),
+        ("data.sources={a:{path:x,wieght:2}}", "data.sources.a.wieght: Key 'wieght' not in 'SourceConfig'"),
+        ("data.sources={a:{weight:2}}", "data.sources.a.path: Structured config of type `SourceConfig` has missing"),
+        ("data.sources={a:{path:''}}", "data.sources.a.path is empty"),
+        ("data.sources.a.wieght=2", "unknown key 'data.sources.a.wieght' (did you mean 'weight'?); a source has path"),
+        ("data.sources={a:x}", "data.sources.a: Invalid type assigned"),
+        ("data.stream=true", "data.sources: a mixture is of token shards; data=c4_stream reads one corpus"),
+    ],
+)
+def test_every_mistake_in_a_mixture_is_one_line(override: str, words: str) -> None:
+    assert words in complaint("data=mix", override)
+
+
+def test_sources_can_be_written_at_once_or_one_by_one() -> None:
+    whole = load_config(["data=mix", "data.sources={a:{path:x},b:{path:/y/z,weight:2,shards:s}}"])
+    keys = [f"data.sources.{key}" for key in ("a.path=x", "b.path=/y/z", "b.weight=2", "b.shards=s")]
+    assert load_config(["data=mix", *keys]) == whole
+    parts = whole.data.parts()
+    assert {name: (part.path, part.shards_dir) for name, part in parts.items()} == {
+        "a": ("x", "x/shards/tokenizer"),
+        "b": ("/y/z", "s"),
+    }
 
 
 def test_values_are_kept_in_their_types() -> None:

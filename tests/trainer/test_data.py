@@ -9,12 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_texts, tiny_overrides, write_corpus
+from conftest import make_texts, tiny_overrides, train_here, write_corpus
 
 from trainer.config import TrainConfig, load_config
-from trainer.data import OrderedSource, ShuffledSource, TokenShards, TokenStream, permute
-from trainer.errors import UserError
+from trainer.data import (
+    MixedSource,
+    MixedWindows,
+    Mixture,
+    OrderedSource,
+    ShuffledSource,
+    TokenShards,
+    TokenStream,
+    apportion,
+    permute,
+)
+from trainer.errors import ExitCode, UserError
 from trainer.prepare import prepare
+from trainer.tokenizer import train_bpe
+from trainer.verify import compare_runs
 
 
 def stream(corpus: Path, seq_len: int = 32, split: str = "train") -> TokenStream:
@@ -192,3 +204,120 @@ def test_shards_that_are_damaged(own: Callable[..., TrainConfig]) -> None:
 
 def test_a_corpus_shorter_than_a_window(own: Callable[..., TrainConfig]) -> None:
     assert "less than one window of data.seq_len + 1 = 100001" in refused(own("data.seq_len=100000"))
+
+
+# Mixtures
+
+
+def mixture(tmp_path: Path, seq_len: int = 32) -> Mixture:
+    streams = {}
+    for index, name in enumerate(("one", "two", "three")):
+        texts = {"train": [make_texts(40 * (index + 1), index)], "validation": [make_texts(9, 10 + index)]}
+        path = write_corpus(tmp_path / name, texts)
+        config = load_config([f"data.path={path}", "data.tokenizer=bytes"]).data
+        if not Path(config.shards_dir).exists():
+            prepare(config, workers=1)
+        streams[name] = stream(path, seq_len)
+    return Mixture(streams, [5.0, 3.0, 2.0])
+
+
+def mixed(of: Mixture, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 0) -> MixedSource:
+    return MixedSource(of, seed=seed, global_batch=8, micro_batch=micro, rank=rank, world_size=world)
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "counts"),
+    [
+        ([1, 1, 1], 10_000, [3334, 3333, 3333]),
+        ([5, 3, 2], 10_000, [5000, 3000, 2000]),
+        ([0.1, 0.2, 0.7], 10, [1, 2, 7]),
+        ([1], 7, [7]),
+        ([3, 1], 2, [2, 0]),
+        ([1, 2], 0, [0, 0]),
+    ],
+)
+def test_shares_are_whole_and_add_up(weights: list[float], total: int, counts: list[int]) -> None:
+    assert apportion(weights, total) == counts
+
+
+def test_a_mixture_gives_every_source_its_share_and_every_window_in_turn(tmp_path: Path) -> None:
+    of = mixture(tmp_path)
+    drawn = mixed(of).sample_windows(0, 20_000)
+    for block in (drawn[:10_000], drawn[10_000:]):
+        assert np.bincount(block[:, 0]).tolist() == [5000, 3000, 2000]
+    assert abs(np.mean(drawn[:500, 0] == 0) - 0.5) < 0.1  # not one source after the other
+    for source, windows in enumerate(of.streams):
+        read, times = drawn[drawn[:, 0] == source, 1], {0: 10_000, 1: 6_000, 2: 4_000}[source]
+        assert len(read) == times
+        # Over two blocks each window is read as often as any other, give or take one.
+        counts = np.bincount(read, minlength=windows.num_windows)
+        assert counts.max() - counts.min() <= 1
+    assert not np.array_equal(drawn, mixed(of, seed=1).sample_windows(0, 20_000))
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (2, 2), (4, 1), (8, 1)])
+def test_a_mixtures_step_is_the_same_however_it_is_dealt(tmp_path: Path, world: int, micro: int) -> None:
+    of = mixture(tmp_path)
+    whole = mixed(of).batch(1249, 0)  # the last step of a block
+    shares = [mixed(of, rank, world, micro) for rank in range(world)]
+    parts = [share.batch(1249, index).tokens for share in shares for index in range(share.num_micro)]
+    assert torch.equal(torch.cat(parts), whole.tokens)
+
+
+def test_validation_of_a_mixture_is_dealt_by_weight(tmp_path: Path) -> None:
+    of = mixture(tmp_path)
+    windows = MixedWindows(of.streams, of.weights, 20)
+    expected = [(0, i) for i in range(10)] + [(1, i) for i in range(6)] + [(2, i) for i in range(4)]
+    assert windows.num_windows == 20
+    for index, (source, window) in enumerate(expected):
+        assert np.array_equal(windows.window(index), of.streams[source].window(window))
+    parts = [one.num_bytes(count) for one, count in zip(of.streams, (10, 6, 4), strict=True)]
+    assert windows.num_bytes(20) == sum(parts)
+    assert windows.num_bytes(13) == parts[0] + of.streams[1].num_bytes(3)
+    everything = MixedWindows(of.streams, of.weights, 10**9)  # as many as the shortest for its weight allows
+    assert everything.num_windows == of.streams[0].num_windows * 2
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Callable[..., TrainConfig]:
+    mixture(tmp_path)
+
+    def make(*overrides: str) -> TrainConfig:
+        sources = [f"data.sources.{name}.path={tmp_path / name}" for name in ("one", "two")]
+        path = tmp_path  # not read
+        return load_config(tiny_overrides(path, tmp_path / "run", "data=mix", *sources, *overrides))
+
+    return make
+
+
+def test_a_run_over_a_mixture_goes_on_exactly(
+    mix: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_run import raise_signal_at
+
+    train_here(mix(f"run.dir={tmp_path / 'alone'}"))
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, 2, 15)
+        assert train_here(mix()) is ExitCode.STOPPED
+    for weight in ("data.sources.one.weight=2", f"data.sources.three.path={tmp_path / 'three'}"):
+        with pytest.raises(UserError, match="was trained on other tokens than"):
+            train_here(mix(weight))
+    assert train_here(mix()) is ExitCode.FINISHED
+    assert compare_runs(tmp_path / "alone", tmp_path / "run") == []
+
+
+def test_mixtures_that_cannot_be_opened(mix: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    def complaint(config: TrainConfig) -> str:
+        with pytest.raises(UserError) as caught:
+            train_here(config)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "data.sources.x.path=nowhere: no such directory" in complaint(mix("data.sources.x.path=nowhere"))
+    assert "no token shards in" in complaint(mix(f"data.sources.two.shards={tmp_path / 'none'}"))
+    train_bpe(["a b c"], 257, tmp_path / "bpe", progress=False)
+    shards = f"data.sources.two.shards={tmp_path / 'two' / 'shards' / 'bytes'}"
+    other = mix(f"data.tokenizer={tmp_path / 'bpe'}", f"data.sources.one.shards={tmp_path}/one/shards/bytes", shards)
+    assert "did not make the shards in" in complaint(other)
+    none = load_config(tiny_overrides(tmp_path, tmp_path / "run", "data=mix"))
+    assert "data=mix has no sources: data.sources='{a: {path: DIR, weight: 2}, ...}'" in complaint(none)

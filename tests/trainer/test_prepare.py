@@ -15,9 +15,10 @@ from conftest import make_texts, write_corpus
 
 from trainer.config import load_config
 from trainer.corpus import corpus_files, read_texts, write_sample
-from trainer.data import DataConfig
+from trainer.data import DataConfig, permute
 from trainer.errors import UserError
 from trainer.prepare import prepare
+from trainer.stream import StreamSource, TextStream
 from trainer.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +191,38 @@ class TestTokenizers:
         text = "the narrow gauge é 東"
         assert theirs(text)["input_ids"] == load_tokenizer(str(bpe)).encode_batch([text])[0]
         assert theirs.eos_token == END_OF_TEXT
+
+    def test_a_long_text_is_cut_where_its_tokens_stay_the_same(
+        self, bpe: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = (
+            "  two  spaces\n\nand 東京 é don't a\u3000b\tc " + " ".join(make_texts(40, 7)) + END_OF_TEXT + " the hill"
+        )
+        whole = load_tokenizer(str(bpe)).encode_batch([text, "short", ""])
+        for length in (1, 2, 7, 100):
+            monkeypatch.setattr("trainer.tokenizer._LONG_CHARACTERS", length)
+            assert load_tokenizer(str(bpe)).encode_batch([text, "short", ""]) == whole
+
+    @pytest.mark.parametrize(("kind", "size"), [("bytes", 50_000_000), ("bpe", 2_500_000)])
+    def test_a_document_of_50_megabytes(self, tmp_path: Path, bpe: Path, kind: str, size: int) -> None:
+        long = ((" ".join(make_texts(300, 5)) + "\n") * 1600).encode()[:size].decode(errors="ignore")
+        corpus = write_corpus(tmp_path / "c", {"train": [[]], "validation": [["v"]]})
+        lines = b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in ("a", long, "b"))
+        (corpus / "en" / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(lines, 1))
+        tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(bpe))
+        config = data(corpus, f"data.tokenizer={kind if kind == 'bytes' else bpe}")
+        (info,) = prepare(config, 1)["splits"]["train"]
+        tokens = np.fromfile(Path(config.shards_dir) / info["file"], "<u2")
+        ends = np.flatnonzero(tokens == tokenizer.eot)
+        assert len(ends) == 3
+        part = tokens[ends[0] + 1 : ends[1]]
+        assert len(part) == len(long.encode()) if kind == "bytes" else tokenizer.decode(part.tolist()) == long
+        of = TextStream(corpus_files(corpus)["train"], tokenizer, len(part) // 3, 1, 1024)
+        source = StreamSource(of, seed=0, global_batch=1, micro_batch=1, rank=0, world_size=1)
+        given = source.batch(0, 0).tokens[0].numpy()
+        place = permute(np.arange(3), 3, "0:0:0:0").tolist().index(1)  # of the long row
+        before = 2 * place  # each of the others is one letter and its end
+        assert np.array_equal(given[before:], part[: len(given) - before])
 
     def test_another_end_of_text_is_another_fingerprint(self, bpe: Path) -> None:
         assert load_tokenizer(str(bpe), "a").fingerprint != load_tokenizer(str(bpe)).fingerprint

@@ -40,6 +40,7 @@ class Tampered:
         self._source = source
         self._act = act
         self.num_micro = source.num_micro
+        self.position = source.position
         self.first_sample = source.first_sample
 
     def batch(self, step: int, micro: int) -> Batch:
