@@ -189,14 +189,16 @@ class _Torch:
         y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
         values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
         if spec.format.bits <= 8:
-            return _pack(spec, spec.format.encode(values))
-        return values.to(spec.format.dtype or torch.float32)
+            return _pack(spec, spec.format.encode(values)).contiguous()
+        return values.to(spec.format.dtype or torch.float32).contiguous()
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         wide = q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
         if factors is not None:
             wide = _scaled(wide, factors, q.spec.tile)
-        return wide.mT.to(dtype) if q.transposed else wide.to(dtype)
+        # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
+        narrow = wide.to(dtype).contiguous()
+        return narrow.mT if q.transposed else narrow
 
 
 TORCH: Passes = _Torch()

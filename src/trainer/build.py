@@ -22,6 +22,8 @@ from precision.recipe import Plan, Recipe, apply, load
 from trainer.corpus import CorpusFile, corpus_files
 from trainer.data import (
     DataConfig,
+    DataSource,
+    DocumentsApart,
     MixedSource,
     MixedWindows,
     Mixture,
@@ -334,14 +336,27 @@ def training_source(
 
 
 def validation_source(
-    windows: Windows | None, config: EvalConfig, world: World, micro_batch: int
-) -> tuple[OrderedSource | None, float]:
-    """The validation pass and the UTF-8 bytes that its targets spell; None if ``eval.tokens`` is 0."""
+    windows: Windows | None, config: EvalConfig, world: World, micro_batch: int, *, documents_end: int | None = None
+) -> tuple[DataSource | None, float]:
+    """The validation pass and the UTF-8 bytes that its targets spell; None if ``eval.tokens`` is 0.
+
+    ``documents_end``: the end-of-text token, if documents are to be kept apart.
+    """
     if windows is None or config.tokens == 0:
         return None, 0.0
     number = min(windows.num_windows, -(-config.tokens // windows.seq_len))
     source = OrderedSource(windows, num_windows=number, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
-    return source, windows.num_bytes(number)
+    return kept_apart(source, documents_end), windows.num_bytes(number)
+
+
+def kept_apart(source: DataSource, documents_end: int | None) -> DataSource:
+    """``source``, with documents kept apart if there is a token that ends them."""
+    return source if documents_end is None else DocumentsApart(source, documents_end)
+
+
+def documents_end(config: DataConfig, tokenizer: TextTokenizer) -> int | None:
+    """The token at which documents are parted, if ``data.document_mask`` asks for it."""
+    return tokenizer.eot if config.document_mask else None
 
 
 def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, parallel: ParallelConfig, world: World) -> int:

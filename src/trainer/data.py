@@ -55,6 +55,7 @@ class DataConfig:
     lanes: int = 64  # of a stream, at most: files read at a time over all processes
     shuffle_rows: int = 1024  # of a stream: rows of a file that are shuffled among themselves
     sources: dict[str, SourceConfig] | None = None  # a mixture, instead of the one corpus in `path`
+    document_mask: bool = False  # documents of a window do not see one another, positions count from each one's start
     seq_len: int
     global_batch_size: int  # sequences of one optimizer step, over all ranks
     vocab_size: int = 4096  # of the BPE that is trained where `tokenizer` does not exist yet
@@ -151,6 +152,33 @@ class DataSource(Protocol):
     def first_sample(self, step: int) -> int: ...
 
     def batch(self, step: int, micro: int) -> Batch: ...
+
+
+class DocumentsApart:
+    """A source whose batches say where documents begin, so that none sees what stands before it in its window.
+
+    A document goes up to and with its end-of-text token; the first one of a window counts as beginning there.
+    """
+
+    def __init__(self, source: DataSource, end_of_text: int) -> None:
+        self._source, self._end_of_text = source, end_of_text
+        self.num_micro = source.num_micro
+
+    def first_sample(self, step: int) -> int:
+        return self._source.first_sample(step)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The source's batch with its positions."""
+        batch = self._source.batch(step, micro)
+        return replace(batch, positions=document_positions(batch.tokens[:, :-1], self._end_of_text))
+
+
+def document_positions(tokens_BT: Tensor, end_of_text: int) -> Tensor:
+    """The place of every token in its document, int64 [B, T]."""
+    places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    begins = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    begins[:, 1:] = tokens_BT[:, :-1] == end_of_text
+    return places - torch.where(begins, places, 0).cummax(-1).values
 
 
 class Windows(Protocol):

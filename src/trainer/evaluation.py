@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer import distributed
-from trainer.build import build_state, open_windows, pretrained_config, validation_source
+from trainer.build import build_state, documents_end, open_windows, pretrained_config, validation_source
 from trainer.config import load_config
 from trainer.data import DataConfig
 from trainer.distributed import StopRequest, World
@@ -73,7 +73,9 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
         tokenizer = load_tokenizer(data.tokenizer, data.eot_token)
         windows = open_windows(data, tokenizer, split, tokens)
         wanted = EvalConfig(tokens=tokens or windows.num_windows * data.seq_len)
-        source, size = validation_source(windows, wanted, subject.world, micro_batch)
+        source, size = validation_source(
+            windows, wanted, subject.world, micro_batch, documents_end=documents_end(data, tokenizer)
+        )
         assert source is not None
         result = validate(subject.state, source, subject.world, stop, subject.precision)
     if isinstance(result, int):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import Checkpointer
-from trainer.data import Batch, DataSource, OrderedSource
+from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
@@ -96,7 +96,7 @@ class Job:
     world: World
     state: TrainState
     source: DataSource
-    validation: OrderedSource | None
+    validation: DataSource | None
     validation_bytes: float  # of the text that the validation targets spell
     tokens_per_step: int
     config: LoopConfig

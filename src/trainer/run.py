@@ -9,6 +9,8 @@ from trainer import distributed
 from trainer.build import (
     Data,
     build_state,
+    documents_end,
+    kept_apart,
     micro_batch_size,
     num_parameters,
     open_data,
@@ -27,7 +29,14 @@ from trainer.plot import plot_losses
 from trainer.rundir import Resume, RunDirectory, environment
 from trainer.stream import TextStream
 
-_FIXED_DATA = ("data.seq_len", "data.global_batch_size", "data.stream", "data.lanes", "data.shuffle_rows")
+_FIXED_DATA = (
+    "data.seq_len",
+    "data.global_batch_size",
+    "data.document_mask",
+    "data.stream",
+    "data.lanes",
+    "data.shuffle_rows",
+)
 # A run that goes on must not change these: its loss curve would be of two different runs.
 _FIXED = ("model", "precision.recipe", "precision.args", "seed", *_FIXED_DATA)
 
@@ -172,11 +181,14 @@ def _build(
         say(_describe(config, world, state.model, micro_batch, data))
         if checkpoint is not None:
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
-    validation, validation_bytes = validation_source(data.validation, config.eval, world, micro_batch)
+    end = documents_end(config.data, data.tokenizer)
+    validation, validation_bytes = validation_source(
+        data.validation, config.eval, world, micro_batch, documents_end=end
+    )
     job = Job(
         world=world,
         state=state,
-        source=source,
+        source=kept_apart(source, end),
         validation=validation,
         validation_bytes=validation_bytes,
         tokens_per_step=config.data.global_batch_size * config.data.seq_len,
