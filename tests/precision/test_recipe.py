@@ -72,7 +72,7 @@ def test_hooks_hear_every_step() -> None:
     heard: list[tuple[str, int]] = []
 
     class Hook:
-        def begin_step(self, model: nn.Module, step: int) -> None:
+        def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
             heard.append(("begin", step))
 
         def end_step(self, model: nn.Module, step: int) -> None:
