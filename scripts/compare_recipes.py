@@ -31,7 +31,14 @@ def main(
     names, numbers = recipes.split(","), seeds.split(",")
     for seed in numbers:  # seed by seed, so that an early table compares like with like
         for name in names:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+            ]
             command += ["-m", "trainer", *overrides, f"precision={name}", f"seed={seed}"]
             failed = subprocess.run([*command, f"run.dir={root / f'{name}-seed{seed}'}"], check=False).returncode
             if failed:

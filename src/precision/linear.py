@@ -221,10 +221,16 @@ class _Call:
         if spec is None:
             return x
         noise = None
-        if spec.rounding is Rounding.STOCHASTIC:
-            transposed = slot in (DGRAD_W, WGRAD_DY, WGRAD_X)
+        transposed = slot in (DGRAD_W, WGRAD_DY, WGRAD_X)
+        if transposed and gemm.transform is None and spec.tile.outer == spec.tile.inner and not _is_random(spec):
+            # The same codes, read along the tensor's own rows.
+            return self.quantize(slot, x.mT, spec, None).t()
+        if _is_random(spec):
             first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
             noise = self.module.noise(slot, first_row, transposed=transposed)
+        return self.quantize(slot, x, spec, noise)
+
+    def quantize(self, slot: int, x: Tensor, spec: OperandSpec, noise: Noise | None) -> Quantized:
         amax = self.module.amax_for(slot, x)
         return self.module.backends[slot // 2].quantize(x, spec, amax=amax, noise=noise)
 
@@ -252,6 +258,10 @@ def _kept(call: _Call, x: Tensor, a: Operand) -> Operand:
     return call.reused(WGRAD_X, a) if _reuses(spec.wgrad.b) else call.operand(WGRAD_X, x.mT)
 
 
+def _is_random(spec: OperandSpec) -> bool:
+    return spec.rounding is Rounding.STOCHASTIC
+
+
 def _reuses(spec: OperandSpec | None) -> bool:
     return spec is not None and spec.source is Source.QUANTIZED
 
@@ -265,7 +275,7 @@ def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec,
     if first is None or spec is None or first_gemm.transform is not None or gemm.transform is not None:
         return False
     alike = replace(spec, source=Source.ORIGINAL) == first and spec.tile.outer == spec.tile.inner
-    return alike and (spec.rounding is Rounding.NEAREST or spec.source is Source.QUANTIZED)
+    return alike and (not _is_random(spec) or spec.source is Source.QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,9 @@ def test_micro_batches_see_the_same_noise(recipe: str) -> None:
         parts.append(run(module, x[start:stop], dy[start:stop]))
     assert torch.equal(whole[0], torch.cat([part[0] for part in parts]))
     assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
-    torch.testing.assert_close(whole[2].float(), sum(part[2].float() for part in parts), rtol=0.02, atol=0.2)  # sums of BF16 values
+    torch.testing.assert_close(
+        whole[2].float(), sum(part[2].float() for part in parts), rtol=0.02, atol=0.2
+    )  # sums of BF16 values
 
 
 def test_amax_over_micro_batches_is_that_of_the_batch() -> None:

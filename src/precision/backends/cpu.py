@@ -56,13 +56,14 @@ class Cpu(Reference):
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
         if not isinstance(transform, Hadamard) or x.dtype not in (torch.float32, torch.bfloat16):
             return super().transformed(transform, x, left=left)
-        x = contiguous(x)
-        y = torch.empty_like(x)
+        columns = not x.is_contiguous() and x.mT.is_contiguous()
+        x = x if columns else contiguous(x)
+        y = torch.empty(x.shape, dtype=x.dtype)
         signs = torch.tensor(transform.vector(), dtype=torch.float32)
         factor = native.real(1 / math.sqrt(transform.size))
         sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
-        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x))
-        _kernels().hadamard(native.pointer(x), native.pointer(y), *sizes, *arguments)
+        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
+        _kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
         return y
 
 

@@ -72,44 +72,64 @@ inline uint32_t row_hash(const Noise& noise, uint64_t row) {
     return fmix32(fmix32(uint32_t(row) ^ noise.key0) + uint32_t(row >> 32));
 }
 
-// The code of x * scale. `uniform` is read only if STOCHASTIC.
+// The constants of a format, by value: a store to memory can then not be suspected of changing them.
+struct Grid {
+    int32_t m, low, high, bias_shift, sign_shift, max_code, nan_code, inf_code, code_mask;
+    float max, least_normal, to_small, from_small, small_top;
+
+    explicit Grid(const Format& f)
+        : m(f.mantissa_bits),
+          low(f.min_exponent + 127),
+          high(std::max(f.min_exponent, f.max_exponent) + 127),
+          bias_shift((126 + f.min_exponent) << f.mantissa_bits),
+          sign_shift(f.bits - 1),
+          max_code(int32_t(as_bits(f.max) >> (23 - f.mantissa_bits)) - ((126 + f.min_exponent) << f.mantissa_bits)),
+          nan_code(f.nan_code),
+          inf_code(f.has_inf ? max_code + 1 : 1 << 30),
+          code_mask((1 << (f.bits - 1)) - 1),
+          max(f.max),
+          least_normal(as_float(uint32_t(127 + f.min_exponent) << 23)),
+          to_small(as_float(uint32_t(127 + f.mantissa_bits - f.min_exponent) << 23)),
+          from_small(as_float(uint32_t(127 + f.min_exponent - f.mantissa_bits) << 23)),
+          small_top(float(1 << f.mantissa_bits)) {}
+};
+
+// The code of y. `uniform` is read only if STOCHASTIC.
 template <bool STOCHASTIC>
-inline uint8_t code_of(float y, const Format& f, float uniform) {
-    const int m = f.mantissa_bits;
-    const uint32_t sign = as_bits(y) >> 31;
-    const float magnitude = std::fabs(y);
-    const bool nan = magnitude != magnitude;
-    const float a = magnitude < f.max ? magnitude : f.max;
-    int32_t e = int32_t(as_bits(a) >> 23);
-    e = std::max(f.min_exponent + 127, std::min(e, std::max(f.min_exponent, f.max_exponent) + 127));
+inline int32_t code_of(float y, const Grid g, float uniform) {
+    const int32_t bits = int32_t(as_bits(y) & 0x7fffffffu), sign = int32_t(as_bits(y) >> 31);
+    const float magnitude = as_float(uint32_t(bits));
+    const float a = magnitude < g.max ? magnitude : g.max;
+    const int32_t exponent = int32_t(as_bits(a)) >> 23;
+    const int32_t above = exponent > g.low ? exponent : g.low;
+    const int32_t e = above < g.high ? above : g.high;
     float r;
     if (STOCHASTIC) {
-        const float scaled = a * as_float(uint32_t(254 + m - e) << 23);
-        const float floor = std::floor(scaled);
-        const float q = floor + (uniform < scaled - floor ? 1.0f : 0.0f);
-        r = q * as_float(uint32_t(e - m) << 23);
+        const float scaled = a * as_float(uint32_t(254 + g.m - e) << 23);
+        const float whole = float(int32_t(scaled));  // below 2^m + 1: its floor
+        const float q = uniform < scaled - whole ? whole + 1.0f : whole;
+        r = q * as_float(uint32_t(e - g.m) << 23);
     } else {
-        const float c = as_float(uint32_t(e + 23 - m) << 23);
+        const float c = as_float(uint32_t(e + 23 - g.m) << 23);
         r = (a + c) - c;
     }
-    const int bias = 1 - f.min_exponent;
-    const int32_t normal = int32_t(as_bits(r) >> (23 - m)) - ((127 - bias) << m);
-    const int32_t small = int32_t(std::min(r * as_float(uint32_t(127 + m - f.min_exponent) << 23), float(1 << m)));
-    int32_t code = r < as_float(uint32_t(127 + f.min_exponent) << 23) ? small : normal;
-    code |= int32_t(sign << (f.bits - 1));
-    const int32_t max_code = int32_t(as_bits(f.max) >> (23 - m)) - ((127 - bias) << m);
-    return uint8_t(nan ? (f.nan_code >= 0 ? f.nan_code : max_code) : code);
+    const int32_t normal = (int32_t(as_bits(r)) >> (23 - g.m)) - g.bias_shift;
+    const float scaled = r * g.to_small;
+    const int32_t small = int32_t(scaled < g.small_top ? scaled : g.small_top);
+    const int32_t code = (r < g.least_normal ? small : normal) | (sign << g.sign_shift);
+    const int32_t nan = g.nan_code >= 0 ? g.nan_code : g.max_code;
+    return bits > 0x7f800000 ? nan : code;
 }
 
-inline float value_of(uint8_t stored, const Format& f, int32_t max_code) {
-    const int m = f.mantissa_bits, bias = 1 - f.min_exponent;
-    const int32_t magnitude = stored & ((1 << (f.bits - 1)) - 1);
-    const float normal = as_float(uint32_t(magnitude + ((127 - bias) << m)) << (23 - m));
-    const float small = float(magnitude) * as_float(uint32_t(127 + f.min_exponent - m) << 23);
-    float value = magnitude < (1 << m) ? small : normal;
-    if (f.nan_code >= 0) value = magnitude > max_code + f.has_inf ? NAN : value;
-    if (f.has_inf) value = magnitude == max_code + 1 ? INFINITY : value;
-    return (stored >> (f.bits - 1)) & 1 ? -value : value;
+inline float value_of(int32_t stored, const Grid g) {
+    const int32_t magnitude = stored & g.code_mask;
+    const float normal = as_float(uint32_t(magnitude + g.bias_shift) << (23 - g.m));
+    const float small = float(magnitude) * g.from_small;
+    float value = magnitude < (1 << g.m) ? small : normal;
+    value = g.nan_code >= 0 && magnitude > g.max_code ? NAN : value;
+    value = magnitude == g.inf_code ? INFINITY : value;
+    const uint32_t sign = uint32_t(stored >> g.sign_shift) << 31;
+    return as_float(as_bits(value) | sign);
 }
 
 // The amax of each tile, as bits of |x| compared as integers: a NaN is larger than everything.
@@ -135,13 +155,15 @@ void amax_tiles(const T* x, float* out, int64_t rows, int64_t cols, int64_t tall
 
 template <typename T, bool STOCHASTIC>
 void encode_rows(const T* x, const float* scales, uint8_t* codes, int64_t rows, int64_t cols, int64_t tall,
-                 int64_t wide, Format format, const Noise& noise) {
+                 int64_t wide, const Format& format, const Noise& noise) {
+    const Grid grid(format);
+    const bool pairs = format.bits == 4;
     const int64_t grid_cols = (cols + wide - 1) / wide;
     const int64_t bytes = format.bits == 4 ? (cols + 1) / 2 : cols;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-        alignas(64) uint8_t buffer[SEGMENT];
         alignas(64) float y[SEGMENT], uniform[SEGMENT];
+        alignas(64) int32_t code[SEGMENT];
         const float* row_scales = scales + row / tall * grid_cols;
         const uint32_t hash = STOCHASTIC && !noise.transposed ? row_hash(noise, uint64_t(row)) : 0;
         for (int64_t start = 0; start < cols; start += SEGMENT) {
@@ -171,15 +193,18 @@ void encode_rows(const T* x, const float* scales, uint8_t* codes, int64_t rows, 
                     }
                 }
             }
-            uint8_t* target = format.bits == 4 ? buffer : codes + row * bytes + start;
 #pragma omp simd
-            for (int64_t i = 0; i < count; ++i) target[i] = code_of<STOCHASTIC>(y[i], format, uniform[i]);
-            if (format.bits == 4) {
-                if (count % 2) buffer[count] = 0;
-                uint8_t* packed = codes + row * bytes + start / 2;
-                for (int64_t i = 0; i < (count + 1) / 2; ++i)
-                    packed[i] = uint8_t((buffer[2 * i] & 0xf) | (buffer[2 * i + 1] << 4));
+            for (int64_t i = 0; i < count; ++i) code[i] = code_of<STOCHASTIC>(y[i], grid, uniform[i]);
+            if (!pairs) {
+                uint8_t* target = codes + row * bytes + start;
+#pragma omp simd
+                for (int64_t i = 0; i < count; ++i) target[i] = uint8_t(code[i]);
+                continue;
             }
+            if (count % 2) code[count] = 0;
+            uint8_t* target = codes + row * bytes + start / 2;
+#pragma omp simd
+            for (int64_t i = 0; i < (count + 1) / 2; ++i) target[i] = uint8_t(code[2 * i] | code[2 * i + 1] << 4);
         }
     }
 }
@@ -195,33 +220,39 @@ void encode_any(const T* x, const float* scales, uint8_t* codes, int64_t rows, i
 
 template <typename T>
 void values_rows(const uint8_t* codes, const float* factors, T* out, int64_t rows, int64_t cols, int64_t tall,
-                 int64_t wide, Format format) {
+                 int64_t wide, const Format& format) {
+    const Grid grid(format);
+    const bool pairs = format.bits == 4;
     const int64_t grid_cols = (cols + wide - 1) / wide;
-    const int64_t bytes = format.bits == 4 ? (cols + 1) / 2 : cols;
-    const int32_t max_code =
-        int32_t(as_bits(format.max) >> (23 - format.mantissa_bits)) - ((126 + format.min_exponent) << format.mantissa_bits);
+    const int64_t bytes = pairs ? (cols + 1) / 2 : cols;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-        alignas(64) uint8_t buffer[SEGMENT];
+        alignas(64) int32_t code[SEGMENT];
+        alignas(64) float value[SEGMENT];
         const float* row_factors = factors + row / tall * grid_cols;
         for (int64_t start = 0; start < cols; start += SEGMENT) {
             const int64_t count = std::min(SEGMENT, cols - start);
-            const uint8_t* source = codes + row * bytes + start;
-            if (format.bits == 4) {
-                const uint8_t* packed = codes + row * bytes + start / 2;
+            if (pairs) {
+                const uint8_t* source = codes + row * bytes + start / 2;
+#pragma omp simd
                 for (int64_t i = 0; i < (count + 1) / 2; ++i) {
-                    buffer[2 * i] = packed[i] & 0xf;
-                    if (2 * i + 1 < SEGMENT) buffer[2 * i + 1] = packed[i] >> 4;
+                    code[2 * i] = source[i] & 0xf;
+                    code[2 * i + 1] = source[i] >> 4;
                 }
-                source = buffer;
+            } else {
+                const uint8_t* source = codes + row * bytes + start;
+#pragma omp simd
+                for (int64_t i = 0; i < count; ++i) code[i] = source[i];
             }
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) value[i] = value_of(code[i], grid);
             T* target = out + row * cols + start;
             for (int64_t k = 0; k < count;) {
                 const int64_t tile = (start + k) / wide;
                 const int64_t end = std::min(count, (tile + 1) * wide - start);
                 const float factor = row_factors[tile];
 #pragma omp simd
-                for (int64_t i = k; i < end; ++i) narrow(value_of(source[i], format, max_code) * factor, target + i);
+                for (int64_t i = k; i < end; ++i) narrow(value[i] * factor, target + i);
                 k = end;
             }
         }
@@ -267,6 +298,46 @@ void hadamard_rows(const T* x, T* out, int64_t rows, int64_t cols, const float* 
     }
 }
 
+// hadamard_rows of the transpose of x [rows, cols]: out [cols, rows], blocks along the rows of x.
+template <typename T>
+void hadamard_columns(const T* x, T* out, int64_t rows, int64_t cols, const float* signs, int64_t size, float factor) {
+    constexpr int64_t B = 32;
+    const int64_t groups = (rows + size - 1) / size;
+#pragma omp parallel for schedule(static)
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t first = group * size, height = std::min(size, rows - first);
+        alignas(64) float block[128][B];
+        T turned[B][128];
+        for (int64_t j = 0; j < cols; j += B) {
+            const int64_t width = std::min(B, cols - j);
+            if (height < size) {  // ragged: as it is
+                for (int64_t i = 0; i < height; ++i)
+                    for (int64_t b = 0; b < width; ++b) out[(j + b) * rows + first + i] = x[(first + i) * cols + j + b];
+                continue;
+            }
+            for (int64_t i = 0; i < size; ++i) {
+                const T* line = x + (first + i) * cols + j;
+                const float sign = signs[i];
+                for (int64_t b = width; b < B; ++b) block[i][b] = 0.0f;
+#pragma omp simd
+                for (int64_t b = 0; b < width; ++b) block[i][b] = widen(line[b]) * sign;
+            }
+            for (int64_t stride = 1; stride < size; stride *= 2)
+                for (int64_t i = 0; i < size; i += 2 * stride)
+                    for (int64_t k = i; k < i + stride; ++k)
+#pragma omp simd
+                        for (int64_t b = 0; b < B; ++b) {
+                            const float u = block[k][b], v = block[k + stride][b];
+                            block[k][b] = u + v;
+                            block[k + stride][b] = u - v;
+                        }
+            for (int64_t i = 0; i < size; ++i)
+                for (int64_t b = 0; b < width; ++b) narrow(block[i][b] * factor, &turned[b][i]);
+            for (int64_t b = 0; b < width; ++b) std::memcpy(out + (j + b) * rows + first, turned[b], size * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -305,9 +376,14 @@ void transpose(const void* x, void* out, int64_t rows, int64_t cols, int32_t byt
         transpose_blocks(static_cast<const uint32_t*>(x), static_cast<uint32_t*>(out), rows, cols);
 }
 
+// columns: x is [cols, rows], the transpose of what is transformed. out is [rows, cols].
 void hadamard(const void* x, void* out, int64_t rows, int64_t cols, const float* signs, int64_t size, float factor,
-              int32_t dtype) {
-    if (dtype)
+              int32_t dtype, int32_t columns) {
+    if (dtype && columns)
+        hadamard_columns(static_cast<const bf16*>(x), static_cast<bf16*>(out), cols, rows, signs, size, factor);
+    else if (columns)
+        hadamard_columns(static_cast<const float*>(x), static_cast<float*>(out), cols, rows, signs, size, factor);
+    else if (dtype)
         hadamard_rows(static_cast<const bf16*>(x), static_cast<bf16*>(out), rows, cols, signs, size, factor);
     else
         hadamard_rows(static_cast<const float*>(x), static_cast<float*>(out), rows, cols, signs, size, factor);
