@@ -11,7 +11,8 @@ is, and a linear whose spec is empty is ``F.linear``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,27 @@ UNKNOWN = -1.0
 """A held amax that is not known: this step scales by the tensor's own."""
 
 
+class Recent:
+    """What was last made of one input: sibling linears (q, k, v; gate, up) read the same tensor and share its codes.
+
+    Known by the tensor object and its version, so that neither another tensor at the same place nor one that was
+    written to is taken for it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Callable[[], Tensor | None] = lambda: None
+        self._version = -1
+        self._made: dict[Hashable, Quantized] = {}
+
+    def of(self, x: Tensor) -> dict[Hashable, Quantized] | None:
+        """The codes of ``x`` by how they were made, to be added to; None for a tensor that keeps no count of writes."""
+        if x.is_inference():
+            return None
+        if self._seen() is not x or self._version != x._version:
+            self._seen, self._version, self._made = weakref.ref(x), x._version, {}
+        return self._made
+
+
 @dataclass(eq=False)
 class Clock:
     """Where training stands: shared by every quantized linear of a model, set by ``Plan``.
@@ -43,6 +65,7 @@ class Clock:
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     first_sample: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     high_precision: bool = False
+    recent: Recent = field(default_factory=Recent)
 
     def set(self, step: int, first_sample: int) -> None:
         self.step.fill_(step)
@@ -122,7 +145,10 @@ class QuantLinear(nn.Module):
     def _quantized(self, x: Tensor) -> Tensor:
         rows_of_a_sample = x.shape[-2] if x.dim() > 2 else 1
         rows = x.reshape(-1, self.in_features)
-        y: Tensor = _Linear.apply(rows, self.weight, self.bias, self, rows_of_a_sample)  # type: ignore[no-untyped-call]
+        made = self.clock.recent.of(x)
+        y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            rows, self.weight, self.bias, self, rows_of_a_sample, made
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def reset_state(self, value: float = 0.0) -> None:
@@ -152,9 +178,15 @@ class QuantLinear(nn.Module):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: QuantLinear, rows_of_a_sample: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: QuantLinear,
+        rows_of_a_sample: int,
+        made: dict[Hashable, Quantized] | None,
     ) -> Tensor:
-        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample)
+        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made)
         a = call.operand(X, x)
         y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
         kept = _kept(call, x, a) if ctx.needs_input_grad[1] else None
@@ -164,7 +196,7 @@ class _Linear(torch.autograd.Function):
         else:
             ctx.save_for_backward(weight, kept)
             ctx.kept = None
-        ctx.call, ctx.has_bias = call, bias is not None
+        ctx.call, ctx.has_bias = replace(call, made=None), bias is not None  # backward keeps what it reads alone
         return y
 
     @staticmethod
@@ -198,7 +230,7 @@ class _Linear(torch.autograd.Function):
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        return dx, dw, dbias, None, None
+        return dx, dw, dbias, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +240,40 @@ class _Call:
     module: QuantLinear
     spec: LinearSpec
     first_row: Tensor
+    made: dict[Hashable, Quantized] | None  # of x, in the forward pass
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
 
     def operand(self, slot: int, x: Tensor) -> Operand:
         """What the slot's GEMM reads of ``x``: transformed and quantized as the spec says."""
+        gemm = self.gemm(slot)
+        spec = gemm.a if slot % 2 == 0 else gemm.b
+        if self.made is None or spec is None or slot not in (X, WGRAD_X) or _is_random(spec):
+            return self._operand(slot, x)
+        key = self._key(slot, x, gemm, spec)
+        if key is None:
+            return self._operand(slot, x)
+        if key not in self.made:
+            fresh = self._operand(slot, x)
+            assert isinstance(fresh, Quantized)
+            self.made[key] = fresh
+        return self.made[key]
+
+    def _key(self, slot: int, x: Tensor, gemm: GemmSpec, spec: OperandSpec) -> Hashable | None:
+        """What the codes of a slot depend on beside x; None where that is not to be had without waiting for a device.
+
+        An amax of earlier steps is part of it, and noted, as it would be in making the codes.
+        """
+        held = None
+        if isinstance(spec.amax, Delayed):
+            if x.device.type != "cpu" or gemm.transform is not None:
+                return None
+            amax = self.module.amax_for(slot, x)
+            held = None if amax is None else float(amax)
+        return slot, spec, gemm.transform, self.module.backends[slot // 2].name, held
+
+    def _operand(self, slot: int, x: Tensor) -> Operand:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         if gemm.transform is not None:

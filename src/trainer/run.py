@@ -97,8 +97,9 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         changed = differences(load_run_config(directory.config), config)
         fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config)]
         if fixed:
-            old, new = changed[fixed[0]]
-            raise UserError(f"run.dir={directory.path} holds a run with {fixed[0]}={old}, not {new}: {_ways(fixed[0])}")
+            key = min(fixed, key=_telling)
+            old, new = changed[key]
+            raise UserError(f"run.dir={directory.path} holds a run with {key}={old}, not {new}: {_ways(key)}")
         shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
         if shown:
             say(f"going on with another config: {', '.join(shown)}")
@@ -109,7 +110,7 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         if directory.has_run():
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
-    for key, value in _identity(config).items():
+    for key, value in sorted(_identity(config).items(), key=lambda item: _telling(item[0])):
         if (there := checkpoint.meta["identity"].get(key, value)) != value:
             if _may_change(key, config):
                 continue
@@ -127,6 +128,11 @@ def _is_fixed(key: str) -> bool:
 
 def _may_change(key: str, config: TrainConfig) -> bool:
     return key.startswith("precision.") and config.resume.recipe_change is RecipeChange.allow
+
+
+def _telling(key: str) -> bool:
+    """Sorts what says most first: a recipe before the arguments that follow from it."""
+    return key != "precision.recipe"
 
 
 def _ways(key: str) -> str:

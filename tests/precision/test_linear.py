@@ -305,6 +305,17 @@ def test_an_amax_that_is_not_finite_leaves_no_trace(bad: float) -> None:
     assert bool(module.amax_history.isfinite().all())
 
 
+class Both(nn.Module):
+    """Two linears that read one tensor."""
+
+    def __init__(self, *linears: nn.Module) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [linear(x) for linear in self.linears]
+
+
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
     """Of the tensors that backward keeps, parameters aside."""
     weights = {parameter.data_ptr() for parameter in module.parameters()}
@@ -328,6 +339,42 @@ def test_backward_keeps_codes_and_scales_of_x_and_nothing_of_the_weight(recipe: 
     apply(load(recipe, {"keep_last": 0}), model)
     kept = saved_bytes(model.get_submodule("layers.0.up_proj"), samples(64, 32, INS))
     assert kept - 8 <= 64 * 32 * INS * bits / 8 <= kept
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_siblings_share_the_codes_of_one_input(recipe: str) -> None:
+    """As many bytes for two linears that read one tensor as for one; bit for bit as if each had made its own."""
+    model = block_model(layers=2)
+    plan = apply(load(recipe, {"keep_last": 0}), model)
+    first, second = (model.get_submodule(f"layers.{block}.up_proj") for block in range(2))
+    x, dy = samples(4, 32, INS), samples(4, 32, OUTS, seed=2) / 1024
+    plan.begin_step(3, 0)
+    leaf = x.clone().requires_grad_()
+    together = [first(leaf), second(leaf)]
+    sum((y * dy).sum() for y in together).backward()
+    ours = [leaf.grad, first.weight.grad, second.weight.grad, *(buffer.clone() for buffer in model.buffers())]
+    plan.reset_state()
+    apart, gradients = [x.clone().requires_grad_() for _ in range(2)], []
+    model.zero_grad()
+    for linear, own in zip((first, second), apart, strict=True):
+        (linear(own) * dy).sum().backward()
+        gradients.append(linear.weight.grad)
+    theirs = [apart[0].grad + apart[1].grad, *gradients, *model.buffers()]
+    assert all(map(torch.equal, ours, theirs))
+    one = saved_bytes(first, x.clone())
+    both = saved_bytes(Both(first, second), x.clone())
+    assert both == one
+
+
+def test_a_tensor_that_was_written_to_is_not_taken_for_what_it_was() -> None:
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=MX8)))
+    x = samples(ROWS, INS)
+    with torch.no_grad():
+        before = module(x)
+        x.mul_(2)
+        after = module(x)
+    assert torch.equal(after, linear_of(LinearSpec(fprop=GemmSpec(a=MX8)))(x.clone()))
+    assert not torch.equal(before, after)
 
 
 def test_codes_can_be_reused() -> None:

@@ -1,0 +1,163 @@
+"""Every recipe in whole runs: it trains, resumes bit for bit, changes, and a new one needs one file and one yaml."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import train_here
+
+from precision import recipes
+from precision.recipe import names
+from trainer.checkpoint import list_checkpoints, read_tensors
+from trainer.config import TrainConfig, groups
+from trainer.errors import ExitCode, UserError
+from trainer.metrics import read_metrics
+from trainer.verify import compare_runs
+
+Tiny = Callable[..., TrainConfig]
+ROOT = Path(__file__).parents[2]
+
+
+def go_back(config: TrainConfig, step: int) -> None:
+    """Leave of a finished run what it had at ``step``."""
+    root = Path(config.run.dir)
+    for path in list_checkpoints(root / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (root / "done.json").unlink()
+
+
+@pytest.mark.parametrize("gpt", [False, True])
+@pytest.mark.parametrize("precision", [name for name in groups()["precision"] if name not in ("fp32", "bf16")])
+def test_every_recipe_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path, precision: str, gpt: bool) -> None:
+    options = (f"precision={precision}", "checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5")
+    config = tiny(*options, gpt=gpt)
+    assert train_here(config) is ExitCode.FINISHED
+    shutil.copytree(config.run.dir, tmp_path / "alone")
+    go_back(config, 3)
+    assert train_here(config) is ExitCode.FINISHED
+    assert compare_runs(tmp_path / "alone", Path(config.run.dir)) == []
+    losses = [row["loss"] for row in read_metrics(tmp_path / "alone" / "metrics.jsonl", "train").values()]
+    assert losses[-1] < losses[0]
+
+
+def test_every_recipe_has_a_yaml_with_its_defaults(tiny: Tiny) -> None:
+    configs = {name: tiny(f"precision={name}").precision for name in groups()["precision"]}
+    assert {config.recipe for config in configs.values()} == set(names())
+
+
+def test_amax_history_is_plain_tensors_in_the_checkpoint(tiny: Tiny) -> None:
+    config = tiny("precision=fp8_delayed", "precision.args.history=4", "train.steps=2")
+    train_here(config)
+    tensors = read_tensors(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1], "recipe.")
+    history = tensors["recipe.layers.0.mlp.up_proj.amax_history"]
+    assert history.shape == (4, 3)
+    assert history[0].tolist() == [0.0] * 3  # rolled
+    assert (history[-2:] > 0).all()
+    assert (tensors["recipe.layers.0.mlp.up_proj.amax_held"] == history.amax(0)).all()
+
+
+def test_a_run_goes_on_under_another_recipe_only_if_allowed(tiny: Tiny) -> None:
+    first = tiny("precision=bf16", "train.steps=4", "checkpoint.every=2")
+    train_here(first)
+    other = ("precision=fp8_delayed", "train.steps=6", "checkpoint.every=2")
+    with pytest.raises(UserError, match=r"precision\.recipe=bf16, not fp8_delayed: .*resume\.recipe_change=allow"):
+        train_here(tiny(*other))
+    assert train_here(tiny(*other, "resume.recipe_change=allow")) is ExitCode.FINISHED
+    newest = list_checkpoints(Path(first.run.dir) / "checkpoints")[-1]
+    tensors = read_tensors(newest, "recipe.")
+    assert len(tensors) == 28
+    held = [value for name, value in tensors.items() if name.endswith("amax_held")]
+    assert all((value > 0).all() for value in held)  # none is unknown any more
+    # Back again, and what the recipe had learned is left behind.
+    assert train_here(tiny("train.steps=8", "resume.recipe_change=allow")) is ExitCode.FINISHED
+    assert not read_tensors(list_checkpoints(Path(first.run.dir) / "checkpoints")[-1], "recipe.")
+
+
+def test_validation_in_high_precision(tiny: Tiny) -> None:
+    """The weights are the same; only what validation computes in differs."""
+    losses = {}
+    for precision in ("recipe", "high"):
+        config = tiny("precision=mxfp4", f"eval.precision={precision}", f"run.dir={tiny().run.dir}-{precision}")
+        train_here(config)
+        root = Path(config.run.dir)
+        losses[precision] = [
+            [row["loss"] for row in read_metrics(root / "metrics.jsonl", kind).values()] for kind in ("train", "eval")
+        ]
+    assert losses["recipe"][0] == losses["high"][0]
+    assert losses["recipe"][1] != losses["high"][1]
+
+
+TOY = '''"""A toy: its own format, its own transform, its own update rule."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from precision.formats import exmy
+from precision.linear import quantized
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reversed:
+    """Contraction in reverse order: it cancels."""
+
+    def left(self, a, stats=None):
+        return a.flip(-1)
+
+    def right(self, b, stats=None):
+        return b.flip(-1)
+
+    def output(self, y, stats=None):
+        return y
+
+    def __str__(self):
+        return "reversed"
+
+
+class SignSGD(torch.optim.Optimizer):
+    def __init__(self, groups, lr):
+        super().__init__(list(groups), {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign() * group["lr"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignRule:
+    def build(self, groups, *, lr, betas, eps):
+        return SignSGD(groups, lr)
+
+
+def recipe(*, mantissa: int = 4) -> Recipe:
+    operand = OperandSpec(format=exmy(3, mantissa))
+    gemm = GemmSpec(a=operand, b=operand, transform=Reversed())
+    spec = LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm)
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec)),), update=SignRule())
+'''
+
+
+def test_a_new_recipe_is_one_file(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "more"
+    package.mkdir()
+    (package / "toy.py").write_text(TOY)
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(package)])
+    config = tiny("precision.name=toy", "precision.recipe=toy", "+precision.args.mantissa=3", "optim.lr=1e-3")
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    losses = [row["loss"] for row in read_metrics(root / "metrics.jsonl", "train").values()]
+    assert losses[-1] < losses[0] - 0.1
+    assert "e3m3_ieee/tensor" in (root / "plan.txt").read_text()
+    assert "[reversed]" in (root / "plan.txt").read_text()
+    with pytest.raises(UserError, match=r"recipe 'toy' has no argument 'mantisa' \(did you mean 'mantissa'\?\)"):
+        tiny("precision.recipe=toy", "precision.args.mantisa=3")
