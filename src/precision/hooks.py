@@ -27,11 +27,15 @@ class RollAmax:
     remembered an infinity would hold its scale still for a thousand steps.
 
     Args:
-        reduce: take the maximum over ranks. Without it every rank scales by what it has seen itself, and a checkpoint
-            holds the first rank's histories.
+        reduce: take the maximum over ranks. Without it every rank scales by what it has seen itself; a checkpoint holds
+            the histories of all ranks and is resumed by as many.
     """
 
     reduce: bool = True
+
+    @property
+    def differs_by_rank(self) -> bool:
+        return not self.reduce
 
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         pass

@@ -7,6 +7,7 @@ plan = apply(recipe, model)
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -18,7 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from precision import recipes
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
@@ -177,9 +181,24 @@ class Plan:
             hook.end_step(self.model, self._step)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What the recipe remembers from step to step, by name: the model's persistent buffers."""
+        """What the recipe remembers from step to step, by name: the model's persistent buffers, alive.
+
+        Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
+        """
         saved = self.model.state_dict().keys()
-        return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+        if self._ranks is None:
+            return buffers
+        return {name: DTensor.from_local(buffer[None], self._ranks, [Shard(0)]) for name, buffer in buffers.items()}
+
+    @functools.cached_property
+    def _ranks(self) -> DeviceMesh | None:
+        """All ranks, if what they remember differs."""
+        differs = any(getattr(hook, "differs_by_rank", False) for hook in self.recipe.hooks)
+        if not differs or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        device = next(self.model.parameters()).device.type
+        return init_device_mesh(device, (dist.get_world_size(),))
 
     def reset_state(self) -> None:
         """Set every remembered tensor to its start; after ``to_empty`` they hold garbage."""

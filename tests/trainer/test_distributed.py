@@ -50,6 +50,7 @@ RECIPES = {
     "delayed": ["precision=fp8_delayed"],
     "mxfp4": ["precision=mxfp4"],
     "nvfp4": ["precision=nvfp4", "parallel=hsdp"],
+    "apart": ["precision=fp8_delayed", "precision.args.reduce_amax=false"],  # every rank has histories of its own
 }
 
 
@@ -67,7 +68,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("gpt-1", *TRAIN, gpt=True),
             overrides("still-1", *STILL),
             overrides("alone-1", *KILLED),
-            *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in RECIPES),
+            *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4")),
         ],
         2: [
             overrides("llama-2", *TRAIN),
@@ -116,6 +117,11 @@ def test_two_processes_see_the_amaxes_and_the_noise_of_one(runs: Path) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=0.02, atol=0)  # dy follows a BF16 forward pass
         if name.startswith("recipe.layers.0.self_attn.q_proj"):
             assert torch.equal(two[name][..., :2], tensor[..., :2])  # x and w of the first linear are the same bits
+    both = tensors(runs / "apart-2", 1, "recipe.")
+    for name, tensor in one.items():
+        assert both[name].shape == (2, *tensor.shape)
+        torch.testing.assert_close(both[name].amax(0), two[name], rtol=0, atol=0)
+    assert not all(torch.equal(*tensor) for tensor in both.values())
     assert losses(runs / "mxfp4-2") == pytest.approx(losses(runs / "mxfp4-1"), rel=0, abs=2e-3)
     one, two = (tensors(runs / f"mxfp4-{processes}", 1, "optim.") for processes in (1, 2))
     for name, tensor in one.items():
