@@ -6,8 +6,8 @@ data.seq_len=...
 Runs the forward pass of the whole model on random tokens and counts every storage that the graph holds for backward
 once, parameters aside: what quantized linears keep (codes and scales of their inputs), and everything else (attention,
 norms, SwiGLU, loss), which no recipe here narrows. What both keep (a plain o_proj reads attention's output) counts
-among the rest. Beside it the arithmetic: tokens x inputs x bits / 8 of every tensor that a linear reads, siblings (q, k,
-v; gate, up) counted once.
+among the rest. Beside it the arithmetic: tokens x inputs x bits / 8 of every tensor that a linear reads; siblings (q,
+k, v; gate, up) count once.
 """
 
 from contextlib import AbstractContextManager
