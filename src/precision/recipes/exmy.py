@@ -1,12 +1,12 @@
 """The bit ladder of "To FP8 and Back Again" (arXiv 2405.18710): BF16 operands with fewer bits, and nothing else.
 
 Both operands of all three GEMMs are cut from BF16 (E8M7) to EeMm, without any scale: a probe of which bits training
-lives on, not a recipe to train with. What is lost is what the rung takes away; truncation, which is how the paper masks,
+lives on, not a recipe to train with. What is lost is what the rung takes away; truncation, as in the paper's masking,
 also shrinks every product a little, a bias that nearest rounding has not. Head, embeddings and norms stay in BF16.
 
-Ours, where the paper's text was not to be had: masking happens in fprop, dgrad and wgrad alike; fewer exponent bits mean
-the bias 2^(e - 1) - 1 with the top exponent reserved, large values saturate at (2 - 2^-m) * 2^(2^(e - 1) - 1), and small
-ones go on as subnormals, then as zeros. With 8 exponent bits truncation is the AND mask of the BF16 word.
+Ours, where the paper's text was not to be had: masking happens in fprop, dgrad and wgrad alike; fewer exponent bits
+mean the bias 2^(e - 1) - 1 with the top exponent reserved, large values saturate at (2 - 2^-m) * 2^(2^(e - 1) - 1), and
+small ones go on as subnormals, then as zeros. With 8 exponent bits truncation is the AND mask of the BF16 word.
 
 Not finite: an infinity becomes the largest value of its sign; NaN stays NaN.
 """
