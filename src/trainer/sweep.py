@@ -46,7 +46,8 @@ from trainer.metrics import read_metrics
 from trainer.verify import command
 
 LAUNCHER = "narrowgauge"
-_LONGEST_NAME = 180  # bytes; file systems take 255
+_LONGEST_NAME = 120  # bytes; file systems take 255, people fewer
+_TELLING = r"(precision|seed|optim|model=|data=)"
 _POLL_SECONDS = 0.2
 _SHOW_ROWS = 40
 _PR_SET_PDEATHSIG = 1
@@ -124,7 +125,7 @@ class Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no threads here
             )
         self.state, self._started = State.running, time.monotonic()
 
@@ -278,13 +279,16 @@ def _is_hydra(override: Override) -> bool:
 def job_name(overrides: Iterable[str], exclude: Iterable[str] = ()) -> str:
     """A directory name from overrides, whatever their order: ``optim.lr=1e-3,precision=bf16,seed=0``.
 
-    What file systems take badly becomes ``-``; where that or the length loses something, a hash of all of it follows.
+    What file systems take badly becomes ``-``. A name that is too long keeps what sweeps are mostly about. Where that
+    loses something, a hash of all overrides follows.
     """
     own = sorted(text.lstrip("+") for text in overrides if not text.startswith(("hydra.", "hydra/")))
-    full = ",".join(text for text in own if text.partition("=")[0] not in set(exclude))
-    name = re.sub(r"[^A-Za-z0-9._=,+-]", "-", full)
-    if name != full or len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    parts = [text for text in own if text.partition("=")[0] not in set(exclude)]
+    full = ",".join(parts)
+    kept = parts if len(full) <= _LONGEST_NAME else [text for text in parts if re.match(_TELLING, text)]
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "-", ",".join(kept))[:_LONGEST_NAME]
+    if name != full:
+        name = f"{name}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
     return name or "defaults"
 
 
