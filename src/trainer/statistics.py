@@ -1,7 +1,7 @@
 """What a sweep's numbers say, and what they cannot: pure functions over plain numbers; None and NaN are not finite.
 
-The paper that asks for these (arXiv 2405.18710) gives no threshold for a divergence, so the rule here is ours and stands
-in every report; learning-rate sensitivity is that of arXiv 2309.14322.
+The paper that asks for these (arXiv 2405.18710) gives no threshold for a divergence, so the rule here is ours and
+stands in every report; learning-rate sensitivity is that of arXiv 2309.14322.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DivergenceRule:
 
     Args:
         rise: nats that the smoothed loss must lie above its own minimum so far,
-        steps: for this many steps in a row; as many non-finite losses in a row, or non-finite ones to the end, count too.
+        steps: for this many steps in a row. As many non-finite losses in a row count too, or any number at the end.
         keep: of the exponential moving average, which leaves non-finite losses out.
     """
 
@@ -103,7 +103,7 @@ def spike_score(values: Sequence[Loss], *, window: int = 128, sigmas: float = 6.
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
-    """The percentile bootstrap interval of a mean; None for fewer than two values, which say nothing of their spread."""
+    """The percentile bootstrap interval of a mean; None for fewer than two values."""
     if len(values) < 2:
         return None
     data = np.asarray(values, dtype=float)

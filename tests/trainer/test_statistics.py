@@ -110,7 +110,7 @@ def test_equivalence_is_a_ninety_percent_interval_within_the_margin() -> None:
         interval = stats.ttest_1samp(gaps, 0).confidence_interval(0.9)
         result = equivalence(gaps, 0.02)
         assert result is not None
-        assert result.equivalent == (-0.02 < interval.low and interval.high < 0.02)
+        assert result.equivalent == (interval.low > -0.02 and interval.high < 0.02)
     assert equivalence([0.01], 0.02) is None
     assert equivalence([0.0, 0.0, 0.0], 0.02) == (0.0, True)
     assert equivalence([0.5, 0.5], 0.02) == (1.0, False)
