@@ -484,7 +484,8 @@ def _tables(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Set
         "included; mean over pairs, bootstrap interval of 95%. Noise: how far apart two means of as many "
         f"{settings.baseline} runs may lie by their seeds alone. Sensitivity: mean over learning rates of "
         "min(loss, loss at init) minus the best (arXiv 2309.14322). Width: decades of learning rate within "
-        f"{settings.within:g} nats of the best. Spikes: training losses above mean + 6 standard deviations of the 128 before.",
+        f"{settings.within:g} nats of the best. Spikes: training losses more than 6 standard deviations above the mean "
+        "of the 128 before.",
         columns=_RECIPE_COLUMNS,
         rows=[
             (
