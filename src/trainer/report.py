@@ -760,10 +760,11 @@ def _curve(run: Run, keep: float = 0.9) -> tuple[list[int], list[float]]:
 
 def _pictures(runs: Sequence[Run], recipes: Sequence[RecipeSummary], out: Path) -> None:
     colors = _colors(recipes)
+    rates = sorted({run.lr for run in runs if run.values})
     for name, title, x_label in (
         ("losses", "training loss, smoothed", "tokens"),
         ("gaps", "gap to the baseline: pairs, mean, 95% interval", ""),
-        ("rates", "final validation loss; x: diverged", "learning rate"),
+        ("rates", "final validation loss; crosses: diverged, at their first loss", "learning rate"),
     ):
         figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
@@ -783,18 +784,19 @@ def _pictures(runs: Sequence[Run], recipes: Sequence[RecipeSummary], out: Path) 
                     axes.vlines([s.recipe], s.interval.low, s.interval.high, color=color)
             elif name == "rates":
                 good = [run for run in own if run.final is not None]
-                spread = 1 + 0.02 * (index - len(recipes) / 2)  # side by side
-                points = [run.lr * spread for run in good], [run.final for run in good]
+                shift = 0.6 * ((index + 0.5) / len(recipes) - 0.5)  # side by side
+                points = [rates.index(run.lr) + shift for run in good], [run.final for run in good]
                 axes.plot(*points, "o", color=color, label=s.recipe, markersize=5)
                 bad = [run for run in own if run.state == "diverged" and run.losses and run.losses[0] is not None]
-                axes.plot([run.lr * spread for run in bad], [run.losses[0] for run in bad], "x", color=color)
+                places = [rates.index(run.lr) + shift for run in bad]
+                axes.plot(places, [run.losses[0] for run in bad], "x", color=color)
         if name == "gaps":
             axes.axhline(0, color="black", linewidth=0.8)
             axes.tick_params(axis="x", rotation=30)
         elif recipes:
             axes.legend(fontsize=8)
         if name == "rates":
-            axes.set_xscale("log")
+            axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set(title=title, xlabel=x_label, ylabel="nats per token")
         axes.grid(alpha=0.3)
         figure.savefig(out / f"{name}.png", metadata={"Software": None})
