@@ -404,7 +404,8 @@ def _verdict(s: RecipeSummary, runs: Sequence[Run], settings: Settings) -> str:
     if s.runs > s.decided:
         parts.append(f"{_plural(s.runs - s.decided, 'run')} not over")
     if s.tokens_per_second is not None:
-        emulated = " (emulated: this machine's speed, not narrow hardware's)" if _on_cpu(runs) else ""
+        narrow = s.recipe != settings.baseline
+        emulated = " (emulated: this machine's speed, not narrow hardware's)" if narrow and _on_cpu(runs) else ""
         parts.append(f"{s.tokens_per_second:,.0f} tokens/s{emulated}")
     return "; ".join(parts)
 
