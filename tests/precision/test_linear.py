@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from precision.backends import ORDER, REFERENCE
-from precision.formats import E2M1, E4M3, E5M2, exmy
+from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
 from precision.linear import UNKNOWN, QuantLinear, quantized
 from precision.quantize import dequantize, quantize
 from precision.recipe import BLOCK_LINEARS, Recipe, Rule, apply, keep, load
-from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel
+from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
 
@@ -496,3 +496,13 @@ def test_rounding_and_source_are_part_of_what_is_shared() -> None:
     own, reused = run(module, x, dy), run(shared, x, dy)
     assert torch.equal(own[1], reused[1])
     assert not torch.equal(own[2], reused[2])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_slots_of_the_compute_dtype_change_nothing(bias: bool) -> None:
+    """BF16 rounded to BF16: the whole path of codes, shared inputs and transposes gives a plain linear's bits."""
+    same = OperandSpec(format=BF16, scale=Unit())
+    gemm = GemmSpec(a=same, b=same)
+    module = linear_of(LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm), bias=bias)
+    x, dy = samples(2, 32, INS), samples(2, 32, OUTS, seed=2)
+    assert all(map(torch.equal, run(module, x, dy), plain(module.weight, module.bias, x, dy)))
