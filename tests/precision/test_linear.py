@@ -16,7 +16,7 @@ from precision.backends import ORDER, REFERENCE
 from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
 from precision.linear import UNKNOWN, QuantLinear, quantized
 from precision.quantize import dequantize, quantize
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, apply, keep, load
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, apply, keep, load, names
 from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
@@ -25,7 +25,7 @@ ROWS, INS, OUTS = 64, 48, 80
 TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
-RECIPES = ["fp8_delayed", "fp8_current", "mxfp8", "mxfp4", "nvfp4"]
+RECIPES = [name for name in names() if name not in ("bf16", "fp32")]
 
 
 def block_model(width: int = INS, out: int = OUTS, *, bias: bool = False, layers: int = 1) -> nn.Module:
