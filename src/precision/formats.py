@@ -120,6 +120,13 @@ class NumberFormat:
         q = floor + (noise < f - floor).float()
         return torch.copysign(q * ((e - self.mantissa_bits) << 23).view(torch.float32), x)
 
+    def truncate(self, x: Tensor) -> Tensor:
+        """The values of ``x`` cut off towards zero to this format's grid, in FP32; beyond ``max`` they saturate.
+
+        On BF16 values inside the range of a format this is a bit mask: the low bits of the mantissa become zero.
+        """
+        return self.round(x, torch.ones((), device=x.device))  # no fraction is above 1: nothing rounds up
+
     def _round_bits(self, a: Tensor, bits: Tensor, noise: Tensor | None) -> Tensor:
         drop = 23 - self.mantissa_bits
         mask = (1 << drop) - 1

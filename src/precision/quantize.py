@@ -5,7 +5,8 @@ This is the definition: other backends give the same bits. For x [outer, inner],
 1. x is brought to FP32 (exact from BF16 and FP16; FP64 is rounded).
 2. amax of every tile: the maximum of |x|, NaN if there is one. Ragged last tiles have fewer elements.
 3. the scale rule gives the encode scale of every tile (``precision.scaling``).
-4. y = x * encode, one FP32 product per element; values = format.round(y, noise): saturating; codes = format.encode.
+4. y = x * encode, one FP32 product per element; values = format.round(y, noise), or format.truncate(y): saturating;
+   codes = format.encode.
 
 Back: code value * stored scale, one FP32 product (exact in two-level scales); then * tensor scale, if there is one.
 
@@ -200,7 +201,10 @@ class _Torch:
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
-        values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
+        if spec.rounding is Rounding.TRUNCATE:
+            values = spec.format.truncate(y)
+        else:
+            values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
         if spec.format.bits <= 8:
             return _pack(spec, spec.format.encode(values)).contiguous()
         return values.to(spec.format.dtype or torch.float32).contiguous()

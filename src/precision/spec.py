@@ -26,6 +26,10 @@ from precision.scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleR
 class Rounding(enum.Enum):
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
+    TRUNCATE = "truncate"  # towards zero
+
+
+_ROUNDING_NAMES = {Rounding.STOCHASTIC: "sr", Rounding.TRUNCATE: "rz"}  # in plan.txt; nearest goes without saying
 
 
 class Source(enum.Enum):
@@ -102,7 +106,7 @@ class OperandSpec:
         parts += [str(self.tile)] if self.scale.levels else []
         parts += [] if delayed and self.scale == Fp32() else [scale]
         parts += [str(self.amax)] if delayed else []
-        parts += ["sr"] if self.rounding is Rounding.STOCHASTIC else []
+        parts += [_ROUNDING_NAMES[self.rounding]] if self.rounding in _ROUNDING_NAMES else []
         parts += ["requantized"] if self.source is Source.QUANTIZED else []
         return "/".join(parts)
 

@@ -11,15 +11,17 @@ import hydra
 from hydra._internal.utils import get_args_parser
 
 from trainer.config import CONFIG_DIR, load_config
+from trainer.distributed import launched_by_torchrun
 from trainer.errors import ExitCode, UserError
 from trainer.run import run
+from trainer.sweep import sweep
 
 
 def main() -> int:
     try:
         arguments = get_args_parser().parse_args()
         if arguments.multirun:
-            raise UserError("--multirun is not supported here: start one run per command, each with its own run.dir")
+            return _sweep(arguments.overrides)
         for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag):
                 raise UserError(f"--{flag.replace('_', '-')} is not used here: configs/train.yaml is the entry config")
@@ -33,6 +35,15 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint stands", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _sweep(overrides: list[str]) -> ExitCode:
+    if launched_by_torchrun():
+        raise UserError(
+            "--multirun starts a torchrun for each job: call it as python -m trainer --multirun "
+            f"hydra.launcher.processes={os.environ.get('LOCAL_WORLD_SIZE', '2')} {' '.join(overrides)}"
+        )
+    return sweep(overrides)
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")

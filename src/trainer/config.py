@@ -66,7 +66,7 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""
-        return dict(_flatten(OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)))
+        return dict(flatten(OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)))
 
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back."""
@@ -90,7 +90,7 @@ def groups() -> dict[str, list[str]]:
     return {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONFIG_DIR.iterdir())
-        if directory.is_dir()
+        if directory.is_dir() and directory.name != "sweep"  # grids of trainer.sweep, which Hydra never sees
     }
 
 
@@ -100,7 +100,7 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
     value out of range.
     """
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     _check_choices(parsed)
     chosen = [override.input_line or "" for override in parsed if override.key_or_group in groups()]
     base = _compose(chosen)
@@ -142,7 +142,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides in Hydra's grammar. Raises UserError for what is none."""
     parsed = []
     for text in overrides:
         try:
@@ -181,13 +182,17 @@ def _check_choices(overrides: Sequence[Override]) -> None:
 
 def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
     tree = OmegaConf.to_container(base, resolve=False)
-    known = {key for key, _ in _flatten(tree)}
+    known = {key for key, _ in flatten(tree)}
     known |= {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
-    hydra_known = {f"hydra.{key}" for key, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
+    hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
         if key in groups() or key.startswith("precision.args."):
             continue
+        if key == "sweep":
+            raise UserError(f"{override.input_line}: a named grid is of many runs: python -m trainer --multirun")
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
         if key == _SOURCES or key.startswith(f"{_SOURCES}."):
             _check_source(key, base)
         elif _is_hydra(override):
@@ -209,10 +214,11 @@ def _check_source(key: str, base: DictConfig) -> None:
         raise UserError(f"unknown key {key!r}{close(parts[1], known)}; a source has {', '.join(known)}")
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings by their dotted keys."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree
 

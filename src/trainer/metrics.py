@@ -115,17 +115,26 @@ def read_metrics(path: Path, kind: str) -> dict[int, dict[str, Any]]:
     return dict(sorted(rows.items()))
 
 
+def corrupt_lines(path: Path) -> list[int]:
+    """The numbers, from 1, of the lines that ``read_metrics`` passes over: what is no row, a torn last one too."""
+    return [number for number, row in _numbered(path) if row is None]
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    return (row for _, row in _numbered(path) if row is not None)
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
             except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+                row = None
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)
+            yield number, row if whole else None
 
 
 class Console:

@@ -14,7 +14,7 @@ from precision.backends import ORDER, REFERENCE, Backend, choose
 from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, exmy
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized
-from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel
+from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
 
@@ -125,3 +125,16 @@ def test_a_backend_that_refuses_says_why() -> None:
 def test_without_a_compiler_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precision.backends.cpu.library", lambda: None)
     assert str(choose(GemmSpec(a=SPEC), (None, 8, 8), CPU)) == "reference (not cpu: no C++ compiler)"
+
+
+def test_truncation_is_left_to_the_reference() -> None:
+    spec = OperandSpec(format=E5M2, scale=Unit(), rounding=Rounding.TRUNCATE)
+    gemm = GemmSpec(a=spec, b=spec)
+    for backend in ORDER:
+        reason = backend.why_not(gemm, (64, 64, 64), CPU)
+        assert (reason is None) == (backend is REFERENCE)
+        x = torch.randn(33, 50)
+        assert torch.equal(
+            backend.quantize(x, spec, amax=None, noise=None).codes,
+            REFERENCE.quantize(x, spec, amax=None, noise=None).codes,
+        )

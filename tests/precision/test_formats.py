@@ -275,3 +275,26 @@ def test_refusals() -> None:
     for call in (FP16.encode, FP16.decode):
         with pytest.raises(ValueError, match="at most 8"):
             call(torch.ones(1))
+
+
+ALL_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", range(1, 8))
+def test_truncation_with_eight_exponent_bits_masks_the_bf16_word(m: int) -> None:
+    x = ALL_BF16[ALL_BF16.isfinite()]
+    masked = (x.view(torch.int16) & ~((1 << (7 - m)) - 1)).view(torch.bfloat16)
+    assert torch.equal(exmy(8, m).truncate(x).view(torch.int32), masked.float().view(torch.int32))
+
+
+@pytest.mark.parametrize("fmt", [E5M2, E4M3_240, exmy(7, 7), exmy(6, 3)], ids=str)
+def test_truncation_gives_the_next_value_of_the_grid_towards_zero(fmt: NumberFormat) -> None:
+    x = ALL_BF16[ALL_BF16.isfinite()].double().numpy()
+    a = np.minimum(np.abs(x), fmt.max)
+    spacing = 2.0 ** (np.maximum(np.frexp(a)[1] - 1, fmt.min_exponent) - fmt.mantissa_bits)
+    expected = np.copysign(np.floor(a / spacing) * spacing, x)
+    assert np.array_equal(fmt.truncate(torch.tensor(x)).double().numpy(), expected)
+    if fmt in ML_DTYPES:  # a cast there is exact: the values are on its grid
+        assert np.array_equal(expected.astype(ML_DTYPES[fmt]).astype(np.float64), expected)
+    assert fmt.truncate(NONFINITE).tolist() == [fmt.max, -fmt.max]
+    assert fmt.truncate(torch.tensor(torch.nan)).isnan()

@@ -98,3 +98,21 @@ def test_adamw_is_torchs_adamw_with_its_state_made_early(fused: bool) -> None:
         update.step()
         oracle.step()
     assert torch.equal(ours, theirs)
+
+
+def test_the_bit_ladder_masks_both_operands_of_all_three_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 6, bias=False)})])})
+    plain = model["layers"][0]["up"].weight.detach().bfloat16()
+    x, dy = (torch.randn(4, size, generator=generator).bfloat16() for size in (8, 6))
+    apply(load("exmy", {"mantissa_bits": 3}), model.bfloat16())
+    linear, given = model["layers"][0]["up"], x.clone().requires_grad_()
+    y = linear(given)
+    y.backward(dy)
+    a, b, g = ((t.view(torch.int16) & ~0xF).view(torch.bfloat16) for t in (x, plain, dy))
+    assert torch.equal(y, a @ b.mT)
+    assert torch.equal(given.grad, g @ b)
+    assert torch.equal(linear.weight.grad, g.mT @ a)
+    for wrong in ({"mantissa_bits": 8}, {"exponent_bits": 1}, {"rounding": "nearset"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            load("exmy", wrong)

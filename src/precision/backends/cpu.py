@@ -19,7 +19,7 @@ from precision.formats import NumberFormat
 from precision.noise import Noise
 from precision.quantize import TORCH, Quantized, operand, quantize
 from precision.scaling import Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
-from precision.spec import GemmSpec, OperandSpec, Transform
+from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
 from precision.transforms import Hadamard
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -42,6 +42,8 @@ class Cpu(Reference):
         for spec in (gemm.a, gemm.b):
             if spec is not None and not _fits(spec.format):
                 return f"no kernel for {spec.format}"
+            if spec is not None and spec.rounding is Rounding.TRUNCATE:
+                return "no kernel truncates"
         return None if library() is not None else "no C++ compiler"
 
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
@@ -129,7 +131,7 @@ class _Compiled:
         return factors, encode_power(torch.tensor(254 - centre))
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
-        if not _fits(spec.format) or x.numel() == 0:
+        if not _fits(spec.format) or spec.rounding is Rounding.TRUNCATE or x.numel() == 0:
             return TORCH.encode(x, scales, spec, noise)
         x = contiguous(x if x.dtype in (torch.float32, torch.bfloat16) else x.float())
         outer, inner = x.shape

@@ -1,0 +1,31 @@
+"""Which recipe, and what it costs, from run directories: python scripts/report.py DIR... [out=DIR] [baseline=bf16]
+
+Reads every run below the directories, of a sweep that is not over too, and writes report.html (one file, no network),
+report.md, summary.csv, summary.json and PNGs into out, which is the first DIR where it is not given. margin=0.02: nats
+that count as no difference.
+"""
+
+from pathlib import Path
+
+from trainer.cli import script_main
+from trainer.errors import UserError
+from trainer.report import Settings, write_report
+
+
+def main(directories: list[str], *, out: str = "", baseline: str = "bf16", margin: float = 0.02) -> None:
+    if not directories:
+        raise UserError("name the directory of a sweep, or of runs: python scripts/report.py multirun/example")
+    if margin <= 0:
+        raise UserError(f"margin={margin:g}: must be more than 0 nats")
+    target = Path(out or directories[0])
+    settings = Settings(baseline=baseline, margin=margin)
+    summary = write_report([Path(text) for text in directories], target, settings)
+    for recipe, verdict in summary["times"]["verdicts"].items():
+        print(f"{recipe}: {verdict}")
+    for limit in summary["limits"]:
+        print(f"- {limit}")
+    print(f"report: {target / 'report.html'}")
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)

@@ -1,0 +1,1 @@
+"""Hydra accepts launchers from packages under ``hydra_plugins`` only."""

@@ -1,0 +1,214 @@
+"""Sweeps: what they expand to, how runs are named, what is skipped, tried again and stopped. Jobs are shell scripts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import launch, tiny_overrides
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+
+from trainer import sweep as module
+from trainer.__main__ import main
+from trainer.errors import ExitCode, UserError
+from trainer.sweep import Job, State, SweepStopped, expand, expand_named, job_name, named_grids, run_jobs, sweep
+
+END = """mkdir -p '{dir}'; echo run >> '{dir}/attempts'
+echo '{{"kind": "eval", "step": 5, "loss": 3.5}}' > '{dir}/metrics.jsonl'
+echo '{{"status": "{status}", "step": 5, "reason": "why"}}' > '{dir}/done.json'; exit {code}"""
+
+
+def shell(**endings: str) -> Callable[[Sequence[str], int], list[str]]:
+    """Commands whose end is the one given for the job's first override, ``finished`` where none is."""
+
+    def make(overrides: Sequence[str], processes: int) -> list[str]:
+        directory = next(text for text in overrides if text.startswith("run.dir=")).removeprefix("run.dir=").strip("'")
+        status = endings.get(overrides[0].partition("=")[2], "finished")
+        if status.startswith("sh:"):
+            return ["sh", "-c", status.removeprefix("sh:").format(dir=directory)]
+        return ["sh", "-c", END.format(dir=directory, status=status, code=int(status != "finished"))]
+
+    return make
+
+
+def jobs_in(root: Path, *names: str, steps: int = 5) -> list[Job]:
+    return [
+        Job(name=f"name={n}", directory=root / n, overrides=[f"name={n}", f"run.dir='{root / n}'"], steps=steps)
+        for n in names
+    ]
+
+
+def attempts(root: Path, name: str) -> int:
+    return len((root / name / "attempts").read_text().splitlines())
+
+
+def test_expansion_is_hydras_own_grammar() -> None:
+    jobs = expand(["precision=bf16,fp8_delayed", "seed=range(0,3)", "optim.lr=1e-3,3e-3", "train.steps=5"])
+    assert len(jobs) == 12
+    assert jobs[0] == ["precision=bf16", "seed=0", "optim.lr=0.001", "train.steps=5"]
+    assert len({job_name(job) for job in jobs}) == 12
+
+
+def test_runs_are_named_by_their_overrides_in_any_order() -> None:
+    name = "optim.lr=0.001,precision=bf16,seed=0"
+    assert job_name(["seed=0", "precision=bf16", "optim.lr=0.001"]) == name
+    assert job_name(["optim.lr=0.001", "seed=0", "hydra.sweep.dir=x", "precision=bf16"]) == name
+    assert job_name(["seed=0", "train.steps=5"], exclude=["train.steps"]) == "seed=0"
+    assert job_name([]) == "defaults"
+    slashed, dashed = job_name(["data.path=/a/b"]), job_name(["data.path=-a-b"])
+    assert slashed.startswith("data.path=-a-b-")
+    assert slashed != dashed == "data.path=-a-b"
+    long = [job_name(["precision=bf16", f"sample.prompt={'x' * 300}{end}"]) for end in "ab"]
+    assert long[0] != long[1]
+    assert all(name.startswith("precision=bf16-") and len(name) < 200 for name in long)
+
+
+def test_the_command_line_overrules_a_named_grid() -> None:
+    assert {"example", "first_sweep"} <= set(named_grids())
+    told = expand_named(["sweep=example", "seed=7", "train.steps=3"])
+    assert "seed=7" in told
+    assert "train.steps=3" in told
+    assert not any(text in told for text in ("seed=0,1", "train.steps=100"))
+    assert "hydra.sweep.dir=multirun/example" in told
+    excluded = next(text for text in told if "exclude_keys" in text)
+    assert "model" in excluded
+    assert "train.steps" not in excluded  # it tells these runs from the grid's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sweep=exampel"], "did you mean 'example'"),
+        (["precision=bf16,fp8_delayd"], "did you mean 'fp8_delayed'"),
+        (["optim.lrr=1,2"], "did you mean 'optim.lr'"),
+        (["optim.lr=1e-3,-1"], "optim.lr"),
+        (["seed=0,1", "run.dir=x"], "hydra.sweep.dir"),
+        (["seed=0,1", "hydra.launcher.proceses=2"], "did you mean 'processes'"),
+        (["seed=0,1", "hydra.launcher.jobs=0"], "at least 1"),
+        (["seed=0,1", "hydra/launcher=narowgauge"], "narrowgauge"),
+        (["sweep=example", "sweep=first_sweep"], "one grid at a time"),
+        (["seed"], "write key=value"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_starts(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        sweep(arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_values_without_multirun_are_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for arguments in (["seed=0,1"], ["sweep=example"]):
+        monkeypatch.setattr("sys.argv", ["trainer", *arguments])
+        assert main() == ExitCode.BAD_INPUT
+        assert "python -m trainer --multirun" in capsys.readouterr().err
+
+
+def test_under_torchrun_the_right_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("trainer.__main__.launched_by_torchrun", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("sys.argv", ["trainer", "--multirun", "seed=0,1"])
+    assert main() == ExitCode.BAD_INPUT
+    assert "python -m trainer --multirun hydra.launcher.processes=4 seed=0,1" in capsys.readouterr().err
+
+
+def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, monkeypatch) -> None:
+    assert "NarrowgaugeLauncher" in {plugin.__name__ for plugin in Plugins.instance().discover(Launcher)}
+    monkeypatch.chdir(tmp_path)
+    told = ["precision.args.history=4,8", "precision=fp8_delayed", "hydra.launcher.processes=2"]
+    assert sweep([*told, "hydra.launcher.dry_run=true"]) == ExitCode.FINISHED
+    lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+    assert len(lines) == 2
+    assert "torch.distributed.run --standalone --nproc-per-node 2 -m trainer" in lines[0]
+    assert "run.dir='multirun/sweep/precision.args.history=4,precision=fp8_delayed'" in lines[0]
+
+
+def test_finished_and_diverged_runs_are_skipped_and_failed_ones_tried_again(tmp_path: Path, capsys) -> None:
+    command = shell(b="failed", c="diverged")
+    first = jobs_in(tmp_path, "a", "b", "c", "d")
+    run_jobs(first, processes=1, at_once=2, make_command=command)
+    assert [job.state.value for job in first] == ["finished", "failed", "diverged", "finished"]
+    assert (first[0].loss, first[1].reason) == (3.5, "why")
+    second = jobs_in(tmp_path, "a", "b", "c", "d")
+    run_jobs(second, processes=1, at_once=2, make_command=shell())
+    assert [job.state.value for job in second] == ["finished", "finished", "diverged", "finished"]
+    assert [attempts(tmp_path, name) for name in "abcd"] == [1, 2, 1, 1]
+    assert "name=b: failed at step 5" in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path: Path) -> None:
+    run_jobs(jobs_in(tmp_path, "a"), processes=1, at_once=1, make_command=shell())
+    run_jobs(jobs_in(tmp_path, "a", steps=9), processes=1, at_once=1, make_command=shell())
+    assert attempts(tmp_path, "a") == 2
+
+
+def test_a_job_that_says_nothing_has_failed_whatever_an_earlier_one_left(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "done.json").write_text(json.dumps({"status": "stopped", "step": 2, "reason": "a signal"}))
+    jobs = jobs_in(tmp_path, "a")
+    run_jobs(jobs, processes=1, at_once=1, make_command=shell(a="sh:echo error: no such corpus >&2; exit 2"))
+    assert (jobs[0].state, jobs[0].reason) == (State.failed, "no such corpus")
+
+
+def test_a_directory_in_use_is_waited_for(tmp_path: Path) -> None:
+    jobs = jobs_in(tmp_path, "a", "b")
+    (tmp_path / "a").mkdir()
+    lock = (tmp_path / "a" / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    threading.Timer(1.0, lock.close).start()
+    start = time.monotonic()
+    run_jobs(jobs, processes=1, at_once=2, make_command=shell())
+    assert time.monotonic() - start >= 1.0
+    assert [job.state for job in jobs] == [State.finished, State.finished]
+
+
+def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    stopped = END.replace("{status}", "stopped").replace("{code}", "1")
+    waiting = f"sh:trap : TERM; touch '{{dir}}/up'; sleep 60 & wait; kill $!; {stopped}"
+    jobs = jobs_in(tmp_path, "a", "b")
+
+    def ask() -> None:
+        while not (tmp_path / "a" / "up").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(SweepStopped, match="1 waiting, 1 stopped; the same command goes on"):
+        run_jobs(jobs, processes=1, at_once=1, make_command=shell(a=waiting))
+    again = jobs_in(tmp_path, "a", "b")
+    run_jobs(again, processes=1, at_once=1, make_command=shell())
+    assert [job.state for job in again] == [State.finished, State.finished]
+    assert attempts(tmp_path, "a") == 2
+
+
+def test_the_table_has_every_job(tmp_path: Path) -> None:
+    jobs = jobs_in(tmp_path, "a", "b")
+    assert module._Display(jobs).table().row_count == 2
+    many = jobs_in(tmp_path, *map(str, range(100)))
+    many[3].state = State.failed
+    assert module._Display(many).table().row_count == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_runs(corpus: Path, tmp_path: Path) -> None:
+    own = [text for text in tiny_overrides(corpus, tmp_path) if not text.startswith("run.dir=")]
+    options = [f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.launcher.jobs=2", "parallel.threads=1"]
+    command = ["--multirun", *own, "precision=bf16,exmy_e8m3", *options]
+    result = launch(command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    done = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/done.json")]
+    assert [(one["status"], one["step"]) for one in done] == [("finished", 6)] * 2
+    names = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert [name.partition(",")[2].partition("-")[0] for name in names] == ["precision=bf16", "precision=exmy_e8m3"]
