@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from precision.linear import UNKNOWN, QuantLinear
-from precision.spec import GemmSpec
+from precision.spec import LinearSpec, OperandSpec, Source
 
 
 def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
@@ -23,8 +23,8 @@ def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
 class RollAmax:
     """Ends a step of delayed scaling: one all-reduce(MAX) of all amaxes, then every history moves on.
 
-    An amax that is not finite leaves no trace: the step that made it is skipped by the trainer, and a history that
-    remembered an infinity would hold its scale still for a thousand steps.
+    A step that the trainer skips leaves no trace, nor does an amax that is not finite: a history that remembered an
+    infinity would hold its scale still for a thousand steps. (A finite outlier does keep its scale low that long.)
 
     Args:
         reduce: take the maximum over ranks. Without it every rank scales by what it has seen itself; a checkpoint holds
@@ -37,13 +37,20 @@ class RollAmax:
     def differs_by_rank(self) -> bool:
         return not self.reduce
 
+    def __str__(self) -> str:
+        return f"amax histories roll, {'one maximum over all ranks' if self.reduce else 'each rank its own'}"
+
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         pass
 
     @torch.no_grad()
-    def end_step(self, model: nn.Module, step: int) -> None:
+    def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
         linears = [linear for linear in quant_linears(model) if linear.delayed is not None]
         if not linears:
+            return
+        if not applied:
+            for linear in linears:
+                linear.amax_history[0] = 0.0
             return
         newest = torch.cat([linear.amax_history[0] for linear in linears])
         # As an infinity first: a maximum over ranks may lose a NaN.
@@ -79,9 +86,22 @@ class HighPrecisionForward:
             raise ValueError(f"the part of a run is between 0 and 1, not {self.fraction}")
 
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
-        switched = total_steps is not None and step >= total_steps - int(self.fraction * total_steps)
+        switched = total_steps is not None and step >= total_steps - math.floor(self.fraction * total_steps + 1e-9)
         for linear in quant_linears(model):
-            linear.active = replace(linear.spec, fprop=GemmSpec()) if switched else linear.spec
+            linear.active = _without_fprop(linear.spec) if switched else linear.spec
 
-    def end_step(self, model: nn.Module, step: int) -> None:
+    def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
         pass
+
+    def __str__(self) -> str:
+        return f"fprop in high precision for the last {self.fraction:g} of train.steps"
+
+
+def _without_fprop(spec: LinearSpec) -> LinearSpec:
+    """``spec`` with a plain fprop. What was to reuse its codes is quantized from the original."""
+
+    def fresh(operand: OperandSpec | None) -> OperandSpec | None:
+        return None if operand is None else replace(operand, source=Source.ORIGINAL)
+
+    dgrad, wgrad = replace(spec.dgrad, b=fresh(spec.dgrad.b)), replace(spec.wgrad, b=fresh(spec.wgrad.b))
+    return LinearSpec(dgrad=dgrad, wgrad=wgrad)

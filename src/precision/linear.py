@@ -65,11 +65,22 @@ class Clock:
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     first_sample: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     high_precision: bool = False
+    samples: int | None = None  # of the micro-batch
     recent: Recent = field(default_factory=Recent)
 
-    def set(self, step: int, first_sample: int) -> None:
+    def set(self, step: int, first_sample: int, samples: int | None) -> None:
         self.step.fill_(step)
         self.first_sample.fill_(first_sample)
+        self.samples = samples
+
+    def rows_of_a_sample(self, x: Tensor, rows: int) -> int:
+        """How many rows a sample takes in an input of ``rows`` rows: what the global index of a row is counted in.
+
+        Where the number of samples is not known, the first dimension of an input of three or more is taken for it; the
+        rows of a plain matrix are then samples.
+        """
+        samples = self.samples or (x.shape[0] if x.dim() > 2 else rows)
+        return rows // samples if samples and rows % samples == 0 else 1
 
 
 class Column(NamedTuple):
@@ -143,11 +154,13 @@ class QuantLinear(nn.Module):
     # Quantization is one opaque step to the compiler: what it would fuse it would also round otherwise.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized(self, x: Tensor) -> Tensor:
-        rows_of_a_sample = x.shape[-2] if x.dim() > 2 else 1
         rows = x.reshape(-1, self.in_features)
+        rows_of_a_sample = self.clock.rows_of_a_sample(x, len(rows))
+        # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
+        differentiated = torch.is_grad_enabled() and self.weight.requires_grad
         made = self.clock.recent.of(x)
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight, self.bias, self, rows_of_a_sample, made
+            rows, self.weight, self.bias, self, rows_of_a_sample, made, differentiated
         )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -185,14 +198,15 @@ class _Linear(torch.autograd.Function):
         module: QuantLinear,
         rows_of_a_sample: int,
         made: dict[Hashable, Quantized] | None,
+        differentiated: bool,
     ) -> Tensor:
         call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made)
         a = call.operand(X, x)
         y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
-        kept = _kept(call, x, a) if ctx.needs_input_grad[1] else None
+        kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale)
-            ctx.kept = kept.shape, kept.spec
+            ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
             ctx.save_for_backward(weight, kept)
             ctx.kept = None
@@ -218,8 +232,15 @@ class _Linear(torch.autograd.Function):
             if ctx.kept is None:
                 x_t = call.operand(WGRAD_X, pieces[0].mT)
             else:
-                shape, kept_spec = ctx.kept
-                kept = Quantized(codes=pieces[0], scales=pieces[1], tensor_scale=pieces[2], shape=shape, spec=kept_spec)
+                shape, kept_spec, transposed = ctx.kept
+                kept = Quantized(
+                    codes=pieces[0],
+                    scales=pieces[1],
+                    tensor_scale=pieces[2],
+                    shape=shape,
+                    spec=kept_spec,
+                    transposed=transposed,
+                )
                 x_t = kept.t() if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
             if isinstance(dy_codes, Quantized) and _transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
                 dy_t: Operand = dy_codes.t()
@@ -230,7 +251,7 @@ class _Linear(torch.autograd.Function):
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        return dx, dw, dbias, None, None, None
+        return dx, dw, dbias, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

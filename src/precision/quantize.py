@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from precision.formats import E8M0, pack4, unpack4
 from precision.noise import Noise
-from precision.scaling import TENSOR, Delayed, Tile, encode_power
+from precision.scaling import TENSOR, Delayed, Scales, Tile, encode_power
 from precision.spec import OperandSpec, Rounding
 
 
@@ -74,6 +74,12 @@ class Passes(Protocol):
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         """As ``amax`` below."""
+
+    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
+        """As ``spec.scale.scales``."""
+
+    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
+        """Factors of tiles relative to the largest power of two, from E8M0 codes, and that power (see ``operand``)."""
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         """``Quantized.codes`` of x [outer, inner], given FP32 encode scales [rows, columns]."""
@@ -123,7 +129,7 @@ def quantize(
     else:
         tile_amax = passes.amax(x, spec.tile)
         tensor_amax = amax.float().reshape(()) if amax is not None else passes.amax(tile_amax, TENSOR).reshape(())
-    scales = rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
+    scales = passes.scales(spec, tile_amax, tensor_amax, x.dtype)
     return Quantized(
         codes=passes.encode(x, scales.encode, spec, noise),
         scales=scales.stored,
@@ -168,15 +174,9 @@ def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tens
     if rule.format is None and q.spec.tile == (-1, -1):
         return values(q, None, narrow), q.scales.reshape(())
     if rule.power_of_two and narrow is torch.bfloat16 and element.tiny_exponent >= -126:
-        code = q.scales.int() if rule.format is E8M0 else E8M0.encode(q.scales).int()
-        nan = code == 255
-        centre = pad(torch.where(nan, 0, code).flatten(), (0, 1), value=1).amax()
-        # 127 + k - c as an E8M0 code; what lies too far below is multiplied by zero.
-        shifted = 127 + code - centre
-        factor = encode_power(254 - shifted.clamp(min=1))
-        factor = torch.where(shifted + element.tiny_exponent < 1, 0.0, factor)
-        factor = torch.where(nan, torch.nan, factor)
-        return values(q, factor, narrow), encode_power(254 - centre)
+        codes = q.scales if rule.format is E8M0 else E8M0.encode(q.scales)
+        factors, centre = (passes or TORCH).centred(codes, element.tiny_exponent)
+        return values(q, factors, narrow), centre
     return values(q, _stored_values(q), torch.float32), None
 
 
@@ -185,6 +185,19 @@ class _Torch:
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         return amax(x, tile)
+
+    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
+        return spec.scale.scales(amax, spec.format, tensor_amax=tensor_amax, dtype=dtype)
+
+    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
+        code = codes.int()
+        nan = code == 255
+        centre = pad(torch.where(nan, 0, code).flatten(), (0, 1), value=1).amax()
+        # 127 + k - c as an E8M0 code; what lies too far below is multiplied by zero.
+        shifted = 127 + code - centre
+        factor = encode_power(254 - shifted.clamp(min=1))
+        factor = torch.where(shifted + tiny_exponent < 1, 0.0, factor)
+        return torch.where(nan, torch.nan, factor), encode_power(254 - centre)
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)

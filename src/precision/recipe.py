@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from types import UnionType
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from precision import recipes
+from precision.backends import require_backend as require_backend
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.updates import AdamW, UpdateRule
 
@@ -61,8 +63,13 @@ class Keep:
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
+            if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
                 raise ValueError(f"keep_{name}={value}: a number of blocks, or a fraction of them below 1")
+        if self.path is not None:
+            try:
+                re.compile(self.path)
+            except re.error as error:
+                raise ValueError(f"keep_paths={self.path!r}: not a regular expression: {error}") from error
 
     def matches(self, path: str, module: nn.Module, num_blocks: int) -> bool:
         """Whether the module is among them."""
@@ -114,7 +121,7 @@ class Hook(Protocol):
 
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None: ...
 
-    def end_step(self, model: nn.Module, step: int) -> None: ...
+    def end_step(self, model: nn.Module, step: int, applied: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,14 +178,18 @@ class Plan:
         for hook in self.recipe.hooks:
             hook.begin_step(self.model, step, total_steps)
 
-    def begin_micro(self, sample_offset: int) -> None:
-        """Before every further micro-batch of the step: rounding noise goes by the global index of a sample."""
-        self.clock.set(self._step, sample_offset)
+    def begin_micro(self, sample_offset: int, samples: int | None = None) -> None:
+        """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
+        self.clock.set(self._step, sample_offset, samples)
 
-    def end_step(self) -> None:
-        """After the last backward pass, before the parameters change."""
+    def end_step(self, *, applied: bool = True) -> None:
+        """After the last backward pass. ``applied``: whether its gradients are used, or the step is skipped."""
         for hook in self.recipe.hooks:
-            hook.end_step(self.model, self._step)
+            hook.end_step(self.model, self._step, applied)
+
+    def resume(self, steps_done: int, total_steps: int | None) -> None:
+        """Stand where the last of ``steps_done`` steps left the recipe: what is evaluated next is computed alike."""
+        self.begin_step(max(0, steps_done - 1), 0, total_steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the recipe remembers from step to step, by name: the model's persistent buffers, alive.
@@ -225,7 +236,8 @@ class Plan:
         dtypes = self.recipe.dtypes
         names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
         head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
-        return "\n".join([head, f"update {self.recipe.update}", *map(str, self.rows)]) + "\n"
+        hooks = [f"every step: {hook}" for hook in self.recipe.hooks]
+        return "\n".join([head, f"update {self.recipe.update}", *hooks, *map(str, self.rows)]) + "\n"
 
 
 def names() -> list[str]:
@@ -249,9 +261,33 @@ def load(name: str, args: Mapping[str, Any]) -> Recipe:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
     if missing:
         raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
-    recipe = make(**args)
+    hints = get_type_hints(make)
+    for key, value in args.items():
+        if not _is_of(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
+            if wanted == "Sequence":
+                wanted = str(hints[key]).rpartition("abc.")[2]
+            raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
+    try:
+        recipe = make(**args)
+    except ValueError as error:
+        given = ", ".join(f"{key}={value}" for key, value in args.items())
+        raise ValueError(f"recipe {name!r} ({given}): {error}") from error
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from a yaml is of the type that a recipe's signature names: no bool for a number, no text."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, part) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple)) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or (isinstance(value, hint) if isinstance(hint, type) else True)
 
 
 def close(word: str, known: Iterable[str]) -> str:
@@ -320,11 +356,17 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
         if not any(selector.matches(path, module, num_blocks) for path, module in matched):
             near = close(selector.path, kinds) if selector.path is not None else ""
             raise ValueError(f"to keep in high precision: {selector} matches no {rule.kind.__name__}{near}; {there}")
-    return [
+    chosen = [
         (path, module)
         for path, module in matched
         if not any(selector.matches(path, module, num_blocks) for selector in rule.keep)
     ]
+    if not chosen:
+        raise ValueError(
+            f"all {len(matched)} linears in {num_blocks} blocks are to be kept in high precision "
+            f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
+        )
+    return chosen
 
 
 _T = TypeVar("_T")

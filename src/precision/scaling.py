@@ -332,15 +332,19 @@ class TwoLevel:
         self, amax: Tensor, element: NumberFormat, *, tensor_amax: Tensor | None = None, dtype: torch.dtype
     ) -> Scales:
         assert tensor_amax is not None, "two levels of scales need the tensor's amax"
-        top = torch.full_like(tensor_amax, element.max * (self.block_max or self.block.max))
-        s = (top / tensor_amax).clamp(max=FP32_MAX)
-        s = torch.where((tensor_amax == 0) | (s == 0), 1.0, s)
+        s, tensor = self.tensor_level(tensor_amax, element)
         c = s * (1.0 / torch.full_like(s, element.max))
         d = self.block.round((amax * c).clamp(max=self.block.max))
         encode = (1.0 / (d * (1.0 / s))).clamp(max=FP32_MAX)
-        exact = (tensor_amax > 0) & (tensor_amax < math.inf) & (s < FP32_MAX)
-        tensor = torch.where(exact | s.isnan(), tensor_amax / top, 1.0 / s)
         return Scales(encode, self.block.encode(d), tensor)
+
+    def tensor_level(self, tensor_amax: Tensor, element: NumberFormat) -> tuple[Tensor, Tensor]:
+        """S and T of the tensor."""
+        top = torch.full_like(tensor_amax, element.max * (self.block_max or self.block.max))
+        s = (top / tensor_amax).clamp(max=FP32_MAX)
+        s = torch.where((tensor_amax == 0) | (s == 0), 1.0, s)
+        exact = (tensor_amax > 0) & (tensor_amax < math.inf) & (s < FP32_MAX)
+        return s, torch.where(exact | s.isnan(), tensor_amax / top, 1.0 / s)
 
     def __str__(self) -> str:
         return f"{self.block}{f'max{self.block_max:g}' if self.block_max is not None else ''}+fp32"

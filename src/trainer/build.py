@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
-from precision.recipe import Plan, Recipe, apply, load
+from precision.recipe import Plan, Recipe, apply, load, require_backend
 from trainer.corpus import CorpusFile, corpus_files
 from trainer.data import (
     DataConfig,
@@ -58,8 +58,9 @@ class PrecisionConfig:
     backend: str = "auto"
 
     def validate(self) -> None:
-        """Raises ValueError for an unknown recipe or argument."""
+        """Raises ValueError for an unknown recipe, argument or backend."""
         load(self.recipe, self.args)
+        require_backend(self.backend)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from trainer.distributed import World, say
 from trainer.errors import UserError, one_line
@@ -133,14 +134,35 @@ def newest(directory: Path, *, tidy: bool = False) -> Checkpoint | None:
     return None
 
 
-def load_into(checkpoint: Checkpoint, state: TrainState, process_group: Any, *, other_recipe: bool = False) -> None:
+def load_into(
+    checkpoint: Checkpoint,
+    state: TrainState,
+    process_group: Any,
+    *,
+    other_recipe: bool = False,
+    of_ranks: bool = False,
+) -> None:
     """Read the checkpoint into the state's own tensors, whatever world size wrote it.
 
     With ``other_recipe``, what the recipe of the checkpoint remembered is left out, and what this one remembers is
-    unknown. Raises UserError if the checkpoint holds other tensors.
+    unknown. With ``of_ranks``, what several ranks remembered each for itself becomes their maximum.
+    Raises UserError if the checkpoint holds other tensors.
     """
     tensors = state.tensors()
     there = checkpoint.meta["tensors"]
+    apart = [name for name, value in tensors.items() if _is_of_ranks(there.get(name), value)]
+    if apart and not of_ranks:
+        ranks = there[apart[0]][1]
+        raise UserError(
+            f"checkpoint {checkpoint.path} holds amax histories of {ranks} processes, each its own: go on with {ranks} "
+            "processes, or train with precision.args.reduce_amax=true"
+        )
+    if apart:
+        saved = read_tensors(checkpoint.path, RECIPE_PREFIX)
+        for name in apart:
+            tensors[name].copy_(saved[name].amax(0))
+        tensors = {name: value for name, value in tensors.items() if name not in apart}
+        there = {name: value for name, value in there.items() if name not in apart}
     if other_recipe:
         tensors, there = (
             {name: value for name, value in both.items() if not name.startswith(RECIPE_PREFIX)}
@@ -169,6 +191,13 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def _describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     return {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
+
+
+def _is_of_ranks(there: list[Any] | None, here: Tensor) -> bool:
+    """Whether the checkpoint has this tensor once for every rank, and here is one rank, or another number of them."""
+    if there is None or there[1:] == list(here.shape):
+        return False
+    return there[2:] == list(here.shape) or (isinstance(here, DTensor) and there[2:] == list(here.shape[1:]))
 
 
 def _require_same_tensors(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

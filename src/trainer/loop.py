@@ -189,12 +189,11 @@ def update_from(
     (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        plan.begin_micro(batch.first_sample)
+        plan.begin_micro(batch.first_sample, len(batch.tokens))
         model.set_requires_gradient_sync(batch is batches[-1])
         losses_BT = _losses(model, batch, device) * batch.weights.to(device, non_blocking=True)
         (losses_BT.sum() / total_weight).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
-    plan.end_step()
 
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [local(parameter.grad) for parameter in parameters]
@@ -211,6 +210,7 @@ def update_from(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    plan.end_step(applied=applied)
     return StepResult(loss, grad_norm, lr, applied)
 
 

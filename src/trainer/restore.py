@@ -53,5 +53,8 @@ def restore_run(run_dir: Path) -> Run:
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=config.seed)
     if (position := checkpoint.meta["tensors"].get(POSITION)) is not None:  # of a stream that is not opened here
         state.position = torch.zeros(position[1:], dtype=torch.int64)
-    load_into(checkpoint, state, world.checkpoint)
+    state.plan.reset_state()
+    # What a recipe remembers of many ranks does not fit into one process: their largest amaxes do.
+    load_into(checkpoint, state, world.checkpoint, of_ranks=True)
+    state.plan.resume(state.step, config.train.steps)
     return Run(config, world, state, tokenizer, config.data.seq_len)

@@ -183,6 +183,7 @@ def _build(
     checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta)
     if checkpoint is not None:
         checkpointer.restore(state, checkpoint)
+        state.plan.resume(state.step, config.train.steps)
     if world.is_main:
         say(_describe(config, world, state.model, micro_batch, data))
         if checkpoint is not None:

@@ -120,6 +120,22 @@ def test_native_attention_keeps_documents_apart() -> None:
 
 
 @needs_avx512_bf16
+def test_native_attention_takes_positions_as_the_definition_does() -> None:
+    """Of a window that begins inside a document, of any integer dtype, one row for all; negative ones are refused."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 2, 16, generator=generator).bfloat16().unbind()
+    later = torch.cat((torch.arange(100, 115), torch.arange(25)))[None]
+    angles = torch.outer(torch.arange(200.0, dtype=torch.float64), torch.ones(8, dtype=torch.float64))
+    rope = Rope(angles.cos(), angles.sin())
+    ours = native_attention(q, k, v, rope, later.int())
+    theirs = attention_of_heads(*(x.double() for x in (q, k, v)), rope, later.expand(2, -1))
+    torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.03)
+    assert torch.equal(ours, native_attention(q, k, v, rope, later.expand(2, -1)))
+    with pytest.raises(ValueError, match="negative"):
+        native_attention(q, k, v, rope, later - 30)
+
+
+@needs_avx512_bf16
 def test_native_attention_passes_nan_scores_on() -> None:
     q, k, v = torch.randn(3, 1, 40, 1, 16).bfloat16().unbind()
     k[:, 7] = torch.nan

@@ -75,7 +75,7 @@ def test_hooks_hear_every_step() -> None:
         def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
             heard.append(("begin", step))
 
-        def end_step(self, model: nn.Module, step: int) -> None:
+        def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
             heard.append(("end", step))
 
     plan = apply(Recipe(hooks=(Hook(),)), small())

@@ -21,9 +21,11 @@ from trainer.data import (
     TokenShards,
     TokenStream,
     apportion,
+    document_positions,
     permute,
 )
 from trainer.errors import ExitCode, UserError
+from trainer.metrics import read_metrics
 from trainer.prepare import prepare
 from trainer.tokenizer import train_bpe
 from trainer.verify import compare_runs
@@ -321,3 +323,23 @@ def test_mixtures_that_cannot_be_opened(mix: Callable[..., TrainConfig], tmp_pat
     assert "did not make the shards in" in complaint(other)
     none = load_config(tiny_overrides(tmp_path, tmp_path / "run", "data=mix"))
     assert "data=mix has no sources: data.sources='{a: {path: DIR, weight: 2}, ...}'" in complaint(none)
+
+
+def test_positions_count_from_the_start_of_each_document() -> None:
+    tokens = torch.tensor([[5, 9, 7, 9, 9, 4, 3], [1, 2, 3, 4, 5, 6, 7], [9, 1, 9, 2, 9, 3, 9]])
+    expected = [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 0, 1]]
+    assert document_positions(tokens, 9).tolist() == expected
+
+
+def test_documents_are_kept_apart_if_asked(tiny: Callable[..., TrainConfig]) -> None:
+    """The same tokens; other losses; a run does not change its mind."""
+    losses = {}
+    for mask in ("false", "true"):
+        config = tiny(f"data.document_mask={mask}", f"run.dir={tiny().run.dir}-{mask}")
+        assert train_here(config) is ExitCode.FINISHED
+        rows = read_metrics(Path(config.run.dir) / "metrics.jsonl", "train")
+        losses[mask] = [row["loss"] for row in rows.values()]
+    assert losses["true"] != losses["false"]
+    assert losses["true"] == pytest.approx(losses["false"], abs=0.5)
+    with pytest.raises(UserError, match=r"data\.document_mask=True, not False"):
+        train_here(tiny(f"run.dir={tiny().run.dir}-true"))

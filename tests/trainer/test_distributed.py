@@ -15,10 +15,12 @@ import pytest
 import torch
 from conftest import launch, tiny_overrides, train_here
 
+from trainer import distributed
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import load_config
-from trainer.errors import ExitCode
+from trainer.errors import ExitCode, UserError
 from trainer.metrics import read_metrics
+from trainer.restore import restore_run
 from trainer.verify import command, compare_runs, run_killed, run_to_end
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,19 @@ def test_two_processes_see_the_amaxes_and_the_noise_of_one(runs: Path) -> None:
     for name, tensor in one.items():
         if name.endswith("exp_avg"):
             assert float((two[name] - tensor).norm()) <= 0.02 * float(tensor.norm()), name
+
+
+def test_histories_of_two_ranks_open_on_one_and_do_not_go_on_there(runs: Path, corpus: Path, tmp_path: Path) -> None:
+    saved = tensors(runs / "apart-2", 4, "recipe.")
+    try:
+        opened = restore_run(runs / "apart-2").state.plan.state_tensors()
+        for name, value in opened.items():
+            assert torch.equal(value, saved[f"recipe.{name}"].amax(0))
+    finally:
+        distributed.finish()
+    shutil.copytree(runs / "apart-2", tmp_path / "run")
+    with pytest.raises(UserError, match=r"amax histories of 2 processes, each its own: go on with 2 processes"):
+        train_here(load_config(tiny_overrides(corpus, tmp_path / "run", *NARROW, *RECIPES["apart"], "train.steps=6")))
 
 
 def test_narrow_runs_of_two_processes_resume_bit_for_bit(runs: Path, corpus: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from conftest import train_here
 
 from precision import recipes
 from precision.recipe import names
+from trainer import distributed
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import TrainConfig, groups
 from trainer.errors import ExitCode, UserError
+from trainer.evaluation import evaluate_on, open_run
 from trainer.metrics import read_metrics
 from trainer.verify import compare_runs
 
@@ -161,3 +163,19 @@ def test_a_new_recipe_is_one_file(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert "[reversed]" in (root / "plan.txt").read_text()
     with pytest.raises(UserError, match=r"recipe 'toy' has no argument 'mantisa' \(did you mean 'mantissa'\?\)"):
         tiny("precision.recipe=toy", "precision.args.mantisa=3")
+
+
+def test_evaluating_a_run_gives_what_the_run_gave(tiny: Tiny) -> None:
+    """Also after the forward GEMMs went back to BF16: that is a matter of the step, not of the weights."""
+    config = tiny("precision=nvfp4", "precision.args.bf16_forward=0.5", "train.micro_batch_size=4")
+    train_here(config)
+    rows = read_metrics(Path(config.run.dir) / "metrics.jsonl", "eval")
+    try:
+        subject = open_run(Path(config.run.dir))
+        ours = evaluate_on(subject, None, "validation", 500, 4)
+        subject.state.plan.begin_step(0, 0, 6)
+        first_half = evaluate_on(subject, None, "validation", 500, 4)
+    finally:
+        distributed.finish()
+    assert ours.loss == rows[max(rows)]["loss"]
+    assert first_half.loss != ours.loss

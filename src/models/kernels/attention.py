@@ -109,12 +109,18 @@ def native_attention(
     q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, rope: Rope | None = None, positions_BT: Tensor | None = None
 ) -> Tensor:
     """Rotation and attention in one kernel, [B, T, H, D]; H is a multiple of K. Keeps log sums for backward: B*T*H."""
-    cos, sin = rope or (None, None)
-    starts = None if positions_BT is None else starts_of(positions_BT)
+    cos, sin = (None, None) if rope is None else (part.float().contiguous() for part in rope)
+    starts = None
+    if positions_BT is not None:
+        positions_BT = positions_BT.to(torch.int64).expand(q_BTHD.shape[:2]).contiguous()
+        if int(positions_BT.min()) < 0:
+            raise ValueError("a position in a document is negative")
+        starts = starts_of(positions_BT).clamp(min=0)  # a window may begin in the middle of a document
     if rope is not None:
         needed = q_BTHD.shape[1] if positions_BT is None else 1 + int(positions_BT.max())
-        assert rope.cos_PE.shape[0] >= needed
-        assert rope.cos_PE.shape[1] * 2 == q_BTHD.shape[-1]
+        if rope.cos_PE.shape[0] < needed or rope.cos_PE.shape[1] * 2 != q_BTHD.shape[-1]:
+            shape = list(rope.cos_PE.shape)
+            raise ValueError(f"angles of shape {shape} for {needed} positions of heads of {q_BTHD.shape[-1]}")
     y_BTHD, _ = _attention(
         q_BTHD.contiguous(), k_BTKD.contiguous(), v_BTKD.contiguous(), cos, sin, positions_BT, starts
     )

@@ -54,6 +54,15 @@ REFERENCE: Backend = Reference()
 ORDER: tuple[Backend, ...] = (Cpu(), REFERENCE)
 
 
+def require_backend(name: str) -> None:
+    """Raises ValueError, with the close matches, unless ``name`` is ``auto`` or that of a backend."""
+    names = ["auto", *(backend.name for backend in ORDER)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"no backend named {name!r}{hint}; there are: {', '.join(names)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The backend of one GEMM, and why faster ones were refused."""
@@ -67,12 +76,9 @@ class Choice:
 
 def choose(gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device, wanted: str = "auto") -> Choice:
     """The backend for a GEMM. Raises ValueError for a name that no backend has, and where the named one refuses."""
+    require_backend(wanted)
     named = {backend.name: backend for backend in ORDER}
     if wanted != "auto":
-        if wanted not in named:
-            near = difflib.get_close_matches(wanted, ["auto", *named], n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no backend named {wanted!r}{hint}; there are: auto, {', '.join(named)}")
         if reason := named[wanted].why_not(gemm, shape, device):
             raise ValueError(f"backend {wanted!r} does not take {gemm} of shape {shape}: {reason}")
         return Choice(named[wanted])

@@ -18,7 +18,7 @@ from precision.backends.reference import Reference
 from precision.formats import NumberFormat
 from precision.noise import Noise
 from precision.quantize import TORCH, Quantized, operand, quantize
-from precision.scaling import Tile
+from precision.scaling import Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
 from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
 from precision.transforms import Hadamard
 
@@ -103,6 +103,32 @@ class _Compiled:
         arguments = map(native.size, (outer, inner, part.outer, part.inner))
         _kernels().tile_amax(native.pointer(x), native.pointer(out), *arguments, _dtype(x))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
+
+    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
+        rule = spec.scale
+        two_level = isinstance(rule, TwoLevel) and _fits(rule.block)
+        if not two_level and not (isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL):
+            return TORCH.scales(spec, amax, tensor_amax, dtype)
+        amax = amax.contiguous()
+        codes, encode = torch.empty(amax.shape, dtype=torch.uint8), torch.empty_like(amax)
+        pointers = map(native.pointer, (amax, codes, encode))
+        inverse = native.real(float(1.0 / torch.tensor([spec.format.max])))  # in float32
+        if isinstance(rule, TwoLevel):
+            assert tensor_amax is not None
+            top, tensor = rule.tensor_level(tensor_amax, spec.format)
+            block = ctypes.byref(_format(rule.block))
+            levels = (native.real(float(top)), native.real(float(1.0 / top)), inverse)
+            _kernels().two_level_scales(*pointers, native.size(amax.numel()), *levels, block)
+            return Scales(encode, codes, tensor)
+        _kernels().rceil_scales(*pointers, native.size(amax.numel()), inverse)
+        return Scales(encode, codes)
+
+    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
+        codes = codes.contiguous()
+        factors = torch.empty(codes.shape, dtype=torch.float32)
+        pointers = map(native.pointer, (codes, factors))
+        centre = _kernels().centred_factors(*pointers, native.size(codes.numel()), ctypes.c_int32(tiny_exponent))
+        return factors, encode_power(torch.tensor(254 - centre))
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         if not _fits(spec.format) or spec.rounding is Rounding.TRUNCATE or x.numel() == 0:

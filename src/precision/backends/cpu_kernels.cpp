@@ -389,4 +389,51 @@ void hadamard(const void* x, void* out, int64_t rows, int64_t cols, const float*
         hadamard_rows(static_cast<const float*>(x), static_cast<float*>(out), rows, cols, signs, size, factor);
 }
 
+// precision.scaling.TwoLevel, steps 2 and 3: block codes and encode scales from the amaxes of tiles. `top` is S,
+// `inverse_top` is 1 / S, `inverse_max` is 1 / max of the elements.
+void two_level_scales(const float* amax, uint8_t* codes, float* encode, int64_t count, float top, float inverse_top,
+                      float inverse_max, const Format* block) {
+    const Grid grid(*block);
+    const float c = top * inverse_max;
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+        const float scaled = amax[i] * c;
+        const float clamped = scaled > block->max ? block->max : scaled;  // a NaN stays one
+        const int32_t code = code_of<false>(clamped, grid, 0.0f);
+        const float e = 1.0f / (value_of(code, grid) * inverse_top);
+        codes[i] = uint8_t(code);
+        encode[i] = e > 3.40282346638528859812e+38f ? 3.40282346638528859812e+38f : e;
+    }
+}
+
+// precision.scaling.PowerOfTwo in mode RCEIL; inverse_max is 1 / max of the elements.
+void rceil_scales(const float* amax, uint8_t* codes, float* encode, int64_t count, float inverse_max) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t bits = int32_t(as_bits(amax[i] * inverse_max));
+        const int32_t exponent = bits >> 23, mantissa = bits & 0x7fffff;
+        const int32_t up = (mantissa > (exponent == 0 ? 0x400000 : 0)) & (exponent < 254);
+        const int32_t finite = exponent + up < 254 ? exponent + up : 254;
+        const int32_t code = (bits & 0x7fffffff) > 0x7f800000 ? 255 : finite;
+        const int32_t field = 254 - code;
+        codes[i] = uint8_t(code);
+        encode[i] = as_float(field > 0 ? uint32_t(field) << 23 : field < 0 ? 0x7fc00000u : 1u << 22);
+    }
+}
+
+// precision.quantize.operand for powers of two: the factor of each tile relative to the largest, 0 where its smallest
+// value would not be a BF16 normal; returns the code of the largest, at least 1.
+int32_t centred_factors(const uint8_t* codes, float* factors, int64_t count, int32_t tiny_exponent) {
+    int32_t centre = 1;
+#pragma omp parallel for simd reduction(max : centre) schedule(static)
+    for (int64_t i = 0; i < count; ++i) centre = std::max(centre, codes[i] == 255 ? 0 : int32_t(codes[i]));
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t shifted = 127 + int32_t(codes[i]) - centre;
+        const float factor = shifted + tiny_exponent < 1 ? 0.0f : as_float(uint32_t(shifted) << 23);
+        factors[i] = codes[i] == 255 ? NAN : factor;
+    }
+    return centre;
+}
+
 }  // extern "C"

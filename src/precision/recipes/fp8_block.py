@@ -1,0 +1,48 @@
+"""FP8 in blocks, as DeepSeek-V3 trains (arXiv 2412.19437, section 3.3; TransformerEngine's Float8BlockScaling).
+
+Activations and gradients have a scale per 128 consecutive values along the contraction, weights one per 128x128 tile:
+fine enough that E4M3 serves gradients too, coarse enough for a GEMM to apply the scales every 128 products. Activations
+are quantized from high precision once along each direction; a weight's tiles are square, so that forward and backward
+see the same weight. Scales are powers of two by default, as Blackwell requires; FP32 scales, as on Hopper, are an
+option, whose emulated products are in float32. Embeddings, head and norms stay in BF16.
+
+Not finite: an infinite amax gives its block scale 1 and infinities saturate; NaN stays NaN in its element.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from precision.formats import E4M3, E5M2
+from precision.linear import quantized
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from precision.scaling import Fp32, Tile
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+
+def recipe(
+    *,
+    pow2: bool = True,
+    block: int = 128,
+    format: str = "e4m3",
+    eps: float = 0.0,
+    keep_first: float = 0,
+    keep_last: float = 0,
+    keep_paths: Sequence[str] = (),
+) -> Recipe:
+    """
+    Args:
+        pow2: scales down to powers of two; otherwise FP32.
+        block: values that share a scale, and the side of a weight's tile.
+        format: e4m3 (all operands) or hybrid (gradients in E5M2).
+        eps: floor of amax.
+        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
+        keep_paths: linears left in BF16, by regex.
+    """
+    x = OperandSpec(format=E4M3, tile=Tile(1, block), scale=Fp32(pow2=pow2, eps=eps, input_max=True))
+    w = replace(x, tile=Tile(block, block))
+    dy = replace(x, format=one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2}))
+    spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
+    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))

@@ -1,0 +1,48 @@
+"""FP8 with a scale per row of every operand (torchao's `rowwise` recipe; FP8-LM and Llama 3, arXiv 2407.21783, sec. 6).
+
+One scale per token, per output channel or per input channel, whichever runs across the contraction: an outlier token no
+longer costs the others precision, as it does with one scale per tensor, and a scale is still constant along each dot
+product, so it multiplies the result. E4M3 throughout; scales are powers of two, rounded so that nothing saturates.
+Every operand is quantized from high precision along the direction it is contracted in. Head, embeddings and norms stay
+in BF16.
+
+Not finite: an infinite amax gives its row scale 1 and infinities saturate; NaN stays NaN in its element.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from precision.formats import E4M3
+from precision.linear import quantized
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep
+from precision.scaling import Fp32, Tile
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+_EPS = 1e-12
+
+
+def recipe(
+    *,
+    pow2: bool = True,
+    wgrad_high_precision: bool = False,
+    keep_first: float = 0,
+    keep_last: float = 0,
+    keep_paths: Sequence[str] = (),
+) -> Recipe:
+    """
+    Args:
+        pow2: scales are powers of two; otherwise FP32, and the emulated products are in float32.
+        wgrad_high_precision: weight gradients from BF16 operands, and one scale for the weight in dgrad (torchao's
+            `rowwise_with_gw_hp`).
+        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
+        keep_paths: linears left in BF16, by regex.
+    """
+    scale = Fp32(pow2=pow2, eps=_EPS)
+    row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=scale)
+    both = GemmSpec(a=row, b=row)
+    spec = LinearSpec(fprop=both, dgrad=both, wgrad=both)
+    if wgrad_high_precision:
+        spec = LinearSpec(fprop=both, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
+    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
