@@ -150,7 +150,7 @@ def load_into(
     """
     tensors = state.tensors()
     there = checkpoint.meta["tensors"]
-    apart = [name for name, value in tensors.items() if _is_of_ranks(there.get(name), value)]
+    apart = [name for name, value in tensors.items() if _is_of_ranks(name, there.get(name), value)]
     if apart and not of_ranks:
         ranks = there[apart[0]][1]
         raise UserError(
@@ -193,9 +193,9 @@ def _describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     return {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
 
 
-def _is_of_ranks(there: list[Any] | None, here: Tensor) -> bool:
-    """Whether the checkpoint has this tensor once for every rank, and here is one rank, or another number of them."""
-    if there is None or there[1:] == list(here.shape):
+def _is_of_ranks(name: str, there: list[Any] | None, here: Tensor) -> bool:
+    """Whether a recipe's tensor is saved once for every rank, and here is one rank, or another number of them."""
+    if not name.startswith(RECIPE_PREFIX) or there is None or there[1:] == list(here.shape):
         return False
     return there[2:] == list(here.shape) or (isinstance(here, DTensor) and there[2:] == list(here.shape[1:]))
 
