@@ -62,7 +62,7 @@ class Kept:
         return linears, sum(size for size, _ in self._storages.values()) - linears
 
 
-def bits_of(spec: LinearSpec, width: int) -> float:
+def bits_of(spec: LinearSpec) -> float:
     """Bits an element that wgrad's copy of x takes, scales included; 16 where it is left alone."""
     kept = spec.wgrad.b
     if kept is None:
@@ -97,13 +97,13 @@ def main(overrides: list[str], *, recipes: str = RECIPES, batch: int = 4) -> Non
 
 def _arithmetic(model: torch.nn.Module, tokens: int) -> float:
     total = 0.0
+    gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
     for path, module in model.named_modules():
-        gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
         child = path.rpartition(".")[2]
         if child in SIBLINGS and not (child == "up_proj" and not gated):
             continue
         if isinstance(module, QuantLinear):
-            total += tokens * module.in_features * bits_of(module.spec, module.in_features) / 8
+            total += tokens * module.in_features * bits_of(module.spec) / 8
         elif type(module) is torch.nn.Linear:
             total += tokens * module.in_features * 2
     return total

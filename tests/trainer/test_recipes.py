@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,10 @@ def test_every_recipe_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path,
 def test_every_recipe_has_a_yaml_with_its_defaults(tiny: Tiny) -> None:
     configs = {name: tiny(f"precision={name}").precision for name in groups()["precision"]}
     assert {config.recipe for config in configs.values()} == set(names())
+    for name in names():
+        parameters = inspect.signature(importlib.import_module(f"precision.recipes.{name}").recipe).parameters
+        defaults = {key: [] if p.default == () else p.default for key, p in parameters.items()}
+        assert configs[name].args == defaults, name
 
 
 def test_amax_history_is_plain_tensors_in_the_checkpoint(tiny: Tiny) -> None:
@@ -80,6 +86,16 @@ def test_a_run_goes_on_under_another_recipe_only_if_allowed(tiny: Tiny) -> None:
     assert len(tensors) == 28
     held = [value for name, value in tensors.items() if name.endswith("amax_held")]
     assert all((value > 0).all() for value in held)  # none is unknown any more
+    # Opened while config.yaml names the next recipe already, it is still what its weights were trained under.
+    file = Path(first.run.dir) / "config.yaml"
+    before = file.read_text()
+    file.write_text(tiny("precision=mxfp8", "train.steps=6").to_yaml())
+    try:
+        opened = open_run(Path(first.run.dir)).state
+        assert set(opened.plan.state_tensors()) == {name.removeprefix("recipe.") for name in tensors}
+    finally:
+        distributed.finish()
+        file.write_text(before)
     # Back again, and what the recipe had learned is left behind.
     assert train_here(tiny("train.steps=8", "resume.recipe_change=allow")) is ExitCode.FINISHED
     assert not read_tensors(list_checkpoints(Path(first.run.dir) / "checkpoints")[-1], "recipe.")
