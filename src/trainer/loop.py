@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -21,6 +21,7 @@ from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate
+from trainer.sharpness import sharpness
 from trainer.state import TrainState, evaluating, local
 
 
@@ -56,10 +57,11 @@ class EvalConfig:
     every: int = 100  # steps; 0 = only at the end
     tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
     precision: EvalPrecision = EvalPrecision.recipe
+    sharpness: int = 32  # sequences whose last logits' sharpness is measured with it; 0 = not
 
     def validate(self) -> None:
         """Raises ValueError for negative counts."""
-        for name in ("every", "tokens"):
+        for name in ("every", "tokens", "sharpness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
 
@@ -228,7 +230,8 @@ def evaluate(job: Job) -> int:
     """
     if job.validation is None:
         return 0
-    result = validate(job.state, job.validation, job.world, job.stop, job.eval_config.precision)
+    config = job.eval_config
+    result = validate(job.state, job.validation, job.world, job.stop, config.precision)
     if isinstance(result, int):
         return result
     loss_sum, weight_sum = result
@@ -242,6 +245,9 @@ def evaluate(job: Job) -> int:
         "tokens": int(weight_sum),
         "time": time.time(),
     }
+    if config.sharpness:
+        with _products(job.state, config.precision):
+            row["sharpness"] = sharpness(job.state, job.validation, job.world, config.sharpness)
     job.last_eval = row
     job.log(row)
     job.say(
@@ -259,8 +265,7 @@ def validate(
     If a rank is asked to stop meanwhile, that code instead.
     """
     loss_sum = weight_sum = 0.0
-    high = state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
-    with evaluating(state.model), high:
+    with evaluating(state.model), _products(state, precision):
         for micro in range(source.num_micro):
             batch = source.batch(0, micro)
             losses_BT = _losses(state.model, batch, world.device)
@@ -271,6 +276,10 @@ def validate(
                 return int(stop_code)
     loss_sum, weight_sum = world.sum(loss_sum, weight_sum)
     return loss_sum, weight_sum
+
+
+def _products(state: TrainState, precision: EvalPrecision) -> AbstractContextManager[None]:
+    return state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
 
 
 def _log_step(job: Job, result: StepResult, seconds: float) -> None:
