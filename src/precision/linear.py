@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,25 @@ def _columns(spec: LinearSpec) -> dict[int, Column]:
     }
 
 
+class Observer(Protocol):
+    """Looks on at the GEMMs of a training step, and changes nothing (``precision.probe``)."""
+
+    def measure(
+        self,
+        module: QuantLinear,
+        gemm: int,
+        spec: GemmSpec,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None,
+    ) -> Any:
+        """What there is to note of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output."""
+
+    def add(self, noted: Any) -> None:
+        """Count what ``measure`` gave."""
+
+
 class QuantLinear(nn.Module):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
@@ -128,6 +148,7 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self.active = spec  # what this step uses; a hook may change it by step
         self.clock = Clock()
+        self.observer: Observer | None = None
         self.backends: tuple[Backend, Backend, Backend] = (REFERENCE, REFERENCE, REFERENCE)
         columns = _columns(spec)
         self.columns = list(dict.fromkeys(columns.values()))
@@ -159,9 +180,18 @@ class QuantLinear(nn.Module):
         # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
         differentiated = torch.is_grad_enabled() and self.weight.requires_grad
         made = self.clock.recent.of(x)
-        y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight, self.bias, self, rows_of_a_sample, made, differentiated
-        )
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        if autocast:  # as it treats a plain linear; inside, what is in float32 has its reason
+            dtype = torch.get_autocast_dtype(kind)
+            made = made if x.dtype == dtype else None
+            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+                rows, weight, bias, self, rows_of_a_sample, made, differentiated
+            )
         return y.view(*x.shape[:-1], self.out_features)
 
     def reset_state(self, value: float = 0.0) -> None:
@@ -200,15 +230,19 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Quantized] | None,
         differentiated: bool,
     ) -> Tensor:
-        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made)
-        a = call.operand(X, x)
-        y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
+        observer = module.observer if differentiated and module.training else None
+        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, observer)
+        a, w = call.operand(X, x), call.operand(W, weight)
+        y = call.product(0, a, w, dtype=x.dtype, bias=bias)
+        # Counted in backward, which runs once also where the forward pass is computed again; wgrad is measured by x.
+        ctx.noted = call.noted(0, (x, weight), (a, w), y, bias)
+        seen = (x,) if observer is not None else ()
         kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
-            ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale)
+            ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
-            ctx.save_for_backward(weight, kept)
+            ctx.save_for_backward(weight, kept, *seen)
             ctx.kept = None
         ctx.call, ctx.has_bias = replace(call, made=None), bias is not None  # backward keeps what it reads alone
         return y
@@ -228,6 +262,8 @@ class _Linear(torch.autograd.Function):
             else:
                 w_t = call.operand(DGRAD_W, weight.mT)
             dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
+            if call.observer is not None:
+                call.observer.add(call.noted(1, (dy, weight.mT), (dy_codes, w_t), dx))
         if ctx.needs_input_grad[1]:
             if ctx.kept is None:
                 x_t = call.operand(WGRAD_X, pieces[0].mT)
@@ -249,6 +285,9 @@ class _Linear(torch.autograd.Function):
             else:
                 dy_t = call.operand(WGRAD_DY, dy.mT)
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
+            if call.observer is not None:
+                call.observer.add(ctx.noted)
+                call.observer.add(call.noted(2, (dy.mT, pieces[-1].mT), (dy_t, x_t), dw))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, dw, dbias, None, None, None, None
@@ -262,6 +301,20 @@ class _Call:
     spec: LinearSpec
     first_row: Tensor
     made: dict[Hashable, Quantized] | None  # of x, in the forward pass
+    observer: Observer | None
+
+    def noted(
+        self,
+        gemm: int,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None = None,
+    ) -> Any:
+        """What an observer makes of a GEMM."""
+        if self.observer is None:
+            return None
+        return self.observer.measure(self.module, gemm, self.gemm(2 * gemm), given, used, y, bias)
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]

@@ -350,7 +350,13 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
     kinds = sorted(path for path, _ in of_kind)
     there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
     if not matched:
-        raise ValueError(f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; {there}")
+        # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
+        other = sum(type(module).__name__ == "Conv1D" for module in model.modules())
+        hint = f"; {other} Conv1D with transposed weights, as in GPT-2 of `transformers`, are not converted"
+        raise ValueError(
+            f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; {there}"
+            + (hint if other else "")
+        )
     num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
     for selector in rule.keep:
         if not any(selector.matches(path, module, num_blocks) for path, module in matched):

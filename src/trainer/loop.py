@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from precision.probe import Probe, check_settings
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
@@ -66,6 +67,21 @@ class EvalConfig:
                 raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
 
 
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """What rounding does to every operand and product, measured now and then; it changes nothing."""
+
+    every: int = 0  # steps; 0 = never
+    layers: str | None = None  # regex of the linears, full match; null = all
+
+    def validate(self) -> None:
+        """Raises ValueError for a negative count, and for what is no regular expression."""
+        try:
+            check_settings(self.every, self.layers)
+        except ValueError as error:
+            raise ValueError(f"probe.{error}") from error
+
+
 class Status(Enum):
     """How a run ended; the value stands in ``done.json``."""
 
@@ -110,6 +126,7 @@ class Job:
     metrics: MetricsFile | None = None  # on rank 0
     console: Console | None = None
     trackers: Trackers | None = None
+    probe: Probe | None = None
     evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
     last_eval: dict[str, Any] | None = field(default=None)
 
@@ -175,7 +192,11 @@ def train(job: Job) -> Outcome:
 
 def train_step(job: Job, step: int) -> tuple[StepResult, int]:
     """Step ``step`` (from 0), and the code of a stop that some rank was asked for (0 = none)."""
-    result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
+    watched = job.probe is not None and job.probe.due(step + 1)
+    with job.probe.watching() if job.probe is not None and watched else nullcontext():
+        result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
+    if job.probe is not None and watched:
+        _log_probe(job, job.probe, step + 1)
     (stop_code,) = job.world.max(job.stop.code)
     return result, int(stop_code)
 
@@ -305,6 +326,16 @@ def _log_step(job: Job, result: StepResult, seconds: float) -> None:
     job.log(row)
     if job.console is not None:
         job.console.train(row, seconds)
+
+
+def _log_probe(job: Job, probe: Probe, step: int) -> None:
+    rows = probe.rows()
+    if job.metrics is not None:
+        job.metrics.write(*({"kind": "probe", "step": step, **asdict(row)} for row in rows))
+    if job.trackers is not None:
+        told = ("sqnr_db", "underflow_percent", "saturation_percent", "relative_error")
+        values = {f"{row.module}/{row.slot}/{name}": getattr(row, name) for row in rows for name in told}
+        job.trackers.log({"kind": "probe", "step": step} | values)
 
 
 def _samples_per_step(job: Job) -> int:

@@ -58,11 +58,13 @@ class MetricsFile:
         self._length = _repair(path)
         self._file.truncate(self._length)
 
-    def write(self, row: dict[str, Any]) -> None:
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._pending.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
+    def write(self, *rows: dict[str, Any]) -> None:
+        for row in rows:
+            clean = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
+            self._pending.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
         self.flush()
 
     def flush(self) -> bool:

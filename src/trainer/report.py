@@ -52,7 +52,7 @@ except ImportError as missing:
     raise SystemExit(f"error: {missing}: pip install 'narrowgauge[report]'") from missing
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
-_FREE = ("precision", "run", "log", "sample", "checkpoint", "resume", "parallel", "eval.precision")
+_FREE = ("precision", "run", "log", "sample", "checkpoint", "resume", "parallel", "eval.precision", "probe")
 _MOST_POINTS = 400  # of a curve
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 _RECIPE_COLUMNS = (
