@@ -117,6 +117,11 @@ def read_metrics(path: Path, kind: str) -> dict[int, dict[str, Any]]:
     return dict(sorted(rows.items()))
 
 
+def read_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """All rows of one kind, as they stand; for kinds with several rows a step."""
+    return (row for row in _rows(path) if row["kind"] == kind)
+
+
 def corrupt_lines(path: Path) -> list[int]:
     """The numbers, from 1, of the lines that ``read_metrics`` passes over: what is no row, a torn last one too."""
     return [number for number, row in _numbered(path) if row is None]
