@@ -234,9 +234,11 @@ class _Linear(torch.autograd.Function):
         call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, observer)
         a, w = call.operand(X, x), call.operand(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
-        # Counted in backward, which runs once also where the forward pass is computed again; wgrad is measured by x.
-        ctx.noted = call.noted(0, (x, weight), (a, w), y, bias)
-        seen = (x,) if observer is not None else ()
+        seen: tuple[Tensor, ...] = ()
+        if observer is not None:
+            # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
+            ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias)
+            seen = (x,)
         kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale, *seen)
@@ -263,7 +265,9 @@ class _Linear(torch.autograd.Function):
                 w_t = call.operand(DGRAD_W, weight.mT)
             dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
             if call.observer is not None:
-                call.observer.add(call.noted(1, (dy, weight.mT), (dy_codes, w_t), dx))
+                call.observer.add(
+                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_codes, w_t), dx, None)
+                )
         if ctx.needs_input_grad[1]:
             if ctx.kept is None:
                 x_t = call.operand(WGRAD_X, pieces[0].mT)
@@ -287,7 +291,8 @@ class _Linear(torch.autograd.Function):
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
             if call.observer is not None:
                 call.observer.add(ctx.noted)
-                call.observer.add(call.noted(2, (dy.mT, pieces[-1].mT), (dy_t, x_t), dw))
+                given = dy.mT, pieces[-1].mT
+                call.observer.add(call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, dw, dbias, None, None, None, None
@@ -302,19 +307,6 @@ class _Call:
     first_row: Tensor
     made: dict[Hashable, Quantized] | None  # of x, in the forward pass
     observer: Observer | None
-
-    def noted(
-        self,
-        gemm: int,
-        given: tuple[Tensor, Tensor],
-        used: tuple[Operand, Operand],
-        y: Tensor,
-        bias: Tensor | None = None,
-    ) -> Any:
-        """What an observer makes of a GEMM."""
-        if self.observer is None:
-            return None
-        return self.observer.measure(self.module, gemm, self.gemm(2 * gemm), given, used, y, bias)
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]

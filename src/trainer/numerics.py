@@ -31,15 +31,15 @@ class _Panel:
     title: str
     slots: Sequence[str]
     colors: str
-    reverse: bool  # the scale of colours, so that dark is bad
-    map: str  # the same in matplotlib
+    map: str  # the same in matplotlib: dark is bad
+    low: bool = False  # is bad
 
 
 _PANELS = (
-    _Panel(key="sqnr_db", title="SQNR, dB", slots=_SLOTS, colors="YlGnBu", reverse=True, map="YlGnBu_r"),
-    _Panel(key="underflow_percent", title="underflow, %", slots=_SLOTS, colors="Reds", reverse=False, map="Reds"),
-    _Panel(key="saturation_percent", title="saturation, %", slots=_SLOTS, colors="Reds", reverse=False, map="Reds"),
-    _Panel(key="relative_error", title="error of output", slots=_OUTPUTS, colors="Reds", reverse=False, map="Reds"),
+    _Panel(key="sqnr_db", title="SQNR, dB", slots=_SLOTS, colors="YlGnBu", map="YlGnBu_r", low=True),
+    _Panel(key="underflow_percent", title="underflow, %", slots=_SLOTS, colors="Reds", map="Reds"),
+    _Panel(key="saturation_percent", title="saturation, %", slots=_SLOTS, colors="Reds", map="Reds"),
+    _Panel(key="relative_error", title="error of output", slots=_OUTPUTS, colors="Reds", map="Reds"),
 )
 
 
@@ -112,7 +112,7 @@ def heat_map(name: str, recipe: str, numerics: Numerics) -> dict[str, Any]:
                 {"type": "heatmap", "x": list(panel.slots), "y": modules, "colorscale": panel.colors}
                 | {"z": [[_number(cell.get(panel.key)) for cell in row] for row in cells]}
                 | {"text": [[_told(cell) for cell in row] for row in cells], "hoverinfo": "x+y+z+text"}
-                | {"reversescale": panel.reverse, "zmin": low, "zmax": high, "visible": step == chosen[-1]}
+                | {"zmin": low, "zmax": high, "visible": step == chosen[-1]}
                 | {"xaxis": f"x{index + 1}" if index else "x", "name": panel.title, "hoverongaps": False}
                 | {"colorbar": {"orientation": "h", "thickness": 8, "y": 1.0, "yanchor": "bottom"} | _bar(index)}
             )
@@ -174,7 +174,7 @@ def _range(numerics: Numerics, steps: Sequence[int], panel: _Panel) -> tuple[flo
     values = [
         value for row in rows if row.get("slot") in panel.slots and (value := _number(row.get(panel.key))) is not None
     ]
-    low = min(values, default=0.0) if panel.reverse else 0.0
+    low = min(values, default=0.0) if panel.low else 0.0
     high = max(values, default=1.0)
     return low, high if high > low else low + 1.0
 
