@@ -274,6 +274,26 @@ def test_a_quantized_linear_is_plain_where_its_spec_is_empty() -> None:
     assert (rows["fprop.x"].format, rows["fprop.x"].elements, rows["fprop.x"].mse) == ("bfloat16", 64 * INS, 0.0)
 
 
+def test_compiled_code_is_left_as_it_is() -> None:
+    """Quantized linears are measured, plain ones inside are not; also where a watched step is the first."""
+    results = []
+    for watch in (False, True):
+        model = Two().bfloat16()
+        plan = apply(load("mxfp8", {}), model)
+        compiled = torch.compile(model, backend="eager")
+        probe = Probe(plan, every=1)
+        x = samples(64, INS).requires_grad_()
+        for _ in range(2):
+            with probe.watching() if watch else nullcontext():
+                y = compiled(x)
+                y.float().square().sum().backward()
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(map(torch.equal, *results))
+    counts = {(row.module, row.slot): row.elements for row in probe.rows()}
+    assert counts["layers.0.up_proj", "fprop.x"] == 64 * INS
+    assert counts["head", "fprop.x"] == 0
+
+
 def test_evaluation_is_not_counted() -> None:
     plan = plan_of(LinearSpec(fprop=GemmSpec(a=MX8)))
     probe = Probe(plan, every=1)

@@ -32,7 +32,7 @@ def losses(path: Path, kind: str = "train") -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        ("precision=fp8_delayed", "train.micro_batch_size=2"),
+        ("precision=fp8_delayed", "train.micro_batch_size=2", "log.trackers=[tensorboard]"),
         ("precision=nvfp4", "parallel.activation_checkpointing=true", "train.micro_batch_size=4", "eval.every=2"),
     ],
 )
@@ -54,6 +54,9 @@ def test_a_watched_run_is_the_run(tiny: Tiny, corpus: Path, tmp_path: Path, opti
     rows = list(read_rows(watched / "metrics.jsonl", "probe"))
     assert sorted({row["step"] for row in rows}) == [2, 4]
     assert [row["slot"] for row in rows] == SLOTS * (len(rows) // len(SLOTS))
+    told = b"".join(file.read_bytes() for file in watched.glob("tensorboard/**/events*"))
+    if "log.trackers=[tensorboard]" in options:
+        assert b"probe/layers.0.self_attn.q_proj/wgrad.dy/sqnr_db" in told
     tokens = 8 * 32
     by_place = {(row["step"], row["module"], row["slot"]): row for row in rows}
     assert {module for _, module, _ in by_place} >= {"layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "lm_head"}
