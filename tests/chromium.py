@@ -1,4 +1,4 @@
-"""A page in headless Chromium, spoken to in the DevTools protocol over a pipe: real clicks, real sizes, all it loads."""
+"""A page in headless Chromium, through the DevTools protocol over a pipe: real clicks, real sizes, all it loads."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def browser(profile: Path) -> Iterator[Page]:
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars"]
     options += ["--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(  # the protocol wants its pipes at 3 and 4
-        ["sh", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "sh", str(CHROMIUM), *options],
+    process = subprocess.Popen(  # the protocol wants its pipes at 3 and 4; dash takes no number above 9
+        ["bash", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "bash", str(CHROMIUM), *options],
         pass_fds=(their_in, their_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -58,7 +58,7 @@ def write_report(directories: Sequence[Path], out: Path, settings: Settings) -> 
     Raises UserError if a directory is not there, or none holds a run.
     """
     report = make_report(find_runs(directories, settings), settings)
-    summary = _summary(report)
+    summary = summarized(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", summary)
@@ -89,7 +89,7 @@ def make_report(runs: Sequence[Run], settings: Settings) -> Report:
     )
 
 
-def _summary(report: Report) -> dict[str, Any]:
+def summarized(report: Report) -> dict[str, Any]:
     """All numbers; what a clock has a part in stands under ``times``, so that the rest is the same after a restart."""
     settings = report.settings
     return {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import launch, tiny_overrides
 from hydra.core.plugins import Plugins
@@ -18,9 +22,12 @@ from hydra.plugins.launcher import Launcher
 
 from trainer import sweep as module
 from trainer.__main__ import main
+from trainer.checkpoint import list_checkpoints
 from trainer.errors import ExitCode, UserError
+from trainer.report import Settings, write_report
 from trainer.sweep import Job, State, SweepStopped, expand, expand_named, job_name, named_grids, run_jobs, sweep
 
+TIMES = ("tokens_per_second", "seconds")  # columns that no restart leaves alone
 END = """mkdir -p '{dir}'; echo run >> '{dir}/attempts'
 echo '{{"kind": "eval", "step": 5, "loss": 3.5}}' > '{dir}/metrics.jsonl'
 echo '{{"status": "{status}", "step": 5, "reason": "why"}}' > '{dir}/done.json'; exit {code}"""
@@ -219,14 +226,51 @@ def test_the_table_has_every_job(tmp_path: Path) -> None:
     assert module._Display(many).table().row_count == 1
 
 
+def hold_in_the_middle(sweep_process: psutil.Process, root: Path) -> list[psutil.Process]:
+    """Freeze each of two jobs once it has a checkpoint, and give both back."""
+    held: dict[Path, psutil.Process] = {}
+    deadline = time.monotonic() + 200
+    while len(held) < 2:
+        assert time.monotonic() < deadline, [path.read_text() for path in root.glob("*/console.log")]
+        assert sweep_process.status() != psutil.STATUS_ZOMBIE, "the sweep ended by itself"
+        for checkpoints in root.glob("*/checkpoints"):
+            run = checkpoints.parent
+            if run not in held and list_checkpoints(checkpoints):
+                held[run] = next(job for job in sweep_process.children() if f"run.dir='{run}'" in job.cmdline())
+                held[run].suspend()
+        time.sleep(0.01)
+    assert not any((run / "done.json").exists() for run in held)
+    return list(held.values())
+
+
 @pytest.mark.slow
-def test_a_sweep_of_two_runs(corpus: Path, tmp_path: Path) -> None:
+def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus: Path, tmp_path: Path) -> None:
     own = [text for text in tiny_overrides(corpus, tmp_path) if not text.startswith("run.dir=")]
-    options = [f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.launcher.jobs=2", "parallel.threads=1"]
-    command = ["--multirun", *own, "precision=bf16,exmy_e8m3", *options]
-    result = launch(command)
+    grid = ["precision=bf16,exmy_e8m3", "hydra.launcher.jobs=2", "sample.tokens=0", "checkpoint.asynchronous=false"]
+    # Many steps after the first checkpoint, so that no job ends before it is held.
+    command = ["--multirun", *own, *grid, "train.steps=48", "eval.every=16", "checkpoint.every=6"]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    result = launch([*command, f"hydra.sweep.dir={alone}"])
     assert result.returncode == 0, result.stdout + result.stderr
-    done = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/done.json")]
-    assert [(one["status"], one["step"]) for one in done] == [("finished", 6)] * 2
-    names = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    names = sorted(path.name for path in alone.iterdir() if path.is_dir())
     assert [name.partition(",")[2].partition("-")[0] for name in names] == ["precision=bf16", "precision=exmy_e8m3"]
+
+    start = [sys.executable, "-m", "trainer", *command, f"hydra.sweep.dir={killed}"]
+    with subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        jobs = hold_in_the_middle(psutil.Process(process.pid), killed)
+        for victim in (psutil.Process(process.pid), *jobs):
+            victim.kill()
+    result = launch([*command, f"hydra.sweep.dir={killed}"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in names:
+        assert "resuming" in (killed / name / "console.log").read_text()
+
+    told = []
+    for root in (alone, killed):
+        summary = json.loads(json.dumps(write_report([root], root, Settings())))
+        del summary["times"]
+        with (root / "summary.csv").open() as file:
+            rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+        told.append((summary, rows))
+    assert told[0] == told[1]
+    assert all(run["state"] == "finished" and run["final_loss"] for run in told[0][0]["runs"].values())

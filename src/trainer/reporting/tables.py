@@ -11,14 +11,15 @@ from typing import Any
 
 from trainer.reporting.measures import RecipeSummary, Rung, Switch, is_emulated, mean
 from trainer.reporting.runs import Product, Run, Settings
+from trainer.sharpness import EPSILON
 from trainer.statistics import bootstrap_mean, sign_test
 
 Cell = str | float | int | None
 
 SHARPNESS = (
-    "Sharpness: 100 (max L(y + d) - L(y)) / (1 + L(y)) over |d_i| <= eps (|y_i| + 1), y the logits of the last token; "
-    "after arXiv 2405.18710, in the form of Keskar et al. (2017). Its eps, box and reduction over samples were not at "
-    "hand, so they are ours."
+    "Sharpness: 100 (max L(y + d) - L(y)) / (1 + L(y)) over |d_i| <= eps (|y_i| + 1), y the logits of a sequence's "
+    "last token, L their mean cross-entropy; after arXiv 2405.18710, in the form of Keskar et al. (2017). The paper's "
+    f"eps, box and reduction were not at hand: this box, the mean over sequences and eps = {EPSILON:g} are ours."
 )
 
 
