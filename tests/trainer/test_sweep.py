@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from conftest import launch, tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 from trainer import sweep as module
 from trainer.__main__ import main
@@ -103,6 +105,10 @@ def test_the_command_line_overrules_a_named_grid() -> None:
         (["seed=0,1", "hydra/launcher=narowgauge"], "narrowgauge"),
         (["sweep=example", "sweep=first_sweep"], "one grid at a time"),
         (["seed"], "write key=value"),
+        (["hydra/sweeper=lr_search", "hydra.launcher.dry_run=true"], "no list to print"),
+        (["optim.lr=interval(1e-4,1e-2)"], "INTERVAL_SWEEP"),
+        (["optim.lr=interval(-1,1e-2)", "hydra/sweeper=optuna"], "optim.lr"),
+        (["seed=0,1", "hydra/launcher=submitit_local", "hydra.launcher.dry_run=true"], "have a dry run"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(
@@ -274,3 +280,52 @@ def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus:
         told.append((summary, rows))
     assert told[0] == told[1]
     assert all(run["state"] == "finished" and run["final_loss"] for run in told[0][0]["runs"].values())
+
+
+def test_slurm_gets_one_task_a_run(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "precision=bf16,mxfp8", "seed=0,1,2"]
+    assert sweep([*told, "hydra.launcher.timeout_min=90", "hydra.launcher.dry_run=true"]) == ExitCode.FINISHED
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n")
+    options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {"array=0-5%6", "partition=gpu", "time=90", "nodes=1", "ntasks-per-node=1", "gpus-per-node=8"} <= options
+    assert "-m submitit.core._submit" in script
+    assert script.count("# task") == 6
+    assert (
+        "# task 5: python -m trainer precision=mxfp8 seed=2 run.dir='multirun/sweep/precision=mxfp8,seed=2'" in script
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_asks_for_runs_one_after_another_and_skips_what_is_done(tmp_path: Path, monkeypatch) -> None:
+    asked: list[float] = []
+
+    def pretend(jobs: list[Job], **_: object) -> None:
+        for job in jobs:
+            lr = float(next(text for text in job.overrides if text.startswith("optim.lr=")).partition("=")[2])
+            asked.append(lr)
+            job.state, job.loss = State.finished, abs(math.log10(lr) + 2)  # best at 1e-2
+
+    monkeypatch.setattr(module, "run_jobs", pretend)
+    (tmp_path / "search").mkdir()
+    told = ["hydra/sweeper=lr_search", "hydra.sweeper.n_trials=4", f"hydra.sweep.dir={tmp_path / 'search'}"]
+    for _ in range(2):
+        assert sweep([*told, "precision=mxfp8"]) == ExitCode.FINISHED
+    assert asked[:4] == asked[4:]  # the same rates again: a restart finds its runs
+    assert all(1e-4 <= lr <= 1e-1 for lr in asked)
+    best = OmegaConf.load(tmp_path / "search" / "optimization_results.yaml")
+    assert best.best_params["optim.lr"] == min(asked, key=lambda lr: abs(math.log10(lr) + 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
+        (["hydra/sweeper=optuna"], "pip install hydra-optuna-sweeper"),
+    ],
+)
+def test_what_is_not_installed_is_named(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        sweep([*arguments, "seed=0,1"])
