@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import launch, tiny_overrides
+from conftest import tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
@@ -250,24 +250,23 @@ def hold_in_the_middle(sweep_process: psutil.Process, root: Path) -> list[psutil
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus: Path, tmp_path: Path) -> None:
     own = [text for text in tiny_overrides(corpus, tmp_path) if not text.startswith("run.dir=")]
     grid = ["precision=bf16,exmy_e8m3", "hydra.launcher.jobs=2", "sample.tokens=0", "checkpoint.asynchronous=false"]
     # Many steps after the first checkpoint, so that no job ends before it is held.
-    command = ["--multirun", *own, *grid, "train.steps=48", "eval.every=16", "checkpoint.every=6"]
+    command = [*own, *grid, "train.steps=48", "eval.every=16", "checkpoint.every=6"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    result = launch([*command, f"hydra.sweep.dir={alone}"])
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert sweep([*command, f"hydra.sweep.dir={alone}"]) == ExitCode.FINISHED
     names = sorted(path.name for path in alone.iterdir() if path.is_dir())
     assert [name.partition(",")[2].partition("-")[0] for name in names] == ["precision=bf16", "precision=exmy_e8m3"]
 
-    start = [sys.executable, "-m", "trainer", *command, f"hydra.sweep.dir={killed}"]
+    start = [sys.executable, "-m", "trainer", "--multirun", *command, f"hydra.sweep.dir={killed}"]
     with subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         jobs = hold_in_the_middle(psutil.Process(process.pid), killed)
         for victim in (psutil.Process(process.pid), *jobs):
             victim.kill()
-    result = launch([*command, f"hydra.sweep.dir={killed}"])
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert sweep([*command, f"hydra.sweep.dir={killed}"]) == ExitCode.FINISHED
     for name in names:
         assert "resuming" in (killed / name / "console.log").read_text()
 
