@@ -98,8 +98,29 @@ def worst_layers(runs: Mapping[str, Numerics]) -> dict[str, Any]:
     }
 
 
-def heat_map(name: str, recipe: str, numerics: Numerics) -> dict[str, Any]:
-    """The fields of a plot for plotly.js: layers by slots, a panel a quantity, a slider over the watched steps."""
+@dataclass(frozen=True, kw_only=True)
+class LayerMap:
+    """A plot of one run's probe rows."""
+
+    name: str
+    recipe: str
+    numerics: Numerics
+    note: str = "Dark is bad. The picture is of the last watched step; the page has a slider over them."
+
+    @property
+    def title(self) -> str:
+        return f"Numerics of {self.recipe}, by layer"
+
+    def to_plotly(self) -> dict[str, Any]:
+        return heat_map(self.name, self.numerics)
+
+    def save_png(self, file: Path) -> None:
+        """Raises OSError where ``file`` cannot be written."""
+        picture(self.recipe, self.numerics, file)
+
+
+def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
+    """A figure for plotly.js: layers by slots, a panel a quantity, a slider over the watched steps."""
     chosen = _thinned(list(numerics.steps))
     modules = list(numerics.steps[chosen[-1]])
     data: list[dict[str, Any]] = []
@@ -134,7 +155,7 @@ def heat_map(name: str, recipe: str, numerics: Numerics) -> dict[str, Any]:
     for index, panel in enumerate(_PANELS):
         axis = {"title": {"text": panel.title}, "domain": _domain(index), "tickangle": -45, "tickfont": {"size": 9}}
         layout[f"xaxis{index + 1}" if index else "xaxis"] = axis
-    return {"name": name, "title": f"Numerics of {recipe}, by layer", "data": data, "layout": layout}
+    return {"name": name, "data": data, "layout": layout}
 
 
 def picture(recipe: str, numerics: Numerics, file: Path) -> None:

@@ -209,7 +209,9 @@ def _build(
         stop=stop,
         probe=_probe(config.probe, state.plan),
     )
-    world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), environment(world, state.step)))
+    made_of = {"parameters": num_parameters(state.model), "data": data.fingerprint, "state_bytes": state.num_bytes()}
+    env = environment(world, state.step) | made_of
+    world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))
     if world.is_main:
         job.metrics = MetricsFile(directory.metrics)

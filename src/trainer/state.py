@@ -57,6 +57,15 @@ class TrainState:
         self.step = int(self._counters["train.step"])
         self.nonfinite_in_a_row = int(self._counters["train.nonfinite_in_a_row"])
 
+    def num_bytes(self) -> dict[str, int]:
+        """Of weights, optimizer state and what the recipe remembers, over all processes that share one copy."""
+        parts = {"model": "weights", "optim": "optimizer", RECIPE_PREFIX.rstrip("."): "recipe"}
+        sizes = dict.fromkeys(parts.values(), 0)
+        for name, tensor in self.tensors().items():
+            if (part := parts.get(name.partition(".")[0])) is not None:
+                sizes[part] += tensor.numel() * tensor.element_size()
+        return sizes
+
     def is_finite(self) -> bool:
         """Whether this rank's part holds no infinity and no NaN."""
         return all(

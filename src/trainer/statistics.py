@@ -68,6 +68,24 @@ class DivergenceRule:
         return None
 
 
+def smoothed(losses: Sequence[Loss], keep: float = 0.9) -> list[Loss]:
+    """The exponential moving average without its bias to zero; None where there is no loss, which it leaves out."""
+    result: list[Loss] = []
+    mean, weight = 0.0, 0.0
+    for loss in losses:
+        if loss is None or not math.isfinite(loss):
+            result.append(None)
+        else:
+            mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
+            result.append(mean / weight)
+    return result
+
+
+def first_below(steps: Sequence[int], losses: Sequence[Loss], target: float) -> int | None:
+    """The first step whose loss is at most ``target``; None if there is none."""
+    return next((step for step, loss in zip(steps, losses, strict=True) if loss is not None and loss <= target), None)
+
+
 def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
     """Wilson's score interval of a rate; None without trials."""
     if trials == 0:

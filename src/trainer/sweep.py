@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -29,9 +30,10 @@ from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -44,9 +46,16 @@ from trainer.config import CONFIG_DIR, load_config, parse
 from trainer.distributed import available_cores
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.metrics import read_metrics
+from trainer.slurm import sbatch_script
 from trainer.verify import command
 
 LAUNCHER = "narrowgauge"
+_SUBMITIT, _OPTUNA = "hydra_plugins.hydra_submitit_launcher", "hydra_plugins.hydra_optuna_sweeper"
+# What needs a package of its own, and which: the configs in configs/hydra/ build on it.
+PLUGINS = {
+    "hydra/launcher": {"submitit_slurm": _SUBMITIT, "submitit_local": _SUBMITIT, "slurm": _SUBMITIT},
+    "hydra/sweeper": {"optuna": _OPTUNA, "lr_search": _OPTUNA},
+}
 _LONGEST_NAME = 120  # bytes; file systems take 255, people fewer
 _TELLING = r"(precision|seed|optim|model=|data=)"
 _POLL_SECONDS = 0.2
@@ -157,12 +166,22 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
     parsed = parse(overrides)
     own = [override for override in parsed if not _is_hydra(override)]
     _check(parsed, own)
+    dry = next((o for o in parsed if o.key_or_group == "hydra.launcher.dry_run"), None)
+    if dry is not None and dry.value() and _chosen(parsed, "hydra/sweeper") in PLUGINS["hydra/sweeper"]:
+        raise UserError(f"{dry.input_line}: a search chooses its runs as it goes, so there is no list to print")
+    if dry is not None and _chosen(parsed, "hydra/launcher") != LAUNCHER:
+        parsed.remove(dry)  # such launchers do not know it
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
-            hydra.multirun("train", run_task, [_for_hydra(override) for override in parsed])
+            lines = [_for_hydra(override) for override in parsed]
+            if dry is not None and dry not in parsed and dry.value():
+                config = hydra.compose_config("train", lines, run_mode=RunMode.MULTIRUN)
+                _print_slurm(config, parsed)
+            else:
+                hydra.multirun("train", run_task, lines)
     except JobsFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.FAILED
@@ -172,6 +191,20 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error
     return ExitCode.FINISHED
+
+
+def _print_slurm(config: DictConfig, parsed: Sequence[Override]) -> None:
+    """The jobs, and the script that submitit's launcher would hand to sbatch for them."""
+    jobs = make_jobs(config, [_own(job) for job in expand([override.input_line or "" for override in parsed])])
+    options = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(options, dict)
+    print(sbatch_script({str(key): value for key, value in options.items()}, len(jobs)))
+    for index, job in enumerate(jobs):
+        print(f"# task {index}: {subprocess.list2cmdline(['python', '-m', 'trainer', *job.overrides])}")
+
+
+def _chosen(parsed: Sequence[Override], group: str) -> str:
+    return str(next((o.value() for o in parsed if o.key_or_group == group), ""))
 
 
 def named_grids() -> list[str]:
@@ -228,6 +261,11 @@ def _check(parsed: Sequence[Override], own: Sequence[Override]) -> None:
             raise UserError(
                 f"{override.key_or_group}: a sweep names its runs itself; hydra.sweep.dir says where they go"
             )
+    for group, plugins in PLUGINS.items():
+        chosen = _chosen(parsed, group)
+        if chosen in plugins and importlib.util.find_spec(plugins[chosen]) is None:
+            package = plugins[chosen].rpartition(".")[2].replace("_", "-")
+            raise UserError(f"{group}={chosen}: pip install {package} (or 'narrowgauge[sweep]')")
     for override in parsed:
         if override.key_or_group.startswith("hydra.launcher."):
             _check_launcher(override, parsed)
@@ -245,7 +283,7 @@ def _check(parsed: Sequence[Override], own: Sequence[Override]) -> None:
 
 
 def _check_launcher(override: Override, parsed: Sequence[Override]) -> None:
-    launcher = next(o.value() for o in parsed if o.key_or_group == "hydra/launcher")
+    launcher = _chosen(parsed, "hydra/launcher")
     name = override.key_or_group.removeprefix("hydra.launcher.")
     known = [part.name for part in fields(LauncherConfig) if part.name != "_target_"]
     if launcher == LAUNCHER and name not in known:
@@ -256,6 +294,9 @@ def _check_launcher(override: Override, parsed: Sequence[Override]) -> None:
 
 
 def _choices(override: Override) -> list[str]:
+    value = override.value()
+    if isinstance(value, IntervalSweep):  # for sweepers that search
+        return [f"{override.key_or_group}={end}" for end in (value.start, value.end)]
     batches = BasicSweeper.split_arguments([override], None)
     if not batches or not batches[0]:
         raise UserError(f"{override.input_line}: no values")
@@ -283,7 +324,7 @@ def job_name(overrides: Iterable[str], exclude: Iterable[str] = ()) -> str:
     What file systems take badly becomes ``-``. A name that is too long keeps what sweeps are mostly about. Where that
     loses something, a hash of all overrides follows.
     """
-    own = sorted(text.lstrip("+") for text in overrides if not text.startswith(("hydra.", "hydra/")))
+    own = sorted(_own(overrides))
     parts = [text for text in own if text.partition("=")[0] not in set(exclude)]
     full = ",".join(parts)
     kept = parts if len(full) <= _LONGEST_NAME else [text for text in parts if re.match(_TELLING, text)]
@@ -293,6 +334,11 @@ def job_name(overrides: Iterable[str], exclude: Iterable[str] = ()) -> str:
     return name or "defaults"
 
 
+def _own(overrides: Iterable[str]) -> list[str]:
+    """Without Hydra's."""
+    return [text.lstrip("+") for text in overrides if not text.startswith(("hydra.", "hydra/"))]
+
+
 def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]]) -> list[Job]:
     """Jobs under ``hydra.sweep.dir``, one for each list of overrides."""
     root = Path(config.hydra.sweep.dir)
@@ -300,7 +346,7 @@ def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]]) -> list[Job]:
     steps = load_config([]).train.steps
     jobs: dict[str, Job] = {}
     for overrides in batch:
-        own = [text.lstrip("+") for text in overrides if not text.startswith(("hydra.", "hydra/"))]
+        own = _own(overrides)
         name = job_name(own, exclude)
         wanted = [text.partition("=")[2] for text in own if text.startswith("train.steps=")]
         jobs[name] = Job(

@@ -94,6 +94,9 @@ def test_a_run_leaves_what_the_contract_names(tiny: Tiny, gpt: bool, precision: 
     assert "q_proj" in (root / "plan.txt").read_text()
     env = json.loads((root / "env.json").read_text())
     assert env["packages"]["torch"] == torch.__version__
+    assert env["state_bytes"]["weights"] == 4 * env["parameters"]
+    assert 0 <= env["state_bytes"]["optimizer"] - 8 * env["parameters"] < 1000  # two moments, and counters
+    assert len(env["data"]) == 16
 
 
 @pytest.mark.parametrize("gpt", [False, True])

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
+import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import launch, tiny_overrides
+from conftest import tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 from trainer import sweep as module
 from trainer.__main__ import main
+from trainer.checkpoint import list_checkpoints
 from trainer.errors import ExitCode, UserError
+from trainer.report import Settings, write_report
 from trainer.sweep import Job, State, SweepStopped, expand, expand_named, job_name, named_grids, run_jobs, sweep
 
+TIMES = ("tokens_per_second", "seconds")  # columns that no restart leaves alone
 END = """mkdir -p '{dir}'; echo run >> '{dir}/attempts'
 echo '{{"kind": "eval", "step": 5, "loss": 3.5}}' > '{dir}/metrics.jsonl'
 echo '{{"status": "{status}", "step": 5, "reason": "why"}}' > '{dir}/done.json'; exit {code}"""
@@ -96,6 +105,10 @@ def test_the_command_line_overrules_a_named_grid() -> None:
         (["seed=0,1", "hydra/launcher=narowgauge"], "narrowgauge"),
         (["sweep=example", "sweep=first_sweep"], "one grid at a time"),
         (["seed"], "write key=value"),
+        (["hydra/sweeper=lr_search", "hydra.launcher.dry_run=true"], "no list to print"),
+        (["optim.lr=interval(1e-4,1e-2)"], "INTERVAL_SWEEP"),
+        (["optim.lr=interval(-1,1e-2)", "hydra/sweeper=optuna"], "optim.lr"),
+        (["seed=0,1", "hydra/launcher=submitit_local", "hydra.launcher.dry_run=true"], "have a dry run"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(
@@ -219,14 +232,99 @@ def test_the_table_has_every_job(tmp_path: Path) -> None:
     assert module._Display(many).table().row_count == 1
 
 
+def hold_in_the_middle(sweep_process: psutil.Process, root: Path) -> list[psutil.Process]:
+    """Freeze each of two jobs once it has a checkpoint, and give both back."""
+    held: dict[Path, psutil.Process] = {}
+    deadline = time.monotonic() + 200
+    while len(held) < 2:
+        assert time.monotonic() < deadline, [path.read_text() for path in root.glob("*/console.log")]
+        assert sweep_process.status() != psutil.STATUS_ZOMBIE, "the sweep ended by itself"
+        for checkpoints in root.glob("*/checkpoints"):
+            run = checkpoints.parent
+            if run not in held and list_checkpoints(checkpoints):
+                held[run] = next(job for job in sweep_process.children() if f"run.dir='{run}'" in job.cmdline())
+                held[run].suspend()
+        time.sleep(0.01)
+    assert not any((run / "done.json").exists() for run in held)
+    return list(held.values())
+
+
 @pytest.mark.slow
-def test_a_sweep_of_two_runs(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus: Path, tmp_path: Path) -> None:
     own = [text for text in tiny_overrides(corpus, tmp_path) if not text.startswith("run.dir=")]
-    options = [f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.launcher.jobs=2", "parallel.threads=1"]
-    command = ["--multirun", *own, "precision=bf16,exmy_e8m3", *options]
-    result = launch(command)
-    assert result.returncode == 0, result.stdout + result.stderr
-    done = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/done.json")]
-    assert [(one["status"], one["step"]) for one in done] == [("finished", 6)] * 2
-    names = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    grid = ["precision=bf16,exmy_e8m3", "hydra.launcher.jobs=2", "sample.tokens=0", "checkpoint.asynchronous=false"]
+    # Many steps after the first checkpoint, so that no job ends before it is held.
+    command = [*own, *grid, "train.steps=48", "eval.every=16", "checkpoint.every=6"]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert sweep([*command, f"hydra.sweep.dir={alone}"]) == ExitCode.FINISHED
+    names = sorted(path.name for path in alone.iterdir() if path.is_dir())
     assert [name.partition(",")[2].partition("-")[0] for name in names] == ["precision=bf16", "precision=exmy_e8m3"]
+
+    start = [sys.executable, "-m", "trainer", "--multirun", *command, f"hydra.sweep.dir={killed}"]
+    with subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        jobs = hold_in_the_middle(psutil.Process(process.pid), killed)
+        for victim in (psutil.Process(process.pid), *jobs):
+            victim.kill()
+    assert sweep([*command, f"hydra.sweep.dir={killed}"]) == ExitCode.FINISHED
+    for name in names:
+        assert "resuming" in (killed / name / "console.log").read_text()
+
+    told = []
+    for root in (alone, killed):
+        summary = json.loads(json.dumps(write_report([root], root, Settings())))
+        del summary["times"]
+        with (root / "summary.csv").open() as file:
+            rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+        told.append((summary, rows))
+    assert told[0] == told[1]
+    assert all(run["state"] == "finished" and run["final_loss"] for run in told[0][0]["runs"].values())
+
+
+def test_slurm_gets_one_task_a_run(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "precision=bf16,mxfp8", "seed=0,1,2"]
+    assert sweep([*told, "hydra.launcher.timeout_min=90", "hydra.launcher.dry_run=true"]) == ExitCode.FINISHED
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n")
+    options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {"array=0-5%6", "partition=gpu", "time=90", "nodes=1", "ntasks-per-node=1", "gpus-per-node=8"} <= options
+    assert "-m submitit.core._submit" in script
+    assert script.count("# task") == 6
+    assert (
+        "# task 5: python -m trainer precision=mxfp8 seed=2 run.dir='multirun/sweep/precision=mxfp8,seed=2'" in script
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_asks_for_runs_one_after_another_and_skips_what_is_done(tmp_path: Path, monkeypatch) -> None:
+    asked: list[float] = []
+
+    def pretend(jobs: list[Job], **_: object) -> None:
+        for job in jobs:
+            lr = float(next(text for text in job.overrides if text.startswith("optim.lr=")).partition("=")[2])
+            asked.append(lr)
+            job.state, job.loss = State.finished, abs(math.log10(lr) + 2)  # best at 1e-2
+
+    monkeypatch.setattr(module, "run_jobs", pretend)
+    (tmp_path / "search").mkdir()
+    told = ["hydra/sweeper=lr_search", "hydra.sweeper.n_trials=4", f"hydra.sweep.dir={tmp_path / 'search'}"]
+    for _ in range(2):
+        assert sweep([*told, "precision=mxfp8"]) == ExitCode.FINISHED
+    assert asked[:4] == asked[4:]  # the same rates again: a restart finds its runs
+    assert all(1e-4 <= lr <= 1e-1 for lr in asked)
+    best = OmegaConf.load(tmp_path / "search" / "optimization_results.yaml")
+    assert best.best_params["optim.lr"] == min(asked, key=lambda lr: abs(math.log10(lr) + 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
+        (["hydra/sweeper=optuna"], "pip install hydra-optuna-sweeper"),
+    ],
+)
+def test_what_is_not_installed_is_named(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        sweep([*arguments, "seed=0,1"])

@@ -1,0 +1,288 @@
+"""What the runs of a recipe say: gaps, divergences, learning rates, tokens to a loss; the bit ladder, the switches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from precision.recipe import close
+from trainer.errors import UserError
+from trainer.reporting.runs import Key, Product, Run, Settings, arguments, differing_arguments
+from trainer.statistics import (
+    Equivalence,
+    Interval,
+    bootstrap_mean,
+    equivalence,
+    first_below,
+    lr_sensitivity,
+    noise_band,
+    pooled_sd,
+    sign_test,
+    smoothed,
+    usable_width,
+    wilson,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRates:
+    """Means over settings that differ in more than seed and learning rate."""
+
+    tried: int
+    best: float | None  # of the lowest mean loss, all its seeds finished; None if settings disagree
+    sensitivity: float | None
+    width: float | None  # decades
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Against the baseline's partner run, on smoothed training losses."""
+
+    pairs: int
+    reached: int  # that came down to the target
+    tokens_ratio: float | None  # tokens to the target, over the baseline's; mean of those that reached it
+    loss_ratio: float | None  # at equal tokens, the last that both have; mean over pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSummary:
+    """What the runs of one recipe say."""
+
+    recipe: str
+    runs: int
+    finished: int
+    diverged: int
+    decided: int  # finished or diverged
+    rate: Interval | None  # of divergence
+    times_to_divergence: list[int]  # steps
+    tokens_to_divergence: float | None  # median
+    final_mean: float | None
+    final_sd: float | None  # of runs that differ in the seed alone
+    final_interval: Interval | None
+    gaps: list[float]
+    unpaired: int  # finished runs without a finished partner
+    gap: float | None
+    interval: Interval | None
+    band: float | None
+    sign_p: float | None
+    equivalence: Equivalence | None
+    rates: LearningRates
+    progress: Progress
+    spikes: int
+    spike_score: float | None
+    sharpness: float | None  # mean of the last ones of finished runs
+    tokens_per_second: float | None
+    state_bytes: dict[str, float]  # weights, optimizer ...: of the whole model, mean over runs
+    emulated: bool
+
+
+class Rung(NamedTuple):
+    """One recipe on the bit ladder."""
+
+    exponent: int
+    mantissa: int
+    rounding: str
+    summary: RecipeSummary
+
+
+class Switch(NamedTuple):
+    """Two variants of a recipe that differ in one argument: final loss with ``after`` minus that with ``before``."""
+
+    recipe: str
+    argument: str
+    before: str
+    after: str
+    differences: list[float]
+
+
+def summarize(runs: Sequence[Run], settings: Settings) -> list[RecipeSummary]:
+    """The baseline first, then the recipes by name. Raises UserError for a baseline that no run has."""
+    known = [run for run in runs if run.values]
+    names = list(dict.fromkeys(run.recipe for run in known))
+    if names and settings.baseline not in names and settings.baseline != "bf16":
+        near = close(settings.baseline, names)
+        raise UserError(f"baseline={settings.baseline}: no run of it{near}; there are: {', '.join(names)}")
+    base = {run.key(): run for run in known if run.recipe == settings.baseline and run.final is not None}
+    noise = _by_seed(base.values())
+    return [
+        _summarize(name, [run for run in known if run.recipe == name], base, noise, settings)
+        for name in sorted(names, key=lambda name: (name != settings.baseline, name))
+    ]
+
+
+def _by_seed(runs: Iterable[Run]) -> list[list[float]]:
+    """Final losses in groups whose runs differ in the seed alone."""
+    groups: dict[Key, list[float]] = defaultdict(list)
+    for run in runs:
+        if run.final is not None:
+            groups[run.key("seed")].append(run.final)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _summarize(
+    name: str,
+    runs: Sequence[Run],
+    base: Mapping[Key, Run],
+    noise: Sequence[Sequence[float]],
+    settings: Settings,
+) -> RecipeSummary:
+    finished = [run for run in runs if run.final is not None]
+    finals = [run.final for run in finished if run.final is not None]
+    diverged = [run for run in runs if run.state == "diverged"]
+    ended = [run for run in runs if run.over]
+    ordered = sorted(finished, key=lambda run: run.key()) if name != settings.baseline else []
+    pairs = [(run, base[run.key()]) for run in ordered if run.key() in base]
+    gaps = [run.final - other.final for run, other in pairs if run.final is not None and other.final is not None]
+    times = [(run.diverged_at, run.tokens_per_step) for run in diverged if run.diverged_at is not None]
+    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
+    spread = pooled_sd(_by_seed(sorted(finished, key=lambda run: run.key())))
+    return RecipeSummary(
+        recipe=name,
+        runs=len(runs),
+        finished=len(finished),
+        diverged=len(diverged),
+        decided=len(ended),
+        rate=wilson(len(diverged), len(ended)),
+        times_to_divergence=sorted(step for step, _ in times),
+        tokens_to_divergence=statistics.median(step * tokens for step, tokens in times) if times else None,
+        final_mean=mean(finals),
+        final_sd=spread[0] if spread else None,
+        final_interval=bootstrap_mean(sorted(finals)),
+        gaps=gaps,
+        unpaired=len(ordered) - len(pairs),
+        gap=mean(gaps),
+        interval=bootstrap_mean(gaps),
+        band=noise_band(noise, len(gaps) or len(finished)),
+        sign_p=sign_test(gaps),
+        equivalence=equivalence(gaps, settings.margin),
+        rates=_learning_rates(ended, settings),
+        progress=_progress(pairs, settings),
+        spikes=sum(run.num_spikes for run in runs),
+        spike_score=mean(run.spike_score for run in runs if run.spike_score is not None),
+        sharpness=mean(list(run.evals["sharpness"].values())[-1] for run in finished if "sharpness" in run.evals),
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        state_bytes=_state_bytes(runs),
+        emulated=any(_is_emulated(run, settings) for run in runs),
+    )
+
+
+def is_emulated(product: Product) -> bool:
+    """Whether a product of narrow operands is computed in wider ones."""
+    return product.backend not in ("torch", "scaled_mm")
+
+
+def _is_emulated(run: Run, settings: Settings) -> bool:
+    if not run.products:  # without a plan.txt: a CPU multiplies nothing narrower than BF16
+        return run.on_cpu and run.recipe != settings.baseline
+    return any(is_emulated(product) for product in run.products)
+
+
+def _learning_rates(runs: Sequence[Run], settings: Settings) -> LearningRates:
+    """The loss of a learning rate is the mean over its seeds; None, as diverged, if one of them diverged."""
+    settled: dict[Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        settled[run.key("seed", "optim.lr")].append(run)
+    sensitivities, widths, best = [], [], set()
+    for key in sorted(settled):
+        losses = losses_by_rate(settled[key])
+        at_init = mean(run.losses[0] for run in settled[key] if run.losses and run.losses[0] is not None)
+        if at_init is not None and (value := lr_sensitivity(losses, at_init)) is not None:
+            sensitivities.append(value)
+        if len(losses) > 1 and (width := usable_width(losses, settings.within)) is not None:
+            widths.append(width)
+        good = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if len(losses) > 1 and good:
+            best.add(min(good, key=lambda rate: good[rate]))
+    return LearningRates(
+        tried=len({run.lr for run in runs}),
+        best=best.pop() if len(best) == 1 else None,
+        sensitivity=mean(sensitivities),
+        width=mean(widths),
+    )
+
+
+def losses_by_rate(runs: Iterable[Run]) -> dict[float, float | None]:
+    """The mean final loss over the seeds of each learning rate; None where one has none."""
+    groups: dict[float, list[float | None]] = defaultdict(list)
+    for run in runs:
+        groups[run.lr].append(run.final)
+    return {
+        rate: None if None in group else mean(loss for loss in group if loss is not None)
+        for rate, group in sorted(groups.items())
+    }
+
+
+def _progress(pairs: Sequence[tuple[Run, Run]], settings: Settings) -> Progress:
+    tokens, losses = [], []
+    for run, other in pairs:
+        curve, target_curve = smoothed(run.losses), smoothed(other.losses)
+        at = int(settings.target_at * len(target_curve)) - 1
+        target = target_curve[at] if at >= 0 else None
+        if target is not None:
+            mine = first_below(run.steps, curve, target)
+            theirs = first_below(other.steps, target_curve, target)
+            if mine is not None and theirs is not None:
+                tokens.append(mine * run.tokens_per_step / (theirs * other.tokens_per_step))
+        last = min(len(curve), len(target_curve)) - 1
+        if last >= 0 and (own := curve[last]) is not None and (its := target_curve[last]) is not None:
+            losses.append(own / its)
+    return Progress(pairs=len(pairs), reached=len(tokens), tokens_ratio=mean(tokens), loss_ratio=mean(losses))
+
+
+def _state_bytes(runs: Sequence[Run]) -> dict[str, float]:
+    parts: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        told = run.environment.get("state_bytes")
+        for name, size in told.items() if isinstance(told, dict) else ():
+            if isinstance(size, int | float):
+                parts[str(name)].append(float(size))
+    return {name: math.fsum(sizes) / len(sizes) for name, sizes in parts.items()}
+
+
+def ladder(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Settings) -> list[Rung]:
+    """The recipes that mask operands to EeMm, and the BF16 baseline, which is E8M7, beside them; empty without any."""
+    rungs = []
+    for summary in recipes:
+        values = next(run.values for run in runs if run.recipe == summary.recipe)
+        if values.get("precision.recipe") == "exmy":
+            bits = [int(values[f"precision.args.{part}_bits"]) for part in ("exponent", "mantissa")]
+            rungs.append(Rung(bits[0], bits[1], str(values.get("precision.args.rounding", "")), summary))
+    base = [summary for summary in recipes if summary.recipe == settings.baseline == "bf16"]
+    roundings = dict.fromkeys(rung.rounding for rung in rungs)
+    return [*rungs, *(Rung(8, 7, rounding, summary) for rounding in roundings for summary in base)]
+
+
+def switches(runs: Sequence[Run]) -> list[Switch]:
+    """Every pair of variants of a recipe's file that differ in one argument, with the differences of paired runs."""
+    files: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.values and run.values.get("precision.recipe") != "exmy":  # which has its ladder
+            files[str(run.values.get("precision.recipe"))].append(run)
+    found = []
+    for name, members in sorted(files.items()):
+        differing = differing_arguments(members)
+        variants: dict[tuple[tuple[str, str], ...], dict[Key, Run]] = defaultdict(dict)
+        for run in members:
+            own = arguments(run)
+            variants[tuple((k, own.get(k, "")) for k in differing)][run.key()] = run
+        for one in sorted(variants):
+            for other in sorted(variants):
+                changed = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
+                if len(changed) == 1 and one < other:
+                    (argument, before), (_, after) = changed[0]
+                    pairs = [
+                        (variants[one][k], variants[other][k]) for k in sorted(variants[one]) if k in variants[other]
+                    ]
+                    gaps = [b.final - a.final for a, b in pairs if a.final is not None and b.final is not None]
+                    found.append(Switch(name, argument, before, after, gaps))
+    return found
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """None without values."""
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None

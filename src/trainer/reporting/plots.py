@@ -1,0 +1,429 @@
+"""The plots of a report as plain values, drawn by plotly for the page and by matplotlib for the PNGs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from trainer.reporting.measures import RecipeSummary, Rung, losses_by_rate
+from trainer.reporting.runs import Run
+from trainer.reporting.tables import rung_text
+from trainer.statistics import smoothed
+
+_MOST_POINTS = 400  # of a curve
+_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+_NATS = "nats per token"
+_LOST = "Parameters that an update left as they were; smoothed."
+_LOGARITHMIC = ("grad_norm", "update_ratio")
+_HEAT = [[0.0, "#67a9cf"], [0.5, "#f7f7f7"], [1.0, "#ef8a62"]]  # worse is red; text stays readable on both ends
+_SPREAD = 0.6  # of the distance between learning rates that recipes side by side take
+
+
+Points = tuple[list[float], list[float]]
+_Curve = tuple[str, str, str, str, Callable[[Run], Points]]  # name, title, unit, note
+
+
+class Kind(Enum):
+    """How a mark is drawn: symbol for plotly, style for matplotlib."""
+
+    line = "line"
+    dotted = "dotted"
+    dots = "dots"
+    crosses = "crosses"
+    diamond = "diamond"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Points of one recipe that are drawn alike."""
+
+    recipe: str
+    kind: Kind
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str  # what a pointer over it is told
+    interval: tuple[float, float] | None = None  # of a diamond
+    in_legend: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Marks on two axes."""
+
+    name: str
+    title: str
+    note: str
+    x_label: str
+    y_label: str
+    marks: Sequence[Mark]
+    colors: dict[str, str]
+    log_x: bool = False
+    log_y: bool = False
+    ticks: dict[float, str] | None = None  # of x, where they are no plain numbers
+    zero_line: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """One number a cell, None where there is none, and what stands in it."""
+
+    name: str
+    title: str
+    note: str
+    x_label: str
+    y_label: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    texts: Sequence[Sequence[str]]
+
+
+def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence[Rung]) -> list[Plot | HeatMap]:
+    """All that have something to show."""
+    colors = {s.recipe: _COLORS[index % len(_COLORS)] for index, s in enumerate(recipes)}
+    known = [run for run in runs if run.values]
+    curves: list[_Curve] = [
+        ("losses", "Training loss", _NATS, "Smoothed. Dotted: diverged.", _loss_curve),
+        ("validation", "Validation loss", _NATS, "As measured.", partial(_eval_curve, name="loss")),
+        ("sharpness", "Sharpness", "percent", "Defined under Stability.", partial(_eval_curve, name="sharpness")),
+        ("grad_norm", "Gradient norm", "before clipping", "Largest of each stretch of steps.", _peaks),
+        (
+            "update_ratio",
+            "Update ratio",
+            "|update| / |weights|",
+            "Smoothed.",
+            partial(_series_curve, name="update_ratio"),
+        ),
+        ("lost_updates", "Lost updates", "share of parameters", _LOST, partial(_series_curve, name="lost_updates")),
+        ("edq", "Effective descent quality", "", "Smoothed.", partial(_series_curve, name="edq")),
+    ]
+    lines = [_over_tokens(curve, known, colors) for curve in curves]
+    made = [_gaps(recipes, colors), lines[0], _rates(known, recipes, colors), *lines[1:]]
+    maps = [
+        _heat_map([rung for rung in rungs if rung.rounding == way], way) for way in sorted({r.rounding for r in rungs})
+    ]
+    return [*maps, *(plot for plot in made if plot.marks)]
+
+
+# --- what is drawn
+
+
+def _over_tokens(curve: _Curve, runs: Sequence[Run], colors: dict[str, str]) -> Plot:
+    """One line a run, over the tokens it has seen."""
+    name, title, y_label, note, points = curve
+    marks: list[Mark] = []
+    for run in runs:
+        x, y = points(run)
+        if x:
+            first = all(mark.recipe != run.recipe for mark in marks)
+            kind = Kind.dotted if run.state == "diverged" else Kind.line
+            marks.append(Mark(recipe=run.recipe, kind=kind, x=x, y=y, label=_label(run), in_legend=first))
+    return Plot(
+        name=name,
+        title=title,
+        note=note,
+        x_label="tokens",
+        y_label=y_label,
+        marks=marks,
+        colors=colors,
+        log_y=name in _LOGARITHMIC,
+    )
+
+
+def _label(run: Run) -> str:
+    return f"{run.recipe}, lr {run.lr:g}, seed {run.seed}"
+
+
+def _loss_curve(run: Run) -> Points:
+    return _thinned(run, smoothed(run.losses))
+
+
+def _series_curve(run: Run, name: str) -> Points:
+    return _thinned(run, smoothed(run.series.get(name, [])))
+
+
+def _eval_curve(run: Run, name: str) -> Points:
+    points = run.evals.get(name, {})
+    if len(points) < 2:  # no curve, and the end of each run is in a table
+        return [], []
+    return [step * run.tokens_per_step for step in points], [round(value, 5) for value in points.values()]
+
+
+def _thinned(run: Run, values: Sequence[float | None]) -> Points:
+    """At most ``_MOST_POINTS`` of them and the last."""
+    points = [
+        (s * run.tokens_per_step, value) for s, value in zip(run.steps, values, strict=False) if value is not None
+    ]
+    every = max(1, math.ceil(len(points) / _MOST_POINTS))
+    picks = sorted({*range(0, len(points), every), len(points) - 1} - {-1})
+    return [points[i][0] for i in picks], [float(f"{points[i][1]:.6g}") for i in picks]
+
+
+def _peaks(run: Run, name: str = "grad_norm") -> Points:
+    """The largest value of each of at most ``_MOST_POINTS`` stretches."""
+    values = run.series.get(name, [])
+    points = [
+        (value, s * run.tokens_per_step) for s, value in zip(run.steps, values, strict=False) if value is not None
+    ]
+    every = max(1, math.ceil(len(points) / _MOST_POINTS))
+    top = [max(points[start : start + every]) for start in range(0, len(points), every)]
+    return [x for _, x in top], [float(f"{y:.6g}") for y, _ in top]
+
+
+def _gaps(recipes: Sequence[RecipeSummary], colors: dict[str, str]) -> Plot:
+    shown = [s for s in recipes if s.gap is not None]
+    marks = []
+    for place, s in enumerate(shown):
+        assert s.gap is not None
+        marks.append(
+            Mark(recipe=s.recipe, kind=Kind.dots, x=[place] * len(s.gaps), y=s.gaps, label=f"{s.recipe}, pairs")
+        )
+        marks.append(
+            Mark(
+                recipe=s.recipe, kind=Kind.diamond, x=[place], y=[s.gap], label=f"{s.recipe}, mean", interval=s.interval
+            )
+        )
+    return Plot(
+        name="gaps",
+        title="Gap to the baseline",
+        note="Dots: pairs; diamonds: their mean and its 95% interval. Above zero is worse.",
+        x_label="",
+        y_label="nats per token",
+        marks=marks,
+        colors=colors,
+        ticks={float(place): s.recipe for place, s in enumerate(shown)},
+        zero_line=True,
+    )
+
+
+def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], colors: dict[str, str]) -> Plot:
+    rates = sorted({run.lr for run in runs if run.lr > 0})
+    apart = min((math.log10(b / a) for a, b in pairwise(rates)), default=0.3)
+    marks = []
+    for index, s in enumerate(recipes):
+        own = [run for run in runs if run.recipe == s.recipe and run.lr > 0]
+        beside = 10 ** (_SPREAD * apart * ((index + 0.5) / len(recipes) - 0.5))
+        good = [(run.lr * beside, run.final) for run in own if run.final is not None]
+        bad = [(run.lr * beside, run.losses[0]) for run in own if run.state == "diverged" and run.losses]
+        failed = [(x, loss) for x, loss in bad if loss is not None]
+        means = [
+            (rate * beside, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None
+        ]
+        for kind, points, told in (
+            (Kind.dots, good, ""),
+            (Kind.crosses, failed, ", diverged"),
+            (Kind.line, means, ", mean"),
+        ):
+            if points and (kind is not Kind.line or len(points) > 1):
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                first = all(mark.recipe != s.recipe for mark in marks)
+                marks.append(Mark(recipe=s.recipe, kind=kind, x=x, y=y, label=s.recipe + told, in_legend=first))
+    return Plot(
+        name="rates",
+        title="Validation loss by learning rate",
+        note="At the end, recipes side by side. Crosses: diverged, at their first loss. Lines: means of rates where "
+        "none diverged.",
+        x_label="learning rate",
+        y_label="nats per token",
+        marks=marks,
+        colors=colors,
+        log_x=True,
+        ticks={rate: f"{rate:g}" for rate in rates},
+    )
+
+
+def _heat_map(rungs: Sequence[Rung], rounding: str) -> HeatMap:
+    exponents = sorted({rung.exponent for rung in rungs}, reverse=True)
+    mantissas = sorted({rung.mantissa for rung in rungs}, reverse=True)
+    cells = {(rung.mantissa, rung.exponent): rung for rung in rungs}
+
+    def value(rung: Rung | None) -> float | None:
+        if rung is None:
+            return None
+        is_bf16 = (rung.exponent, rung.mantissa) == (8, 7)
+        return 0.0 if is_bf16 and rung.summary.gap is None else rung.summary.gap
+
+    return HeatMap(
+        name=f"ladder_{rounding}" if rounding else "ladder",
+        title=f"The bit ladder, rounding: {rounding}",
+        note="Gap to bf16 in nats per token, by bits of exponent and mantissa. No colour: no pair finished.",
+        x_label="exponent",
+        y_label="mantissa",
+        columns=[f"E{exponent}" for exponent in exponents],
+        rows=[f"M{mantissa}" for mantissa in mantissas],
+        values=[[value(cells.get((m, e))) for e in exponents] for m in mantissas],
+        texts=[[rung_text(cells[m, e]) if (m, e) in cells else "" for e in exponents] for m in mantissas],
+    )
+
+
+# --- plotly
+
+
+def to_plotly(plot: Plot | HeatMap) -> dict[str, Any]:
+    """``{"name", "data", "layout"}`` for ``Plotly.newPlot``."""
+    if isinstance(plot, HeatMap):
+        return _heat_map_to_plotly(plot)
+    x_axis: dict[str, Any] = {"title": {"text": plot.x_label}, "automargin": True}
+    if plot.log_x:
+        x_axis["type"] = "log"
+    elif plot.ticks is not None:
+        x_axis["range"] = [-0.5, len(plot.ticks) - 0.5]
+    if plot.ticks is not None:
+        x_axis |= {
+            "zeroline": False,
+            "tickmode": "array",
+            "tickvals": list(plot.ticks),
+            "ticktext": list(plot.ticks.values()),
+        }
+    y_axis: dict[str, Any] = {"title": {"text": plot.y_label}, "automargin": True, "zeroline": plot.zero_line}
+    if plot.log_y:
+        y_axis |= {"type": "log", "exponentformat": "power", "dtick": 1}
+    return {
+        "name": plot.name,
+        "data": [_trace(mark, plot.colors[mark.recipe]) for mark in plot.marks],
+        "layout": _layout(x_axis, y_axis) | {"showlegend": any(mark.in_legend for mark in plot.marks)},
+    }
+
+
+def _trace(mark: Mark, color: str) -> dict[str, Any]:
+    trace: dict[str, Any] = {
+        "x": list(mark.x),
+        "y": list(mark.y),
+        "name": mark.recipe,
+        "text": mark.label,
+        "hoverinfo": "x+y+text",
+        "legendgroup": mark.recipe,
+        "showlegend": mark.in_legend,
+    }
+    match mark.kind:
+        case Kind.line | Kind.dotted:
+            dash = "dot" if mark.kind is Kind.dotted else "solid"
+            return trace | {"mode": "lines", "line": {"color": color, "width": 1.2, "dash": dash}}
+        case Kind.dots:
+            return trace | {"mode": "markers", "marker": {"color": color, "opacity": 0.6}}
+        case Kind.crosses:
+            return trace | {"mode": "markers", "marker": {"color": color, "symbol": "x", "size": 9}}
+        case Kind.diamond:
+            trace |= {"mode": "markers", "marker": {"color": color, "symbol": "diamond", "size": 11}}
+            if mark.interval is not None:
+                low, high = mark.interval
+                ends = {"array": [high - mark.y[0]], "arrayminus": [mark.y[0] - low]}
+                trace["error_y"] = {"type": "data", "symmetric": False, "color": color, **ends}
+            return trace
+
+
+def _heat_map_to_plotly(plot: HeatMap) -> dict[str, Any]:
+    found = [abs(value) for row in plot.values for value in row if value is not None]
+    most = max(found, default=0.0) or 1.0
+    trace = {
+        "type": "heatmap",
+        "x": list(plot.columns),
+        "y": list(plot.rows),
+        "z": [list(row) for row in plot.values],
+        "zmin": -most,
+        "zmax": most,
+        "colorscale": _HEAT,
+        "hoverinfo": "x+y+z",
+        "xgap": 2,
+        "ygap": 2,
+        "colorbar": {"thickness": 12},
+    }
+    # A cell without a number takes no text of the trace's own.
+    notes = [
+        {"x": column, "y": row, "text": text.replace(", ", "<br>"), "showarrow": False, "font": {"size": 12}}
+        for row, texts in zip(plot.rows, plot.texts, strict=True)
+        for column, text in zip(plot.columns, texts, strict=True)
+        if text
+    ]
+    x_axis = {"title": {"text": plot.x_label}, "type": "category", "automargin": True}
+    y_axis = {"title": {"text": plot.y_label}, "type": "category", "autorange": "reversed", "automargin": True}
+    height = 160 + 60 * len(plot.rows)
+    return {
+        "name": plot.name,
+        "data": [trace],
+        "layout": _layout(x_axis, y_axis) | {"annotations": notes, "height": height},
+    }
+
+
+def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "xaxis": x_axis,
+        "yaxis": y_axis,
+        "margin": {"l": 50, "r": 10, "t": 30, "b": 45},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "height": 420,
+    }
+
+
+# --- matplotlib
+
+
+def save_png(plot: Plot | HeatMap, file: Path) -> None:
+    """Raises OSError where ``file`` cannot be written."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    if isinstance(plot, HeatMap):
+        _draw_heat_map(axes, plot)
+    else:
+        _draw(axes, plot)
+    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    figure.savefig(file, metadata={"Software": None})
+
+
+def _draw(axes: Axes, plot: Plot) -> None:
+    for mark in plot.marks:
+        color, label = plot.colors[mark.recipe], mark.recipe if mark.in_legend else None
+        match mark.kind:
+            case Kind.line | Kind.dotted:
+                style = ":" if mark.kind is Kind.dotted else "-"
+                axes.plot(mark.x, mark.y, color=color, linewidth=0.9, linestyle=style, label=label)
+            case Kind.dots:
+                axes.plot(mark.x, mark.y, "o", color=color, alpha=0.6, markersize=5, label=label)
+            case Kind.crosses:
+                axes.plot(mark.x, mark.y, "x", color=color, label=label)
+            case Kind.diamond:
+                axes.plot(mark.x, mark.y, "D", color=color, label=label)
+                if mark.interval is not None:
+                    axes.vlines(mark.x, *mark.interval, color=color)
+    if plot.log_x:
+        axes.set_xscale("log")
+    if plot.log_y:
+        axes.set_yscale("log")
+    if plot.ticks is not None:
+        axes.set_xticks(list(plot.ticks), list(plot.ticks.values()), rotation=0 if plot.log_x else 30)
+        axes.minorticks_off()
+    if plot.zero_line:
+        axes.axhline(0, color="black", linewidth=0.8)
+    if any(mark.in_legend for mark in plot.marks):
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _draw_heat_map(axes: Axes, plot: HeatMap) -> None:
+    numbers = [[math.nan if value is None else value for value in row] for row in plot.values]
+    most = max((abs(value) for row in numbers for value in row if not math.isnan(value)), default=0.0) or 1.0
+    axes.imshow(
+        numbers,
+        cmap=LinearSegmentedColormap.from_list("heat", [color for _, color in _HEAT]),
+        vmin=-most,
+        vmax=most,
+        aspect="auto",
+    )
+    for row, texts in enumerate(plot.texts):
+        for column, text in enumerate(texts):
+            axes.text(column, row, text.replace(", ", "\n"), ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(plot.columns)), plot.columns)
+    axes.set_yticks(range(len(plot.rows)), plot.rows)
