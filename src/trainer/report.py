@@ -257,7 +257,8 @@ def _label(runs: Sequence[Run]) -> None:
     for run in runs:
         groups[str(run.values.get("precision.name", "unknown"))].append(run)
     for name, members in groups.items():
-        arguments = [{k: repr(v) for k, v in run.values.items() if k.startswith("precision.args.")} for run in members]
+        telling = ("precision.args.", "precision.schedule")
+        arguments = [{k: repr(v) for k, v in run.values.items() if k.startswith(telling)} for run in members]
         differing = sorted({k for one in arguments for k in one if any(one.get(k) != o.get(k) for o in arguments)})
         for run, own in zip(members, arguments, strict=True):
             told = [f"{k.removeprefix('precision.args.')}={own[k]}" for k in differing if k in own]
