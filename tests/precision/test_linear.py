@@ -26,7 +26,7 @@ ROWS, INS, OUTS = 64, 48, 80
 TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
-RECIPES = [name for name in names() if name not in ("bf16", "fp32", "exmy")]  # exmy may change nothing
+RECIPES = [name for name in names() if name not in ("bf16", "fp16", "fp32", "exmy")]  # exmy may change nothing
 
 
 def block_model(width: int = INS, out: int = OUTS, *, bias: bool = False, layers: int = 1) -> nn.Module:
