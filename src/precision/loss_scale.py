@@ -51,7 +51,8 @@ class LossScaler:
     def update(self, scale: Tensor, clean_steps: Tensor, overflow: bool) -> tuple[Tensor, Tensor]:
         """Both for the next step; pure."""
         if overflow:
-            return (scale * self.backoff).clamp(min=self.floor), torch.zeros_like(clean_steps)
+            lower = torch.tensor(float(scale) * self.backoff, dtype=torch.float32)
+            return lower.clamp(min=self.floor), torch.zeros_like(clean_steps)
         if int(clean_steps) + 1 < self.interval:
             return scale, clean_steps + 1
         grown = torch.tensor(float(scale) * self.growth, dtype=torch.float32)

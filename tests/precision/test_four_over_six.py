@@ -70,6 +70,9 @@ def error_of(differences: list[F], kind: Error, tall: int) -> F:
 def test_every_tile_takes_the_better_of_both(rule: TwoLevel, tall: int, dtype: torch.dtype) -> None:
     assert rule.four_over_six is not None
     x = sample(dtype, 32 if tall == 16 else 20)
+    if tall == 16:  # at 6 most of this tile lies in the middle between 4 and 6
+        x[16:, :16] = x[16:, :16].sign() * 0.8 * x.abs().max()
+        x[20, 3] = x.abs().max()
     q = quantize(x, spec_of(rule, tall))
     values, wide = E2M1.decode(unpack4(q.codes, 48)), x.float().numpy()
     scales = E4M3.decode(q.scales).numpy()
@@ -115,7 +118,7 @@ def test_a_row_with_a_scale_of_its_own_is_a_tensor_of_one_row(dtype: torch.dtype
         quantize(x, by_row, amax=torch.ones(1))
 
 
-@pytest.mark.parametrize("rule", [*RULES, TwoLevel(rows=True)], ids=str)
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], TwoLevel(rows=True)], ids=str)
 def test_backends_agree_bit_for_bit(rule: TwoLevel) -> None:
     for tall, dtype in itertools.product((1,) if rule.rows else (1, 16), DTYPES):
         spec = spec_of(rule, tall)

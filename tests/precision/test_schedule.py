@@ -106,8 +106,8 @@ def test_phases_that_meet_only_in_a_run_of_some_length() -> None:
     load("mxfp8", {}, [{"steps": [0, 0.3]}, {"steps": [0.3, 1]}, {"steps": [7, 9], "gemms": ["fprop"]}])
     with pytest.raises(ValueError, match="switches nothing: no linear is quantized"):
         apply(load("bf16", {}, [{"steps": [0, 3]}]), model())
+    other = {"steps": [0, 3], "recipe": "fp8_delayed", "args": {"history": 3}}
     with pytest.raises(ValueError, match="one kind of amax history"):
-        other = {"steps": [0, 3], "recipe": "fp8_delayed", "args": {"history": 3}}
         apply(load("fp8_delayed", {}, [other]), model())
     with pytest.raises(ValueError, match="it wants another"):
         load("fp8_delayed", {}, [{"steps": [0, 3], "recipe": "fp8_delayed", "args": {"reduce_amax": False}}])
