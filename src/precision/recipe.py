@@ -233,7 +233,8 @@ class Plan:
     @property
     def can_back_off(self) -> bool:
         """Whether the loss scale can still go down: an overflow is then its business, and no sign of divergence."""
-        return self.recipe.loss_scale is not None and float(self._scale) > self.recipe.loss_scale.floor
+        scaler = self.recipe.loss_scale
+        return scaler is not None and bool(self._scale > torch.tensor(scaler.floor, dtype=torch.float32))
 
     def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""

@@ -150,12 +150,12 @@ def test_overflows_at_the_floor_are_a_divergence(tiny: Tiny) -> None:
 def test_a_schedule_from_the_command_line_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     phases = "[{steps:[0,2],recipe:mxfp8},{steps:[3,5],gemms:[fprop,wgrad]},{steps:[0.9,1.0],gemms:[dgrad]}]"
     options = (f"precision.schedule={phases}", "precision=fp8_delayed", "precision.args.history=4")
-    config = tiny(*options, "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=1", "train.micro_batch_size=4")
+    config = tiny(*options, "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=4", "train.micro_batch_size=4")
     assert train_here(config) is ExitCode.FINISHED
     root = Path(config.run.dir)
     assert "schedule: steps 3 to 4: fprop, wgrad in high precision" in (root / "plan.txt").read_text()
     evals = read_metrics(root / "metrics.jsonl", "eval")
-    for step in (1, 4):
+    for step in (4,):
         shutil.copytree(root, tmp_path / f"alone{step}")
         go_back(config, step)
         assert train_here(config) is ExitCode.FINISHED
@@ -174,7 +174,7 @@ def test_a_schedule_from_the_command_line_resumes_bit_for_bit(tiny: Tiny, tmp_pa
     ("schedule", "message"),
     [
         ("[{steps:[0,3],gems:[fprop]}]", r"precision\.schedule\[0\]: unknown key 'gems' \(did you mean 'gemms'\?\)"),
-        ("[{steps:[0,3]},{steps:[0.4,0.6]}]", r"precision\.schedule: two phases switch fprop at one step"),
+        ("[{steps:[0,3]},{steps:[0.3,0.6]}]", r"precision\.schedule: two phases switch fprop at one step"),
         ("[{steps:[9,12]}]", r"precision\.schedule: \(steps 9 to 11.* begins after the run's 6 steps"),
     ],
 )
