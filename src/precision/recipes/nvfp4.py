@@ -60,7 +60,7 @@ def recipe(
         keep_paths: linears left in BF16, by regex.
     """
     if not 0 <= bf16_forward <= 1:
-        raise ValueError(f"bf16_forward={bf16_forward}: a part of the run, from 0 to 1")
+        raise ValueError(f"the part of a run is between 0 and 1, not {bf16_forward}")
     scopes = {"none": (), "weights": ("w",), "activations": ("x",), "all": ("w", "x")}
     scope = one_of("four_over_six", four_over_six, scopes)
     error = one_of("four_over_six_error", four_over_six_error, {error.value: error for error in Error})
