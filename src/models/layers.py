@@ -64,6 +64,9 @@ def causal_attention(
     """
     if attention.native_serves(q_BTHD):
         return attention.native_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT)
+    if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.float16:  # whose products torch makes in a scalar loop
+        wide = (x.float() for x in (q_BTHD, k_BTKD, v_BTKD))
+        return causal_attention(*wide, rope, positions_BT).to(torch.float16)
     if rope is not None:
         q_BTHD, k_BTKD = (attention.rotate(x, rope, positions_BT) for x in (q_BTHD, k_BTKD))
     batch, num_positions, heads, _ = q_BTHD.shape

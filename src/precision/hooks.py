@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from precision.linear import UNKNOWN, QuantLinear
-from precision.spec import LinearSpec, OperandSpec, Source
 
 
 def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
@@ -67,41 +66,3 @@ class RollAmax:
             history, held = linear.delayed.update(linear.amax_history, known)
             linear.amax_history.copy_(history)
             linear.amax_held.copy_(torch.where((linear.amax_held == UNKNOWN) & (held == 0.0), UNKNOWN, held))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HighPrecisionForward:
-    """Forward GEMMs in high precision for the last part of a run (arXiv 2509.25149, section 5).
-
-    What backward keeps stays quantized. Where the length of the run is not known, nothing is switched.
-
-    Args:
-        fraction: of the run's steps, at its end.
-    """
-
-    fraction: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"the part of a run is between 0 and 1, not {self.fraction}")
-
-    def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
-        switched = total_steps is not None and step >= total_steps - math.floor(self.fraction * total_steps + 1e-9)
-        for linear in quant_linears(model):
-            linear.active = _without_fprop(linear.spec) if switched else linear.spec
-
-    def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
-        pass
-
-    def __str__(self) -> str:
-        return f"fprop in high precision for the last {self.fraction:g} of train.steps"
-
-
-def _without_fprop(spec: LinearSpec) -> LinearSpec:
-    """``spec`` with a plain fprop. What was to reuse its codes is quantized from the original."""
-
-    def fresh(operand: OperandSpec | None) -> OperandSpec | None:
-        return None if operand is None else replace(operand, source=Source.ORIGINAL)
-
-    dgrad, wgrad = replace(spec.dgrad, b=fresh(spec.dgrad.b)), replace(spec.wgrad, b=fresh(spec.wgrad.b))
-    return LinearSpec(dgrad=dgrad, wgrad=wgrad)

@@ -12,7 +12,7 @@ is, and a linear whose spec is empty is ``F.linear``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -26,9 +26,10 @@ from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
 from precision.scaling import TENSOR, Delayed
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
+_TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
 _TENSORS = {X: "x", W: "w", DGRAD_DY: "dy", DGRAD_W: "w", WGRAD_DY: "dy", WGRAD_X: "x"}
 UNKNOWN = -1.0
 """A held amax that is not known: this step scales by the tensor's own."""
@@ -127,8 +128,22 @@ class Observer(Protocol):
         """Count what ``measure`` gave."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What a linear computes at a step: its spec, by whom, and which remembered amaxes it does not measure itself."""
+
+    spec: LinearSpec
+    backends: tuple[Backend, Backend, Backend]
+    column_of: dict[int, int]  # of slots
+    unseen: tuple[tuple[int, int, Transform | None], ...]  # column, a slot that sees its tensor, through what
+
+
 class QuantLinear(nn.Module):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
+
+    ``specs`` are its own and those of a schedule; ``use`` picks one for each GEMM. What is remembered is what any of
+    them wants, and every amax of it is noted at every training step, whether the spec in use quantizes by it or not: a
+    GEMM that comes back from high precision finds the history it would have had.
 
     Buffers, for delayed scaling only: ``amax_history`` FP32 [length, columns] and ``amax_held`` FP32 [columns], as
     ``precision.scaling.Delayed`` describes them. They are written in training mode alone, never in evaluation, and
@@ -145,36 +160,81 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.path = path
-        self.spec = spec
-        self.active = spec  # what this step uses; a hook may change it by step
         self.clock = Clock()
         self.observer: Observer | None = None
-        self.backends: tuple[Backend, Backend, Backend] = (REFERENCE, REFERENCE, REFERENCE)
-        columns = _columns(spec)
-        self.columns = list(dict.fromkeys(columns.values()))
+        self._base_keys: dict[int, Tensor] = {}
+        self.schedule((spec,))
+
+    @property
+    def spec(self) -> LinearSpec:
+        """Its own, which holds wherever no schedule says otherwise."""
+        return self.specs[0]
+
+    @property
+    def active(self) -> LinearSpec:
+        """What this step uses."""
+        return self.mode.spec
+
+    @property
+    def backends(self) -> tuple[Backend, Backend, Backend]:
+        """Of the GEMMs of this step."""
+        return self.mode.backends
+
+    def schedule(self, specs: Sequence[LinearSpec], backends: Sequence[tuple[Backend, Backend, Backend]] = ()) -> None:
+        """Give it these specs, its own first, with the backends of their GEMMs (the reference's if not told)."""
+        self.specs = tuple(specs)
+        self.backends_of = tuple(backends) or ((REFERENCE, REFERENCE, REFERENCE),) * len(self.specs)
+        self.columns = list(dict.fromkeys(column for spec in specs for column in _columns(spec).values()))
         kinds = {column.delayed for column in self.columns}
         if len(kinds) > 1:
-            raise ValueError(f"{path}: one linear keeps one kind of amax history, not {', '.join(map(str, kinds))}")
-        self._column_of = {slot: self.columns.index(column) for slot, column in columns.items()}
+            raise ValueError(
+                f"{self.path}: one linear keeps one kind of amax history, not {', '.join(sorted(map(str, kinds)))}"
+            )
         self.delayed = kinds.pop() if kinds else None
         history, held = (None, None) if self.delayed is None else self.delayed.start(len(self.columns), "meta")
         self.register_buffer("amax_history", history)
         self.register_buffer("amax_held", held)
-        self._base_keys: dict[int, Tensor] = {}
+        self._modes: dict[tuple[int, int, int], Mode] = {}
+        self.use((0, 0, 0))
+
+    def use(self, picks: tuple[int, int, int]) -> None:
+        """From now on compute fprop, dgrad and wgrad by these of ``specs``."""
+        if picks not in self._modes:
+            self._modes[picks] = self._mode(picks)
+        self.mode = self._modes[picks]
+
+    def _mode(self, picks: tuple[int, int, int]) -> Mode:
+        spec = assembled(self.specs, picks)
+        columns = _columns(spec)
+        seen = set(columns.values())
+        unseen: dict[int, tuple[int, Transform | None]] = {}
+        for other in self.specs:
+            gemms = _slots(other)
+            for slot, column in _columns(other).items():
+                if column not in seen:
+                    unseen.setdefault(self.columns.index(column), (slot, gemms[slot][1].transform))
+        return Mode(
+            spec=spec,
+            backends=tuple(self.backends_of[pick][gemm] for gemm, pick in enumerate(picks)),  # type: ignore[arg-type]
+            column_of={slot: self.columns.index(column) for slot, column in columns.items()},
+            unseen=tuple((column, slot, transform) for column, (slot, transform) in unseen.items()),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.spec}"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of ``x``."""
-        if self.clock.high_precision or self.active == LinearSpec():
+        plain = self.clock.high_precision or (self.active == LinearSpec() and not (self.training and self.mode.unseen))
+        # torch multiplies FP16 on a CPU in a scalar loop: the reference does it in float32.
+        if plain and not (x.dtype == torch.float16 and x.device.type == "cpu"):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = self._quantized(x)
+        y: Tensor = self._quantized(x, LinearSpec() if self.clock.high_precision else self.active)
         return y
 
     # Quantization is one opaque step to the compiler: what it would fuse it would also round otherwise.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _quantized(self, x: Tensor) -> Tensor:
+    def _quantized(self, x: Tensor, spec: LinearSpec) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         rows_of_a_sample = self.clock.rows_of_a_sample(x, len(rows))
         # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
@@ -190,7 +250,7 @@ class QuantLinear(nn.Module):
             rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-                rows, weight, bias, self, rows_of_a_sample, made, differentiated
+                rows, weight, bias, self, spec, rows_of_a_sample, made, differentiated
             )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -208,14 +268,27 @@ class QuantLinear(nn.Module):
 
     def amax_for(self, slot: int, x: Tensor) -> Tensor | None:
         """The amax that scales this slot's tensor: None for its own. Notes the new one in training."""
-        if slot not in self._column_of:
+        if slot not in self.mode.column_of:
             return None
-        column = self._column_of[slot]
+        column = self.mode.column_of[slot]
         now, held = self.backends[slot // 2].amax(x, TENSOR).reshape(()), self.amax_held[column]
         if self.training:
             # maximum passes a NaN on: the rule then keeps what it held.
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
         return torch.where(held == UNKNOWN, now, held)
+
+    def note_unseen(self, **tensors: Tensor) -> None:
+        """Note, in training, the amaxes of x and w, or of dy, that the spec in use does not measure."""
+        if not self.training:
+            return
+        for column, slot, transform in self.mode.unseen:
+            if _TENSORS[slot] not in tensors:
+                continue
+            x = tensors[_TENSORS[slot]]
+            if transform is not None:
+                x = REFERENCE.transformed(transform, x.mT if slot in _TRANSPOSED else x, left=slot % 2 == 0)
+            now = self.mode.backends[slot // 2].amax(x.detach(), TENSOR).reshape(())
+            self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
 
 
 class _Linear(torch.autograd.Function):
@@ -226,12 +299,15 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         module: QuantLinear,
+        spec: LinearSpec,
         rows_of_a_sample: int,
         made: dict[Hashable, Quantized] | None,
         differentiated: bool,
     ) -> Tensor:
-        observer = module.observer if differentiated and module.training else None
-        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, observer)
+        # One that computes plainly is measured from outside.
+        observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
+        call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, observer)
+        module.note_unseen(x=x, w=weight)
         a, w = call.operand(X, x), call.operand(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
         seen: tuple[Tensor, ...] = ()
@@ -257,6 +333,7 @@ class _Linear(torch.autograd.Function):
         weight, *pieces = ctx.saved_tensors
         dx = dw = dbias = None
         dy_codes: Operand = dy
+        call.module.note_unseen(dy=dy)
         if ctx.needs_input_grad[0]:
             dy_codes = call.operand(DGRAD_DY, dy)
             if _reuses(spec.dgrad.b):
@@ -295,7 +372,7 @@ class _Linear(torch.autograd.Function):
                 call.observer.add(call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        return dx, dw, dbias, None, None, None, None
+        return dx, dw, dbias, None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +424,7 @@ class _Call:
         if spec is None:
             return x
         noise = None
-        transposed = slot in (DGRAD_W, WGRAD_DY, WGRAD_X)
+        transposed = slot in _TRANSPOSED
         if transposed and gemm.transform is None and spec.tile.outer == spec.tile.inner and not _is_random(spec):
             # The same codes, read along the tensor's own rows.
             return self.quantize(slot, x.mT, spec, None).t()
@@ -404,26 +481,38 @@ def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec,
     return alike and (not _is_random(spec) or spec.source is Source.QUANTIZED)
 
 
+Choices = tuple[Choice, Choice, Choice]
+
+
 @dataclass(frozen=True, slots=True)
 class LinearRow:
-    """One line of plan.txt per GEMM of a quantized linear."""
+    """The lines of plan.txt for a linear: one per GEMM, and one more per GEMM that a schedule switches.
+
+    ``phases``: when, which GEMMs, with what.
+    """
 
     path: str
     shape: tuple[int, int]
     spec: LinearSpec
-    choices: tuple[Choice, Choice, Choice]
+    choices: Choices
+    phases: tuple[tuple[str, tuple[str, ...], LinearSpec, Choices], ...] = ()
 
     def __str__(self) -> str:
         out_features, in_features = self.shape
         lines = [f"{self.path:44} {in_features:>6} -> {out_features:<6}"]
-        for name, choice in zip(("fprop", "dgrad", "wgrad"), self.choices, strict=True):
-            gemm: GemmSpec = getattr(self.spec, name)
-            if gemm == GemmSpec():
-                lines.append(f"    {name}: high precision (torch)")
-                continue
-            note = choice.backend.note(gemm)
-            lines.append(f"    {name}: {gemm}  [{choice}{', ' + note if note else ''}]")
+        for name, choice in zip(GEMMS, self.choices, strict=True):
+            lines.append(f"    {name}: {_told(getattr(self.spec, name), choice)}")
+            for when, gemms, spec, choices in self.phases:
+                if name in gemms:
+                    lines.append(f"        {when}: {_told(getattr(spec, name), choices[GEMMS.index(name)])}")
         return "\n".join(lines)
+
+
+def _told(gemm: GemmSpec, choice: Choice) -> str:
+    if gemm == GemmSpec():
+        return "high precision (torch)"
+    note = choice.backend.note(gemm)
+    return f"{gemm}  [{choice}{', ' + note if note else ''}]"
 
 
 def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
@@ -436,11 +525,27 @@ def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
     return make
 
 
-def assign_backends(linear: QuantLinear, tokens: int | None, device: torch.device, wanted: str) -> LinearRow:
-    """Choose a backend for each GEMM. Raises ValueError if ``wanted`` is none or refuses."""
+def assign_backends(
+    linear: QuantLinear,
+    tokens: int | None,
+    device: torch.device,
+    wanted: str,
+    phases: Sequence[tuple[str, tuple[str, ...], LinearSpec]] = (),
+) -> LinearRow:
+    """Choose a backend for each GEMM, and give the linear the specs of ``phases`` (when, which GEMMs, what).
+
+    Raises ValueError if ``wanted`` is none or refuses.
+    """
     n, k, spec = linear.out_features, linear.in_features, linear.spec
     shapes: tuple[tuple[int | None, int, int], ...] = ((tokens, n, k), (tokens, k, n), (n, k, tokens or -1))
-    gemms = (spec.fprop, spec.dgrad, spec.wgrad)
-    fprop, dgrad, wgrad = (choose(gemm, shape, device, wanted) for gemm, shape in zip(gemms, shapes, strict=True))
-    linear.backends = (fprop.backend, dgrad.backend, wgrad.backend)
-    return LinearRow(linear.path, (n, k), spec, (fprop, dgrad, wgrad))
+
+    def chosen(spec: LinearSpec) -> Choices:
+        gemms = (spec.fprop, spec.dgrad, spec.wgrad)
+        fprop, dgrad, wgrad = (choose(gemm, shape, device, wanted) for gemm, shape in zip(gemms, shapes, strict=True))
+        return fprop, dgrad, wgrad
+
+    choices = [chosen(each) for each in (spec, *(phase[2] for phase in phases))]
+    backends = [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices]
+    linear.schedule((spec, *(phase[2] for phase in phases)), backends)
+    told = tuple((*phase, choice) for phase, choice in zip(phases, choices[1:], strict=True))
+    return LinearRow(linear.path, (n, k), spec, choices[0], told)

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from precision.formats import E8M0, pack4, unpack4
 from precision.noise import Noise
-from precision.scaling import TENSOR, Delayed, Scales, Tile, encode_power
+from precision.scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
 from precision.spec import OperandSpec, Rounding
 
 
@@ -38,7 +38,7 @@ class Quantized:
         codes: uint8 [outer, inner]; [outer, ceil(inner / 2)] for formats of 4 bits (even element in the low nibble);
             for formats over 8 bits the values themselves, in the format's dtype (FP32 if it has none).
         scales: [rows, columns] of the grid of tiles: FP32 decode scales, or codes (uint8) of the rule's scale format.
-        tensor_scale: FP32 scalar of a two-level rule, else None.
+        tensor_scale: FP32 scalar of a two-level rule, or [outer, 1] of one that scales rows; else None.
         shape: outer, inner.
         spec: how it was made.
         transposed: whether codes and scales are those of the matrix [inner, outer].
@@ -128,8 +128,15 @@ def quantize(
         tile_amax = amax.float().reshape(grid) if amax is not None else passes.amax(x, spec.tile)
     else:
         tile_amax = passes.amax(x, spec.tile)
-        tensor_amax = amax.float().reshape(()) if amax is not None else passes.amax(tile_amax, TENSOR).reshape(())
-    scales = passes.scales(spec, tile_amax, tensor_amax, x.dtype)
+        by_row = isinstance(rule, TwoLevel) and rule.rows
+        shape = (grid[0], 1) if by_row else ()
+        top = amax.float() if amax is not None else passes.amax(tile_amax, Tile(1, -1) if by_row else TENSOR)
+        tensor_amax = top.reshape(shape)
+    if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
+        assert tensor_amax is not None
+        scales = _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, passes)
+    else:
+        scales = passes.scales(spec, tile_amax, tensor_amax, x.dtype)
     return Quantized(
         codes=passes.encode(x, scales.encode, spec, noise),
         scales=scales.stored,
@@ -137,6 +144,41 @@ def quantize(
         shape=(outer, inner),
         spec=spec,
     )
+
+
+def _better_scales(
+    x: Tensor,
+    spec: OperandSpec,
+    rule: TwoLevel,
+    kind: Error,
+    tile_amax: Tensor,
+    tensor_amax: Tensor,
+    passes: Passes,
+) -> Scales:
+    """Four over six: of both candidates the scales with which a tile comes out closer to x.
+
+    Per element, in FP32: back = ((code value * d) * A) / (max * top); e = |back - x|, or its square. Per tile: the sum
+    of e along each row, from its first element on; then of the upper half of the rows and the lower half, and again.
+    A tile with a NaN in its errors keeps the first candidate.
+    """
+    six, four = rule.candidates(tile_amax, spec.format, tensor_amax)
+    errors = []
+    for scales in (six, four):
+        codes = passes.encode(x, scales.encode, spec, None)
+        q = Quantized(codes=codes, scales=scales.stored, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+        back = passes.values(q, _stored_values(q), torch.float32) * tensor_amax
+        difference = back / torch.full_like(back, rule.top(spec.format)) - x.float()
+        e = _tiled(difference.abs() if kind is Error.MAE else difference * difference, spec.tile)
+        total = e[..., 0]
+        for column in range(1, e.shape[-1]):
+            total = total + e[..., column]
+        while total.shape[1] > 1:
+            half = total.shape[1] // 2
+            total = total[:, :half] + total[:, half:]
+        errors.append(total[:, 0])
+    better = errors[1] < errors[0]
+    encode, stored = (torch.where(better, b, a) for a, b in zip(six[:2], four[:2], strict=True))
+    return Scales(encode, stored, six.tensor)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes | None = None) -> Tensor:
@@ -154,7 +196,7 @@ def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tens
     matrix is BF16 where that holds the values exactly, without BF16 subnormals:
 
     * one FP32 scale for the tensor: the code values; the factor is the scale. Without a scale there is no factor.
-    * two levels: code value * tile scale; the factor is the tensor's scale.
+    * two levels: code value * tile scale; the factor is the tensor's scale (of rows: all of it in FP32).
     * powers of two per tile: code value * 2^(k - c), with 2^k the tile's scale and the factor 2^c; c is the largest k
       of the tensor that is not NaN's, but at least -126. Tiles whose smallest positive value would fall below 2^-126
       are flushed to zeros, signs kept: for E4M3 those with k < c - 117.
@@ -169,6 +211,8 @@ def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tens
     if rule.levels == 2:
         block = rule.format
         assert block is not None
+        if isinstance(rule, TwoLevel) and rule.rows:
+            return dequantize(q, passes=passes), None
         exact = element.significant_bits + block.significant_bits <= 8
         return values(q, _stored_values(q), torch.bfloat16 if exact else torch.float32), q.tensor_scale
     if rule.format is None and q.spec.tile == (-1, -1):
@@ -228,7 +272,8 @@ def _check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | Non
         raise ValueError(f"{spec} scales by an earlier amax: pass it")
     if amax is not None:
         rows, columns = spec.tile.grid(*x.shape)
-        wanted = {0: 0, 1: rows * columns, 2: 1}[spec.scale.levels]
+        by_row = isinstance(spec.scale, TwoLevel) and spec.scale.rows
+        wanted = {0: 0, 1: rows * columns, 2: rows if by_row else 1}[spec.scale.levels]
         if amax.numel() != wanted:
             raise ValueError(f"{spec} of shape {list(x.shape)} takes {wanted} amaxes, not {amax.numel()}")
     if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):

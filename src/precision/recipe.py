@@ -15,7 +15,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
@@ -28,6 +28,9 @@ from torch.distributed.tensor import DTensor, Shard
 from precision import recipes
 from precision.backends import require_backend as require_backend
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
+from precision.loss_scale import LossScaler
+from precision.schedule import Span, parse_span
+from precision.spec import GEMMS, LinearSpec
 from precision.updates import AdamW, UpdateRule
 
 
@@ -125,13 +128,59 @@ class Hook(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of the run in which some GEMMs of the quantized linears are computed otherwise.
+
+    Args:
+        span: which part.
+        gemms: of fprop, dgrad and wgrad.
+        rules: those of another recipe, whose specs hold there; none for high precision.
+        name: of that recipe.
+    """
+
+    span: Span
+    gemms: tuple[str, ...] = GEMMS
+    rules: tuple[Rule, ...] = ()
+    name: str = "high precision"
+
+    def __post_init__(self) -> None:
+        unknown = [gemm for gemm in self.gemms if gemm not in GEMMS]
+        if unknown:
+            raise ValueError(f"gemms: no GEMM named {unknown[0]!r}{close(str(unknown[0]), GEMMS)}: {', '.join(GEMMS)}")
+        if not self.gemms or len(set(self.gemms)) < len(self.gemms):
+            raise ValueError(f"gemms={list(self.gemms)}: each at most once, and at least one of {', '.join(GEMMS)}")
+
+    def __str__(self) -> str:
+        return f"{self.span}: {', '.join(self.gemms)} in {self.name}"
+
+
+def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
+    """Raises ValueError if two phases want the same GEMM at the same step, or one lies after a run of known length."""
+    for number, later in enumerate(schedule):
+        for earlier in schedule[:number]:
+            both = [gemm for gemm in later.gemms if gemm in earlier.gemms]
+            if both and later.span.meets(earlier.span, total_steps):
+                raise ValueError(f"schedule: two phases switch {both[0]} at one step: ({earlier}) and ({later})")
+        if total_steps is not None and not later.span.of_run and later.span.start >= total_steps:
+            raise ValueError(f"schedule: ({later}) begins after the run's {total_steps} steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that a paper may change about precision. The trainer reads these fields and never the recipe's name."""
+    """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
+
+    Raises ValueError for a schedule whose phases meet.
+    """
 
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
     update: UpdateRule = field(default_factory=AdamW)
+    loss_scale: LossScaler | None = None
+    schedule: tuple[Phase, ...] = ()
     hooks: tuple[Hook, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_apart(self.schedule, None)
 
 
 @runtime_checkable
@@ -170,11 +219,35 @@ class Plan:
     rows: Sequence[PlanRow]
     clock: Clock = field(default_factory=Clock)
     _step: int = field(default=0, init=False)
+    _scale: Tensor = field(init=False)
+    _clean_steps: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._scale, self._clean_steps = (self.recipe.loss_scale or LossScaler()).start()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before backward, and gradients are to be divided by; None without scaling."""
+        return None if self.recipe.loss_scale is None else float(self._scale)
+
+    @property
+    def can_back_off(self) -> bool:
+        """Whether the loss scale can still go down: an overflow is then its business, and no sign of divergence."""
+        scaler = self.recipe.loss_scale
+        return scaler is not None and bool(self._scale > torch.tensor(scaler.floor, dtype=torch.float32))
 
     def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
         self.begin_micro(sample_offset)
+        if self.recipe.schedule:
+            picks = [0, 0, 0]
+            for number, phase in enumerate(self.recipe.schedule, 1):
+                if step in phase.span.steps(total_steps):
+                    picks = [number if gemm in phase.gemms else pick for gemm, pick in zip(GEMMS, picks, strict=True)]
+            for module in self.model.modules():
+                if isinstance(module, QuantLinear):
+                    module.use((picks[0], picks[1], picks[2]))
         for hook in self.recipe.hooks:
             hook.begin_step(self.model, step, total_steps)
 
@@ -182,8 +255,16 @@ class Plan:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
         self.clock.set(self._step, sample_offset, samples)
 
-    def end_step(self, *, applied: bool = True) -> None:
-        """After the last backward pass. ``applied``: whether its gradients are used, or the step is skipped."""
+    def end_step(self, *, applied: bool = True, overflow: bool = False) -> None:
+        """After the last backward pass.
+
+        ``applied``: whether its gradients are used, or the step is skipped. ``overflow``: it is skipped because its
+        gradients, though not its loss, are not finite. (A step without a finite loss says nothing about the scale.)
+        """
+        if self.recipe.loss_scale is not None and (applied or overflow):
+            scale, clean_steps = self.recipe.loss_scale.update(self._scale, self._clean_steps, overflow)
+            self._scale.copy_(scale)
+            self._clean_steps.copy_(clean_steps)
         for hook in self.recipe.hooks:
             hook.end_step(self.model, self._step, applied)
 
@@ -192,15 +273,17 @@ class Plan:
         self.begin_step(max(0, steps_done - 1), 0, total_steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What the recipe remembers from step to step, by name: the model's persistent buffers, alive.
+        """What the recipe remembers from step to step, by name: the model's persistent buffers, alive; the loss scale.
 
         Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
         """
         saved = self.model.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
-        if self._ranks is None:
-            return buffers
-        return {name: DTensor.from_local(buffer[None], self._ranks, [Shard(0)]) for name, buffer in buffers.items()}
+        scaling = {"loss_scale": self._scale, "loss_scale_clean_steps": self._clean_steps}
+        if self._ranks is not None:
+            ranks = self._ranks
+            buffers = {name: DTensor.from_local(buffer[None], ranks, [Shard(0)]) for name, buffer in buffers.items()}
+        return buffers | (scaling if self.recipe.loss_scale is not None else {})
 
     @functools.cached_property
     def _ranks(self) -> DeviceMesh | None:
@@ -216,12 +299,19 @@ class Plan:
         for module in self.model.modules():
             if isinstance(module, Remembers):
                 module.reset_state()
+        self._start_scaling()
 
     def forget(self) -> None:
         """Declare what is remembered unknown, as after loading weights alone: the next step measures for itself."""
         for linear in self.model.modules():
             if isinstance(linear, QuantLinear):
                 linear.reset_state(UNKNOWN)
+        self._start_scaling()
+
+    def _start_scaling(self) -> None:
+        if self.recipe.loss_scale is not None:
+            for tensor, start in zip((self._scale, self._clean_steps), self.recipe.loss_scale.start(), strict=True):
+                tensor.copy_(start)
 
     @contextmanager
     def high_precision(self) -> Iterator[None]:
@@ -236,8 +326,11 @@ class Plan:
         dtypes = self.recipe.dtypes
         names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
         head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
-        hooks = [f"every step: {hook}" for hook in self.recipe.hooks]
-        return "\n".join([head, f"update {self.recipe.update}", *hooks, *map(str, self.rows)]) + "\n"
+        lines = [head, f"update {self.recipe.update}"]
+        lines += [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
+        lines += [f"schedule: {phase}" for phase in self.recipe.schedule]
+        lines += [f"every step: {hook}" for hook in self.recipe.hooks]
+        return "\n".join([*lines, *map(str, self.rows)]) + "\n"
 
 
 def names() -> list[str]:
@@ -245,11 +338,75 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
-def load(name: str, args: Mapping[str, Any]) -> Recipe:
+def load(name: str, args: Mapping[str, Any], schedule: Sequence[Any] = ()) -> Recipe:
     """The recipe ``precision.recipes.<name>`` with these arguments; its signature is the schema.
 
-    Raises ValueError for an unknown recipe or argument (with the close matches) and for a missing one.
+    ``schedule``: phases beside the recipe's own, as ``scheduled`` reads them.
+    Raises ValueError for an unknown recipe or argument (with the close matches), for a missing one, and for a schedule
+    that cannot be.
     """
+    return scheduled(_load(name, args), schedule)
+
+
+def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
+    """``recipe`` with these phases, each a mapping:
+
+    * steps: [start, end], whole steps from 0 with the end not included, or parts of the run up to 1; an end of null is
+      the run's.
+    * gemms: of fprop, dgrad, wgrad; all, if left out.
+    * recipe, args: another recipe, whose specs hold there. High precision, if left out. Only what it says of GEMMs
+      counts, and it must compute in the same dtypes; what it remembers is kept throughout the run.
+
+    Raises ValueError naming the entry and what is wrong with it.
+    """
+    phases, hooks = list(recipe.schedule), list(recipe.hooks)
+    for number, entry in enumerate(entries):
+        try:
+            phase, more = _phase(recipe, entry)
+            for hook in more:
+                if hook not in hooks and any(type(other) is type(hook) for other in hooks):
+                    raise ValueError(f"recipe={phase.name}: it wants another '{hook}' than the run's recipe")
+                hooks += [hook] if hook not in hooks else []
+        except ValueError as error:
+            raise ValueError(f"precision.schedule[{number}]: {error}") from error
+        phases.append(phase)
+    try:
+        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks)) if entries else recipe
+    except ValueError as error:
+        raise ValueError(f"precision.{error}") from error
+
+
+def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
+    keys = ("steps", "gemms", "recipe", "args")
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{entry!r} is no phase; write {{steps: [0.8, 1.0], gemms: [fprop]}}")
+    for key in entry:
+        if key not in keys:
+            raise ValueError(f"unknown key {key!r}{close(str(key), keys)}; a phase has {', '.join(keys)}")
+    if "steps" not in entry:
+        raise ValueError("a phase needs steps: [start, end]")
+    gemms = entry.get("gemms", list(GEMMS))
+    if not isinstance(gemms, (list, tuple)):
+        raise ValueError(f"gemms={gemms!r}: a list of {', '.join(GEMMS)}")
+    phase = Phase(span=parse_span(entry["steps"]), gemms=tuple(gemms))
+    name, args = entry.get("recipe"), entry.get("args", {})
+    if name is None:
+        if args:
+            raise ValueError("args are those of a recipe, which is missing")
+        return phase, ()
+    if not isinstance(args, Mapping):
+        raise ValueError(f"args={args!r}: a mapping of the recipe's arguments")
+    other = _load(str(name), args)
+    for what in ("dtypes", "loss_scale"):
+        if getattr(other, what) != getattr(recipe, what):
+            raise ValueError(f"recipe={name}: its {what} are not the run's, which hold from first step to last")
+    if other.schedule:
+        raise ValueError(f"recipe={name} has a schedule of its own ({other.schedule[0]}): switch that off in args")
+    told = f"{name}({', '.join(f'{key}={value}' for key, value in args.items())})" if args else str(name)
+    return replace(phase, rules=other.rules, name=told), other.hooks
+
+
+def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     if name not in names():
         raise ValueError(f"no recipe named {name!r}{close(name, names())}; there are: {', '.join(names())}")
     make = importlib.import_module(f"precision.recipes.{name}").recipe
@@ -317,16 +474,28 @@ def apply(
     nothing is worse than none. Also for a backend that is none or refuses.
     """
     device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    others = [_specs(phase, model) for phase in recipe.schedule]
     for rule in recipe.rules:
         for path, module in _chosen(rule, model):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, rule.make(module, path))
+    for path in dict.fromkeys(path for specs in others for path in specs):
+        linear = model.get_submodule(path)
+        if type(linear) is nn.Linear:  # in high precision but for a phase
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
+    if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
     clock = Clock(seed=seed)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             module.clock = clock
-            rows.append(assign_backends(module, tokens, device, backend))
+            phases = [
+                (str(phase.span), phase.gemms, specs.get(path, LinearSpec()))
+                for phase, specs in zip(recipe.schedule, others, strict=True)
+            ]
+            rows.append(assign_backends(module, tokens, device, backend, phases))
         elif type(module) is nn.Linear:
             shape = (module.out_features, module.in_features)
             rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
@@ -340,6 +509,20 @@ def apply(
                 setattr(model.get_submodule(parent), child, torch.empty_like(buffer, device=device))
         plan.reset_state()
     return plan
+
+
+def _specs(phase: Phase, model: nn.Module) -> dict[str, LinearSpec]:
+    """What the rules of a phase would make of the linears of a model that is still plain."""
+    specs: dict[str, LinearSpec] = {}
+    for rule in phase.rules:
+        for path, module in _chosen(rule, model):
+            made = rule.make(module, path)
+            if not isinstance(made, QuantLinear):
+                raise ValueError(
+                    f"schedule: {phase.name} makes a {type(made).__name__} of {path}: no step can switch that"
+                )
+            specs.setdefault(path, made.spec)
+    return specs
 
 
 def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:

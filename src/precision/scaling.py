@@ -75,7 +75,7 @@ class Scales(NamedTuple):
     """What a rule makes of the amaxes of a grid of tiles [rows, columns].
 
     ``encode`` is FP32 [rows, columns]. ``stored`` has the same shape and holds decode scales in FP32, or codes (uint8)
-    of a scale format. ``tensor`` is the second level: an FP32 scalar, or None.
+    of a scale format. ``tensor`` is the second level: an FP32 scalar, or [rows, 1], or None.
     """
 
     encode: Tensor
@@ -106,7 +106,7 @@ class ScaleRule(Protocol):
         Args:
             amax: FP32 [rows, columns], not negative.
             element: the format of the values.
-            tensor_amax: FP32 scalar, for two levels.
+            tensor_amax: FP32 scalar, for two levels; [rows, 1] where rows have a level of their own.
             dtype: of the input, for the rule that saturates there.
         """
 
@@ -297,6 +297,13 @@ def encode_power(code: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+class Error(enum.Enum):
+    """What is compared between two quantizations of a tile: the sum of absolute or of squared differences."""
+
+    MAE = "mae"
+    MSE = "mse"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwoLevel:
     """A scale per tile in a narrow format, and an FP32 scale for the tensor that centres them in its range (NVFP4).
@@ -310,6 +317,13 @@ class TwoLevel:
     4. decode = d * T with T = A / (max * top); T = 1 / S where S was set to 1 or to FLT_MAX
 
     Any tile but the whole tensor may carry such scales; native kernels take 1x16 and 16x16 of E2M1 only.
+
+    ``rows``: A, S and T are of each row instead of the tensor (TransformerEngine's row-scaled activations).
+
+    ``four_over_six`` (arXiv 2512.02010, in TransformerEngine's float order): E2M1 is sparse between 4 and 6, so a tile
+    may be better off with its largest value at 4. Two candidates, the one of smaller error wins, a tie is the first's:
+
+    2'. d = block.round(min((a / max) * S, block.max)), and block.round(min((a / max) * S * 1.5, block.max))
     """
 
     levels: ClassVar[int] = 2
@@ -317,6 +331,8 @@ class TwoLevel:
 
     block: NumberFormat = E4M3
     block_max: float | None = None
+    rows: bool = False
+    four_over_six: Error | None = None
 
     def __post_init__(self) -> None:
         if self.block.bits > 8 or self.block.nan is None or self.block.scales_only:
@@ -332,22 +348,39 @@ class TwoLevel:
         self, amax: Tensor, element: NumberFormat, *, tensor_amax: Tensor | None = None, dtype: torch.dtype
     ) -> Scales:
         assert tensor_amax is not None, "two levels of scales need the tensor's amax"
+        if self.four_over_six is not None:
+            return self.candidates(amax, element, tensor_amax)[0]
         s, tensor = self.tensor_level(tensor_amax, element)
         c = s * (1.0 / torch.full_like(s, element.max))
-        d = self.block.round((amax * c).clamp(max=self.block.max))
+        return self._of_block(amax * c, s, tensor)
+
+    def candidates(self, amax: Tensor, element: NumberFormat, tensor_amax: Tensor) -> tuple[Scales, Scales]:
+        """Four over six: the scales that put the largest value of a tile at 6, and at 4."""
+        s, tensor = self.tensor_level(tensor_amax, element)
+        base = (amax / torch.full_like(amax, element.max)) * s
+        return self._of_block(base, s, tensor), self._of_block(base * 1.5, s, tensor)
+
+    def _of_block(self, wanted: Tensor, s: Tensor, tensor: Tensor) -> Scales:
+        d = self.block.round(wanted.clamp(max=self.block.max))
         encode = (1.0 / (d * (1.0 / s))).clamp(max=FP32_MAX)
         return Scales(encode, self.block.encode(d), tensor)
 
+    def top(self, element: NumberFormat) -> float:
+        """What the amax of the tensor is mapped to."""
+        return element.max * (self.block_max or self.block.max)
+
     def tensor_level(self, tensor_amax: Tensor, element: NumberFormat) -> tuple[Tensor, Tensor]:
         """S and T of the tensor."""
-        top = torch.full_like(tensor_amax, element.max * (self.block_max or self.block.max))
+        top = torch.full_like(tensor_amax, self.top(element))
         s = (top / tensor_amax).clamp(max=FP32_MAX)
         s = torch.where((tensor_amax == 0) | (s == 0), 1.0, s)
         exact = (tensor_amax > 0) & (tensor_amax < math.inf) & (s < FP32_MAX)
         return s, torch.where(exact | s.isnan(), tensor_amax / top, 1.0 / s)
 
     def __str__(self) -> str:
-        return f"{self.block}{f'max{self.block_max:g}' if self.block_max is not None else ''}+fp32"
+        top = f"max{self.block_max:g}" if self.block_max is not None else ""
+        chosen = f"-4over6{self.four_over_six.value}" if self.four_over_six is not None else ""
+        return f"{self.block}{top}+fp32{'row' if self.rows else ''}{chosen}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

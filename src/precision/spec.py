@@ -14,13 +14,14 @@ wgrad  dy.mT   x.mT
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from precision.formats import NumberFormat
-from precision.scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile
+from precision.scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
 
 
 class Rounding(enum.Enum):
@@ -98,6 +99,20 @@ class OperandSpec:
                 raise ValueError("an unscaled operand has no use for a delayed amax")
             if self.scale.levels == 1 and not whole:
                 raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
+        if isinstance(self.scale, TwoLevel):
+            self._check_two_levels(self.scale)
+
+    def _check_two_levels(self, scale: TwoLevel) -> None:
+        if scale.rows and (self.tile.outer != 1 or self.tile.inner == 1):
+            raise ValueError(f"{scale} scales rows by themselves: its tiles are parts of a row, not {self.tile}")
+        if scale.rows and isinstance(self.amax, Delayed):
+            raise ValueError("delayed scaling keeps one amax per tensor: it cannot scale rows by themselves")
+        if scale.four_over_six is None:
+            return
+        if self.format.name != "e2m1" or self.tile not in ((1, 16), (16, 16)):
+            raise ValueError(f"four over six is for e2m1 in tiles of 1x16 or 16x16, not {self.format} in {self.tile}")
+        if self.rounding is not Rounding.NEAREST:
+            raise ValueError(f"four over six compares errors of nearest rounding: {self.rounding.value} is not for it")
 
     def __str__(self) -> str:
         delayed = isinstance(self.amax, Delayed)
@@ -125,6 +140,10 @@ class GemmSpec:
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
+        for operand in (self.a, self.b):
+            scale = operand.scale if operand is not None else None
+            if self.transform is not None and isinstance(scale, TwoLevel) and scale.four_over_six is not None:
+                raise ValueError(f"four over six and {self.transform} are not for the same operand")
 
     def __str__(self) -> str:
         a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))
@@ -156,3 +175,24 @@ class LinearSpec:
 
     def __str__(self) -> str:
         return f"fprop {self.fprop}, dgrad {self.dgrad}, wgrad {self.wgrad}"
+
+
+GEMMS = ("fprop", "dgrad", "wgrad")
+
+
+def assembled(specs: Sequence[LinearSpec], picks: tuple[int, int, int]) -> LinearSpec:
+    """fprop, dgrad and wgrad, each of one of ``specs``.
+
+    An operand that was to reuse the codes of a GEMM which is now another's is quantized from the original.
+    """
+    fprop, dgrad, wgrad = (getattr(specs[pick], gemm) for pick, gemm in zip(picks, GEMMS, strict=True))
+
+    def fresh(operand: OperandSpec | None, same: bool) -> OperandSpec | None:
+        return operand if operand is None or same else replace(operand, source=Source.ORIGINAL)
+
+    of_fprop, of_dgrad, of_wgrad = picks
+    return LinearSpec(
+        fprop=fprop,
+        dgrad=replace(dgrad, b=fresh(dgrad.b, of_dgrad == of_fprop)),
+        wgrad=replace(wgrad, a=fresh(wgrad.a, of_wgrad == of_dgrad), b=fresh(wgrad.b, of_wgrad == of_fprop)),
+    )

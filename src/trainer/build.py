@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
-from precision.recipe import Plan, Recipe, apply, load, require_backend
+from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
 from trainer.corpus import CorpusFile, corpus_files
 from trainer.data import (
     DataConfig,
@@ -50,17 +50,26 @@ MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
 
 @dataclass(kw_only=True)
 class PrecisionConfig:
-    """Which recipe, with which arguments (its signature is their schema), on which backend."""
+    """Which recipe, with which arguments (its signature is their schema), on which backend; what changes by step."""
 
     name: str
     recipe: str
     args: dict[str, Any] = field(default_factory=dict)
+    schedule: list[Any] = field(default_factory=list)  # of phases: steps, gemms, recipe, args (precision.recipe)
     backend: str = "auto"
 
     def validate(self) -> None:
-        """Raises ValueError for an unknown recipe, argument or backend."""
-        load(self.recipe, self.args)
+        """Raises ValueError for an unknown recipe, argument or backend, or a schedule that cannot be."""
+        load(self.recipe, self.args, self.schedule)
         require_backend(self.backend)
+
+    def validate_schedule(self, total_steps: int) -> None:
+        """Raises ValueError for a schedule that cannot be in a run of this length."""
+        require_apart(load(self.recipe, self.args, self.schedule).schedule, total_steps)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the recipe that its tensors are of."""
+        return {"name": self.recipe, "args": self.args} | ({"schedule": self.schedule} if self.schedule else {})
 
 
 @dataclass(frozen=True)
@@ -299,7 +308,7 @@ def build_state(
 
     Raises UserError if that directory does not fit.
     """
-    recipe = load(precision.recipe, precision.args)
+    recipe = load(precision.recipe, precision.args, precision.schedule)
     model, plan = build_model(
         model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens, seed=seed
     )

@@ -64,6 +64,10 @@ class TrainConfig:
                     value.validate()
                 except ValueError as error:
                     raise UserError(one_line(error)) from error
+        try:
+            self.precision.validate_schedule(self.train.steps)
+        except ValueError as error:
+            raise UserError(f"precision.{one_line(error)}") from error
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""

@@ -147,6 +147,8 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     applied: bool  # False: something was not finite and the parameters are as before
+    loss_scale: float | None = None  # of this step, if the recipe scales the loss
+    caught: bool = False  # an overflow of scaled gradients that lowers the loss scale: no sign of divergence
 
 
 def train(job: Job) -> Outcome:
@@ -160,7 +162,10 @@ def train(job: Job) -> Outcome:
         started = time.monotonic()
         result, stop_code = train_step(job, state.step)
         state.step += 1
-        state.nonfinite_in_a_row = 0 if result.applied else state.nonfinite_in_a_row + 1
+        if result.applied:
+            state.nonfinite_in_a_row = 0
+        elif not result.caught:
+            state.nonfinite_in_a_row += 1
         _log_step(job, result, time.monotonic() - started)
 
         if state.nonfinite_in_a_row >= job.config.max_nonfinite_in_a_row:
@@ -211,21 +216,27 @@ def update_from(
     # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
     (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_scale = plan.loss_scale
     for batch in batches:
         plan.begin_micro(batch.first_sample, len(batch.tokens))
         model.set_requires_gradient_sync(batch is batches[-1])
         losses_BT = _losses(model, batch, device) * batch.weights.to(device, non_blocking=True)
-        (losses_BT.sum() / total_weight).backward()
+        scaled = losses_BT.sum() / total_weight
+        (scaled if loss_scale is None else scaled * loss_scale).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
 
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [local(parameter.grad) for parameter in parameters]
+    if loss_scale is not None:
+        torch._foreach_mul_(gradients, 1.0 / loss_scale)
     # In float64, so that neither sum depends on how the tensors are sharded.
     squares = sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
     total_loss, total_squares = world.sum(float(loss_sum), squares)
     loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     lr = learning_rate(config, step, total_steps)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
+    caught = overflow and plan.can_back_off
     if applied:
         if config.clip_norm > 0:
             torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
@@ -233,8 +244,8 @@ def update_from(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    plan.end_step(applied=applied)
-    return StepResult(loss, grad_norm, lr, applied)
+    plan.end_step(applied=applied, overflow=overflow)
+    return StepResult(loss, grad_norm, lr, applied, loss_scale, caught)
 
 
 def _losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
@@ -315,12 +326,18 @@ def _log_step(job: Job, result: StepResult, seconds: float) -> None:
         "tokens_per_second": job.tokens_per_step / seconds,
         "time": time.time(),
     }
+    if result.loss_scale is not None:
+        row["loss_scale"] = result.loss_scale
     if not result.applied:
         first = job.source.first_sample(step - 1) if job.world.is_main else 0
         row["skipped"] = f"loss {result.loss}, grad norm {result.grad_norm}"
         row["samples"] = [first, first + _samples_per_step(job) - 1]
+        reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if result.caught:
+            row["skipped"] = f"gradient overflow at loss scale {result.loss_scale:g}"
+            reason = f"{row['skipped']}, now {job.state.plan.loss_scale:g}"
         job.say(
-            f"warning: step {step} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm}; "
+            f"{'' if result.caught else 'warning: '}step {step} skipped on all ranks: {reason}; "
             f"its batch is samples {first} to {row['samples'][1]} of the run"
         )
     job.log(row)

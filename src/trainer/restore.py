@@ -48,7 +48,9 @@ def restore_run(run_dir: Path) -> Run:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
     require_tokenizer(checkpoint, tokenizer)
     # The recipe the weights were trained under: config.yaml may name the next one already (resume.recipe_change).
-    config.precision.recipe, config.precision.args = (checkpoint.meta["recipe"][key] for key in ("name", "args"))
+    recipe = checkpoint.meta["recipe"]
+    config.precision.recipe, config.precision.args = recipe["name"], recipe["args"]
+    config.precision.schedule = recipe.get("schedule", [])
     config.parallel.replicate = 1
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)

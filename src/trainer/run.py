@@ -40,7 +40,7 @@ _FIXED_DATA = (
     "data.shuffle_rows",
 )
 # A run that goes on must not change these: its loss curve would be of two different runs.
-_FIXED = ("model", "precision.recipe", "precision.args", "seed", *_FIXED_DATA)
+_FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "seed", *_FIXED_DATA)
 
 
 def run(config: TrainConfig) -> ExitCode:
@@ -171,7 +171,7 @@ def _build(
         pretrained=config.model.init_from if checkpoint is None else None,
     )
     meta = {
-        "recipe": {"name": config.precision.recipe, "args": config.precision.args},
+        "recipe": config.precision.identity(),
         "identity": _identity(config),
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from precision.backends import ORDER, REFERENCE
 from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
-from precision.hooks import HighPrecisionForward
 from precision.linear import UNKNOWN, QuantLinear, quantized
 from precision.quantize import dequantize, quantize
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, apply, keep, load, names
+from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
 from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
 
@@ -26,7 +26,7 @@ ROWS, INS, OUTS = 64, 48, 80
 TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
-RECIPES = [name for name in names() if name not in ("bf16", "fp32", "exmy")]  # exmy may change nothing
+RECIPES = [name for name in names() if name not in ("bf16", "fp16", "fp32", "exmy")]  # exmy may change nothing
 
 
 def block_model(width: int = INS, out: int = OUTS, *, bias: bool = False, layers: int = 1) -> nn.Module:
@@ -191,7 +191,7 @@ def test_forward_returns_to_high_precision_also_where_codes_were_reused() -> Non
     )
     model = block_model()
     rule = Rule(kind=nn.Linear, path=".*", make=quantized(spec))
-    plan = apply(Recipe(rules=(rule,), hooks=(HighPrecisionForward(fraction=0.5),)), model)
+    plan = apply(Recipe(rules=(rule,), schedule=(Phase(span=Span(start=0.5, end=1), gemms=("fprop",)),)), model)
     module = model.get_submodule("layers.0.up_proj")
     x, dy = samples(ROWS, INS), samples(ROWS, OUTS, seed=2)
     before, exact = run(module, x, dy), plain(module.weight, None, x, dy)
@@ -200,7 +200,7 @@ def test_forward_returns_to_high_precision_also_where_codes_were_reused() -> Non
     assert torch.equal(after[0], exact[0])
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], before[2])
-    assert "fprop in high precision for the last 0.5" in str(plan)
+    assert "schedule: from 0.5 to 1 of the run: fprop in high precision" in str(plan)
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (4, 2, 16), (128,)])

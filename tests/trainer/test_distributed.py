@@ -52,6 +52,7 @@ RECIPES = {
     "delayed": ["precision=fp8_delayed"],
     "mxfp4": ["precision=mxfp4"],
     "nvfp4": ["precision=nvfp4", "parallel=hsdp"],
+    "fp16": ["precision=fp16", "precision.args.init_scale=1.0e17", "precision.args.backoff=0.001"],
     "apart": ["precision=fp8_delayed", "precision.args.reduce_amax=false"],  # every rank has histories of its own
 }
 
@@ -70,7 +71,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("gpt-1", *TRAIN, gpt=True),
             overrides("still-1", *STILL),
             overrides("alone-1", *KILLED),
-            *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4")),
+            *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4", "fp16")),
         ],
         2: [
             overrides("llama-2", *TRAIN),
@@ -109,6 +110,14 @@ def test_every_world_size_trains_alike(runs: Path, one: str, other: str) -> None
     for name, tensor in first.items():
         # exp_avg is 0.1 of the gradient: this is where a wrong sum over ranks shows, which Adam itself hides.
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_scale_the_loss_and_skip_alike(runs: Path) -> None:
+    one, two = (list(read_metrics(runs / f"fp16-{n}" / "metrics.jsonl", "train").values()) for n in (1, 2))
+    for key in ("loss_scale", "skipped"):
+        assert [row.get(key) for row in one] == [row.get(key) for row in two]
+    assert 1 <= sum("skipped" in row for row in one) < len(one)
+    assert losses(runs / "fp16-2") == pytest.approx(losses(runs / "fp16-1"), rel=0, abs=2e-3)
 
 
 def test_two_processes_see_the_amaxes_and_the_noise_of_one(runs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.config import TrainConfig, groups
 from trainer.errors import ExitCode, UserError
 from trainer.evaluation import evaluate_on, open_run
 from trainer.metrics import read_metrics
+from trainer.report import Settings, find_runs
 from trainer.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]
@@ -113,6 +115,73 @@ def test_validation_in_high_precision(tiny: Tiny) -> None:
         ]
     assert losses["recipe"][0] == losses["high"][0]
     assert losses["recipe"][1] != losses["high"][1]
+
+
+def test_overflows_that_loss_scaling_catches_are_no_divergence(tiny: Tiny, tmp_path: Path) -> None:
+    """More of them in a row than a run may skip; the scale they leave is resumed with, bit for bit."""
+    options = ("precision=fp16", "precision.args.init_scale=2.0e17", "precision.args.backoff=0.001")
+    options = (*options, "precision.args.interval=2", "train.max_nonfinite_in_a_row=1", "checkpoint.every=1")
+    config = tiny(*options, "checkpoint.keep_last=9")
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    rows = list(read_metrics(root / "metrics.jsonl", "train").values())
+    skipped = [row for row in rows if "skipped" in row]
+    assert 2 <= len(skipped) < len(rows)
+    assert skipped == rows[: len(skipped)]
+    assert skipped[0]["skipped"] == "gradient overflow at loss scale 2e+17"
+    assert all(row["loss"] is not None and row["grad_norm"] is None for row in skipped)
+    scales = [row["loss_scale"] for row in rows]
+    assert all(later < earlier for earlier, later in itertools.pairwise(scales[: len(skipped) + 1]))
+    assert [run.state for run in find_runs([root], Settings())] == ["finished"]  # by the rule of a sweep's report
+    for step in (1, 4):
+        shutil.copytree(root, tmp_path / f"alone{step}")
+        go_back(config, step)
+        assert train_here(config) is ExitCode.FINISHED
+        assert compare_runs(tmp_path / f"alone{step}", root) == []
+    assert "loss scale from 2e+17" in (root / "plan.txt").read_text()
+
+
+def test_overflows_at_the_floor_are_a_divergence(tiny: Tiny) -> None:
+    scale = ("precision.args.init_scale=1.0e30", "precision.args.min_scale=1.0e30")
+    config = tiny("precision=fp16", *scale, "train.max_nonfinite_in_a_row=3")
+    assert train_here(config) is ExitCode.DIVERGED
+
+
+def test_a_schedule_from_the_command_line_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
+    phases = "[{steps:[0,2],recipe:mxfp8},{steps:[3,5],gemms:[fprop,wgrad]},{steps:[0.9,1.0],gemms:[dgrad]}]"
+    options = (f"precision.schedule={phases}", "precision=fp8_delayed", "precision.args.history=4")
+    config = tiny(*options, "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=4", "train.micro_batch_size=4")
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    assert "schedule: steps 3 to 4: fprop, wgrad in high precision" in (root / "plan.txt").read_text()
+    evals = read_metrics(root / "metrics.jsonl", "eval")
+    for step in (4,):
+        shutil.copytree(root, tmp_path / f"alone{step}")
+        go_back(config, step)
+        assert train_here(config) is ExitCode.FINISHED
+        assert compare_runs(tmp_path / f"alone{step}", root) == []
+    go_back(config, 4)  # evaluated as step 3 left it: under the second phase
+    try:
+        assert evaluate_on(open_run(root), None, "validation", 500, 4).loss == evals[4]["loss"]
+    finally:
+        distributed.finish()
+    with pytest.raises(UserError, match=r"holds a run with precision\.schedule=.*resume\.recipe_change=allow"):
+        train_here(tiny(*options[1:]))
+    assert train_here(tiny(*options[1:], "resume.recipe_change=allow")) is ExitCode.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("[{steps:[0,3],gems:[fprop]}]", r"precision\.schedule\[0\]: unknown key 'gems' \(did you mean 'gemms'\?\)"),
+        ("[{steps:[0,3]},{steps:[0.3,0.6]}]", r"precision\.schedule: two phases switch fprop at one step"),
+        ("[{steps:[9,12]}]", r"precision\.schedule: \(steps 9 to 11.* begins after the run's 6 steps"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_one_line(tiny: Tiny, schedule: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        tiny("precision=mxfp8", f"precision.schedule={schedule}")
+    assert "\n" not in str(error.value)
 
 
 TOY = '''"""A toy: its own format, its own transform, its own update rule."""

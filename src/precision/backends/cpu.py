@@ -106,7 +106,7 @@ class _Compiled:
 
     def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
         rule = spec.scale
-        two_level = isinstance(rule, TwoLevel) and _fits(rule.block)
+        two_level = isinstance(rule, TwoLevel) and _fits(rule.block) and not rule.rows
         if not two_level and not (isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL):
             return TORCH.scales(spec, amax, tensor_amax, dtype)
         amax = amax.contiguous()

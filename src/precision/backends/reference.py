@@ -7,7 +7,7 @@ from torch import Tensor
 
 from precision.noise import Noise
 from precision.quantize import Quantized, amax, operand, quantize
-from precision.scaling import TENSOR, Tile
+from precision.scaling import TENSOR, Tile, TwoLevel
 from precision.spec import GemmSpec, OperandSpec, Transform
 
 
@@ -40,6 +40,8 @@ class Reference:
         left, left_factor = self.operand(a) if isinstance(a, Quantized) else (a, None)
         right, right_factor = self.operand(b) if isinstance(b, Quantized) else (b, None)
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
+        if wide == torch.float16 and left.device.type == "cpu":
+            wide = torch.float32  # the same sums, one rounding at the end; CPUs multiply FP16 in a scalar loop
         return scaled_product(left.to(wide), right.to(wide), left_factor, right_factor, bias).to(dtype)
 
     def note(self, gemm: GemmSpec) -> str:
@@ -70,7 +72,6 @@ def scaled_product(
 def _fits_bf16(spec: OperandSpec) -> bool:
     """Whether ``precision.quantize.operand`` gives BF16 for this spec."""
     bits, rule = spec.format.significant_bits, spec.scale
-    if rule.levels == 2:
-        assert rule.format is not None
-        return bits + rule.format.significant_bits <= 8
+    if isinstance(rule, TwoLevel):
+        return not rule.rows and bits + rule.block.significant_bits <= 8
     return bits <= 8 and (rule.levels == 0 or spec.tile == TENSOR or rule.power_of_two)

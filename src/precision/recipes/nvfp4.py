@@ -19,10 +19,10 @@ from dataclasses import replace
 from torch import nn
 
 from precision.formats import E2M1
-from precision.hooks import HighPrecisionForward
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep
-from precision.scaling import Tile, TwoLevel
+from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, keep, one_of
+from precision.scaling import Error, Tile, TwoLevel
+from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
 
@@ -33,6 +33,10 @@ def recipe(
     signs: str | int = "te",
     stochastic: bool = True,
     weights_2d: bool = True,
+    row_scaled_activations: bool = False,
+    four_over_six: str = "none",
+    four_over_six_error: str = "mae",
+    four_over_six_256: bool = True,
     bf16_forward: float = 0.18,
     keep_first: float = 0,
     keep_last: float = 0.15,
@@ -44,21 +48,40 @@ def recipe(
         signs: of the transform: te (the fixed vector of TransformerEngine), none, or a seed.
         stochastic: round gradients stochastically.
         weights_2d: 16x16 tiles for weights instead of 1x16.
+        row_scaled_activations: an FP32 scale for each row of x in fprop, instead of one for the tensor: a token does
+            not depend on the others, but the product is emulated in float32.
+        four_over_six: which operands may have their largest value at 4 instead of 6, tile by tile: none, weights,
+            activations (x and dy; needs hadamard 0 and stochastic false) or all.
+        four_over_six_error: what is compared, mae or mse.
+        four_over_six_256: the tensor's scale maps it to 6 * 256 for these operands, so that a scale for 4 is not cut
+            off at 448.
         bf16_forward: last part of the run whose forward GEMMs are in BF16; 0 = none.
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
-    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
-    weight = replace(block, tile=Tile(16, 16)) if weights_2d else block
+    if not 0 <= bf16_forward <= 1:
+        raise ValueError(f"the part of a run is between 0 and 1, not {bf16_forward}")
+    scopes = {"none": (), "weights": ("w",), "activations": ("x",), "all": ("w", "x")}
+    scope = one_of("four_over_six", four_over_six, scopes)
+    error = one_of("four_over_six_error", four_over_six_error, {error.value: error for error in Error})
+    if "x" in scope and (hadamard or stochastic):
+        raise ValueError(f"four_over_six={four_over_six} needs hadamard=0 and stochastic=false")
+    chosen = TwoLevel(four_over_six=error, block_max=256.0 if four_over_six_256 else None)
+    of_x = chosen if "x" in scope else TwoLevel()
+    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=of_x)
+    weight = OperandSpec(
+        format=E2M1, tile=Tile(16 if weights_2d else 1, 16), scale=chosen if "w" in scope else TwoLevel()
+    )
+    row = replace(block, scale=replace(of_x, rows=row_scaled_activations))
     gradient = replace(block, rounding=Rounding.STOCHASTIC) if stochastic else block
     transform = Hadamard(size=hadamard, signs=signs) if hadamard else None
     spec = LinearSpec(
-        fprop=GemmSpec(a=block, b=weight),
+        fprop=GemmSpec(a=row, b=weight),
         dgrad=GemmSpec(a=gradient, b=weight),
         wgrad=GemmSpec(a=gradient, b=block, transform=transform),
     )
     kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(
         rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
-        hooks=(HighPrecisionForward(fraction=bf16_forward),) if bf16_forward else (),
+        schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
     )

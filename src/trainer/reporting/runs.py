@@ -212,9 +212,10 @@ def _label(runs: Sequence[Run]) -> None:
 
 
 def arguments(run: Run) -> dict[str, str]:
-    """The recipe's arguments by name, as text."""
-    prefix = "precision.args."
-    return {k.removeprefix(prefix): repr(v) for k, v in sorted(run.values.items()) if k.startswith(prefix)}
+    """The recipe's arguments by name, and its schedule, as text."""
+    telling = ("precision.args.", "precision.schedule")
+    values = {k: repr(v) for k, v in sorted(run.values.items()) if k.startswith(telling)}
+    return {k.removeprefix("precision.args."): v for k, v in values.items()}
 
 
 def differing_arguments(runs: Iterable[Run]) -> list[str]:

@@ -1,0 +1,174 @@
+"""NVFP4 with two candidates a tile, and with a scale per row, against scalar transcriptions in numpy."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from precision.backends import ORDER, REFERENCE, choose
+from precision.formats import E2M1, E4M3, unpack4
+from precision.quantize import dequantize, operand, quantize
+from precision.recipe import load
+from precision.scaling import Delayed, Error, Tile, TwoLevel
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+
+F = np.float32
+FLT_MAX = np.finfo(np.float32).max
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RULES = [
+    TwoLevel(four_over_six=error, block_max=top, rows=rows)
+    for error, top, rows in itertools.product(Error, (None, 256.0), (False, True))
+]
+TALL = [TwoLevel(four_over_six=error, block_max=256.0) for error in Error]
+
+
+def spec_of(rule: TwoLevel, outer: int = 1) -> OperandSpec:
+    return OperandSpec(format=E2M1, tile=Tile(outer, 16), scale=rule)
+
+
+def sample(dtype: torch.dtype, outer: int = 20, inner: int = 48, seed: int = 0) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(outer, inner, generator=gen) * 2.0 ** torch.randint(-4, 4, (outer, 1), generator=gen)
+    x[1], x[2, :16] = 0.0, -0.0
+    x[3] *= 1e-4
+    x[4, 16:32] = torch.linspace(-6, 6, 16)
+    return x.to(dtype)
+
+
+def candidate(tile: np.ndarray, amax: F, top_amax: F, top: F, widen: F) -> tuple[np.ndarray, F, list[F]]:
+    """Codes as values, the block's scale, and back-and-forth differences of one tile, one float32 operation a line."""
+    s = F(1) if top_amax == 0 else min(F(top / top_amax), FLT_MAX)
+    d = F(min(F(F(F(amax / F(6)) * s) * widen), F(448)).astype(ml_dtypes.float8_e4m3fn))
+    with np.errstate(divide="ignore"):
+        encode = min(F(F(1) / F(d * F(F(1) / s))), FLT_MAX)
+    q = np.clip((tile * encode).astype(F), F(-6), F(6)).astype(ml_dtypes.float4_e2m1fn).astype(F)
+    differences = [F(F(F(F(v * d) * top_amax) / top) - x) for v, x in zip(q.flat, tile.flat, strict=True)]
+    return q, d, differences
+
+
+def error_of(differences: list[F], kind: Error, tall: int) -> F:
+    rows = []
+    for row in range(tall):
+        total = F(0)
+        for difference in differences[row * 16 : row * 16 + 16]:
+            total = F(total + (abs(difference) if kind is Error.MAE else F(difference * difference)))
+        rows.append(total)
+    while len(rows) > 1:
+        rows = [F(a + b) for a, b in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
+    return rows[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rule", "tall"), [*((rule, 1) for rule in RULES), *((rule, 16) for rule in TALL)], ids=str)
+def test_every_tile_takes_the_better_of_both(rule: TwoLevel, tall: int, dtype: torch.dtype) -> None:
+    assert rule.four_over_six is not None
+    x = sample(dtype, 32 if tall == 16 else 20)
+    if tall == 16:  # at 6 most of this tile lies in the middle between 4 and 6
+        x[16:, :16] = x[16:, :16].sign() * 0.8 * x.abs().max()
+        x[20, 3] = x.abs().max()
+    q = quantize(x, spec_of(rule, tall))
+    values, wide = E2M1.decode(unpack4(q.codes, 48)), x.float().numpy()
+    scales = E4M3.decode(q.scales).numpy()
+    taken = set()
+    for i, j in np.ndindex(*q.scales.shape):
+        rows, columns = slice(i * tall, (i + 1) * tall), slice(16 * j, 16 * j + 16)
+        tile = wide[rows, columns]
+        top_amax = F(np.abs(wide[rows] if rule.rows else wide).max())
+        top = F(6 * (rule.block_max or 448))
+        six, four = (candidate(tile, F(np.abs(tile).max()), top_amax, top, F(w)) for w in (1, 1.5))
+        errors = [error_of(c[2], rule.four_over_six, tall) for c in (six, four)]
+        best = four if errors[1] < errors[0] else six
+        taken.add(best is four)
+        assert np.array_equal(values[rows, columns].numpy(), best[0])
+        assert scales[i, j] == best[1]
+    assert taken == {False, True}
+    back = dequantize(q)
+    assert torch.allclose(back, x.float(), atol=float(x.float().abs().max()) / 3)
+    plain = dequantize(quantize(x, spec_of(replace(rule, four_over_six=None), tall)))
+    measure = (lambda e: e.abs().sum()) if rule.four_over_six is Error.MAE else (lambda e: e.square().sum())
+    assert measure(back - x.float()) < measure(plain - x.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_with_a_scale_of_its_own_is_a_tensor_of_one_row(dtype: torch.dtype) -> None:
+    x = sample(dtype, inner=50)
+    by_row, whole = spec_of(TwoLevel(rows=True)), spec_of(TwoLevel())
+    q = quantize(x, by_row)
+    assert q.tensor_scale is not None
+    assert q.tensor_scale.shape == (20, 1)
+    for row in range(len(x)):
+        own = quantize(x[row : row + 1], whole)
+        assert torch.equal(q.codes[row], own.codes[0])
+        assert torch.equal(q.scales[row], own.scales[0])
+        assert torch.equal(q.tensor_scale[row, 0], own.tensor_scale)
+        assert torch.equal(dequantize(q)[row], dequantize(own)[0])
+    matrix, factor = operand(q)
+    assert factor is None
+    assert matrix.dtype == torch.float32
+    assert torch.equal(matrix, dequantize(q))
+    assert torch.equal(quantize(x, by_row, amax=x.float().abs().amax(1)).codes, q.codes)
+    with pytest.raises(ValueError, match="takes 20 amaxes, not 1"):
+        quantize(x, by_row, amax=torch.ones(1))
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], TwoLevel(rows=True)], ids=str)
+def test_backends_agree_bit_for_bit(rule: TwoLevel) -> None:
+    for tall, dtype in itertools.product((1,) if rule.rows else (1, 16), DTYPES):
+        spec = spec_of(rule, tall)
+        for number, shape in enumerate([(20, 48), (33, 50), (1, 1), (0, 7), (7, 0)]):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(number)).exp()
+            cases = [x, x.mT.contiguous().mT, x * 1e-38, x * 0, torch.cat((x, x * torch.nan)), torch.cat((x, x / 0))]
+            for case in (case.to(dtype) for case in cases):
+                theirs = REFERENCE.quantize(case, spec, amax=None, noise=None)
+                for backend in ORDER:
+                    if backend.why_not(GemmSpec(a=spec), (64, 64, 64), torch.device("cpu")) is not None:
+                        continue
+                    ours = backend.quantize(case, spec, amax=None, noise=None)
+                    assert torch.equal(ours.codes, theirs.codes)
+                    assert torch.equal(ours.scales, theirs.scales)
+                    assert torch.equal(ours.tensor_scale.nan_to_num(7), theirs.tensor_scale.nan_to_num(7))
+                    pair = backend.operand(ours)[0], REFERENCE.operand(theirs)[0]
+                    assert torch.equal(*(matrix.nan_to_num(7) for matrix in pair))
+
+
+def test_what_does_not_go_together() -> None:
+    chosen = TwoLevel(four_over_six=Error.MAE)
+    for wrong, message in (
+        ({"rounding": Rounding.STOCHASTIC}, "stochastic is not for it"),
+        ({"tile": Tile(1, 32)}, "in tiles of 1x16 or 16x16"),
+        ({"format": E4M3}, "is for e2m1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(spec_of(chosen), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="are not for the same operand"):
+        GemmSpec(a=spec_of(chosen), transform=Hadamard())
+    GemmSpec(a=spec_of(chosen), b=spec_of(TwoLevel()))
+    with pytest.raises(ValueError, match="its tiles are parts of a row, not 16x16"):
+        spec_of(TwoLevel(rows=True), 16)
+    with pytest.raises(ValueError, match="one amax per tensor"):
+        replace(spec_of(TwoLevel(rows=True)), amax=Delayed())
+    for scope in ("activations", "all"):
+        with pytest.raises(ValueError, match=f"four_over_six={scope} needs hadamard=0 and stochastic=false"):
+            load("nvfp4", {"four_over_six": scope})
+    with pytest.raises(ValueError, match="four_over_six=some: one of none, weights"):
+        load("nvfp4", {"four_over_six": "some"})
+
+
+def test_the_plan_says_what_is_switched_on() -> None:
+    args = {"four_over_six": "all", "row_scaled_activations": True, "hadamard": 0, "stochastic": False, "keep_last": 0}
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32)})])})
+    (rule,) = load("nvfp4", args).rules
+    spec = rule.make(model["layers"][0]["up"], "layers.0.up").spec  # type: ignore[index, union-attr]
+    assert str(spec.fprop) == "e2m1/1x16/e4m3max256+fp32row-4over6mae x e2m1/16x16/e4m3max256+fp32-4over6mae"
+    assert str(spec.wgrad) == "e2m1/1x16/e4m3max256+fp32-4over6mae x e2m1/1x16/e4m3max256+fp32-4over6mae"
+    assert "fp32 product" in choose(spec.fprop, (32, 32, 32), torch.device("cpu")).backend.note(spec.fprop)
+    weights = load("nvfp4", {"four_over_six": "weights", "four_over_six_256": False, "four_over_six_error": "mse"})
+    spec = weights.rules[0].make(model["layers"][0]["up"], "layers.0.up").spec  # type: ignore[index, union-attr]
+    assert str(spec.dgrad) == "e2m1/1x16/e4m3+fp32/sr x e2m1/16x16/e4m3+fp32-4over6mse"
