@@ -25,7 +25,7 @@ from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
 from precision.scaling import TENSOR, Delayed
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 _TENSORS = {X: "x", W: "w", DGRAD_DY: "dy", DGRAD_W: "w", WGRAD_DY: "dy", WGRAD_X: "x"}
@@ -110,6 +110,9 @@ def _columns(spec: LinearSpec) -> dict[int, Column]:
 class QuantLinear(nn.Module):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
+    ``statistics``, if a module that rewrites linears sets it, makes of x [rows, in_features] what the spec's transforms
+    read, in every forward pass: FP32, detached, kept for backward.
+
     Buffers, for delayed scaling only: ``amax_history`` FP32 [length, columns] and ``amax_held`` FP32 [columns], as
     ``precision.scaling.Delayed`` describes them. They are written in training mode alone, never in evaluation, and
     only slot 0 of the history inside a step: activation recompute and micro-batches change nothing.
@@ -117,16 +120,21 @@ class QuantLinear(nn.Module):
     Raises ValueError for a spec whose delayed operands want histories of different kinds.
     """
 
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
     amax_history: Tensor
     amax_held: Tensor
 
-    def __init__(self, linear: nn.Linear, path: str, spec: LinearSpec) -> None:
+    def __init__(self, linear: nn.Linear | QuantLinear, path: str, spec: LinearSpec) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.path = path
         self.spec = spec
         self.active = spec  # what this step uses; a hook may change it by step
+        self.statistics: Callable[[Tensor], Tensor] | None = None
         self.clock = Clock()
         self.backends: tuple[Backend, Backend, Backend] = (REFERENCE, REFERENCE, REFERENCE)
         columns = _columns(spec)
@@ -200,25 +208,27 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Quantized] | None,
         differentiated: bool,
     ) -> Tensor:
-        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made)
+        stats = module.statistics(x) if module.statistics is not None else None
+        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, stats)
         a = call.operand(X, x)
         y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
         kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
-            ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale)
+            ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
-            ctx.save_for_backward(weight, kept)
+            ctx.save_for_backward(weight, stats, kept)
             ctx.kept = None
-        ctx.call, ctx.has_bias = replace(call, made=None), bias is not None  # backward keeps what it reads alone
+        # Backward keeps what it reads alone.
+        ctx.call, ctx.has_bias = replace(call, made=None, stats=None), bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        weight, stats, *pieces = ctx.saved_tensors
+        call: _Call = replace(ctx.call, stats=stats)
         spec = call.spec
-        weight, *pieces = ctx.saved_tensors
         dx = dw = dbias = None
         dy_codes: Operand = dy
         if ctx.needs_input_grad[0]:
@@ -262,6 +272,7 @@ class _Call:
     spec: LinearSpec
     first_row: Tensor
     made: dict[Hashable, Quantized] | None  # of x, in the forward pass
+    stats: Tensor | None  # what transforms read
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
@@ -287,6 +298,8 @@ class _Call:
         An amax of earlier steps is part of it, and noted, as it would be in making the codes.
         """
         held = None
+        if gemm.transform is not None and self.stats is not None:
+            return None
         if isinstance(spec.amax, Delayed):
             if x.device.type != "cpu" or gemm.transform is not None:
                 return None
@@ -298,7 +311,7 @@ class _Call:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         if gemm.transform is not None:
-            x = self.module.backends[slot // 2].transformed(gemm.transform, x, left=slot % 2 == 0)
+            x = self.transformed(slot, gemm.transform, x)
         if spec is None:
             return x
         noise = None
@@ -310,6 +323,12 @@ class _Call:
             first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
             noise = self.module.noise(slot, first_row, transposed=transposed)
         return self.quantize(slot, x, spec, noise)
+
+    def transformed(self, slot: int, transform: Transform, x: Tensor) -> Tensor:
+        left = slot % 2 == 0
+        if self.stats is None:
+            return self.module.backends[slot // 2].transformed(transform, x, left=left)
+        return transform.left(x, self.stats) if left else transform.right(x, self.stats)
 
     def quantize(self, slot: int, x: Tensor, spec: OperandSpec, noise: Noise | None) -> Quantized:
         amax = self.module.amax_for(slot, x)
@@ -325,7 +344,7 @@ class _Call:
         backend = self.module.backends[gemm]
         if transform is None:
             return backend.gemm(a, b, bias=bias, dtype=dtype)
-        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype))
+        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype), self.stats)
         return y if bias is None else y + bias
 
 

@@ -105,15 +105,17 @@ def _count(wanted: float, num_blocks: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path)``.
+    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path, *siblings)``.
 
-    ``keep``: the modules among them that stay as they are.
+    ``keep``: the modules among them that stay as they are. ``siblings``: names of children that the module's parent
+    must have, or the rule passes it by.
     """
 
     kind: type[nn.Module]
     path: str
-    make: Callable[[nn.Module, str], nn.Module]
+    make: Callable[..., nn.Module]
     keep: tuple[Keep, ...] = ()
+    siblings: tuple[str, ...] = ()
 
 
 class Hook(Protocol):
@@ -320,7 +322,8 @@ def apply(
     for rule in recipe.rules:
         for path, module in _chosen(rule, model):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, rule.make(module, path))
+            siblings = (model.get_submodule(f"{parent}.{name}" if parent else name) for name in rule.siblings)
+            setattr(model.get_submodule(parent), child, rule.make(module, path, *siblings))
     clock = Clock(seed=seed)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
@@ -346,11 +349,16 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
     pattern = re.compile(rule.path)
     of_kind = [(path, module) for path, module in model.named_modules() if isinstance(module, rule.kind)]
-    matched = [(path, module) for path, module in of_kind if pattern.fullmatch(path)]
+    matched = [
+        (path, module) for path, module in of_kind if pattern.fullmatch(path) and _has_siblings(rule, model, path)
+    ]
     kinds = sorted(path for path, _ in of_kind)
     there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
     if not matched:
-        raise ValueError(f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; {there}")
+        beside = f" beside {' and '.join(rule.siblings)}" if rule.siblings else ""
+        raise ValueError(
+            f"the rule {rule.path!r} matches no {rule.kind.__name__}{beside}{close(rule.path, kinds)}; {there}"
+        )
     num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
     for selector in rule.keep:
         if not any(selector.matches(path, module, num_blocks) for path, module in matched):
@@ -367,6 +375,11 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
         )
     return chosen
+
+
+def _has_siblings(rule: Rule, model: nn.Module, path: str) -> bool:
+    there = dict(model.get_submodule(path.rpartition(".")[0]).named_children())
+    return all(name in there for name in rule.siblings)
 
 
 _T = TypeVar("_T")
