@@ -158,5 +158,5 @@ def test_folded_scales_leave_every_logit(directory: Path, tiny: Tiny, tmp_path: 
 def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("train.steps=1", gpt=True)
     train_here(config)
-    with pytest.raises(UserError, match="fold=true: .*trains a gpt, whose MLPs are no SwiGLU"):
+    with pytest.raises(UserError, match=r"fold=true: .*trains a gpt, whose MLPs are no SwiGLU"):
         export_run(Path(config.run.dir), tmp_path / "hf", folded=True)
