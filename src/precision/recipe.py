@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from precision import recipes
 from precision.backends import require_backend as require_backend
+from precision.codecs import STANDARD, Moments
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.updates import AdamW, UpdateRule
 
@@ -130,8 +131,14 @@ class Recipe:
 
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
+    moments: Moments = STANDARD
     update: UpdateRule = field(default_factory=AdamW)
     hooks: tuple[Hook, ...] = ()
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are kept."""
+        return self.moments.param_dtype(self.dtypes.param, self.dtypes.compute)
 
 
 @runtime_checkable
