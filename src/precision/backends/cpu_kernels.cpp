@@ -495,13 +495,11 @@ inline float decode_scale(const Codec& codec, float amax) {
     return a / codec.format.max;
 }
 
-void decode_row(const Codec& codec, const Kept& kept, float tensor_scale, int64_t row, int64_t cols, float* x,
-                int32_t* code) {
+// The values of a row: in x, or where they lie already, if they do.
+float* decode_row(const Codec& codec, const Kept& kept, float tensor_scale, int64_t row, int64_t cols, float* x,
+                  int32_t* code) {
     const int64_t start = row * cols;
-    if (codec.kind == FP32) {
-        std::memcpy(x, static_cast<const float*>(kept.codes) + start, cols * 4);
-        return;
-    }
+    if (codec.kind == FP32) return static_cast<float*>(kept.codes) + start;
     if (codec.kind == BF16 || codec.kind == KAHAN) {
         const bf16* source = static_cast<const bf16*>(kept.codes) + start;
         for (int64_t i = 0; i < cols; ++i) x[i] = widen(source[i]);
@@ -509,7 +507,7 @@ void decode_row(const Codec& codec, const Kept& kept, float tensor_scale, int64_
             const bf16* rest = static_cast<const bf16*>(kept.extra) + start;
             for (int64_t i = 0; i < cols; ++i) x[i] += widen(rest[i]);
         }
-        return;
+        return x;
     }
     const uint8_t* bytes = static_cast<const uint8_t*>(kept.codes) + start;
     const int64_t block = codec.block > 0 ? codec.block : cols, blocks = (cols + block - 1) / block;
@@ -530,7 +528,7 @@ void decode_row(const Codec& codec, const Kept& kept, float tensor_scale, int64_
 #pragma omp simd
             for (int64_t i = b * block; i < end; ++i) x[i] = value_of(code[i], grid) * scale;
         }
-        return;
+        return x;
     }
     for (int64_t b = 0; b < blocks; ++b) {
         const float scale = scales[b];
@@ -549,6 +547,7 @@ void decode_row(const Codec& codec, const Kept& kept, float tensor_scale, int64_
             }
         }
     }
+    return x;
 }
 
 inline uint32_t amax_bits(const float* x, int64_t start, int64_t end) {
@@ -558,13 +557,16 @@ inline uint32_t amax_bits(const float* x, int64_t start, int64_t end) {
     return top;
 }
 
-// How many of `size` - 1 ascending middles are below y; size a power of two.
+// place[i] = how many of SIZE - 1 ascending middles are below y[i]; SIZE a power of two. A search step for all elements
+// at a time: nothing is guessed wrong, and lookups of different elements overlap.
 template <int32_t SIZE>
-inline int32_t place_of(float y, const float* middles) {
-    int32_t place = 0;
-#pragma GCC unroll 8
-    for (int32_t step = SIZE / 2; step > 0; step /= 2) place += middles[place + step - 1] < y ? step : 0;
-    return place;
+void places_of(const float* y, int32_t* place, int64_t count, const float* middles) {
+    for (int64_t i = 0; i < count; ++i) place[i] = 0;
+    for (int32_t step = SIZE / 2; step > 0; step /= 2) {
+        const float* from = middles + step - 1;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) place[i] += from[place[i]] < y[i] ? step : 0;
+    }
 }
 
 // The share of its block's amax; 0 in a block of zeros, and where it is NaN.
@@ -590,10 +592,7 @@ void encode_row(const Codec& codec, const Kept& kept, uint64_t row_offset, int64
             uniform[i] = float(int32_t(element >> 8)) * 0x1p-24f;
         }
     }
-    if (codec.kind == FP32) {
-        std::memcpy(static_cast<float*>(kept.codes) + start, x, cols * 4);
-        return;
-    }
+    if (codec.kind == FP32) return;  // x is where it is kept
     if (codec.kind == BF16 || codec.kind == KAHAN) {
         bf16* target = static_cast<bf16*>(kept.codes) + start;
         if (codec.stochastic) {
@@ -650,9 +649,9 @@ void encode_row(const Codec& codec, const Kept& kept, uint64_t row_offset, int64
         const float top = as_float(amax_bits(x, first, end));
         scales[b] = top;
         if (codec.kind == DYNAMIC) {
-            const float* middles = codec.middles;
 #pragma omp simd
-            for (int64_t i = first; i < end; ++i) code[i] = place_of<256>(share_of(x[i], top), middles);
+            for (int64_t i = first; i < end; ++i) uniform[i] = share_of(x[i], top);
+            places_of<256>(uniform + first, code + first, end - first, codec.middles);
             continue;
         }
         float least = INFINITY;
@@ -666,47 +665,64 @@ void encode_row(const Codec& codec, const Kept& kept, uint64_t row_offset, int64
         int32_t power = 255 - int32_t(std::lower_bound(codec.limits, codec.limits + 256, ratio) - codec.limits);
         power = top != top || power < 0 ? 0 : power;
         static_cast<uint8_t*>(kept.extra)[row * blocks + b] = uint8_t(power);
-        const float* middles = codec.middles + 128 * power;
 #pragma omp simd
-        for (int64_t i = first; i < end; ++i) {
-            const float share = share_of(x[i], top);
-            const int32_t place = place_of<128>(std::fabs(share), middles);
-            code[i] = (place < 126 ? place : 126) | (share < 0.0f ? 128 : 0);
-        }
+        for (int64_t i = first; i < end; ++i) uniform[i] = std::fabs(share_of(x[i], top));
+        places_of<128>(uniform + first, code + first, end - first, codec.middles + 128 * power);
+#pragma omp simd
+        for (int64_t i = first; i < end; ++i)
+            code[i] = (code[i] < 126 ? code[i] : 126) | (share_of(x[i], top) < 0.0f ? 128 : 0);
     }
     write_bytes(code, bytes, cols);
 }
 
 // The new moments and weights of a row, in float32; operation by operation as torch's AdamW (foreach=False) does them.
-void update_row(const Update& u, const float scales[3], int64_t row, Row& r, Root root) {
+// Where they are kept as they are, in their own place; with `dry` never. With `dry`, weights are left out if !weights.
+struct Values {
+    float *m, *v, *w;
+};
+
+inline float* copied(const float* x, float* to, int64_t cols) {
+    if (x != to) std::memcpy(to, x, cols * 4);
+    return to;
+}
+
+Values update_row(const Update& u, const float scales[3], int64_t row, Row& r, Root root, bool dry, bool weights) {
     const int64_t cols = u.cols;
-    float *g = r.grad.data(), *m = r.m.data(), *v = r.v.data(), *w = r.w.data(), *roots = r.uniform.data();
+    const float* g = static_cast<const float*>(u.grad) + row * cols;
     if (u.grad_bf16) {
         const bf16* source = static_cast<const bf16*>(u.grad) + row * cols;
-        for (int64_t i = 0; i < cols; ++i) g[i] = widen(source[i]);
-    } else {
-        std::memcpy(g, static_cast<const float*>(u.grad) + row * cols, cols * 4);
+        for (int64_t i = 0; i < cols; ++i) r.grad[i] = widen(source[i]);
+        g = r.grad.data();
     }
-    decode_row(u.m, u.m_kept, scales[0], row, cols, m, r.code.data());
-    decode_row(u.v, u.v_kept, scales[1], row, cols, v, r.code.data());
-    decode_row(u.w, u.w_kept, scales[2], row, cols, w, r.code.data());
-    const float decay = u.decays ? u.decay : 1.0f, beta2 = u.beta2, square = u.square;
-    const float correction = u.correction, eps = u.eps, step = u.step;
-    const bool small = std::fabs(u.lerp) < 0.5f;
-    const float weight = small ? u.lerp : u.lerp - 1.0f;
+    float *m = decode_row(u.m, u.m_kept, scales[0], row, cols, r.m.data(), r.code.data());
+    float *v = decode_row(u.v, u.v_kept, scales[1], row, cols, r.v.data(), r.code.data()), *w = r.w.data();
+    if (dry) m = copied(m, r.m.data(), cols), v = copied(v, r.v.data(), cols);
+    const float beta2 = u.beta2, square = u.square;
+    if (std::fabs(u.lerp) < 0.5f) {
+        const float weight = u.lerp;
 #pragma omp simd
-    for (int64_t i = 0; i < cols; ++i) {
-        m[i] = std::fma(weight, g[i] - m[i], small ? m[i] : g[i]);
-        v[i] = std::fma(square * g[i], g[i], v[i] * beta2);
+        for (int64_t i = 0; i < cols; ++i) m[i] = std::fma(weight, g[i] - m[i], m[i]);
+    } else {
+        const float weight = u.lerp - 1.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < cols; ++i) m[i] = std::fma(weight, g[i] - m[i], g[i]);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < cols; ++i) v[i] = std::fma(square * g[i], g[i], v[i] * beta2);
+    if (!weights) return {m, v, w};
+    w = decode_row(u.w, u.w_kept, scales[2], row, cols, w, r.code.data());
+    if (dry) w = copied(w, r.w.data(), cols);
+    const float decay = u.decays ? u.decay : 1.0f, correction = u.correction, eps = u.eps, step = u.step;
     if (root != nullptr) {
+        float* roots = r.uniform.data();
         root(int32_t(cols), v, roots, ROOT_MODE);
+#pragma omp simd
+        for (int64_t i = 0; i < cols; ++i) w[i] = w[i] * decay + step * m[i] / (roots[i] / correction + eps);
     } else {
 #pragma omp simd
-        for (int64_t i = 0; i < cols; ++i) roots[i] = std::sqrt(v[i]);
+        for (int64_t i = 0; i < cols; ++i) w[i] = w[i] * decay + step * m[i] / (std::sqrt(v[i]) / correction + eps);
     }
-#pragma omp simd
-    for (int64_t i = 0; i < cols; ++i) w[i] = w[i] * decay + step * m[i] / (roots[i] / correction + eps);
+    return {m, v, w};
 }
 
 inline void read_scales(const Update& u, float scales[3]) {
@@ -744,8 +760,8 @@ void adam_amaxes(const Update* updates, int64_t count, float* amaxes, Root root)
             uint32_t top[3] = {0, 0, 0};
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < u.rows; ++i) {
-                update_row(u, scales, i, row, root);
-                const float* values[3] = {row.m.data(), row.v.data(), row.w.data()};
+                const Values x = update_row(u, scales, i, row, root, true, whole[2]);
+                const float* values[3] = {x.m, x.v, x.w};
                 for (int j = 0; j < 3; ++j)
                     if (whole[j]) top[j] = std::max(top[j], amax_bits(values[j], 0, u.cols));
             }
@@ -767,19 +783,18 @@ void adam_update(const Update* updates, int64_t count, Root root) {
             const float* scales = before.data() + 3 * k;
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < u.rows; ++i) {
-                update_row(u, scales, i, row, root);
-                encode_row(u.m, u.m_kept, u.row_offset, i, u.cols, row.m.data(), row.uniform.data(), row.code.data());
-                encode_row(u.v, u.v_kept, u.row_offset, i, u.cols, row.v.data(), row.uniform.data(), row.code.data());
-                encode_row(u.w, u.w_kept, u.row_offset, i, u.cols, row.w.data(), row.uniform.data(), row.code.data());
+                const Values x = update_row(u, scales, i, row, root, false, true);
+                encode_row(u.m, u.m_kept, u.row_offset, i, u.cols, x.m, row.uniform.data(), row.code.data());
+                encode_row(u.v, u.v_kept, u.row_offset, i, u.cols, x.v, row.uniform.data(), row.code.data());
+                encode_row(u.w, u.w_kept, u.row_offset, i, u.cols, x.w, row.uniform.data(), row.code.data());
                 if (u.weight == nullptr) continue;
                 const float top = u.w_kept.amax == INFINITY ? NAN : decode_scale(u.w, u.w_kept.amax);
-                decode_row(u.w, u.w_kept, u.w.kind == SCALED && !u.w.block ? top : 0.0f, i, u.cols, row.w.data(),
-                           row.code.data());
-                for (int64_t j = 0; j < u.cols; ++j) {
-                    if (u.weight_bf16)
-                        narrow(row.w[j], static_cast<bf16*>(u.weight) + i * u.cols + j);
-                    else
-                        static_cast<float*>(u.weight)[i * u.cols + j] = row.w[j];
+                const float* w = decode_row(u.w, u.w_kept, top, i, u.cols, row.w.data(), row.code.data());
+                if (u.weight_bf16) {
+                    bf16* target = static_cast<bf16*>(u.weight) + i * u.cols;
+                    for (int64_t j = 0; j < u.cols; ++j) narrow(w[j], target + j);
+                } else {
+                    std::memcpy(static_cast<float*>(u.weight) + i * u.cols, w, u.cols * 4);
                 }
             }
         }
