@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from precision.backends.adam import AdamBackend, Kept, Update, choose
+from precision.backends.adam import AdamBackend, Kept, Update, choose, new_values
 from precision.codecs import FP32, STANDARD, Codec, Kahan, Moments, Parts, Plain, Scaled
 from precision.noise import base_key, step_key
 from precision.spec import Rounding
@@ -101,7 +101,7 @@ _SLOTS = {_M: 16, _V: 17, _MASTER: 18}  # of rounding noise: a linear's operands
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
+class Place:
     """A parameter's matrix on this rank and what is kept of it, as [rows, cols]: views, so that writing changes both.
 
     ``beside``: whether the weights are kept beside the parameter, in ``master``, and not in it.
@@ -145,14 +145,14 @@ class CodecAdamW(Optimizer):
     ) -> None:
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.moments = moments
-        self._places: dict[Tensor, _Place] = {}
+        self.places: dict[Tensor, Place] = {}
         keys: list[Tensor] = []
         self._keyed: dict[tuple[Tensor, int], int] = {}  # (parameter, which of m, v, w) -> row of the keys
         for group in self.param_groups:
             names = group.get("param_names", [""] * len(group["params"]))
             for name, parameter in zip(names, group["params"], strict=True):
                 place = self._place(name, parameter)
-                self._places[parameter] = place
+                self.places[parameter] = place
                 for which, codec in enumerate(place.codecs):
                     if codec.stochastic:
                         if not name:
@@ -160,12 +160,12 @@ class CodecAdamW(Optimizer):
                         self._keyed[parameter, which] = len(keys)
                         keys.append(base_key(seed, name, [*_SLOTS.values()][which]))
         self._keys = torch.stack(keys) if keys else None
-        device = next(iter(self._places)).device
+        device = next(iter(self.places)).device
         self.backend: AdamBackend = choose(device, backend)
         with torch.no_grad():
             self._encode_masters()
 
-    def _place(self, name: str, parameter: Tensor) -> _Place:
+    def _place(self, name: str, parameter: Tensor) -> Place:
         weight = local(parameter.detach())
         rows = weight.shape[0] if weight.dim() else 1
         cols = parameter.numel() // parameter.shape[0] if parameter.dim() else 1
@@ -192,11 +192,11 @@ class CodecAdamW(Optimizer):
                 state[f"{key}_{part}" if part else key] = _sharded_as(whole, parameter) if shape else whole
             kept.append(parts)
         self.state[parameter] = state
-        return _Place(name, rows, cols, _row_offset(parameter), (m, v, w), (kept[0], kept[1], kept[2]), beside)
+        return Place(name, rows, cols, _row_offset(parameter), (m, v, w), (kept[0], kept[1], kept[2]), beside)
 
     def _encode_masters(self) -> None:
         """Masters start at the parameters: rounded to nearest, whatever updates do."""
-        chosen = [(p, place) for p, place in self._places.items() if place.beside]
+        chosen = [(p, place) for p, place in self.places.items() if place.beside]
         if not chosen:
             return
         weights = [local(parameter).view(place.rows, place.cols).float() for parameter, place in chosen]
@@ -219,16 +219,17 @@ class CodecAdamW(Optimizer):
                     self.state[parameter]["step"] += 1
                     seen.append((parameter, group, float(self.state[parameter]["step"])))
         keys = self._step_keys({parameter: t for parameter, _, t in seen})
-        updates = [self._update(parameter, group, t, keys) for parameter, group, t in seen]
+        updates = [self.next_update(parameter, group, t, keys) for parameter, group, t in seen]
         if not updates:
             return
         amaxes = self._over_ranks(self.backend.amaxes(updates)) if any(u.whole for u in updates) else None
         self.backend.update(updates, amaxes)
 
-    def _update(
+    def next_update(
         self, parameter: Tensor, group: dict[str, Any], t: float, keys: dict[tuple[Tensor, int], Tensor]
     ) -> Update:
-        place = self._places[parameter]
+        """Update ``t`` of a parameter, with the noise of ``keys``; nothing is done yet."""
+        place = self.places[parameter]
         assert parameter.grad is not None
         # A checkpoint loads in place, and FSDP keeps its shards: the views of __init__ still hold.
         weight = local(parameter).view(place.rows, place.cols)
@@ -263,7 +264,7 @@ class CodecAdamW(Optimizer):
     def _over_ranks(self, amaxes: Tensor) -> Tensor:
         """Their maxima over all ranks; NaN as an infinity, since a maximum over ranks may lose a NaN."""
         amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)
-        if any(isinstance(parameter, DTensor) for parameter in self._places) and dist.get_world_size() > 1:
+        if any(isinstance(parameter, DTensor) for parameter in self.places) and dist.get_world_size() > 1:
             dist.all_reduce(amaxes, op=dist.ReduceOp.MAX)
         return amaxes
 
@@ -300,3 +301,63 @@ def _row_offset(parameter: Tensor) -> int:
             rows, ranks = parameter.shape[0], parameter.device_mesh.size(dim)
             offset = min(rows, parameter.device_mesh.get_local_rank(dim) * -(-rows // ranks))
     return offset
+
+
+@torch.no_grad()
+def step_with_sums(optimizer: Optimizer) -> tuple[float, float, float, float, float, float]:
+    """``optimizer.step()``, one parameter at a time, and sums over this rank's elements.
+
+    With w the old weights, e their change as they are kept, u the update as computed in FP32: the number of elements;
+    that of those with e = 0 and u != 0; the sums of w^2, e^2, u^2 and e u. Those with u are NaN for an optimizer that
+    is neither ``CodecAdamW`` nor torch's AdamW. FP32 copies of one parameter at a time are made.
+    """
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [parameter.grad for parameter, _ in parameters]
+    for parameter, _ in parameters:
+        parameter.grad = None
+    sums = torch.zeros(6, dtype=torch.float64)
+    for (parameter, group), grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+        u = _intended(optimizer, parameter, group)
+        before = _kept_weight(optimizer, parameter)
+        optimizer.step()
+        e = (_kept_weight(optimizer, parameter) - before).double()
+        u = torch.full_like(e, torch.nan) if u is None else u.double()
+        lost = ((e == 0) & (u != 0)).sum()
+        parts = [lost, before.double().square().sum(), e.square().sum(), u.square().sum(), (e * u).sum()]
+        sums += torch.tensor([e.numel(), *map(float, parts)], dtype=torch.float64)
+        parameter.grad = None
+    for (parameter, _), grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    count, lost_count, weights, changes, updates, products = sums.tolist()
+    return count, lost_count, weights, changes, updates, products
+
+
+def _kept_weight(optimizer: Optimizer, parameter: Tensor) -> Tensor:
+    """The weights as they are kept, a copy, FP32: of two terms the high one, of a master that."""
+    if isinstance(optimizer, CodecAdamW) and (place := optimizer.places[parameter]).beside:
+        return place.codecs[2].decode(place.parts[2]).clone().view(local(parameter).shape)
+    return local(parameter.detach()).float().clone()
+
+
+def _intended(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """The update that the next step computes, before any weight is rounded: FP32, of the parameter's shape here."""
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, CodecAdamW):
+        update = optimizer.next_update(parameter, group, float(state["step"]) + 1, {})
+    elif isinstance(optimizer, torch.optim.AdamW):
+        assert parameter.grad is not None
+        tensors = (state[_M], state[_V], parameter.detach())
+        m, v, w = (Kept(codec=FP32, parts={"": local(tensor)}) for tensor in tensors)
+        update = Update(
+            grad=local(parameter.grad), m=m, v=v, w=w, weight=None, row_offset=0, lr=float(group["lr"]),
+            betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], t=float(state["step"]) + 1,
+        )  # fmt: skip
+    else:
+        return None
+    new_m, new_v, _ = new_values(update)
+    weight = update.w.codec.decode(update.w.parts)
+    u = new_m / (new_v.sqrt() / update.correction + update.eps) * -update.step_size - weight * (
+        update.lr * update.decay
+    )
+    return u.view(local(parameter).shape)
