@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from precision import recipes
 from precision.backends import require_backend as require_backend
+from precision.codecs import STANDARD, Moments
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.updates import AdamW, UpdateRule
 
@@ -132,8 +133,14 @@ class Recipe:
 
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
+    moments: Moments = STANDARD
     update: UpdateRule = field(default_factory=AdamW)
     hooks: tuple[Hook, ...] = ()
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are kept."""
+        return self.moments.param_dtype(self.dtypes.param, self.dtypes.compute)
 
 
 @runtime_checkable
@@ -170,6 +177,7 @@ class Plan:
     recipe: Recipe
     model: nn.Module
     rows: Sequence[PlanRow]
+    update_note: str = ""  # how optimizer states are kept and updated, once that is known
     clock: Clock = field(default_factory=Clock)
     _step: int = field(default=0, init=False)
 
@@ -237,9 +245,11 @@ class Plan:
     def __str__(self) -> str:
         dtypes = self.recipe.dtypes
         names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
+        names["param"] = str(self.recipe.param_dtype).removeprefix("torch.")
         head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
         hooks = [f"every step: {hook}" for hook in self.recipe.hooks]
-        return "\n".join([head, f"update {self.recipe.update}", *hooks, *map(str, self.rows)]) + "\n"
+        update = [f"update {self.recipe.update}", f"moments {self.update_note or self.recipe.moments}"]
+        return "\n".join([head, *update, *hooks, *map(str, self.rows)]) + "\n"
 
 
 def names() -> list[str]:
@@ -335,7 +345,7 @@ def apply(
             rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
-    plan = Plan(recipe, model, rows, clock)
+    plan = Plan(recipe, model, rows, clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.state_tensors().items():
             if buffer.is_meta:

@@ -20,7 +20,7 @@ from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
-from trainer.optim import OptimConfig, learning_rate
+from trainer.optim import OptimConfig, learning_rate, measured_step
 from trainer.state import TrainState, evaluating, local
 
 
@@ -128,6 +128,7 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     applied: bool  # False: something was not finite and the parameters are as before
+    telemetry: dict[str, float] = field(default_factory=dict)  # of the update, at the steps it is asked for
 
 
 def train(job: Job) -> Outcome:
@@ -203,15 +204,19 @@ def update_from(
     loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     lr = learning_rate(config, step, total_steps)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    telemetry: dict[str, float] = {}
     if applied:
         if config.clip_norm > 0:
             torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if _due(config.telemetry_every, step + 1):
+            telemetry = measured_step(optimizer, world, state.num_replicas)
+        else:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     plan.end_step(applied=applied)
-    return StepResult(loss, grad_norm, lr, applied)
+    return StepResult(loss, grad_norm, lr, applied, telemetry)
 
 
 def _losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
@@ -284,7 +289,7 @@ def _log_step(job: Job, result: StepResult, seconds: float) -> None:
         "grad_norm": result.grad_norm,
         "tokens_per_second": job.tokens_per_step / seconds,
         "time": time.time(),
-    }
+    } | result.telemetry
     if not result.applied:
         first = job.source.first_sample(step - 1) if job.world.is_main else 0
         row["skipped"] = f"loss {result.loss}, grad norm {result.grad_norm}"

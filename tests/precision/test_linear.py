@@ -27,7 +27,7 @@ TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
 # exmy may change nothing, and what smooths a SwiGLU needs one.
-SMOOTH = ["smooth_swiglu"]
+SMOOTH = ["smooth_swiglu", "fp8_full"]
 RECIPES = [name for name in names() if name not in ("bf16", "fp32", "exmy", *SMOOTH)]
 
 
