@@ -1,7 +1,8 @@
 """From which outlier on does FP8 training suffer, and Smooth-SwiGLU not? python scripts/experiments/swiglu_outliers.py
 
 [strengths=4,16,32,64,128] [seeds=0,1,2] [arms=bf16,fp8_delayed,smooth_channel,smooth_token] [channels=2]
-[pretrain=300] [steps=80] [out=runs/swiglu_outliers] and any overrides of the trainer, the same for all runs.
+[pretrain=300] [steps=80] [out=runs/swiglu_outliers] and any overrides of the trainer, the same for all runs. More arms:
+fp8_current, fp8_full, and moments_M_V with the formats of Adam's two moments.
 
 In long runs weight decay aligns the gate and up weights of a few SwiGLU channels, whose product then grows with the
 square of the weights (arXiv 2409.12517). A short run does not get there, so the alignment is made:
@@ -14,7 +15,8 @@ square of the weights (arXiv 2409.12517). A short run does not get there, so the
    and is validated in its own precision.
 
 Every run is a run directory in ``out``; one that is done is not run again. Writes results.json, table.md and gaps.png
-there: final validation loss and its gap to BF16 of the same start, and how the outlier stood at the start: ``spread``
+there: the gap to BF16 of the same start in loss before training (over some training text) and in validation loss after
+it, and how the outlier stood at the start: ``spread``
 (largest value of h over the median of the channels' maxima) and ``lost`` (non-zero values of h that one E4M3 scale for
 the tensor rounds to zero), both means over blocks.
 """
@@ -32,12 +34,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from precision.recipe import apply, load
 from trainer.build import open_windows
 from trainer.cli import script_main
 from trainer.config import load_config
+from trainer.data import DataConfig
 from trainer.errors import ExitCode
 from trainer.export import export_run
 from trainer.metrics import read_metrics
+from trainer.prepare import prepare
 from trainer.run import run
 from trainer.tokenizer import load_tokenizer
 
@@ -48,6 +53,11 @@ ARMS = {
     "fp8_current": ["precision=fp8_current"],
     "smooth_channel": ["precision=smooth_swiglu", "precision.args.form=channel"],
     "smooth_token": ["precision=smooth_swiglu", "precision.args.form=token"],
+    "fp8_full": ["precision=fp8_full"],
+    # Formats of the two moments, in BF16: the paper's, and each with the other's.
+    "moments_e4m3_e5m2": ["precision=bf16", "optim.moments={m: e4m3_240/tensor, v: e5m2/tensor}"],
+    "moments_e5m2_e5m2": ["precision=bf16", "optim.moments={m: e5m2/tensor, v: e5m2/tensor}"],
+    "moments_e4m3_e4m3": ["precision=bf16", "optim.moments={m: e4m3_240/tensor, v: e4m3_240/tensor}"],
 }
 COMMON = [
     "model=llama_tiny",
@@ -56,9 +66,10 @@ COMMON = [
     "model.num_layers=2",
     "model.num_heads=4",
     "model.num_kv_heads=4",
+    "data.tokenizer=bytes",  # a small vocabulary: the MLPs are most of the model
     "data.seq_len=128",
-    "data.global_batch_size=8",
-    "train.micro_batch_size=8",
+    "data.global_batch_size=16",
+    "train.micro_batch_size=16",
     "checkpoint.every=0",
     "checkpoint.keep_last=1",
     "eval.every=0",
@@ -81,7 +92,9 @@ def main(
     steps: int = 80,
     out: str = "runs/swiglu_outliers",
 ) -> None:
-    root, common = Path(out), [*COMMON, *overrides]
+    root = Path(out)
+    common = [*COMMON, f"data.shards={root / 'shards'}", *overrides]
+    prepare(load_config(common).data, workers=1)
     results: list[dict[str, Any]] = []
     for seed in seeds.split(","):
         trained = root / f"base-seed{seed}"
@@ -99,7 +112,8 @@ def main(
             for arm in arms.split(","):
                 directory = root / f"{arm}-strength{strength:g}-seed{seed}"
                 _train(directory, [*common, *after, *ARMS[arm]])
-                results.append({"arm": arm, "strength": strength, "seed": int(seed), **measured, **_outcome(directory)})
+                row = {"arm": arm, "strength": strength, "seed": int(seed), **measured}
+                results.append({**row, "start_loss": _start_loss(start, arm, common), **_outcome(directory)})
             # Seed by seed, so that an early table compares like with like.
             (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             (root / "table.md").write_text(_table(results))
@@ -126,9 +140,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
 def _inject(base: Path, target: Path, strength: float, channels: int, common: list[str]) -> None:
     """Write ``base`` with outliers in every block to ``target``, and what they are like to ``outliers.json``."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
-    data = load_config(common).data
-    windows = open_windows(data, load_tokenizer(data.tokenizer, data.eot_token), "train", PROBED_TOKENS)
-    tokens = torch.stack([torch.from_numpy(windows.window(i)[:-1]) for i in range(PROBED_TOKENS // data.seq_len)])
+    tokens = _probed(load_config(common).data)
     counts = tokens.flatten().bincount()
     token = int((counts - tokens.numel() / 200).abs().argmin())
     injected = []
@@ -155,6 +167,26 @@ def _inject(base: Path, target: Path, strength: float, channels: int, common: li
     (target / "outliers.json").write_text(json.dumps(measured) + "\n")
 
 
+@torch.no_grad()
+def _start_loss(start: Path, arm: str, common: list[str]) -> float:
+    """Loss in nats a token of the start over the probed text, its products as the arm computes them."""
+    cached = start / f"loss-{arm}.json"
+    if not cached.exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(start, local_files_only=True).bfloat16()
+        config = load_config([*common, *ARMS[arm]])
+        plan = apply(load(config.precision.recipe, config.precision.args), model)
+        plan.forget()
+        losses = [float(model(input_ids=part, labels=part).loss) for part in _probed(config.data).split(16)]
+        cached.write_text(json.dumps(statistics.mean(losses)))
+    return float(json.loads(cached.read_text()))
+
+
+def _probed(data: DataConfig) -> Tensor:
+    """Tokens [windows, positions] of the training split."""
+    windows = open_windows(data, load_tokenizer(data.tokenizer, data.eot_token), "train", PROBED_TOKENS)
+    return torch.stack([torch.from_numpy(windows.window(i)[:-1]) for i in range(PROBED_TOKENS // data.seq_len)])
+
+
 def _probe(model: nn.Module, mlp: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What an MLP reads [tokens, hidden], and its down-projection [tokens, channels]."""
     seen: dict[nn.Module, list[Tensor]] = {mlp: [], mlp.down_proj: []}  # type: ignore[dict-item]
@@ -170,9 +202,9 @@ def _probe(model: nn.Module, mlp: nn.Module, tokens: Tensor) -> tuple[Tensor, Te
     return x, h
 
 
-def _gaps(results: list[dict[str, Any]], arm: str, strength: float) -> list[float | None]:
-    """Final loss over that of BF16 from the same start, by seed; None where a run did not finish."""
-    of = {(row["arm"], row["seed"]): row["loss"] for row in results if row["strength"] == strength}
+def _gaps(results: list[dict[str, Any]], arm: str, strength: float, key: str = "loss") -> list[float | None]:
+    """A loss over that of BF16 from the same start, by seed; None where a run did not finish."""
+    of = {(row["arm"], row["seed"]): row[key] for row in results if row["strength"] == strength}
     seeds = sorted(seed for name, seed in of if name == arm and (BASELINE, seed) in of)
     pairs = [(of[arm, seed], of[BASELINE, seed]) for seed in seeds]
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
@@ -180,7 +212,7 @@ def _gaps(results: list[dict[str, Any]], arm: str, strength: float) -> list[floa
 
 def _table(results: list[dict[str, Any]]) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in results))
-    others = " | ".join(f"{arm} gap, by seed" for arm in arms if arm != BASELINE)
+    others = " | ".join(f"{arm}: gap at the start; at the end, by seed" for arm in arms if arm != BASELINE)
     lines = [
         f"| strength | spread | lost | bf16 loss, by seed | {others} |",
         f"|{'---|' * (3 + len(arms))}",
@@ -195,7 +227,10 @@ def _table(results: list[dict[str, Any]]) -> str:
                 gaps = _gaps(results, arm, strength)
                 finite = [gap for gap in gaps if gap is not None]
                 mean = f"{statistics.mean(finite):+.4f} " if finite else ""
-                shown.append(f"{mean}({', '.join('diverged' if gap is None else f'{gap:+.4f}' for gap in gaps)})")
+                first = statistics.mean(gap for gap in _gaps(results, arm, strength, "start_loss") if gap is not None)
+                shown.append(
+                    f"{first:+.4f}; {mean}({', '.join('diverged' if gap is None else f'{gap:+.4f}' for gap in gaps)})"
+                )
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from precision.formats import E4M3
 from precision.linear import QuantLinear, quantized
 from precision.quantize import dequantize, quantize
-from precision.recipe import Recipe, Rule, apply, load
+from precision.recipe import Plan, Recipe, Rule, apply, load
 from precision.scaling import Unit
 from precision.smooth import FORMS, fold, scales_of, smooth, smoothed
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
@@ -339,3 +339,19 @@ def test_bases_that_cannot_be_smoothed() -> None:
         smoothed(LinearSpec(fprop=GemmSpec(b=CURRENT8)), FORMS["channel"])
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj is smoothed already"):
         apply(load("smooth_swiglu", {"base": "smooth_swiglu"}), model_of())
+
+
+def test_compiled_is_eager_but_for_rounding() -> None:
+    """The up-projection's hook and the down-projection that reads from it lie in one compiled module."""
+    results = []
+    for compiled in (False, True):
+        model = model_of(dtype=torch.bfloat16)
+        plan: Plan = apply(load("smooth_swiglu", {"form": "token"}), model)
+        plan.begin_step(0, 0)
+        mlp = mlp_of(model)
+        x, dy = (samples(4, 32, HIDDEN, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+        leaf = x.requires_grad_()
+        y = (torch.compile(mlp) if compiled else mlp)(leaf)
+        y.backward(dy)
+        results.append([mlp.down_proj.weight.grad, plan.state_tensors()["layers.0.mlp.down_proj.amax_history"]])
+    assert max(map(distance, *results)) < 0.02

@@ -52,6 +52,7 @@ RECIPES = {
     "delayed": ["precision=fp8_delayed"],
     "mxfp4": ["precision=mxfp4"],
     "nvfp4": ["precision=nvfp4", "parallel=hsdp"],
+    "full": ["precision=fp8_full", "parallel.activation_checkpointing=true"],
     "apart": ["precision=fp8_delayed", "precision.args.reduce_amax=false"],  # every rank has histories of its own
 }
 

@@ -1,8 +1,9 @@
-"""All of "Scaling FP8 training to trillion-token LLMs" (arXiv 2409.12517): products, optimizer states and weights narrow.
+"""All of "Scaling FP8 training to trillion-token LLMs" (arXiv 2409.12517): products, states and weights are narrow.
 
 Matrix products in FP8 with delayed scaling, Smooth-SwiGLU at the input of every down-projection (``smooth_swiglu``),
 Adam's first moment in E4M3, whose precision it needs, its second in E5M2, whose range it needs, and weights kept in
-FP16: each with one scale for the tensor. A parameter takes 4 bytes with its states instead of 12, gradients aside.
+FP16: each with one scale for the tensor. Weight and states take 4 bytes a parameter instead of 12, and the BF16 values
+that products read 2 more; gradients aside.
 
 Not as the paper: amaxes of a step are used in the next (its code refreshes scales when a history is full), products in
 TransformerEngine's E4M3 with a maximum of 448 and scales that are no powers of two (Gaudi: 240, powers of two), weights
