@@ -502,6 +502,7 @@ def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:
     if kahan and (name != "bf16" or stochastic):
         raise ValueError(f"{text!r}: compensation is for bf16 rounded to nearest: bf16/kahan")
     size = None if sizes == ["tensor"] else int(sizes[0]) if sizes else block
+    usual = {"dynamic": 256}.get(name, 128) if size is None else size
     match name:
         case "fp32":
             return Plain(rounding=rounding)
@@ -510,14 +511,14 @@ def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:
         case "dynamic" | "expanded" if stochastic or sizes == ["tensor"]:
             raise ValueError(f"{text!r}: {name} is of blocks, rounded to nearest")
         case "dynamic":
-            return Dynamic(block=size or 256, signed=signed)
+            return Dynamic(block=usual, signed=signed)
         case "expanded":
-            return Expanded(block=size or 128)
+            return Expanded(block=usual)
     try:
         format = by_name(name)
     except ValueError as error:
         raise ValueError(f"no codec named {text!r}{_near(name, known)}; {_SPELLED}") from error
-    return Scaled(format=format, block=size if sizes else block or 128, rounding=rounding)
+    return Scaled(format=format, block=None if sizes == ["tensor"] else usual, rounding=rounding)
 
 
 def _near(word: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -168,7 +169,7 @@ class CodecAdamW(Optimizer):
     def _place(self, name: str, parameter: Tensor) -> Place:
         weight = local(parameter.detach())
         rows = weight.shape[0] if weight.dim() else 1
-        cols = parameter.numel() // parameter.shape[0] if parameter.dim() else 1
+        cols = math.prod(parameter.shape[1:])
         m, v, master = self.moments.m, self.moments.v, self.moments.master
         if parameter.dim() < 2:
             m = v = FP32
@@ -241,7 +242,7 @@ class CodecAdamW(Optimizer):
             )
         )
         return Update(
-            grad=local(parameter.grad).reshape(place.rows, place.cols),
+            grad=local(parameter.grad).reshape(place.rows, place.cols).contiguous(),
             m=m,
             v=v,
             w=w,
@@ -264,8 +265,11 @@ class CodecAdamW(Optimizer):
     def _over_ranks(self, amaxes: Tensor) -> Tensor:
         """Their maxima over all ranks; NaN as an infinity, since a maximum over ranks may lose a NaN."""
         amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)
-        if any(isinstance(parameter, DTensor) for parameter in self.places) and dist.get_world_size() > 1:
-            dist.all_reduce(amaxes, op=dist.ReduceOp.MAX)
+        one = next(iter(self.places))
+        if isinstance(one, DTensor):  # all of them on one mesh; replicas hold the same
+            for dim, placement in enumerate(one.placements):
+                if isinstance(placement, Shard) and one.device_mesh.size(dim) > 1:
+                    dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=one.device_mesh.get_group(dim))
         return amaxes
 
 

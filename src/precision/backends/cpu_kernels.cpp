@@ -663,7 +663,7 @@ void encode_row(const Codec& codec, const Kept& kept, uint64_t row_offset, int64
         }
         const float ratio = top > 0.0f ? top / least : 1.0f;
         int32_t power = 255 - int32_t(std::lower_bound(codec.limits, codec.limits + 256, ratio) - codec.limits);
-        power = top != top || power < 0 ? 0 : power;
+        power = ratio != ratio || power < 0 ? 0 : power;
         static_cast<uint8_t*>(kept.extra)[row * blocks + b] = uint8_t(power);
 #pragma omp simd
         for (int64_t i = first; i < end; ++i) uniform[i] = std::fabs(share_of(x[i], top));
