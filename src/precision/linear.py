@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,29 @@ def _columns(spec: LinearSpec) -> dict[int, Column]:
     }
 
 
+class Observer(Protocol):
+    """Looks on at the GEMMs of a training step, and changes nothing (``precision.probe``)."""
+
+    def measure(
+        self,
+        module: QuantLinear,
+        gemm: int,
+        spec: GemmSpec,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None,
+        stats: Tensor | None,
+    ) -> Any:
+        """What there is to note of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output.
+
+        ``stats``: what its transform reads.
+        """
+
+    def add(self, noted: Any) -> None:
+        """Count what ``measure`` gave."""
+
+
 class QuantLinear(nn.Module):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
@@ -136,6 +160,7 @@ class QuantLinear(nn.Module):
         self.active = spec  # what this step uses; a hook may change it by step
         self.statistics: Callable[[Tensor], Tensor] | None = None
         self.clock = Clock()
+        self.observer: Observer | None = None
         self.backends: tuple[Backend, Backend, Backend] = (REFERENCE, REFERENCE, REFERENCE)
         columns = _columns(spec)
         self.columns = list(dict.fromkeys(columns.values()))
@@ -167,9 +192,18 @@ class QuantLinear(nn.Module):
         # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
         differentiated = torch.is_grad_enabled() and self.weight.requires_grad
         made = self.clock.recent.of(x)
-        y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight, self.bias, self, rows_of_a_sample, made, differentiated
-        )
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        if autocast:  # as it treats a plain linear; inside, what is in float32 has its reason
+            dtype = torch.get_autocast_dtype(kind)
+            made = made if x.dtype == dtype else None
+            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+                rows, weight, bias, self, rows_of_a_sample, made, differentiated
+            )
         return y.view(*x.shape[:-1], self.out_features)
 
     def reset_state(self, value: float = 0.0) -> None:
@@ -183,6 +217,12 @@ class QuantLinear(nn.Module):
             self._base_keys[slot] = base_key(self.clock.seed, self.path, slot, device=self.weight.device)
         key = step_key(self._base_keys[slot], self.clock.step)
         return Noise(key=key, row_offset=first_row, transposed=transposed)
+
+    def transformed(self, gemm: int, transform: Transform, x: Tensor, stats: Tensor | None, *, left: bool) -> Tensor:
+        """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
+        if stats is None:
+            return self.backends[gemm].transformed(transform, x, left=left)
+        return transform.left(x, stats) if left else transform.right(x, stats)
 
     def amax_for(self, slot: int, x: Tensor) -> Tensor | None:
         """The amax that scales this slot's tensor: None for its own. Notes the new one in training."""
@@ -209,15 +249,21 @@ class _Linear(torch.autograd.Function):
         differentiated: bool,
     ) -> Tensor:
         stats = module.statistics(x) if module.statistics is not None else None
-        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, stats)
-        a = call.operand(X, x)
-        y = call.product(0, a, call.operand(W, weight), dtype=x.dtype, bias=bias)
+        observer = module.observer if differentiated and module.training else None
+        call = _Call(module, module.active, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
+        a, w = call.operand(X, x), call.operand(W, weight)
+        y = call.product(0, a, w, dtype=x.dtype, bias=bias)
+        seen: tuple[Tensor, ...] = ()
+        if observer is not None:
+            # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
+            ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias, stats)
+            seen = (x,)
         kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
-            ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale)
+            ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
-            ctx.save_for_backward(weight, stats, kept)
+            ctx.save_for_backward(weight, stats, kept, *seen)
             ctx.kept = None
         # Backward keeps what it reads alone.
         ctx.call, ctx.has_bias = replace(call, made=None, stats=None), bias is not None
@@ -238,6 +284,10 @@ class _Linear(torch.autograd.Function):
             else:
                 w_t = call.operand(DGRAD_W, weight.mT)
             dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
+            if call.observer is not None:
+                call.observer.add(
+                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_codes, w_t), dx, None, stats)
+                )
         if ctx.needs_input_grad[1]:
             if ctx.kept is None:
                 x_t = call.operand(WGRAD_X, pieces[0].mT)
@@ -259,6 +309,12 @@ class _Linear(torch.autograd.Function):
             else:
                 dy_t = call.operand(WGRAD_DY, dy.mT)
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
+            if call.observer is not None:
+                call.observer.add(ctx.noted)
+                given = dy.mT, pieces[-1].mT
+                call.observer.add(
+                    call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None, stats)
+                )
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, dw, dbias, None, None, None, None
@@ -273,6 +329,7 @@ class _Call:
     first_row: Tensor
     made: dict[Hashable, Quantized] | None  # of x, in the forward pass
     stats: Tensor | None  # what transforms read
+    observer: Observer | None
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
@@ -311,7 +368,7 @@ class _Call:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         if gemm.transform is not None:
-            x = self.transformed(slot, gemm.transform, x)
+            x = self.module.transformed(slot // 2, gemm.transform, x, self.stats, left=slot % 2 == 0)
         if spec is None:
             return x
         noise = None
@@ -323,12 +380,6 @@ class _Call:
             first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
             noise = self.module.noise(slot, first_row, transposed=transposed)
         return self.quantize(slot, x, spec, noise)
-
-    def transformed(self, slot: int, transform: Transform, x: Tensor) -> Tensor:
-        left = slot % 2 == 0
-        if self.stats is None:
-            return self.module.backends[slot // 2].transformed(transform, x, left=left)
-        return transform.left(x, self.stats) if left else transform.right(x, self.stats)
 
     def quantize(self, slot: int, x: Tensor, spec: OperandSpec, noise: Noise | None) -> Quantized:
         amax = self.module.amax_for(slot, x)

@@ -366,8 +366,12 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
     there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
     if not matched:
         beside = f" beside {' and '.join(rule.siblings)}" if rule.siblings else ""
+        # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
+        other = sum(type(module).__name__ == "Conv1D" for module in model.modules())
+        hint = f"; {other} Conv1D with transposed weights, as in GPT-2 of `transformers`, are not converted"
         raise ValueError(
             f"the rule {rule.path!r} matches no {rule.kind.__name__}{beside}{close(rule.path, kinds)}; {there}"
+            + (hint if other else "")
         )
     num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
     for selector in rule.keep:

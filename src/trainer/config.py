@@ -25,7 +25,7 @@ from trainer.data import DataConfig, SourceConfig, home_of
 from trainer.distributed import ParallelConfig
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
-from trainer.loop import EvalConfig, LoopConfig
+from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.rundir import RunConfig
@@ -47,6 +47,7 @@ class TrainConfig:
     run: RunConfig = MISSING
     train: LoopConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     log: LogConfig = field(default_factory=LogConfig)

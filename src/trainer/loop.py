@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from precision.probe import Probe, check_settings
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate, measured_step
+from trainer.sharpness import sharpness
 from trainer.state import TrainState, evaluating, local
 
 
@@ -56,12 +58,28 @@ class EvalConfig:
     every: int = 100  # steps; 0 = only at the end
     tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
     precision: EvalPrecision = EvalPrecision.recipe
+    sharpness: int = 32  # sequences whose last logits' sharpness is measured with it; 0 = not
 
     def validate(self) -> None:
         """Raises ValueError for negative counts."""
-        for name in ("every", "tokens"):
+        for name in ("every", "tokens", "sharpness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """What rounding does to every operand and product, measured now and then; it changes nothing."""
+
+    every: int = 0  # steps; 0 = never
+    layers: str | None = None  # regex of the linears, full match; null = all
+
+    def validate(self) -> None:
+        """Raises ValueError for a negative count, and for what is no regular expression."""
+        try:
+            check_settings(self.every, self.layers)
+        except ValueError as error:
+            raise ValueError(f"probe.{error}") from error
 
 
 class Status(Enum):
@@ -108,6 +126,7 @@ class Job:
     metrics: MetricsFile | None = None  # on rank 0
     console: Console | None = None
     trackers: Trackers | None = None
+    probe: Probe | None = None
     evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
     last_eval: dict[str, Any] | None = field(default=None)
 
@@ -174,7 +193,11 @@ def train(job: Job) -> Outcome:
 
 def train_step(job: Job, step: int) -> tuple[StepResult, int]:
     """Step ``step`` (from 0), and the code of a stop that some rank was asked for (0 = none)."""
-    result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
+    watched = job.probe is not None and job.probe.due(step + 1)
+    with job.probe.watching() if job.probe is not None and watched else nullcontext():
+        result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
+    if job.probe is not None and watched:
+        _log_probe(job, job.probe, step + 1)
     (stop_code,) = job.world.max(job.stop.code)
     return result, int(stop_code)
 
@@ -233,7 +256,8 @@ def evaluate(job: Job) -> int:
     """
     if job.validation is None:
         return 0
-    result = validate(job.state, job.validation, job.world, job.stop, job.eval_config.precision)
+    config = job.eval_config
+    result = validate(job.state, job.validation, job.world, job.stop, config.precision)
     if isinstance(result, int):
         return result
     loss_sum, weight_sum = result
@@ -247,6 +271,9 @@ def evaluate(job: Job) -> int:
         "tokens": int(weight_sum),
         "time": time.time(),
     }
+    if config.sharpness:
+        with _products(job.state, config.precision):
+            row["sharpness"] = sharpness(job.state, job.validation, job.world, config.sharpness)
     job.last_eval = row
     job.log(row)
     job.say(
@@ -264,8 +291,7 @@ def validate(
     If a rank is asked to stop meanwhile, that code instead.
     """
     loss_sum = weight_sum = 0.0
-    high = state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
-    with evaluating(state.model), high:
+    with evaluating(state.model), _products(state, precision):
         for micro in range(source.num_micro):
             batch = source.batch(0, micro)
             losses_BT = _losses(state.model, batch, world.device)
@@ -276,6 +302,10 @@ def validate(
                 return int(stop_code)
     loss_sum, weight_sum = world.sum(loss_sum, weight_sum)
     return loss_sum, weight_sum
+
+
+def _products(state: TrainState, precision: EvalPrecision) -> AbstractContextManager[None]:
+    return state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
 
 
 def _log_step(job: Job, result: StepResult, seconds: float) -> None:
@@ -301,6 +331,16 @@ def _log_step(job: Job, result: StepResult, seconds: float) -> None:
     job.log(row)
     if job.console is not None:
         job.console.train(row, seconds)
+
+
+def _log_probe(job: Job, probe: Probe, step: int) -> None:
+    rows = probe.rows()
+    if job.metrics is not None:
+        job.metrics.write(*({"kind": "probe", "step": step, **asdict(row)} for row in rows))
+    if job.trackers is not None:
+        told = ("sqnr_db", "underflow_percent", "saturation_percent", "relative_error")
+        values = {f"{row.module}/{row.slot}/{name}": getattr(row, name) for row in rows for name in told}
+        job.trackers.log({"kind": "probe", "step": step} | values)
 
 
 def _samples_per_step(job: Job) -> int:

@@ -58,11 +58,13 @@ class MetricsFile:
         self._length = _repair(path)
         self._file.truncate(self._length)
 
-    def write(self, row: dict[str, Any]) -> None:
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._pending.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
+    def write(self, *rows: dict[str, Any]) -> None:
+        for row in rows:
+            clean = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
+            self._pending.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
         self.flush()
 
     def flush(self) -> bool:
@@ -113,6 +115,11 @@ def read_metrics(path: Path, kind: str) -> dict[int, dict[str, Any]]:
         if row.get("kind") == kind:
             rows[row["step"]] = row
     return dict(sorted(rows.items()))
+
+
+def read_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """All rows of one kind, as they stand; for kinds with several rows a step."""
+    return (row for row in _rows(path) if row["kind"] == kind)
 
 
 def corrupt_lines(path: Path) -> list[int]:

@@ -28,6 +28,7 @@ from trainer.config import flatten
 from trainer.errors import UserError, one_line
 from trainer.files import write_json, write_text
 from trainer.metrics import corrupt_lines, read_metrics
+from trainer.numerics import heat_map, numerics_of, picture, worst_layers
 
 try:  # extra `report`
     import jinja2
@@ -52,7 +53,7 @@ except ImportError as missing:
     raise SystemExit(f"error: {missing}: pip install 'narrowgauge[report]'") from missing
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
-_FREE = ("precision", "run", "log", "sample", "checkpoint", "resume", "parallel", "eval.precision")
+_FREE = ("precision", "run", "log", "sample", "checkpoint", "resume", "parallel", "eval.precision", "probe")
 _MOST_POINTS = 400  # of a curve
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 _RECIPE_COLUMNS = (
@@ -171,16 +172,22 @@ def write_report(directories: Sequence[Path], out: Path, settings: Settings) -> 
     """
     runs = find_runs(directories, settings)
     recipes = summarize(runs, settings)
-    tables = _tables(runs, recipes, settings)
+    numerics = numerics_of((run.recipe, run.path) for run in runs)
+    maps = [(f"numerics-{number}", recipe, each) for number, (recipe, each) in enumerate(numerics.items(), 1)]
+    tables = [*_tables(runs, recipes, settings), *([Table(**worst_layers(numerics))] if numerics else [])]
     limits = _limits(runs, recipes, settings)
     summary = _summary(runs, recipes, limits, settings)
     out.mkdir(parents=True, exist_ok=True)
     try:
         write_json(out / "summary.json", summary)
         write_text(out / "summary.csv", _csv(runs))
-        write_text(out / "report.md", _markdown(recipes, tables, limits))
-        write_text(out / "report.html", _html(recipes, tables, limits, _plots(runs, recipes)))
+        shown = "".join(f"\n![numerics of {recipe}]({name}.png)\n" for name, recipe, _ in maps)
+        write_text(out / "report.md", _markdown(recipes, tables, limits) + shown)
+        plots = [*_plots(runs, recipes), *(Plot(**heat_map(*each)) for each in maps)]
+        write_text(out / "report.html", _html(recipes, tables, limits, plots))
         _pictures(runs, recipes, out)
+        for name, recipe, each in maps:
+            picture(recipe, each, out / f"{name}.png")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     return summary

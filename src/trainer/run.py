@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from precision.probe import Probe
+from precision.recipe import Plan
 from trainer import distributed
 from trainer.build import (
     Data,
@@ -24,7 +26,7 @@ from trainer.config import TrainConfig, differences, load_run_config
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
-from trainer.loop import Job, Outcome, Status, train
+from trainer.loop import Job, Outcome, ProbeConfig, Status, train
 from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
 from trainer.plot import plot_losses
 from trainer.rundir import Resume, RunDirectory, environment
@@ -212,6 +214,7 @@ def _build(
         checkpoint_every=config.checkpoint.every,
         checkpointer=checkpointer,
         stop=stop,
+        probe=_probe(config.probe, state.plan),
     )
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), environment(world, state.step)))
     job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))
@@ -220,6 +223,13 @@ def _build(
         job.console = Console(config.log, config.train.steps, state.step)
         job.trackers = Trackers(config.log, directory.path, _flat_values(config))
     return job
+
+
+def _probe(config: ProbeConfig, plan: Plan) -> Probe | None:
+    try:
+        return Probe(plan, every=config.every, layers=config.layers) if config.every else None
+    except ValueError as error:
+        raise UserError(f"probe.{error}") from error
 
 
 def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, data: Data) -> str:

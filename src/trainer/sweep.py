@@ -41,6 +41,7 @@ from yaml import YAMLError
 
 from precision.recipe import close
 from trainer.config import CONFIG_DIR, load_config, parse
+from trainer.distributed import available_cores
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.metrics import read_metrics
 from trainer.verify import command
@@ -317,12 +318,22 @@ def launch(config: DictConfig, batch: Sequence[Sequence[str]], options: Launcher
     A job's value, for sweepers that search, is its final validation loss, infinite if it diverged. Raises SweepStopped.
     """
     jobs = make_jobs(config, batch)
+    if options.jobs > 1:
+        _share_cores(jobs, options)
     if options.dry_run:
         for job in jobs:
             print(subprocess.list2cmdline(command(job.overrides, options.processes)))
     else:
         run_jobs(jobs, processes=options.processes, at_once=options.jobs)
     return [_returned(job, jobs) for job in jobs]
+
+
+def _share_cores(jobs: Sequence[Job], options: LauncherConfig) -> None:
+    """Give jobs that run at once their share of the cores each: threads that outnumber cores wait for one another."""
+    threads = max(1, available_cores() // (options.jobs * options.processes))
+    for job in jobs:
+        if not any(override.startswith("parallel.threads=") for override in job.overrides):
+            job.overrides.append(f"parallel.threads={threads}")
 
 
 def _returned(job: Job, jobs: Sequence[Job]) -> JobReturn:

@@ -135,6 +135,24 @@ def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, 
     assert "run.dir='multirun/sweep/precision.args.history=4,precision=fp8_delayed'" in lines[0]
 
 
+def test_jobs_at_once_share_the_cores_unless_told_otherwise(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "available_cores", lambda: 12)
+    for jobs, told, wanted in (("3", [], "2"), ("100", [], "1"), ("3", ["parallel.threads=5"], "5"), ("1", [], None)):
+        sweep(
+            [
+                "seed=0,1",
+                "hydra.launcher.processes=2",
+                f"hydra.launcher.jobs={jobs}",
+                "hydra.launcher.dry_run=true",
+                *told,
+            ]
+        )
+        lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+        assert [line.count(" parallel.threads=") for line in lines] == [int(wanted is not None)] * 2
+        assert wanted is None or all(f"parallel.threads={wanted}" in line.split() for line in lines)
+
+
 def test_finished_and_diverged_runs_are_skipped_and_failed_ones_tried_again(tmp_path: Path, capsys) -> None:
     command = shell(b="failed", c="diverged")
     first = jobs_in(tmp_path, "a", "b", "c", "d")

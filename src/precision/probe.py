@@ -1,0 +1,330 @@
+"""What rounding does to every operand of every linear, and to the products: measured on steps that are due.
+
+Per linear nine rows, one for each operand slot and one for each output:
+
+* fprop.x, fprop.w, dgrad.dy, dgrad.w, wgrad.dy, wgrad.x: what the GEMM reads, against what it would read unrounded.
+  Where a transform comes first, against the transformed tensor.
+* fprop.y, dgrad.dx, wgrad.dw: what the GEMM gives, against the float32 product of the operands as they were.
+
+Sums, counts and extremes are added up over micro-batches and ranks, and only then made into ratios: they do not depend
+on how a batch is dealt out, but for what a recipe itself makes depend on it (a scale that spans a micro-batch, and the
+products, of which there is one per micro-batch).
+
+A forward pass that is computed again for backward counts once; evaluation does not count. Nothing that is computed
+changes: a watched step gives the bits of one that is not. Between watched steps nothing is attached to the model.
+
+A linear that is computed plainly is measured by hooks: its operands in what they are cast to, and the output of fprop.
+Inside blocks that are compiled such hooks do not run, and its rows stand without numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from precision.backends import Operand
+from precision.linear import QuantLinear
+from precision.quantize import Quantized, dequantize
+from precision.recipe import Plan, close
+from precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
+_PLAIN_SLOTS = {"x": (0, 5), "w": (1, 3), "dy": (2, 4)}  # of a linear without rounding, by tensor
+_SLACK = 1 + 2.0**-20
+"""What FP32 scales lose: the largest value of a tile may lie so far above what its largest code stands for."""
+
+
+class Noted(NamedTuple):
+    """One tensor: float64 [7] to be added up, and float64 [3] of which the largest count."""
+
+    sums: Tensor  # elements, not finite, made not finite, underflow, saturated, sum of squares, of squared errors
+    extremes: Tensor  # amax, largest scale, smallest scale negated
+
+
+class _Measured(NamedTuple):
+    """One or more tensors of a linear, by row."""
+
+    linear: int
+    rows: tuple[int, ...]
+    formats: tuple[str, ...]
+    noted: tuple[Noted, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One operand, or one output, of one linear.
+
+    Args:
+        module, slot: which.
+        format: how it is rounded, as in plan.txt; a dtype where nothing is.
+        elements: measured, over all micro-batches and ranks.
+        nonfinite: of these infinite or NaN; they are in no other figure but ``saturation_percent``.
+        poisoned: finite ones that became infinite or NaN, as in a tile with a NaN.
+        sqnr_db: 10 log10 of the sum of squares over that of squared errors. None where there is no error.
+        mse: the mean squared error.
+        underflow_percent: not zero before, zero after, of all elements; -0 is zero.
+        saturation_percent: magnitudes above what the largest finite code of their tile stands for, of all elements.
+        amax: the largest finite magnitude.
+        scale_min, scale_max: of the scales that codes are multiplied with to get values back.
+        relative_error: the norm of the error over that of the exact product; of outputs.
+    """
+
+    module: str
+    slot: str
+    format: str
+    elements: int
+    nonfinite: int
+    poisoned: int
+    sqnr_db: float | None
+    mse: float | None
+    underflow_percent: float | None
+    saturation_percent: float | None
+    amax: float | None
+    scale_min: float | None
+    scale_max: float | None
+    relative_error: float | None
+
+
+class Probe:
+    """Watches the linears of a plan.
+
+    Args:
+        plan: what ``precision.recipe.apply`` gave.
+        every: steps, counted from 1; 0 for none.
+        layers: regex, full match, of the linears' paths; None for all.
+
+    Raises ValueError for a negative number, for what is no regular expression, and for one that matches no linear.
+    """
+
+    def __init__(self, plan: Plan, *, every: int, layers: str | None = None) -> None:
+        check_settings(every, layers)
+        linears = {
+            path: module
+            for path, module in plan.model.named_modules()
+            if isinstance(module, QuantLinear) or type(module) is nn.Linear
+        }
+        self._linears = {path: m for path, m in linears.items() if layers is None or re.fullmatch(layers, path)}
+        if every and not self._linears:
+            near = close(layers or "", linears)
+            raise ValueError(
+                f"layers={layers!r} matches no linear{near}; there are: {', '.join(list(linears)[:3])} ..."
+            )
+        self._every = every
+        self._index = {id(module): index for index, module in enumerate(self._linears.values())}
+        self._dtype = _name(plan.recipe.dtypes.compute)
+        self._device = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
+        self._clear()
+
+    def due(self, step: int) -> bool:
+        """Whether ``step``, counted from 1, is to be watched."""
+        return self._every > 0 and step % self._every == 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what the model computes within, from anew."""
+        self._clear()
+        hooks = []
+        for module in self._linears.values():
+            hooks.append(module.register_forward_hook(self._plain))
+            if isinstance(module, QuantLinear):
+                module.observer = self
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in self._linears.values():
+                if isinstance(module, QuantLinear):
+                    module.observer = None
+
+    def rows(self) -> list[Row]:
+        """What was seen in the last watched step, on all ranks, which must all call this."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._sums)
+            dist.all_reduce(self._extremes, op=dist.ReduceOp.MAX)
+        sums, extremes = self._sums.tolist(), self._extremes.tolist()
+        return [
+            _row(path, row, self._formats[index].get(row, self._dtype), sums[index][row], extremes[index][row])
+            for index, path in enumerate(self._linears)
+            for row in range(len(SLOTS + OUTPUTS))
+        ]
+
+    def _clear(self) -> None:
+        shape = (len(self._linears), len(SLOTS + OUTPUTS))
+        self._sums = torch.zeros(*shape, 7, dtype=torch.float64, device=self._device)
+        self._extremes = torch.full((*shape, 3), -math.inf, dtype=torch.float64, device=self._device)
+        self._formats: list[dict[int, str]] = [{} for _ in self._linears]
+
+    # The observer of quantized linears (precision.linear.Observer).
+
+    @torch.no_grad()
+    def measure(
+        self,
+        module: QuantLinear,
+        gemm: int,
+        spec: GemmSpec,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None,
+        stats: Tensor | None,
+    ) -> _Measured:
+        """Figures of one GEMM's operands and output; nothing is counted yet."""
+        noted, formats = [], []
+        for left, x, operand, rounded in zip((True, False), given, used, (spec.a, spec.b), strict=True):
+            seen = x if spec.transform is None else module.transformed(gemm, spec.transform, x, stats, left=left)
+            noted.append(of_operand(seen, operand))
+            formats.append(_format(rounded, spec, x.dtype))
+        noted.append(_of_output(*given, y, bias))
+        rows = (2 * gemm, 2 * gemm + 1, len(SLOTS) + gemm)
+        return _Measured(self._index[id(module)], rows, (*formats, _name(y.dtype)), tuple(noted))
+
+    def add(self, noted: _Measured) -> None:
+        """Count what ``measure`` gave."""
+        for row, format, (sums, extremes) in zip(noted.rows, noted.formats, noted.noted, strict=True):
+            self._formats[noted.linear][row] = format
+            self._sums[noted.linear, row] += sums
+            self._extremes[noted.linear, row] = torch.maximum(self._extremes[noted.linear, row], extremes)
+
+    # The hook of linears that are computed plainly.
+
+    def _plain(self, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return  # what is compiled stays as it would be
+        assert isinstance(module, nn.Linear | QuantLinear)
+        if isinstance(module, QuantLinear) and module.active != LinearSpec():
+            return
+        if not (module.training and y.requires_grad):
+            return
+        x, weight = inputs[0].detach(), module.weight.detach()
+        with torch.no_grad():
+            forward = [*self._plain_rows(module, "x", x, y.dtype), *self._plain_rows(module, "w", weight, y.dtype)]
+            matrix = x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1]), module.bias
+            output = _of_output(*matrix)
+        forward.append(_Measured(self._index[id(module)], (len(SLOTS),), (_name(y.dtype),), (output,)))
+
+        def backward(dy: Tensor) -> None:  # once, also where the forward pass is computed again
+            for noted in (*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)):
+                self.add(noted)
+
+        y.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    def _plain_rows(self, module: nn.Module, tensor: str, x: Tensor, dtype: torch.dtype) -> list[_Measured]:
+        noted = of_operand(x, x.to(dtype))
+        rows = _PLAIN_SLOTS[tensor]
+        return [_Measured(self._index[id(module)], rows, (_name(dtype),) * len(rows), (noted,) * len(rows))]
+
+
+def check_settings(every: int, layers: str | None) -> None:
+    """Raises ValueError for a negative number and for what is no regular expression."""
+    if every < 0:
+        raise ValueError(f"every={every}: must not be negative")
+    try:
+        re.compile(layers or "")
+    except re.error as error:
+        raise ValueError(f"layers={layers!r}: not a regular expression: {error}") from error
+
+
+@torch.no_grad()
+def of_operand(given: Tensor, used: Operand) -> Noted:
+    """What became of ``given`` (any float dtype) in ``used``: codes and scales, or a plain tensor of the same shape."""
+    if isinstance(used, Tensor):
+        return _noted(given, used, None, None)
+    format = used.spec.format
+    if format.bits <= 8:
+        code = format.max_code | (format.max_code << 4 if format.bits == 4 else 0)
+        largest = torch.full_like(used.codes, code)
+    else:
+        largest = torch.full_like(used.codes, format.max)
+    limit = dequantize(replace(used, codes=largest))
+    return _noted(given, dequantize(used), limit, _decode_scales(used))
+
+
+def _decode_scales(q: Quantized) -> Tensor | None:
+    rule = q.spec.scale
+    if rule.levels == 0:
+        return None
+    scales = q.scales if rule.format is None else rule.format.decode(q.scales)
+    return scales if q.tensor_scale is None else scales * q.tensor_scale
+
+
+def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Noted:
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    exact = a.to(wide) @ b.to(wide).mT
+    return _noted(exact if bias is None else exact + bias.to(wide), y, None, None)
+
+
+def _noted(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | None) -> Noted:
+    wide = torch.float64 if given.dtype == torch.float64 else torch.float32
+    x, q = given.to(wide), used.to(wide)
+    finite = x.isfinite()
+    both = finite & q.isfinite()
+    size = torch.where(finite, x, 0.0).abs()
+    saturated = torch.zeros((), device=x.device) if limit is None else (x.abs() > limit * _SLACK).sum()
+    sums = (
+        torch.tensor(x.numel(), device=x.device),
+        x.numel() - finite.sum(),
+        finite.sum() - both.sum(),
+        (finite & (x != 0) & (q == 0)).sum(),
+        saturated,
+        _square(torch.where(both, x, 0.0)),
+        _square(torch.where(both, q - x, 0.0)),
+    )
+    amax = size.max() if size.numel() else torch.zeros((), device=x.device)
+    extremes = [amax, *(torch.full((), -math.inf, device=x.device) for _ in range(2))]
+    if scales is not None and scales.numel():
+        known = scales.isfinite()
+        extremes[1] = torch.where(known, scales, -math.inf).max()
+        extremes[2] = torch.where(known, -scales, -math.inf).max()
+    return Noted(*(torch.stack([part.double() for part in parts]) for parts in (sums, extremes)))
+
+
+def _square(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm * norm
+
+
+def _format(operand: OperandSpec | None, spec: GemmSpec, dtype: torch.dtype) -> str:
+    name = _name(dtype) if operand is None else str(operand)
+    return name if spec.transform is None else f"{name} [{spec.transform}]"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row(module: str, row: int, format: str, sums: list[float], extremes: list[float]) -> Row:
+    elements, nonfinite, poisoned, underflow, saturated, signal, noise = sums
+    amax, scale_max, negative_min = extremes
+    operand = row < len(SLOTS)
+    known = elements - nonfinite - poisoned > 0
+    ratio = signal / noise if noise > 0 else math.inf
+    return Row(
+        module=module,
+        slot=(SLOTS + OUTPUTS)[row],
+        format=format,
+        elements=int(elements),
+        nonfinite=int(nonfinite),
+        poisoned=int(poisoned),
+        sqnr_db=_finite(10 * math.log10(ratio)) if known and ratio > 0 and operand else None,
+        mse=noise / (elements - nonfinite - poisoned) if known else None,
+        underflow_percent=100 * underflow / elements if elements and operand else None,
+        saturation_percent=100 * saturated / elements if elements and operand else None,
+        amax=_finite(amax),
+        scale_min=_finite(-negative_min),
+        scale_max=_finite(scale_max),
+        relative_error=_finite(math.sqrt(noise / signal)) if known and signal > 0 and not operand else None,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,193 @@
+"""Recipes under the Trainer of `transformers`: what the callback tells the plan, and what is saved."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from precision import apply, load
+from precision.callback import PrecisionCallback
+from precision.linear import QuantLinear
+from precision.recipe import Plan
+
+README = Path(__file__).parents[2] / "README.md"
+DATA = [{"input_ids": (row := (torch.arange(16) + start) % 64), "labels": row} for start in range(64)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
+
+
+class Heard(PrecisionCallback):
+    """Notes, before every step's end, the plan's step and a copy of what it remembers."""
+
+    def __init__(self, plan: Plan, **more: Any) -> None:
+        super().__init__(plan, **more)
+        self.steps: list[int] = []
+        self.samples: list[int] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def _note(self) -> None:
+        self.samples.append(int(self._plan.clock.first_sample))
+
+    def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+        super().on_step_begin(*arguments, **more)
+        self.steps.append(int(self._plan.clock.step))
+        self._note()
+
+    def on_substep_end(self, *arguments: Any, **more: Any) -> None:
+        super().on_substep_end(*arguments, **more)
+        self._note()
+
+    def on_step_end(self, *arguments: Any, **more: Any) -> None:
+        super().on_step_end(*arguments, **more)
+        self.states.append({name: tensor.clone() for name, tensor in self._plan.state_tensors().items()})
+
+
+def train(
+    recipe: str, out: Path, steps: int = 4, resume: Path | None = None, told: Path | None = None, **more: Any
+) -> tuple[Trainer, Heard]:
+    model = llama()
+    callback = Heard(apply(load(recipe, {}), model), resume_from=told)
+    options = {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=4, report_to="none", **options | more
+    )
+    trainer = Trainer(model, arguments, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[callback])
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer, callback
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_delayed_scaling_rolls_and_goes_on(tmp_path: Path) -> None:
+    """Accumulation, evaluation on the way, saving, and a resume bit for bit; what is saved is a plain model."""
+    options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer, heard = train("fp8_delayed", tmp_path / "a", **options)
+    model = trainer.model
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    assert type(model.lm_head) is nn.Linear
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14
+    assert heard.steps == [0, 1, 2, 3]
+    assert heard.samples == list(range(0, 32, 4))
+    history = [state["model.layers.0.mlp.up_proj.amax_history"] for state in heard.states]
+    assert [int((one.amax(1) > 0).sum()) for one in history] == [1, 2, 3, 4]
+    assert all(one[0].tolist() == [0.0] * 3 for one in history)  # evaluation came between and left nothing
+    held = [state["model.layers.0.mlp.up_proj.amax_held"] for state in heard.states]
+    assert all(torch.equal(one, past.amax(0)) for one, past in zip(held, history, strict=True))
+
+    plain, info = LlamaForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4", output_loading_info=True)
+    assert not any(info.values())
+    assert not any(isinstance(module, QuantLinear) for module in plain.modules())
+    assert all(torch.equal(*pair) for pair in zip(plain.parameters(), model.parameters(), strict=True))
+
+    again, rest = train("fp8_delayed", tmp_path / "a", resume=tmp_path / "a" / "checkpoint-2", **options)
+    assert rest.steps == [2, 3]
+    assert same(again.model, model)
+    (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "moved")
+    moved, _ = train("fp8_delayed", tmp_path / "b", resume=tmp_path / "moved", told=tmp_path / "moved", **options)
+    assert same(moved.model, model)
+    other = PrecisionCallback(apply(load("fp8_delayed", {"history": 4}), llama()), tmp_path / "moved")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"precision_state.safetensors is of another recipe or model: model.layers.0"):
+        other.on_train_begin(arguments, TrainerState(global_step=2), TrainerControl())
+
+
+def test_without_its_file_a_recipe_measures_anew(tmp_path: Path) -> None:
+    plan = apply(load("fp8_delayed", {}), llama())
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    PrecisionCallback(plan).on_train_begin(arguments, TrainerState(global_step=2), TrainerControl())
+    assert {float(value.max()) for name, value in plan.state_tensors().items() if name.endswith("held")} == {-1.0}
+
+
+def test_stochastic_noise_goes_by_the_step(tmp_path: Path) -> None:
+    """NVFP4 in BF16 autocast: the loss falls, a resume has the noise it would have had, and steps have their own."""
+    trainer, _ = train("nvfp4", tmp_path, bf16=True)
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    again, rest = train("nvfp4", tmp_path, resume=tmp_path / "checkpoint-2", bf16=True)
+    assert rest.steps == [2, 3]
+    assert same(again.model, trainer.model)
+    assert not list(tmp_path.glob("*/precision_state.safetensors"))  # it remembers nothing
+
+    model = llama()
+    callback = PrecisionCallback(plan := apply(load("nvfp4", {}), model))
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
+    batch = torch.stack([row["input_ids"] for row in DATA[:4]])
+    gradients = []
+    for step in (0, 1, 0):
+        callback.on_step_begin(arguments, TrainerState(global_step=step, max_steps=9), TrainerControl())
+        model.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+        plan.end_step()
+    assert torch.equal(gradients[0], gradients[2])
+    assert not torch.equal(gradients[0], gradients[1])
+
+
+def test_samples_are_dealt_to_ranks_in_turn(tmp_path: Path) -> None:
+    """Two ranks with batches of 2 number samples as one rank with batches of 4 does."""
+
+    class Of(TrainingArguments):
+        world_size = property(lambda self: 2)  # type: ignore[assignment]
+        process_index = property(lambda self: rank)  # type: ignore[assignment]
+
+    plan = apply(load("mxfp4", {}), llama())
+    first = {}
+    for rank in range(2):
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        arguments = Of(output_dir=str(tmp_path), use_cpu=True, **options)
+        callback, told = PrecisionCallback(plan), []
+        for step in range(2):
+            state = TrainerState(global_step=step)
+            callback.on_step_begin(arguments, state, TrainerControl())
+            told.append(int(plan.clock.first_sample))
+            for _ in range(2):
+                callback.on_substep_end(arguments, state, TrainerControl())
+                told.append(int(plan.clock.first_sample))
+        first[rank] = told
+    assert first == {0: [0, 4, 8, 12, 16, 20], 1: [2, 6, 10, 14, 18, 22]}
+
+
+def test_gpt2_of_transformers_is_refused_with_its_reason() -> None:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    with pytest.raises(ValueError, match=r"matches no Linear.*8 Conv1D with transposed weights") as caught:
+        apply(load("mxfp8", {}), GPT2LMHeadModel(GPT2Config(**shape)))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "Callback" in code]
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(example, space)
+    found = [row["loss"] for row in space["trainer"].state.log_history if "loss" in row]
+    assert found[-1] < found[0]
