@@ -1,7 +1,9 @@
-"""A run as a `transformers` checkpoint: python scripts/export_hf.py run.dir=runs/a out=hf/ [dtype=float32|bfloat16]
+"""A run as a `transformers` checkpoint: python scripts/export_hf.py run.dir=runs/a out=hf/ [dtype=float32] [fold=false]
 
 Writes config.json, model.safetensors and the tokenizer of the newest complete checkpoint; AutoModelForCausalLM and
-AutoTokenizer load it offline. The master weights are written: a narrow recipe's rounding is not in the file.
+AutoTokenizer load it offline. The master weights are written (dtype: float32 or bfloat16): a narrow recipe's rounding
+is not in the file. fold=true (Llama) takes the scales of Smooth-SwiGLU's channels, as powers of two, into up_proj's
+rows and down_proj's columns: the same logits, from channels of like size, for who casts them to FP8 afterwards.
 """
 
 from pathlib import Path
@@ -11,11 +13,13 @@ from trainer.errors import UserError
 from trainer.export import export_run
 
 
-def main(overrides: list[str], *, out: str = "", dtype: str = "float32") -> None:
+def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: str = "false") -> None:
     run_dir = run_dir_of(overrides)
     if not out:
         raise UserError("out=... is missing: the directory to write")
-    step = export_run(run_dir, Path(out), dtype)
+    if fold not in ("true", "false"):
+        raise UserError(f"fold={fold}: true or false")
+    step = export_run(run_dir, Path(out), dtype, folded=fold == "true")
     print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}")
 
 

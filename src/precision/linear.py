@@ -121,8 +121,12 @@ class Observer(Protocol):
         used: tuple[Operand, Operand],
         y: Tensor,
         bias: Tensor | None,
+        stats: Tensor | None,
     ) -> Any:
-        """What there is to note of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output."""
+        """What there is to note of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output.
+
+        ``stats``: what its transform reads.
+        """
 
     def add(self, noted: Any) -> None:
         """Count what ``measure`` gave."""
@@ -144,6 +148,8 @@ class QuantLinear(nn.Module):
     ``specs`` are its own and those of a schedule; ``use`` picks one for each GEMM. What is remembered is what any of
     them wants, and every amax of it is noted at every training step, whether the spec in use quantizes by it or not: a
     GEMM that comes back from high precision finds the history it would have had.
+    ``statistics``, if a module that rewrites linears sets it, makes of x [rows, in_features] what the spec's transforms
+    read, in every forward pass: FP32, detached, kept for backward.
 
     Buffers, for delayed scaling only: ``amax_history`` FP32 [length, columns] and ``amax_held`` FP32 [columns], as
     ``precision.scaling.Delayed`` describes them. They are written in training mode alone, never in evaluation, and
@@ -152,14 +158,19 @@ class QuantLinear(nn.Module):
     Raises ValueError for a spec whose delayed operands want histories of different kinds.
     """
 
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
     amax_history: Tensor
     amax_held: Tensor
 
-    def __init__(self, linear: nn.Linear, path: str, spec: LinearSpec) -> None:
+    def __init__(self, linear: nn.Linear | QuantLinear, path: str, spec: LinearSpec) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.path = path
+        self.statistics: Callable[[Tensor], Tensor] | None = None
         self.clock = Clock()
         self.observer: Observer | None = None
         self._base_keys: dict[int, Tensor] = {}
@@ -266,6 +277,12 @@ class QuantLinear(nn.Module):
         key = step_key(self._base_keys[slot], self.clock.step)
         return Noise(key=key, row_offset=first_row, transposed=transposed)
 
+    def transformed(self, gemm: int, transform: Transform, x: Tensor, stats: Tensor | None, *, left: bool) -> Tensor:
+        """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
+        if stats is None:
+            return self.backends[gemm].transformed(transform, x, left=left)
+        return transform.left(x, stats) if left else transform.right(x, stats)
+
     def amax_for(self, slot: int, x: Tensor) -> Tensor | None:
         """The amax that scales this slot's tensor: None for its own. Notes the new one in training."""
         if slot not in self.mode.column_of:
@@ -277,7 +294,7 @@ class QuantLinear(nn.Module):
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
         return torch.where(held == UNKNOWN, now, held)
 
-    def note_unseen(self, **tensors: Tensor) -> None:
+    def note_unseen(self, stats: Tensor | None, **tensors: Tensor) -> None:
         """Note, in training, the amaxes of x and w, or of dy, that the spec in use does not measure."""
         if not self.training:
             return
@@ -286,7 +303,8 @@ class QuantLinear(nn.Module):
                 continue
             x = tensors[_TENSORS[slot]]
             if transform is not None:
-                x = REFERENCE.transformed(transform, x.mT if slot in _TRANSPOSED else x, left=slot % 2 == 0)
+                x = x.mT if slot in _TRANSPOSED else x
+                x = transform.left(x, stats) if slot % 2 == 0 else transform.right(x, stats)
             now = self.mode.backends[slot // 2].amax(x.detach(), TENSOR).reshape(())
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
 
@@ -304,36 +322,38 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Quantized] | None,
         differentiated: bool,
     ) -> Tensor:
+        stats = module.statistics(x) if module.statistics is not None else None
         # One that computes plainly is measured from outside.
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
-        call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, observer)
-        module.note_unseen(x=x, w=weight)
+        call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
+        module.note_unseen(stats, x=x, w=weight)
         a, w = call.operand(X, x), call.operand(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
         seen: tuple[Tensor, ...] = ()
         if observer is not None:
             # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
-            ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias)
+            ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias, stats)
             seen = (x,)
         kept = _kept(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
-            ctx.save_for_backward(weight, kept.codes, kept.scales, kept.tensor_scale, *seen)
+            ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
-            ctx.save_for_backward(weight, kept, *seen)
+            ctx.save_for_backward(weight, stats, kept, *seen)
             ctx.kept = None
-        ctx.call, ctx.has_bias = replace(call, made=None), bias is not None  # backward keeps what it reads alone
+        # Backward keeps what it reads alone.
+        ctx.call, ctx.has_bias = replace(call, made=None, stats=None), bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        weight, stats, *pieces = ctx.saved_tensors
+        call: _Call = replace(ctx.call, stats=stats)
         spec = call.spec
-        weight, *pieces = ctx.saved_tensors
         dx = dw = dbias = None
         dy_codes: Operand = dy
-        call.module.note_unseen(dy=dy)
+        call.module.note_unseen(stats, dy=dy)
         if ctx.needs_input_grad[0]:
             dy_codes = call.operand(DGRAD_DY, dy)
             if _reuses(spec.dgrad.b):
@@ -343,7 +363,7 @@ class _Linear(torch.autograd.Function):
             dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
             if call.observer is not None:
                 call.observer.add(
-                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_codes, w_t), dx, None)
+                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_codes, w_t), dx, None, stats)
                 )
         if ctx.needs_input_grad[1]:
             if ctx.kept is None:
@@ -369,7 +389,9 @@ class _Linear(torch.autograd.Function):
             if call.observer is not None:
                 call.observer.add(ctx.noted)
                 given = dy.mT, pieces[-1].mT
-                call.observer.add(call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None))
+                call.observer.add(
+                    call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None, stats)
+                )
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, dw, dbias, None, None, None, None, None
@@ -383,6 +405,7 @@ class _Call:
     spec: LinearSpec
     first_row: Tensor
     made: dict[Hashable, Quantized] | None  # of x, in the forward pass
+    stats: Tensor | None  # what transforms read
     observer: Observer | None
 
     def gemm(self, slot: int) -> GemmSpec:
@@ -409,6 +432,8 @@ class _Call:
         An amax of earlier steps is part of it, and noted, as it would be in making the codes.
         """
         held = None
+        if gemm.transform is not None and self.stats is not None:
+            return None
         if isinstance(spec.amax, Delayed):
             if x.device.type != "cpu" or gemm.transform is not None:
                 return None
@@ -420,7 +445,7 @@ class _Call:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         if gemm.transform is not None:
-            x = self.module.backends[slot // 2].transformed(gemm.transform, x, left=slot % 2 == 0)
+            x = self.module.transformed(slot // 2, gemm.transform, x, self.stats, left=slot % 2 == 0)
         if spec is None:
             return x
         noise = None
@@ -447,7 +472,7 @@ class _Call:
         backend = self.module.backends[gemm]
         if transform is None:
             return backend.gemm(a, b, bias=bias, dtype=dtype)
-        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype))
+        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype), self.stats)
         return y if bias is None else y + bias
 
 

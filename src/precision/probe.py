@@ -176,11 +176,12 @@ class Probe:
         used: tuple[Operand, Operand],
         y: Tensor,
         bias: Tensor | None,
+        stats: Tensor | None,
     ) -> _Measured:
         """Figures of one GEMM's operands and output; nothing is counted yet."""
         noted, formats = [], []
         for left, x, operand, rounded in zip((True, False), given, used, (spec.a, spec.b), strict=True):
-            seen = x if spec.transform is None else module.backends[gemm].transformed(spec.transform, x, left=left)
+            seen = x if spec.transform is None else module.transformed(gemm, spec.transform, x, stats, left=left)
             noted.append(of_operand(seen, operand))
             formats.append(_format(rounded, spec, x.dtype))
         noted.append(_of_output(*given, y, bias))

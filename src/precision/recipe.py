@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from precision import recipes
 from precision.backends import require_backend as require_backend
+from precision.codecs import STANDARD, Moments
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.loss_scale import LossScaler
 from precision.schedule import Span, parse_span
@@ -108,15 +109,17 @@ def _count(wanted: float, num_blocks: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path)``.
+    """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path, *siblings)``.
 
-    ``keep``: the modules among them that stay as they are.
+    ``keep``: the modules among them that stay as they are. ``siblings``: names of children that the module's parent
+    must have, or the rule passes it by.
     """
 
     kind: type[nn.Module]
     path: str
-    make: Callable[[nn.Module, str], nn.Module]
+    make: Callable[..., nn.Module]
     keep: tuple[Keep, ...] = ()
+    siblings: tuple[str, ...] = ()
 
 
 class Hook(Protocol):
@@ -174,6 +177,7 @@ class Recipe:
 
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
+    moments: Moments = STANDARD
     update: UpdateRule = field(default_factory=AdamW)
     loss_scale: LossScaler | None = None
     schedule: tuple[Phase, ...] = ()
@@ -181,6 +185,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_apart(self.schedule, None)
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are kept."""
+        return self.moments.param_dtype(self.dtypes.param, self.dtypes.compute)
 
 
 @runtime_checkable
@@ -217,6 +226,7 @@ class Plan:
     recipe: Recipe
     model: nn.Module
     rows: Sequence[PlanRow]
+    update_note: str = ""  # how optimizer states are kept and updated, once that is known
     clock: Clock = field(default_factory=Clock)
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
@@ -325,12 +335,13 @@ class Plan:
     def __str__(self) -> str:
         dtypes = self.recipe.dtypes
         names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
+        names["param"] = str(self.recipe.param_dtype).removeprefix("torch.")
         head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
-        lines = [head, f"update {self.recipe.update}"]
-        lines += [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
-        lines += [f"schedule: {phase}" for phase in self.recipe.schedule]
-        lines += [f"every step: {hook}" for hook in self.recipe.hooks]
-        return "\n".join([*lines, *map(str, self.rows)]) + "\n"
+        update = [f"update {self.recipe.update}", f"moments {self.update_note or self.recipe.moments}"]
+        scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
+        phases = [f"schedule: {phase}" for phase in self.recipe.schedule]
+        hooks = [f"every step: {hook}" for hook in self.recipe.hooks]
+        return "\n".join([head, *update, *scaler, *phases, *hooks, *map(str, self.rows)]) + "\n"
 
 
 def names() -> list[str]:
@@ -478,7 +489,8 @@ def apply(
     for rule in recipe.rules:
         for path, module in _chosen(rule, model):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, rule.make(module, path))
+            siblings = (model.get_submodule(f"{parent}.{name}" if parent else name) for name in rule.siblings)
+            setattr(model.get_submodule(parent), child, rule.make(module, path, *siblings))
     for path in dict.fromkeys(path for specs in others for path in specs):
         linear = model.get_submodule(path)
         if type(linear) is nn.Linear:  # in high precision but for a phase
@@ -501,7 +513,7 @@ def apply(
             rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
-    plan = Plan(recipe, model, rows, clock)
+    plan = Plan(recipe, model, rows, clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.state_tensors().items():
             if buffer.is_meta:
@@ -529,15 +541,18 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
     pattern = re.compile(rule.path)
     of_kind = [(path, module) for path, module in model.named_modules() if isinstance(module, rule.kind)]
-    matched = [(path, module) for path, module in of_kind if pattern.fullmatch(path)]
+    matched = [
+        (path, module) for path, module in of_kind if pattern.fullmatch(path) and _has_siblings(rule, model, path)
+    ]
     kinds = sorted(path for path, _ in of_kind)
     there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
     if not matched:
+        beside = f" beside {' and '.join(rule.siblings)}" if rule.siblings else ""
         # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
         other = sum(type(module).__name__ == "Conv1D" for module in model.modules())
         hint = f"; {other} Conv1D with transposed weights, as in GPT-2 of `transformers`, are not converted"
         raise ValueError(
-            f"the rule {rule.path!r} matches no {rule.kind.__name__}{close(rule.path, kinds)}; {there}"
+            f"the rule {rule.path!r} matches no {rule.kind.__name__}{beside}{close(rule.path, kinds)}; {there}"
             + (hint if other else "")
         )
     num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
@@ -556,6 +571,11 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
         )
     return chosen
+
+
+def _has_siblings(rule: Rule, model: nn.Module, path: str) -> bool:
+    there = dict(model.get_submodule(path.rpartition(".")[0]).named_children())
+    return all(name in there for name in rule.siblings)
 
 
 _T = TypeVar("_T")

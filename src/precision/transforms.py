@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from precision.spec import Transform
 
 # The sign vector that TransformerEngine uses for every layer and step of its 16-wide transform.
 TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -77,3 +80,68 @@ class Hadamard:
             stride *= 2
         y = (y * (1 / math.sqrt(self.size))).flatten(-2).to(x.dtype)
         return torch.cat((y, x[..., whole:]), -1)
+
+
+class Along(NamedTuple):
+    """Times (power 1) or divided by (power -1) the statistics, which run along a dimension of a matrix."""
+
+    dim: int
+    power: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescale:
+    """Factors on rows or columns of a GEMM's operands and of its output, which together cancel.
+
+    The factors are the statistics (FP32, positive), one for each row (dim 0) or column (dim 1). Products are rounded to
+    the matrix's own dtype: nothing is lost where the factors are powers of two and the range suffices. Without
+    statistics nothing is changed.
+
+    Args:
+        name: in plan.txt.
+        a, b, y: how the left operand, the right operand and the output are changed; None: not at all.
+    """
+
+    name: str
+    a: Along | None = None
+    b: Along | None = None
+    y: Along | None = None
+
+    def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
+        return _rescaled(a, self.a, stats)
+
+    def right(self, b: Tensor, stats: Tensor | None = None) -> Tensor:
+        return _rescaled(b, self.b, stats)
+
+    def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
+        return _rescaled(y, self.y, stats)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _rescaled(x: Tensor, along: Along | None, stats: Tensor | None) -> Tensor:
+    if along is None or stats is None:
+        return x
+    factor = stats[:, None] if along.dim == 0 else stats
+    return (x * factor if along.power > 0 else x / factor).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """``first``, then ``second``, of what ``first`` made; undone in reverse order. Both read the same statistics."""
+
+    first: Transform
+    second: Transform
+
+    def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
+        return self.second.left(self.first.left(a, stats), stats)
+
+    def right(self, b: Tensor, stats: Tensor | None = None) -> Tensor:
+        return self.second.right(self.first.right(b, stats), stats)
+
+    def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
+        return self.first.output(self.second.output(y, stats), stats)
+
+    def __str__(self) -> str:
+        return f"{self.first}, {self.second}"

@@ -14,11 +14,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
+from precision.codecs import chosen
 from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
+from precision.updates import CodecAdamW
 from trainer.corpus import CorpusFile, corpus_files
 from trainer.data import (
     DataConfig,
@@ -220,7 +223,7 @@ def build_model(
         block.recompute = parallel.activation_checkpointing
         if parallel.compile:
             block.compile()
-    model.to(dtype=recipe.dtypes.param)
+    model.to(dtype=recipe.param_dtype)
     policy = MixedPrecisionPolicy(
         param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
     )
@@ -308,7 +311,7 @@ def build_state(
 
     Raises UserError if that directory does not fit.
     """
-    recipe = load(precision.recipe, precision.args, precision.schedule)
+    recipe = recipe_of(precision, optim)
     model, plan = build_model(
         model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens, seed=seed
     )
@@ -317,8 +320,26 @@ def build_state(
     else:
         world.on_all(lambda: _start_from(model, pretrained))
         plan.forget()
-    optimizer = build_optimizer(optim, model, recipe.update)
+    try:
+        optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend)
+    except ValueError as error:
+        raise UserError(f"optim.moments: {error}") from error
+    plan.update_note = _moments_note(precision, optim, recipe, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
+
+
+def recipe_of(precision: PrecisionConfig, optim: OptimConfig) -> Recipe:
+    """The recipe, with what ``optim.moments`` says in place of its own."""
+    recipe = load(precision.recipe, precision.args, precision.schedule)
+    return replace(recipe, moments=chosen(optim.moments, recipe.moments))
+
+
+def _moments_note(precision: PrecisionConfig, optim: OptimConfig, recipe: Recipe, optimizer: Optimizer) -> str:
+    """A line of plan.txt: how states are kept, who says so, and who computes."""
+    own = load(precision.recipe, precision.args).moments
+    said = f"optim.moments; the recipe has {own}" if recipe.moments != own else "the recipe's"
+    by = f"[{optimizer.backend.name}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
+    return f"{recipe.moments} ({said}), vectors fp32, updated by {by}"
 
 
 def _start_from(model: Model, pretrained: str) -> None:

@@ -7,23 +7,32 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
-from trainer.build import resolve_model, to_transformers
+from precision.smooth import DOWN, GATE, UP, fold, scales_of
+from trainer import distributed
+from trainer.build import open_windows, resolve_model, to_transformers
 from trainer.checkpoint import newest, read_tensors
 from trainer.config import load_run_config
 from trainer.errors import UserError
-from trainer.restore import require_tokenizer
+from trainer.restore import require_tokenizer, restore_run
 from trainer.rundir import RunDirectory
+from trainer.state import evaluating
 from trainer.tokenizer import load_tokenizer, save_for_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CALIBRATION_WINDOWS = 16  # of the training split
 
 
-def export_run(run_dir: Path, out: Path, dtype: str = "float32") -> int:
+def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False) -> int:
     """Write config, safetensors and tokenizer of ``run_dir`` into ``out``; returns the checkpoint's step.
 
     The master weights are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not
-    in the file. Raises UserError if ``out`` holds something already or the run has no checkpoint.
+    in the file. ``folded``: the scales of Smooth-SwiGLU's channels (arXiv 2409.12517), powers of two from the largest
+    values over some text, are taken into the weights on both sides of it: the same function, bit for bit, whose
+    down-projection reads channels of like size.
+
+    Raises UserError if ``out`` holds something already, the run has no checkpoint, or there is no SwiGLU to fold.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
@@ -39,9 +48,41 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32") -> int:
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    if folded:
+        if not any(name.endswith(f".{GATE}.weight") for name in ours):
+            raise UserError(f"fold=true: {run_dir} trains a {config.model.arch}, whose MLPs are no SwiGLU")
+        for mlp, amax in channel_maxima(run_dir).items():
+            up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
+            ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
     hf_config, theirs = to_transformers(model_config, ours, tokenizer.eot)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(theirs, out, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(hf_config | {"dtype": dtype}, indent=1) + "\n")
     save_for_transformers(config.data.tokenizer, config.data.eot_token, out)
     return int(checkpoint.meta["step"])
+
+
+def channel_maxima(run_dir: Path) -> dict[str, Tensor]:
+    """The largest absolute value of every channel of a SwiGLU over the first training windows, by the path of its MLP.
+
+    Computed without the recipe's quantization.
+    """
+    try:
+        run = restore_run(run_dir)
+        windows = open_windows(run.config.data, run.tokenizer, "train", CALIBRATION_WINDOWS * run.context)
+        maxima: dict[str, Tensor] = {}
+
+        def note(mlp: str, h: Tensor) -> None:
+            amax = h.detach().abs().flatten(0, -2).amax(0).float()
+            maxima[mlp] = torch.maximum(maxima[mlp], amax) if mlp in maxima else amax
+
+        for name, module in run.state.model.named_modules():
+            mlp, _, child = name.rpartition(".")
+            if child == DOWN:
+                module.register_forward_pre_hook(lambda module, inputs, mlp=mlp: note(mlp, inputs[0]))
+        with evaluating(run.state.model), run.state.plan.high_precision():
+            for index in range(min(CALIBRATION_WINDOWS, windows.num_windows)):
+                run.state.model(torch.from_numpy(windows.window(index)[None, :-1]).to(run.world.device))
+        return {mlp: amax.cpu() for mlp, amax in maxima.items()}
+    finally:
+        distributed.finish()

@@ -21,7 +21,7 @@ from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
-from trainer.optim import OptimConfig, learning_rate
+from trainer.optim import OptimConfig, learning_rate, measured_step
 from trainer.sharpness import sharpness
 from trainer.state import TrainState, evaluating, local
 
@@ -149,6 +149,7 @@ class StepResult:
     applied: bool  # False: something was not finite and the parameters are as before
     loss_scale: float | None = None  # of this step, if the recipe scales the loss
     caught: bool = False  # an overflow of scaled gradients that lowers the loss scale: no sign of divergence
+    telemetry: dict[str, float] = field(default_factory=dict)  # of the update, at the steps it is asked for
 
 
 def train(job: Job) -> Outcome:
@@ -237,15 +238,19 @@ def update_from(
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
     caught = overflow and plan.can_back_off
+    telemetry: dict[str, float] = {}
     if applied:
         if config.clip_norm > 0:
             torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if _due(config.telemetry_every, step + 1):
+            telemetry = measured_step(optimizer, world, state.num_replicas)
+        else:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     plan.end_step(applied=applied, overflow=overflow)
-    return StepResult(loss, grad_norm, lr, applied, loss_scale, caught)
+    return StepResult(loss, grad_norm, lr, applied, loss_scale, caught, telemetry)
 
 
 def _losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
@@ -325,7 +330,7 @@ def _log_step(job: Job, result: StepResult, seconds: float) -> None:
         "grad_norm": result.grad_norm,
         "tokens_per_second": job.tokens_per_step / seconds,
         "time": time.time(),
-    }
+    } | result.telemetry
     if result.loss_scale is not None:
         row["loss_scale"] = result.loss_scale
     if not result.applied:

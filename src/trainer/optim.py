@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from precision.updates import UpdateRule
+from precision.codecs import STANDARD, Moments, chosen
+from precision.updates import UpdateRule, step_with_sums
+from trainer.distributed import World
 
 
 class Schedule(Enum):
@@ -38,12 +40,18 @@ class OptimConfig:
     warmup_max_fraction: float = 0.1  # of the run: a short run is not all warm-up
     min_lr_ratio: float = 0.1  # where linear, cosine and wsd end
     decay_fraction: float = 0.2  # of the run, for wsd
+    moments: Any = None  # how moments and weights are kept; null: as the recipe says
+    telemetry_every: int = 0  # steps between measurements of what updates do to weights; 0 = none
 
     def validate(self) -> None:
         """Raises ValueError for a hyperparameter outside its range."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr}: must be positive")
-        for field in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+        try:
+            chosen(self.moments, STANDARD)
+        except ValueError as error:
+            raise ValueError(f"optim.moments: {error}") from error
+        for field in ("eps", "weight_decay", "clip_norm", "warmup_steps", "telemetry_every"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"optim.{field}={getattr(self, field)}: must not be negative")
         for field in ("beta1", "beta2"):
@@ -74,12 +82,45 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * factor
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, update: UpdateRule) -> Optimizer:
-    """The update rule over two groups: matrices and embeddings decay, vectors do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(
+    config: OptimConfig,
+    model: nn.Module,
+    update: UpdateRule,
+    moments: Moments = STANDARD,
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Optimizer:
+    """The update rule over two groups: matrices and embeddings decay, vectors do not.
+
+    ``seed``: of rounding noise. Raises ValueError if the rule cannot keep its states as ``moments`` says.
+    """
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return update.build(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    betas = (config.beta1, config.beta2)
+    return update.build(groups, lr=config.lr, betas=betas, eps=config.eps, moments=moments, seed=seed, backend=backend)
+
+
+def measured_step(optimizer: Optimizer, world: World, num_replicas: int = 1) -> dict[str, float]:
+    """``optimizer.step()`` with the same bits, and what it did to the weights of all ranks.
+
+    With w the weights, u the updates as computed in FP32, decay included, and e = new w - old w as they are kept:
+
+    * ``update_ratio``: ||e|| / ||w||
+    * ``lost_updates``: fraction of elements whose weight did not change though their update is not zero
+    * ``edq``: effective descent quality <e, u> / ||u||, and ``edq_ratio``: that over ||u||, 1 where nothing is lost
+      (Collage, ICML 2024). Of two-term weights only the high part counts.
+
+    Only ``update_ratio`` for an optimizer that does not say what it computes.
+    """
+    count, lost, weights, changes, updates, products = world.sum(*step_with_sums(optimizer))
+    result = {"update_ratio": math.sqrt(changes / weights) if weights else 0.0}
+    if not math.isnan(updates):
+        result["lost_updates"] = lost / count
+        result["edq"] = products / math.sqrt(updates * num_replicas) if updates else 0.0
+        result["edq_ratio"] = products / updates if updates else 1.0
+    return result

@@ -16,6 +16,7 @@ from trainer.build import (
     micro_batch_size,
     num_parameters,
     open_data,
+    recipe_of,
     resolve_model,
     training_source,
     validation_source,
@@ -40,6 +41,7 @@ _FIXED_DATA = (
     "data.shuffle_rows",
 )
 # A run that goes on must not change these: its loss curve would be of two different runs.
+_MOMENTS = "optim.moments"  # compared by what it comes to: it may stand for the recipe's own
 _FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "seed", *_FIXED_DATA)
 
 
@@ -138,13 +140,18 @@ def _telling(key: str) -> bool:
 
 
 def _ways(key: str) -> str:
+    if key == _MOMENTS:
+        return (
+            "states are not converted: keep optim.moments, choose another run.dir, or run.resume=never to move it aside"
+        )
     allow = "resume.recipe_change=allow to go on under this recipe, " if key.startswith("precision.") else ""
     return f"choose another run.dir, {allow}or run.resume=never to move it aside"
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about the run it is of, beside the shapes of its tensors."""
-    return {key: value for key, value in config.flat().items() if _is_fixed(key)}
+    fixed = {key: value for key, value in config.flat().items() if _is_fixed(key)}
+    return fixed | {_MOMENTS: str(recipe_of(config.precision, config.optim).moments)}
 
 
 def _build(

@@ -136,3 +136,27 @@ def test_a_trained_tokenizer_is_exported_as_it_is(tmp_path: Path) -> None:
     train_bpe(["some text to train on", "and é more"], 280, tmp_path / "bpe", progress=False)
     save_for_transformers(str(tmp_path / "bpe"), None, tmp_path / "out")
     assert load_tokenizer(str(tmp_path / "out")).fingerprint == load_tokenizer(str(tmp_path / "bpe")).fingerprint
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folded_scales_leave_every_logit(directory: Path, tiny: Tiny, tmp_path: Path, dtype: str) -> None:
+    first = tmp_path / "first"
+    assert export_run(first, tmp_path / "plain", dtype) == export_run(first, tmp_path / "folded", dtype, folded=True)
+    plain, folded = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
+        for name in ("plain", "folded")
+    )
+    tokens = torch.arange(32).view(2, 16)
+    assert torch.equal(plain(tokens).logits, folded(tokens).logits)
+    ups = [model.model.layers[0].mlp.up_proj.weight.detach() for model in (plain, folded)]
+    ratio = (ups[0] / ups[1]).float()
+    assert (ratio == ratio[:, :1]).all()  # one factor a row, a power of two, and not the same for all
+    assert (ratio.log2() == ratio.log2().round()).all()
+    assert len(ratio.unique()) > 1
+
+
+def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("train.steps=1", gpt=True)
+    train_here(config)
+    with pytest.raises(UserError, match=r"fold=true: .*trains a gpt, whose MLPs are no SwiGLU"):
+        export_run(Path(config.run.dir), tmp_path / "hf", folded=True)

@@ -1,14 +1,28 @@
-"""Schedules as functions of the step; which parameters decay."""
+"""Schedules as functions of the step; which parameters decay; how whole runs keep their states."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import train_here
+from test_recipes import go_back
 from torch import nn
 
 from precision.updates import AdamW
+from trainer.checkpoint import list_checkpoints, read_tensors
+from trainer.config import TrainConfig
+from trainer.errors import ExitCode, UserError
+from trainer.export import export_run
+from trainer.metrics import read_metrics
 from trainer.optim import OptimConfig, Schedule, build_optimizer, learning_rate
+from trainer.verify import compare_runs
+
+Tiny = Callable[..., TrainConfig]
 
 
 def rates(total: int = 100, **changes: object) -> list[float]:
@@ -53,3 +67,48 @@ def test_decay_falls_on_matrices_alone() -> None:
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.3, "1.weight": 0.3, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "moments", ["fp8", "fp8_fishman", "pure_bf16_sr", "{m: expanded/16, v: dynamic, master: bf16/kahan}"]
+)
+def test_runs_with_narrow_states_train_and_resume_bit_for_bit(tiny: Tiny, tmp_path: Path, moments: str) -> None:
+    options = ("checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5", "optim.telemetry_every=2")
+    config = tiny(f"optim.moments={moments}", *options)
+    assert train_here(config) is ExitCode.FINISHED
+    shutil.copytree(config.run.dir, tmp_path / "alone")
+    go_back(config, 3)
+    assert train_here(config) is ExitCode.FINISHED
+    assert compare_runs(tmp_path / "alone", Path(config.run.dir)) == []
+    rows = read_metrics(tmp_path / "alone" / "metrics.jsonl", "train")
+    assert rows[5]["loss"] < rows[1]["loss"]
+    measured = ["edq", "edq_ratio", "lost_updates", "update_ratio"]
+    assert [sorted(rows[step].keys() & set(measured)) for step in (1, 2, 3, 4)] == [[], measured, [], measured]
+    assert 0.5 < rows[4]["edq_ratio"] < 1.5
+    assert 0 <= rows[4]["lost_updates"] < 1
+    plan = (tmp_path / "alone" / "plan.txt").read_text()
+    assert "(optim.moments; the recipe has m fp32, v fp32)" in plan
+    if moments == "fp8":
+        assert "moments m e4m3/128, v e5m2/128 (" in plan
+        saved = read_tensors(list_checkpoints(tmp_path / "alone" / "checkpoints")[-1], "optim.layers.0.mlp.up_proj")
+        sizes = {name.rpartition(".")[2]: (value.dtype, tuple(value.shape)) for name, value in saved.items()}
+        assert sizes["exp_avg_codes"] == (torch.uint8, (64, 32))
+        assert sizes["exp_avg_sq_scales"] == (torch.float32, (64, 1))
+    if moments == "pure_bf16_sr":
+        assert export_run(tmp_path / "alone", tmp_path / "hf") == 5
+        assert "parameters bfloat16" in plan
+
+
+def test_states_of_a_run_do_not_change(tiny: Tiny) -> None:
+    """The same choice under another name may; another choice may not, whatever recipe says so."""
+    train_here(tiny("optim.moments=fp8", "train.steps=2"))
+    same = tiny("optim.moments={m: e4m3, v: e5m2, block: 128}", "train.steps=3")
+    assert train_here(same) is ExitCode.FINISHED
+    for other in ("optim.moments=fp32", "optim.moments=null", "optim.moments=fp8_tensor"):
+        with pytest.raises(
+            UserError, match=r"with optim\.moments=m e4m3/128, v e5m2/128, not m .*: states are not"
+        ) as caught:
+            train_here(tiny(other, "train.steps=4", "resume.recipe_change=allow"))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"optim\.moments: no moments named 'fp88' \(did you mean 'fp8'"):
+        tiny("optim.moments=fp88")

@@ -69,7 +69,7 @@ class Cpu(Reference):
         return y
 
 
-class _Format(ctypes.Structure):
+class Format(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("bits", "mantissa_bits", "min_exponent", "max_exponent", "nan", "inf")),
         ("max", ctypes.c_float),
@@ -116,7 +116,7 @@ class _Compiled:
         if isinstance(rule, TwoLevel):
             assert tensor_amax is not None
             top, tensor = rule.tensor_level(tensor_amax, spec.format)
-            block = ctypes.byref(_format(rule.block))
+            block = ctypes.byref(c_format(rule.block))
             levels = (native.real(float(top)), native.real(float(1.0 / top)), inverse)
             _kernels().two_level_scales(*pointers, native.size(amax.numel()), *levels, block)
             return Scales(encode, codes, tensor)
@@ -137,7 +137,7 @@ class _Compiled:
         outer, inner = x.shape
         codes = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
         sizes = map(native.size, (outer, inner, *spec.tile.extent(outer, inner)))
-        format, random = ctypes.byref(_format(spec.format)), ctypes.byref(_noise(noise))
+        format, random = ctypes.byref(c_format(spec.format)), ctypes.byref(_noise(noise))
         pointers = map(native.pointer, (x, scales.contiguous(), codes))
         _kernels().encode(*pointers, *sizes, format, random, _dtype(x))
         return codes
@@ -150,7 +150,7 @@ class _Compiled:
         out = torch.empty(outer, inner, dtype=dtype)
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
         pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
-        _kernels().values(*pointers, *sizes, ctypes.byref(_format(q.spec.format)), _dtype(out))
+        _kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
         return out.mT if q.transposed else out
 
 
@@ -181,10 +181,10 @@ def _dtype(x: Tensor) -> ctypes.c_int32:
     return ctypes.c_int32(x.dtype == torch.bfloat16)
 
 
-def _format(format: NumberFormat) -> _Format:
+def c_format(format: NumberFormat) -> Format:
     nan = -1 if format.nan is None else format.nan
     exponents = (format.min_exponent, format.max_exponent)
-    return _Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
+    return Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
 
 
 def _noise(noise: Noise | None) -> _Noise:

@@ -1,0 +1,161 @@
+"""Smooth-SwiGLU (arXiv 2409.12517): the input of a SwiGLU's down-projection, rescaled before it is quantized.
+
+h = silu(gate) * up is a product of two numbers, so where the weights of a channel align it grows with their square, and
+one scale for the whole of h then serves that channel alone. Both forms take h apart with scales d of this forward
+pass, on this rank: detached, and 1 where a maximum is zero, below 2^-126 or not finite.
+
+``channel`` is the paper's: d_i is the maximum of channel i over the tokens of the micro-batch.
+
+    fprop   y  = Q(h / d) Q(W d)^T          dgrad  dh = Q(dy) Q(W)           wgrad  dW = (Q(dy)^T Q(h / d)) d
+
+The paper writes Q(h / d) d before the product with Q(W). No narrow matrix product can scale along its contraction, so
+the factor d goes into the columns of W before W is quantized, as the paper does for inference; for d a power of two it
+is the same but for what leaves W's range. W d is a tensor of this step, as d is: its amax is always its own, also over
+a base with delayed scaling, whose history would be wrong by every growth of d. What is gained in h is in part lost in
+W, whose columns now differ as those of h did.
+
+``token`` is the released code's: d_t is the maximum over the hidden channels of |up| of token t, of the linear branch
+alone.
+
+    fprop   y  = (Q(h / d) Q(W)^T) d        dgrad  dh = (Q(dy d) Q(W)) / d   wgrad  dW = Q(dy d)^T Q(h / d)
+
+It evens tokens out, not channels, needs nothing of W, and cannot be folded into weights. A token of zeros, 0/0 in the
+released code, has d = 1 here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precision.linear import QuantLinear
+from precision.scaling import Current
+from precision.spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
+from precision.transforms import Along, Composed, Rescale
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+_TINY = 2.0**-126
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the three GEMMs are rescaled; None where one is left as it is. ``folds``: whether W is, in fprop."""
+
+    fprop: Rescale
+    dgrad: Rescale | None
+    wgrad: Rescale
+    folds: bool
+
+
+CHANNEL = Form(
+    fprop=Rescale(name="smooth-channel", a=Along(1, -1), b=Along(1, 1)),
+    dgrad=None,
+    wgrad=Rescale(name="smooth-channel", b=Along(0, -1), y=Along(1, 1)),
+    folds=True,
+)
+TOKEN = Form(
+    fprop=Rescale(name="smooth-token", a=Along(0, -1), y=Along(0, 1)),
+    dgrad=Rescale(name="smooth-token", a=Along(0, 1), y=Along(0, -1)),
+    wgrad=Rescale(name="smooth-token", a=Along(1, 1), b=Along(1, -1)),
+    folds=False,
+)
+FORMS = {"channel": CHANNEL, "token": TOKEN}
+
+
+def scales_of(amax: Tensor, *, pow2: bool) -> Tensor:
+    """The scales d (FP32, the shape of ``amax``): amax itself, or the power of two at or below it; 1 as said above."""
+    amax = amax.detach().float()
+    scale = (amax.view(torch.int32) & 0x7F800000).view(torch.float32) if pow2 else amax
+    return torch.where((amax >= _TINY) & (amax < math.inf), scale, 1.0)
+
+
+@dataclass(slots=True)
+class ChannelScales:
+    """d of every channel of h [tokens, channels]."""
+
+    pow2: bool
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return scales_of(h.detach().abs().amax(0), pow2=self.pow2)
+
+
+@dataclass(slots=True, eq=False)
+class TokenScales:
+    """d of every token, from what the up-projection gave just before: ``note`` is its forward hook."""
+
+    pow2: bool
+    noted: Tensor | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def note(self, up_proj: nn.Module, arguments: Any, up: Tensor) -> None:
+        self.noted = up.detach().abs().amax(-1).flatten()
+
+    def __call__(self, h: Tensor) -> Tensor:
+        amax, self.noted = self.noted, None
+        if amax is None or len(amax) != len(h):
+            raise RuntimeError(
+                f"a {DOWN} with scales of tokens reads {len(h)} of them, but its {UP} did not run on them"
+            )
+        return scales_of(amax, pow2=self.pow2)
+
+
+def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
+    """The ``make`` of a rule for quantized down-projections, with siblings gate and up."""
+
+    def make(down: nn.Module, path: str, gate: nn.Module, up: nn.Module) -> QuantLinear:
+        assert isinstance(down, QuantLinear)
+        if down.statistics is not None:
+            raise ValueError(f"{path} is smoothed already")
+        linear = QuantLinear(down, path, smoothed(down.spec, form))
+        if form.folds:
+            linear.statistics = ChannelScales(pow2)
+        else:
+            linear.statistics = scales = TokenScales(pow2)
+            up.register_forward_hook(scales.note)
+        return linear
+
+    return make
+
+
+def smoothed(spec: LinearSpec, form: Form) -> LinearSpec:
+    """``spec`` with its GEMMs rescaled, before its own transforms.
+
+    Raises ValueError where the input is not quantized, so that there is nothing to smooth, and for operands that are
+    made of codes of another GEMM: those would be rescaled twice.
+    """
+    if spec.fprop.a is None:
+        raise ValueError(f"Smooth-SwiGLU rescales the quantized input of {DOWN}: in {spec} it is not quantized")
+    operands = [operand for gemm in (spec.fprop, spec.dgrad, spec.wgrad) for operand in (gemm.a, gemm.b)]
+    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands):
+        raise ValueError(f"Smooth-SwiGLU takes no base that quantizes codes again: {spec}")
+    fprop = replace(spec.fprop, b=_of_this_step(spec.fprop.b)) if form.folds else spec.fprop
+    return LinearSpec(
+        fprop=_rescaled(fprop, form.fprop),
+        dgrad=_rescaled(spec.dgrad, form.dgrad),
+        wgrad=_rescaled(spec.wgrad, form.wgrad),
+    )
+
+
+def _of_this_step(operand: OperandSpec | None) -> OperandSpec | None:
+    return None if operand is None else replace(operand, amax=Current())
+
+
+def _rescaled(gemm: GemmSpec, rescale: Rescale | None) -> GemmSpec:
+    if rescale is None or (gemm.a is None and gemm.b is None):
+        return gemm
+    transform: Transform = rescale if gemm.transform is None else Composed(first=rescale, second=gemm.transform)
+    return replace(gemm, transform=transform)
+
+
+def fold(up_weight: Tensor, down_weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Up-projection rows divided by ``scales`` [channels], down-projection columns times them: the same function.
+
+    Exact for powers of two, while nothing leaves the range of the dtype.
+    """
+    factor = scales.to(up_weight.dtype)
+    return up_weight / factor[:, None], down_weight * factor

@@ -1,0 +1,192 @@
+"""Codecs: what comes back lies within the stated bound; what is not finite shows; names say what is meant."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torchao.optim.quant_utils import create_dynamic_map
+
+from precision.codecs import (
+    CHOICES,
+    STANDARD,
+    Codec,
+    Dynamic,
+    Expanded,
+    Moments,
+    Plain,
+    Scaled,
+    chosen,
+    codec,
+    dynamic_map,
+    expanded_maps,
+)
+from precision.formats import E2M1, E4M3
+from precision.noise import Noise, base_key, step_key
+from precision.spec import Rounding
+
+NAMES = [
+    "fp32", "bf16", "bf16/kahan", "e4m3", "e4m3/tensor", "e4m3_240/tensor", "e4m3_240/33", "e5m2", "e5m2/tensor",
+    "e3m4/64", "fp16/tensor", "fp16/64", "dynamic", "dynamic/100", "expanded", "expanded/33",
+]  # fmt: skip
+SHAPES = [(7, 300), (1, 1), (5, 128), (3, 1), (0, 40), (33, 257)]
+
+
+def matrices(shape: tuple[int, int], *, signed: bool = True) -> list[Tensor]:
+    """Twelve decades in every block, zeros, one outlier, constant blocks, subnormals, huge values, a strided view."""
+    generator = torch.Generator().manual_seed(shape[1])
+    x = torch.randn(shape, generator=generator) * 10 ** (12 * torch.rand(shape, generator=generator) - 9)
+    x = x if signed else x.abs()
+    outlier = torch.full(shape, 1e-7)
+    outlier[:, -1:] = 1e5
+    zeros = x.clone()
+    zeros[:, ::3], zeros[:, 1::3] = 0.0, -0.0
+    constant = torch.full(shape, 0.3712)
+    near = 1 + x.sign() * 1e-4
+    cases = [x, torch.zeros(shape), outlier, zeros, constant, near, x * 1e-20, x * 1e25, x * 1e-37]
+    return [*cases, torch.stack((x, x), -1)[..., 0], x.mT.contiguous().mT]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_back_lies_within_the_bound(name: str, shape: tuple[int, int]) -> None:
+    for signed in (True, False):
+        kept = codec(name, signed=signed)
+        for x in matrices(shape, signed=signed):
+            parts = kept.encode(x)
+            layout = kept.layout(*shape)
+            assert {key: (tuple(part.shape), part.dtype) for key, part in parts.items()} == layout
+            back = kept.decode(parts)
+            bound = kept.bound(x)
+            assert back.dtype == torch.float32
+            assert ((back - x).abs() <= bound).all(), (name, (back - x).abs().sub(bound).max())
+            assert bool((back == 0)[x == 0].all())
+            if not signed:
+                assert bool((back >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "relative", "absolute"),
+    [("bf16", 2**-8, 0), ("bf16/kahan", 2**-16, 0), ("e4m3", 2**-4, 2**-10 / 448),
+     ("e5m2/tensor", 2**-3, 2**-17 / 57344), ("fp16/tensor", 2**-11, 2**-25 / 65504), ("dynamic", 0, 0.0071)],
+)  # fmt: skip
+def test_bounds_are_what_the_formats_promise(name: str, relative: float, absolute: float) -> None:
+    """In numbers of their own, so that a bound cannot be right by being wide."""
+    kept = codec(name)
+    x = matrices((7, 300))[0]
+    limit = x.abs() * relative + absolute * float(x.abs().max()) * 1.0001
+    assert (kept.bound(x) <= limit * 1.001 + 1e-35).all()
+
+
+def test_expanded_beats_e4m3_on_a_narrow_block_and_on_a_wide_one() -> None:
+    """Why it is there: the bend fits the block (COAT)."""
+    generator = torch.Generator().manual_seed(0)
+    for decades in (0.3, 8):
+        x = 10 ** (decades * torch.rand(4, 128, generator=generator))
+        errors = [((k.decode(k.encode(x)) - x) / x).abs().max() for k in (Expanded(), Scaled(format=E4M3))]
+        assert errors[0] < errors[1] / 2
+
+
+def test_the_dynamic_map_is_bitsandbytes() -> None:
+    for signed in (True, False):
+        values, middles = dynamic_map(signed)
+        theirs = torch.tensor(create_dynamic_map(signed))
+        torch.testing.assert_close(values, theirs, rtol=1e-6, atol=0)
+        assert len(values.unique()) == 256
+        assert bool(((values[:-1] < middles) & (middles < values[1:])).all())
+    values, _ = expanded_maps()
+    assert values.shape == (256, 128)
+    torch.testing.assert_close(values[15, :127] * 448, E4M3.decode(torch.arange(127, dtype=torch.uint8)))  # k = 1
+
+
+@pytest.mark.parametrize("name", [*NAMES, "e4m3/sr", "bf16/sr"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(name: str, bad: float) -> None:
+    """In a float part, where a checkpoint looks, and in what shares the scale; other blocks are untouched."""
+    kept = codec(name)
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
+    x[1, 299] = bad
+    noise = Noise(key=step_key(base_key(0, "w", 16), 1)) if kept.stochastic else None
+    parts = kept.encode(x, noise=noise)
+    assert not all(bool(part.isfinite().all()) for part in parts.values() if part.is_floating_point())
+    back = kept.decode(parts)
+    assert not back[1, 299].isfinite()
+    if not kept.whole:
+        assert back[0].isfinite().all()
+        assert back[1, :200].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bf16/sr", "e4m3/sr", "e5m2/tensor/sr", "fp16/64/sr"])
+def test_stochastic_rounding_is_a_function_of_its_place_and_right_on_average(name: str) -> None:
+    kept, nearest = codec(name), codec(name.removesuffix("/sr"))
+    x = torch.full((64, 256), 0.3)
+    x[:, ::64] = 1.0  # every block has a scale that 0.3 is no multiple of
+    key = step_key(base_key(3, "layers.0.weight", 16), 7)
+    backs = kept.decode(kept.encode(x, noise=Noise(key=key)))
+    lower = kept.decode(kept.encode(x[16:32], amax=x.max(), noise=Noise(key=key, row_offset=16)))
+    assert torch.equal(lower, backs[16:32])
+    other = kept.decode(kept.encode(x, noise=Noise(key=step_key(base_key(3, "layers.0.weight", 16), 8))))
+    assert not torch.equal(other, backs)
+    held = backs[x < 1]
+    values = held.unique()
+    assert len(values) == 2
+    spread = float(values[1] - values[0])
+    assert abs(float(held.double().mean()) - 0.3) < 5 * spread / 2 / math.sqrt(held.numel())
+    assert float((nearest.decode(nearest.encode(x)) - x)[x < 1].abs().max()) <= spread / 2
+
+
+def test_choices_and_spellings() -> None:
+    for name, spelled in CHOICES.items():
+        moments = chosen(name, STANDARD)
+        assert str(moments.m) == spelled["m"]
+        assert chosen({"m": str(moments.m), "v": str(moments.v), "master": spelled.get("master")}, STANDARD) == moments
+    assert chosen("e4m3_240/64/sr", STANDARD) == Moments(m=codec("e4m3_240/64/sr"), v=codec("e4m3_240/64/sr"))
+    assert chosen({"m": "e4m3", "v": "e5m2", "block": 32}, STANDARD).v == codec("e5m2/32")
+    assert chosen({"v": "dynamic"}, STANDARD) == Moments(v=Dynamic(signed=False))
+    recipe = Moments(m=codec("bf16"), v=codec("bf16"), master=codec("fp16/tensor"))
+    assert chosen(None, recipe) is recipe
+    assert chosen("fp8", recipe).master == recipe.master  # what a choice does not name stays the recipe's
+    assert chosen("pure_bf16_kahan", recipe).param_dtype(torch.float32, torch.float32) == torch.bfloat16
+    assert recipe.param_dtype(torch.float32, torch.bfloat16) == torch.bfloat16
+    assert chosen({"master": "fp32"}, recipe).param_dtype(torch.bfloat16, torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fp88", r"no moments named 'fp88' \(did you mean 'fp8'"),
+        ("pure_bf16_kahn", r"did you mean 'pure_bf16_kahan'"),
+        ({"n": "fp32"}, "no key 'n'.*there are: m, v, master, block"),
+        ({"m": "e4m33"}, r"no codec named 'e4m33' \(did you mean 'e4m3'"),
+        ({"m": "e4m3/tenser"}, "'e4m3/tenser' is no codec"),
+        ({"m": "e4m3", "block": "x"}, "block='x': a number"),
+        ({"m": "e4m3", "block": 0}, "a block of a state has 1 to 4096 elements, not 0"),
+        ({"m": "bf16/128"}, "bf16 has no scale"),
+        ({"m": "bf16/kahan"}, "compensation is for weights"),
+        ({"m": "e4m3/kahan"}, "compensation is for bf16"),
+        ({"m": "fp32/sr"}, "nothing to round"),
+        ({"m": "dynamic/sr"}, "rounded to nearest"),
+        ({"m": "e2m1"}, "floats of 5 to 8 bits"),
+        ({"master": "dynamic"}, "weights are kept as fp32, bf16, or scaled floats"),
+        (8, "a name, or a mapping"),
+    ],
+)
+def test_what_means_nothing_is_one_line(choice: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        chosen(choice, STANDARD)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_codecs_that_cannot_be() -> None:
+    for make in (
+        lambda: Scaled(format=E2M1),
+        lambda: Scaled(format=E4M3, rounding=Rounding.TRUNCATE),
+        lambda: Plain(dtype=torch.float16),
+    ):
+        with pytest.raises(ValueError, match=re.compile("bits|rounded|scale")):
+            make()
+    kept: Codec = Scaled(format=E4M3, block=None)
+    assert str(kept) == "e4m3/tensor"
