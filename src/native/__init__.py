@@ -86,11 +86,11 @@ def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous tensor's data lies; null for None."""
+    """Where a contiguous tensor's data lies; null for None. Raises ValueError for any other tensor."""
     if tensor is None:
         return ctypes.c_void_p(None)
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"kernels read contiguous tensors on the CPU, not strides {tensor.stride()} on {tensor.device}")
     return ctypes.c_void_p(tensor.data_ptr())
 
 

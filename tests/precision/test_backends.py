@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from precision.backends import ORDER, REFERENCE, Backend, choose
-from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, exmy
+from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
 from precision.noise import Noise, base_key, step_key
-from precision.quantize import Quantized
+from precision.quantize import Prepared, Quantized
 from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
@@ -103,6 +103,41 @@ def test_codes_scales_and_operands(backend: Backend, fmt: object) -> None:
             for mine, reference in views:
                 assert all(map(equal, backend.operand(mine), REFERENCE.operand(reference))), (str(spec), x.shape)
             assert equal(backend.amax(x, tile), REFERENCE.amax(x, tile)), (tile, x.dtype, x.shape)
+
+
+WIDE_SHAPES = [(256, 48), (160, 33), (130, 16), (48, 256), (17, 300), (1, 40), (40, 1), (600, 20)]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC], ids=str)
+def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding) -> None:
+    """Read along rows and columns, transformed on the way or not, kept as codes or not: always the reference's bits."""
+    rng = random.Random(f"{fmt} {rounding}")
+    transforms = (None, Hadamard(), Hadamard(size=32, signs=3))
+    for number, (tile, scale) in enumerate(itertools.product(TILES[:-1], SCALES[:4])):
+        transform = rng.choice(transforms)
+        if tile == TENSOR and isinstance(scale, TwoLevel):
+            continue
+        spec = OperandSpec(format=fmt, tile=tile, scale=scale, rounding=rounding)
+        noise = None
+        if rounding is Rounding.STOCHASTIC:
+            key = step_key(base_key(1, "layers.0", 2), number)
+            noise = Noise(key=key, row_offset=rng.choice([0, 2**32 - 3]), transposed=rng.random() < 0.5)
+        choices = list(matrices(rng.choice(WIDE_SHAPES), rng.choice(DTYPES[:2]), number))
+        for x in (choices[0], *rng.sample(choices[1:], 2)):
+            for seen in (x, x.mT):
+                options = {"amax": None, "noise": noise, "transform": transform, "left": True}
+                mine, theirs = (b.prepare(seen, spec, codes=True, **options) for b in (backend, REFERENCE))  # type: ignore[arg-type]
+                assert isinstance(mine, Quantized)
+                assert isinstance(theirs, Quantized)
+                assert same_codes(mine, theirs), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
+                made = backend.prepare(seen, spec, codes=False, **options)  # type: ignore[arg-type]
+                assert isinstance(made, Prepared)
+                matrix, factor = REFERENCE.operand(theirs)
+                assert equal(made.matrix, matrix), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
+                assert made.matrix.stride() == matrix.stride() or 1 in matrix.shape
+                assert equal(made.factor, factor)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
