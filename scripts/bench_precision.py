@@ -249,9 +249,7 @@ def start(rounds: int, world: World) -> list[Row]:
             with tempfile.TemporaryDirectory() as empty:
                 environment = dict(os.environ) | ({"XDG_CACHE_HOME": empty} if cache == "empty" else {})
                 started = time.perf_counter()
-                subprocess.run(
-                    [sys.executable, __file__, "parts=first", f"recipe={name}"], check=True, env=environment
-                )
+                subprocess.run([sys.executable, __file__, "parts=first", f"recipe={name}"], check=True, env=environment)
                 seconds = [time.perf_counter() - started]
             base = base or seconds
             rows.append(_row(f"first step, kernels {cache}: {name}", seconds, base, 1.0, "s") | {"target": None})

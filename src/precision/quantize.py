@@ -275,7 +275,6 @@ class _Torch:
         narrow = wide.to(dtype).contiguous()
         return narrow.mT if q.transposed else narrow
 
-
     def rounded(
         self,
         x: Tensor,

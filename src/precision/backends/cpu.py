@@ -229,15 +229,26 @@ class _Compiled:
         memory = x.mT if columns else x
         extent = tile.extent(*x.shape)
         return _Source(
-            native.pointer(memory), *memory.shape, *extent, int(x.dtype == torch.bfloat16), int(columns), self._butterflies
+            native.pointer(memory),
+            *memory.shape,
+            *extent,
+            int(x.dtype == torch.bfloat16),
+            int(columns),
+            self._butterflies,
         )
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
             return TORCH.values(q, factors, dtype)
         outer, inner = q.stored_shape
-        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, -(-inner * q.spec.format.bits // 8) if q.spec.format.bits == 4 else inner):
-            raise ValueError(f"codes of {q.spec.format} [{outer}, {inner}] cannot be {list(q.codes.shape)}")
+        bytes_of_a_row = (inner + 1) // 2 if q.spec.format.bits == 4 else inner
+        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, bytes_of_a_row):
+            raise ValueError(
+                f"codes of {q.spec.format} of {[outer, inner]} are uint8 {[outer, bytes_of_a_row]}, "
+                f"not {q.codes.dtype} {list(q.codes.shape)}"
+            )
+        if factors is not None:
+            _require_grid(factors, q.spec.tile, q.stored_shape)
         factors = torch.ones(q.spec.tile.grid(outer, inner)) if factors is None else factors
         out = torch.empty(outer, inner, dtype=dtype)
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
@@ -303,10 +314,13 @@ def _in_vectors(x: Tensor, tile: Tile) -> bool:
     return wide % _LANES == 0 or wide >= x.shape[1] or _in_columns(x, tile)
 
 
-def _require_grid(scales: Tensor, tile: Tile, shape: torch.Size) -> None:
-    if scales.dtype != torch.float32 or scales.shape != tile.grid(shape[0], shape[1]):
-        wanted = list(tile.grid(shape[0], shape[1]))
-        raise ValueError(f"tiles of {tile} of {list(shape)} have float32 {wanted}, not {scales.dtype} {list(scales.shape)}")
+def _require_grid(scales: Tensor, tile: Tile, shape: tuple[int, ...]) -> None:
+    outer, inner = shape
+    wanted = tile.grid(outer, inner)
+    if scales.dtype != torch.float32 or scales.shape != wanted:
+        raise ValueError(
+            f"tiles of {tile} of {[outer, inner]} have float32 {list(wanted)}, not {scales.dtype} {list(scales.shape)}"
+        )
 
 
 def _noise(noise: Noise | None) -> _Noise:
