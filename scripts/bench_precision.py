@@ -1,4 +1,5 @@
-"""What emulation costs in time: python scripts/bench_precision.py [parts=elements,linear,step,start] [rounds=9] [threads=] [clock=wall] [json=]
+"""What emulation costs in time: python scripts/bench_precision.py [parts=elements,linear,step,start] [rounds=9]
+[threads=0: all] [clock=wall] [json=]
 
 One process, every way in turn in every round; the minimum and the median over rounds, and their ratios to BF16.
 

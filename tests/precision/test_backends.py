@@ -136,7 +136,8 @@ def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding
         for x in (choices[0], *rng.sample(choices[1:], 2)):
             for seen in (x, x.mT):
                 options = {"amax": None, "noise": noise, "transform": transform, "left": True}
-                mine, theirs = (b.prepare(seen, spec, codes=True, **options) for b in (backend, REFERENCE))  # type: ignore[arg-type]
+                both = (b.prepare(seen, spec, codes=True, **options) for b in (backend, REFERENCE))  # type: ignore[arg-type]
+                mine, theirs = both
                 assert isinstance(mine, Quantized)
                 assert isinstance(theirs, Quantized)
                 assert same_codes(mine, theirs), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
@@ -190,7 +191,8 @@ def work():
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     spec = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
     q = [ORDER[0].quantize(t, spec, amax=None, noise=None) for t in (x, x.mT)]
-    return int(q[0].codes.sum()), int(q[1].codes.sum()), float(ORDER[0].gemm(q[0], q[0], bias=None, dtype=x.dtype)[0, 0])
+    y = ORDER[0].gemm(q[0], q[0], bias=None, dtype=x.dtype)
+    return int(q[0].codes.sum()), int(q[1].codes.sum()), float(y[0, 0])
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

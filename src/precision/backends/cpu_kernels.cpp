@@ -407,10 +407,10 @@ struct Hashes {
         for (size_t i = 0; i < other.size(); ++i) other[i] = uint32_t(i) * 0x9E3779B9u;
     }
 
-    Floats uniform(int64_t row, int64_t col) const {
+    static Floats uniform(uint32_t row, const uint32_t* col, uint32_t key) {
         Words h;
-        std::memcpy(&h, cols.data() + col, sizeof h);
-        h = (h + rows[row]) ^ key;
+        std::memcpy(&h, col, sizeof h);
+        h = (h + row) ^ key;
         h ^= h >> 16;
         h *= 0x85EBCA6Bu;
         h ^= h >> 13;
@@ -455,6 +455,8 @@ void round_rows(const T* x, const float* scales, const float* factors, char* out
     const int64_t grid_cols = (cols + wide - 1) / wide, pitch = bytes_of(KIND, cols);
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
+        const Rounder local = rounder;  // else every store might change it
+        const uint32_t hash = STOCHASTIC ? hashes.rows[row] : 0, key = hashes.key, *hash_cols = hashes.cols.data();
         const T* line = x + row * cols;
         char* target = out + row * pitch;
         const float* row_scales = scales + row / tall * grid_cols;
@@ -464,8 +466,8 @@ void round_rows(const T* x, const float* scales, const float* factors, char* out
             const int64_t end = std::min(cols, (tile + 1) * wide);
             for (int64_t k = tile * wide; k < end; k += LANES) {
                 const Floats y = load_some(line + k, end - k) * scale;
-                const Floats uniform = STOCHASTIC ? hashes.uniform(row, k) : Floats{};
-                put<KIND>(rounded<STOCHASTIC, KIND != VALUES>(y, rounder, uniform, factor), target + bytes_of(KIND, k),
+                const Floats uniform = STOCHASTIC ? Hashes::uniform(hash, hash_cols + k, key) : Floats{};
+                put<KIND>(rounded<STOCHASTIC, KIND != VALUES>(y, local, uniform, factor), target + bytes_of(KIND, k),
                           end - k);
             }
         }
@@ -585,6 +587,9 @@ void round_columns(const T* x, const float* scales, const float* factors, char* 
                 for (int64_t lane = 0; lane < std::min(LANES, cols - col - LANES); ++lane)
                     for (int64_t i = 0; i < bytes_of(KIND, DEPTH); i += 64)
                         __builtin_prefetch(out + (col + LANES + lane) * pitch + bytes_of(KIND, first) + i, 1, 2);
+            const Rounder local = rounder;  // else every store might change it
+            const uint32_t key = hashes.key, *hash_rows = hashes.rows.data() + first;
+            const uint32_t* hash_cols = hashes.cols.data() + col;
             Floats block[DEPTH];
             load_block<true>(x, rows, cols, first, col, butterflies, block);
             for (int64_t i = 0; i < DEPTH && first + i < rows; i += step) {
@@ -592,9 +597,8 @@ void round_columns(const T* x, const float* scales, const float* factors, char* 
                 const Floats scale = gathered(scales + place, grid_cols, width);
                 const Floats factor = factors ? gathered(factors + place, grid_cols, width) : Floats{} + 1;
                 for (int64_t k = i; k < std::min(i + step, rows - first); ++k) {
-                    const Floats uniform = STOCHASTIC ? hashes.uniform(first + k, col) : Floats{};
-                    block[k] = Floats(
-                        rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, rounder, uniform, factor));
+                    const Floats uniform = STOCHASTIC ? Hashes::uniform(hash_rows[k], hash_cols, key) : Floats{};
+                    block[k] = Floats(rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, local, uniform, factor));
                 }
             }
             for (int64_t i = 0; i < DEPTH && first + i < rows; i += LANES * IN_A_WORD) {
