@@ -17,7 +17,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+# A forked child has none of its parent's threads, and an OpenMP region would wait for them: ours, and torch's.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # No fast-math: float32 operations are what they say. libgomp is the one torch has loaded: one pool of threads.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -86,11 +90,13 @@ def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous tensor's data lies; null for None."""
+    """Where a contiguous tensor's data lies; null for None. Raises ValueError for any other tensor."""
     if tensor is None:
         return ctypes.c_void_p(None)
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"kernels read contiguous tensors on the CPU, not strides {tensor.stride()} on {tensor.device}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())
 
 

@@ -45,9 +45,9 @@ class Recent:
     def __init__(self) -> None:
         self._seen: Callable[[], Tensor | None] = lambda: None
         self._version = -1
-        self._made: dict[Hashable, Quantized] = {}
+        self._made: dict[Hashable, Operand] = {}
 
-    def of(self, x: Tensor) -> dict[Hashable, Quantized] | None:
+    def of(self, x: Tensor) -> dict[Hashable, Operand] | None:
         """The codes of ``x`` by how they were made, to be added to; None for a tensor that keeps no count of writes."""
         if x.is_inference():
             return None
@@ -319,7 +319,7 @@ class _Linear(torch.autograd.Function):
         module: QuantLinear,
         spec: LinearSpec,
         rows_of_a_sample: int,
-        made: dict[Hashable, Quantized] | None,
+        made: dict[Hashable, Operand] | None,
         differentiated: bool,
     ) -> Tensor:
         stats = module.statistics(x) if module.statistics is not None else None
@@ -327,7 +327,8 @@ class _Linear(torch.autograd.Function):
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
         call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
         module.note_unseen(stats, x=x, w=weight)
-        a, w = call.operand(X, x), call.operand(W, weight)
+        a = call.operand(X, x, codes=differentiated and _keeps_first(spec))
+        w = call.operand(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
         seen: tuple[Tensor, ...] = ()
         if observer is not None:
@@ -352,18 +353,18 @@ class _Linear(torch.autograd.Function):
         call: _Call = replace(ctx.call, stats=stats)
         spec = call.spec
         dx = dw = dbias = None
-        dy_codes: Operand = dy
+        dy_made: Operand = dy
         call.module.note_unseen(stats, dy=dy)
         if ctx.needs_input_grad[0]:
-            dy_codes = call.operand(DGRAD_DY, dy)
+            dy_made = call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
             if _reuses(spec.dgrad.b):
-                w_t = call.reused(DGRAD_W, call.operand(W, weight))
+                w_t = call.reused(DGRAD_W, call.operand(W, weight, codes=True))
             else:
                 w_t = call.operand(DGRAD_W, weight.mT)
-            dx = call.product(1, dy_codes, w_t, dtype=dy.dtype)
+            dx = call.product(1, dy_made, w_t, dtype=dy.dtype)
             if call.observer is not None:
                 call.observer.add(
-                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_codes, w_t), dx, None, stats)
+                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_made, w_t), dx, None, stats)
                 )
         if ctx.needs_input_grad[1]:
             if ctx.kept is None:
@@ -379,10 +380,11 @@ class _Linear(torch.autograd.Function):
                     transposed=transposed,
                 )
                 x_t = kept.t() if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
-            if isinstance(dy_codes, Quantized) and _transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
-                dy_t: Operand = dy_codes.t()
-            elif isinstance(dy_codes, Quantized) and _reuses(spec.wgrad.a):
-                dy_t = call.reused(WGRAD_DY, dy_codes)
+            transposes = _transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a)
+            if not isinstance(dy_made, Tensor) and transposes:
+                dy_t: Operand = dy_made.t()
+            elif isinstance(dy_made, Quantized) and _reuses(spec.wgrad.a):
+                dy_t = call.reused(WGRAD_DY, dy_made)
             else:
                 dy_t = call.operand(WGRAD_DY, dy.mT)
             dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
@@ -404,27 +406,26 @@ class _Call:
     module: QuantLinear
     spec: LinearSpec
     first_row: Tensor
-    made: dict[Hashable, Quantized] | None  # of x, in the forward pass
+    made: dict[Hashable, Operand] | None  # of x, in the forward pass
     stats: Tensor | None  # what transforms read
     observer: Observer | None
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
 
-    def operand(self, slot: int, x: Tensor) -> Operand:
-        """What the slot's GEMM reads of ``x``: transformed and quantized as the spec says."""
+    def operand(self, slot: int, x: Tensor, *, codes: bool = False) -> Operand:
+        """What the slot's GEMM reads of ``x``, transformed and quantized as the spec says; as ``codes`` if told to."""
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
+        codes = codes or self.observer is not None  # which looks at them
         if self.made is None or spec is None or slot not in (X, WGRAD_X) or _is_random(spec):
-            return self._operand(slot, x)
+            return self._operand(slot, x, codes)
         key = self._key(slot, x, gemm, spec)
         if key is None:
-            return self._operand(slot, x)
-        if key not in self.made:
-            fresh = self._operand(slot, x)
-            assert isinstance(fresh, Quantized)
-            self.made[key] = fresh
-        return self.made[key]
+            return self._operand(slot, x, codes)
+        if (key, codes) not in self.made:
+            self.made[key, codes] = self._operand(slot, x, codes)
+        return self.made[key, codes]
 
     def _key(self, slot: int, x: Tensor, gemm: GemmSpec, spec: OperandSpec) -> Hashable | None:
         """What the codes of a slot depend on beside x; None where that is not to be had without waiting for a device.
@@ -441,31 +442,32 @@ class _Call:
             held = None if amax is None else float(amax)
         return slot, spec, gemm.transform, self.module.backends[slot // 2].name, held
 
-    def _operand(self, slot: int, x: Tensor) -> Operand:
+    def _operand(self, slot: int, x: Tensor, codes: bool) -> Operand:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
-        if gemm.transform is not None:
-            x = self.module.transformed(slot // 2, gemm.transform, x, self.stats, left=slot % 2 == 0)
+        backend, left, transform = self.module.backends[slot // 2], slot % 2 == 0, gemm.transform
+        # An amax that is noted is that of the transformed tensor; else the backend may do both in one pass.
+        apart = spec is None or isinstance(spec.amax, Delayed) or self.stats is not None
+        if transform is not None and apart:
+            x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=left), None
         if spec is None:
             return x
         noise = None
         transposed = slot in _TRANSPOSED
-        if transposed and gemm.transform is None and spec.tile.outer == spec.tile.inner and not _is_random(spec):
-            # The same codes, read along the tensor's own rows.
-            return self.quantize(slot, x.mT, spec, None).t()
+        square = spec.tile.outer == spec.tile.inner and gemm.transform is None and not _is_random(spec)
+        if transposed and square:
+            x = x.mT  # the same codes, read along the tensor's own rows
         if _is_random(spec):
             first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
             noise = self.module.noise(slot, first_row, transposed=transposed)
-        return self.quantize(slot, x, spec, noise)
-
-    def quantize(self, slot: int, x: Tensor, spec: OperandSpec, noise: Noise | None) -> Quantized:
         amax = self.module.amax_for(slot, x)
-        return self.module.backends[slot // 2].quantize(x, spec, amax=amax, noise=noise)
+        made = backend.prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=codes)
+        return made.t() if transposed and square else made
 
-    def reused(self, slot: int, made: Operand) -> Operand:
+    def reused(self, slot: int, made: Operand, *, codes: bool = False) -> Operand:
         """The slot's operand from what an earlier GEMM made of the transposed tensor."""
         assert isinstance(made, Quantized)
-        return self.operand(slot, dequantize(made).mT)
+        return self.operand(slot, dequantize(made).mT, codes=codes)
 
     def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         transform = self.gemm(2 * gemm).transform
@@ -483,7 +485,14 @@ def _kept(call: _Call, x: Tensor, a: Operand) -> Operand:
         return x
     if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b):
         return a
-    return call.reused(WGRAD_X, a) if _reuses(spec.wgrad.b) else call.operand(WGRAD_X, x.mT)
+    if _reuses(spec.wgrad.b):
+        return call.reused(WGRAD_X, a, codes=True)
+    return call.operand(WGRAD_X, x.mT, codes=True)
+
+
+def _keeps_first(spec: LinearSpec) -> bool:
+    """Whether what backward keeps of x comes from the codes that fprop reads."""
+    return _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) or _reuses(spec.wgrad.b)
 
 
 def _is_random(spec: OperandSpec) -> bool:

@@ -69,6 +69,23 @@ class Quantized:
         return self.shape[::-1] if self.transposed else self.shape
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Prepared:
+    """One side of an emulated GEMM, where nobody needs its codes: ``matrix * factor`` as ``operand`` gives them.
+
+    Args:
+        matrix: [outer, inner].
+        factor: FP32 scalar for the GEMM's output, or None.
+    """
+
+    matrix: Tensor
+    factor: Tensor | None
+
+    def t(self) -> Prepared:
+        """The operand of the transposed matrix, for square tiles: nothing is copied."""
+        return replace(self, matrix=self.matrix.mT)
+
+
 class Passes(Protocol):
     """The passes over memory that quantization consists of; what is left is arithmetic on scales."""
 
@@ -86,6 +103,17 @@ class Passes(Protocol):
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Code value * factor of its tile (FP32 [rows, columns]; None for 1) in ``dtype``, [outer, inner]."""
+
+    def rounded(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        factors: Tensor | None,
+        spec: OperandSpec,
+        noise: Noise | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``values`` of what ``encode`` would give."""
 
 
 def amax(x: Tensor, tile: Tile) -> Tensor:
@@ -116,11 +144,39 @@ def quantize(
     Raises ValueError for a tensor that is not a float matrix, for an amax of the wrong size, and for amax or noise that
     is missing or of no use.
     """
-    _check(x, spec, amax, noise)
     passes = passes or TORCH
+    scales = _scales(x, spec, amax, noise, passes)
+    return Quantized(
+        codes=passes.encode(x.detach(), scales.encode, spec, noise),
+        scales=scales.stored,
+        tensor_scale=scales.tensor,
+        shape=(x.shape[0], x.shape[1]),
+        spec=spec,
+    )
+
+
+def prepare(
+    x: Tensor,
+    spec: OperandSpec,
+    *,
+    amax: Tensor | None = None,
+    noise: Noise | None = None,
+    passes: Passes | None = None,
+) -> Prepared:
+    """``operand(quantize(x, ...))``, bit for bit, without the codes in between. Raises as ``quantize``."""
+    passes = passes or TORCH
+    if isinstance(spec.scale, TwoLevel) and spec.scale.rows:
+        matrix, factor = operand(quantize(x, spec, amax=amax, noise=noise, passes=passes), passes=passes)
+        return Prepared(matrix=matrix, factor=factor)
+    scales = _scales(x, spec, amax, noise, passes)
+    factors, factor, dtype = _factors(spec, scales.stored, scales.tensor, passes)
+    return Prepared(matrix=passes.rounded(x.detach(), scales.encode, factors, spec, noise, dtype), factor=factor)
+
+
+def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, passes: Passes) -> Scales:
+    _check(x, spec, amax, noise)
     x = x.detach()
-    outer, inner = x.shape
-    rule, grid = spec.scale, spec.tile.grid(outer, inner)
+    rule, grid = spec.scale, spec.tile.grid(*x.shape)
     tensor_amax = None
     if rule.levels == 0:
         tile_amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
@@ -129,21 +185,18 @@ def quantize(
     else:
         tile_amax = passes.amax(x, spec.tile)
         by_row = isinstance(rule, TwoLevel) and rule.rows
-        shape = (grid[0], 1) if by_row else ()
-        top = amax.float() if amax is not None else passes.amax(tile_amax, Tile(1, -1) if by_row else TENSOR)
-        tensor_amax = top.reshape(shape)
-    if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
-        assert tensor_amax is not None
-        scales = _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, passes)
-    else:
-        scales = passes.scales(spec, tile_amax, tensor_amax, x.dtype)
-    return Quantized(
-        codes=passes.encode(x, scales.encode, spec, noise),
-        scales=scales.stored,
-        tensor_scale=scales.tensor,
-        shape=(outer, inner),
-        spec=spec,
-    )
+        if amax is not None:
+            tensor_amax = amax.float()
+        else:
+            tensor_amax = _largest(tile_amax, 1) if by_row else _largest(tile_amax.reshape(1, -1), 1)
+        tensor_amax = tensor_amax.reshape((grid[0], 1) if by_row else ())
+        if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
+            return _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, passes)
+    return passes.scales(spec, tile_amax, tensor_amax, x.dtype)
+
+
+def _largest(amaxes: Tensor, dim: int) -> Tensor:
+    return amaxes.amax(dim) if amaxes.shape[dim] else amaxes.new_zeros(amaxes.shape[0])
 
 
 def _better_scales(
@@ -166,7 +219,7 @@ def _better_scales(
     for scales in (six, four):
         codes = passes.encode(x, scales.encode, spec, None)
         q = Quantized(codes=codes, scales=scales.stored, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
-        back = passes.values(q, _stored_values(q), torch.float32) * tensor_amax
+        back = passes.values(q, _decoded(q.spec, q.scales), torch.float32) * tensor_amax
         difference = back / torch.full_like(back, rule.top(spec.format)) - x.float()
         e = _tiled(difference.abs() if kind is Error.MAE else difference * difference, spec.tile)
         total = e[..., 0]
@@ -183,7 +236,7 @@ def _better_scales(
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes | None = None) -> Tensor:
     """The values [outer, inner] that ``q`` stands for: FP32, then rounded to ``dtype``."""
-    scales = _stored_values(q) if q.spec.scale.levels else None
+    scales = _decoded(q.spec, q.scales) if q.spec.scale.levels else None
     if q.tensor_scale is None:
         return (passes or TORCH).values(q, scales, dtype)
     return ((passes or TORCH).values(q, scales, torch.float32) * q.tensor_scale).to(dtype)
@@ -203,25 +256,33 @@ def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tens
 
     Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
     """
-    element, rule = q.spec.format, q.spec.scale
-    values = (passes or TORCH).values
+    passes = passes or TORCH
+    if isinstance(q.spec.scale, TwoLevel) and q.spec.scale.rows:
+        return dequantize(q, passes=passes), None
+    factors, factor, dtype = _factors(q.spec, q.scales, q.tensor_scale, passes)
+    return passes.values(q, factors, dtype), factor
+
+
+def _factors(
+    spec: OperandSpec, stored: Tensor, tensor_scale: Tensor | None, passes: Passes
+) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
+    """For an operand: the factors of tiles (None: 1) and of the GEMM's output, and the matrix's dtype."""
+    element, rule = spec.format, spec.scale
     narrow = torch.bfloat16 if element.significant_bits <= 8 else torch.float32
     if rule.levels == 0:
-        return values(q, None, narrow), None
+        return None, None, narrow
     if rule.levels == 2:
         block = rule.format
         assert block is not None
-        if isinstance(rule, TwoLevel) and rule.rows:
-            return dequantize(q, passes=passes), None
         exact = element.significant_bits + block.significant_bits <= 8
-        return values(q, _stored_values(q), torch.bfloat16 if exact else torch.float32), q.tensor_scale
-    if rule.format is None and q.spec.tile == (-1, -1):
-        return values(q, None, narrow), q.scales.reshape(())
+        return _decoded(spec, stored), tensor_scale, torch.bfloat16 if exact else torch.float32
+    if rule.format is None and spec.tile == TENSOR:
+        return None, stored.reshape(()), narrow
     if rule.power_of_two and narrow is torch.bfloat16 and element.tiny_exponent >= -126:
-        codes = q.scales if rule.format is E8M0 else E8M0.encode(q.scales)
-        factors, centre = (passes or TORCH).centred(codes, element.tiny_exponent)
-        return values(q, factors, narrow), centre
-    return values(q, _stored_values(q), torch.float32), None
+        codes = stored if rule.format is E8M0 else E8M0.encode(stored)
+        factors, centre = passes.centred(codes, element.tiny_exponent)
+        return factors, centre, narrow
+    return _decoded(spec, stored), None, torch.float32
 
 
 class _Torch:
@@ -260,6 +321,19 @@ class _Torch:
         # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
         narrow = wide.to(dtype).contiguous()
         return narrow.mT if q.transposed else narrow
+
+    def rounded(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        factors: Tensor | None,
+        spec: OperandSpec,
+        noise: Noise | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        codes = self.encode(x, scales, spec, noise)
+        q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+        return self.values(q, factors, dtype)
 
 
 TORCH: Passes = _Torch()
@@ -316,7 +390,7 @@ def _unpack(q: Quantized) -> Tensor:
     return unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
 
 
-def _stored_values(q: Quantized) -> Tensor:
+def _decoded(spec: OperandSpec, stored: Tensor) -> Tensor:
     """The tiles' scales as FP32 [rows, columns]."""
-    format = q.spec.scale.format
-    return q.scales if format is None else format.decode(q.scales)
+    format = spec.scale.format
+    return stored if format is None else format.decode(stored)

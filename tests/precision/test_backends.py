@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import native
 from precision.backends import ORDER, REFERENCE, Backend, choose
-from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, exmy
+from precision.backends.cpu import PASSES, SOURCE, _Compiled
+from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
 from precision.noise import Noise, base_key, step_key
-from precision.quantize import Quantized
+from precision.quantize import Prepared, Quantized
 from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
@@ -105,6 +113,42 @@ def test_codes_scales_and_operands(backend: Backend, fmt: object) -> None:
             assert equal(backend.amax(x, tile), REFERENCE.amax(x, tile)), (tile, x.dtype, x.shape)
 
 
+WIDE_SHAPES = [(256, 48), (160, 33), (130, 16), (48, 256), (17, 300), (1, 40), (40, 1), (600, 20)]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC], ids=str)
+def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding) -> None:
+    """Read along rows and columns, transformed on the way or not, kept as codes or not: always the reference's bits."""
+    rng = random.Random(f"{fmt} {rounding}")
+    transforms = (None, Hadamard(), Hadamard(size=32, signs=3))
+    for number, (tile, scale) in enumerate(itertools.product(TILES[:-1], SCALES[:4])):
+        transform = rng.choice(transforms)
+        if tile == TENSOR and isinstance(scale, TwoLevel):
+            continue
+        spec = OperandSpec(format=fmt, tile=tile, scale=scale, rounding=rounding)
+        noise = None
+        if rounding is Rounding.STOCHASTIC:
+            key = step_key(base_key(1, "layers.0", 2), number)
+            noise = Noise(key=key, row_offset=rng.choice([0, 2**32 - 3]), transposed=rng.random() < 0.5)
+        choices = list(matrices(rng.choice(WIDE_SHAPES), rng.choice(DTYPES[:2]), number))
+        for x in (choices[0], *rng.sample(choices[1:], 2)):
+            for seen in (x, x.mT):
+                options = {"amax": None, "noise": noise, "transform": transform, "left": True}
+                both = (b.prepare(seen, spec, codes=True, **options) for b in (backend, REFERENCE))  # type: ignore[arg-type]
+                mine, theirs = both
+                assert isinstance(mine, Quantized)
+                assert isinstance(theirs, Quantized)
+                assert same_codes(mine, theirs), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
+                made = backend.prepare(seen, spec, codes=False, **options)  # type: ignore[arg-type]
+                assert isinstance(made, Prepared)
+                matrix, factor = REFERENCE.operand(theirs)
+                assert equal(made.matrix, matrix), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
+                assert made.matrix.stride() == matrix.stride() or 1 in matrix.shape
+                assert equal(made.factor, factor)
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("size", [2, 16, 32, 128])
 def test_transforms(backend: Backend, size: int) -> None:
@@ -112,6 +156,103 @@ def test_transforms(backend: Backend, size: int) -> None:
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         for x in matrices(shape, dtype, size):
             assert equal(backend.transformed(transform, x, left=True), transform.left(x)), (shape, dtype, x.stride())
+
+
+def test_wrong_shapes_are_refused_before_a_kernel_reads_them() -> None:
+    x, tile = torch.randn(32, 48).bfloat16(), Tile(1, 16)
+    spec = OperandSpec(format=E4M3, tile=tile, scale=PowerOfTwo())
+    scales = torch.ones(32, 3)
+    PASSES.rounded(x, scales, scales, spec, None, torch.bfloat16)
+    for wrong in (scales[1:], scales.double(), scales.mT, scales[:, :1], torch.ones(33, 3)):
+        with pytest.raises(ValueError, match=r"tiles of 1x16 of \[32, 48\] have float32 \[32, 3\], not "):
+            PASSES.encode(x, wrong, spec, None)
+        with pytest.raises(ValueError, match="tiles of 1x16"):
+            PASSES.rounded(x, scales, wrong, spec, None, torch.bfloat16)
+    q = ORDER[0].quantize(x, spec, amax=None, noise=None)
+    for codes in (q.codes[:, :-1], q.codes[1:], q.codes.float()):
+        with pytest.raises(ValueError, match=r"codes of e4m3 of \[32, 48\] are uint8 \[32, 48\], not "):
+            PASSES.values(replace(q, codes=codes), None, torch.bfloat16)
+    with pytest.raises(ValueError, match="tiles of 1x16"):
+        PASSES.values(q, scales[1:], torch.bfloat16)
+    with pytest.raises(ValueError, match="kernels read contiguous tensors"):
+        PASSES.values(replace(q, codes=q.codes.mT.contiguous().mT), None, torch.bfloat16)
+    with pytest.raises(ValueError, match="what is transformed in passing lies in columns"):
+        _Compiled(Hadamard()).amax(x, tile)
+
+
+FORKS = """
+import multiprocessing, torch
+from precision.backends import ORDER
+from precision.scaling import TwoLevel, Tile
+from precision.formats import E2M1
+from precision.spec import OperandSpec
+
+def work():
+    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spec = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+    q = [ORDER[0].quantize(t, spec, amax=None, noise=None) for t in (x, x.mT)]
+    y = ORDER[0].gemm(q[0], q[0], bias=None, dtype=x.dtype)
+    return int(q[0].codes.sum()), int(q[1].codes.sum()), float(y[0, 0])
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    expected = work()
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.apply_async(work).get(60) == expected, method
+    print("same")
+"""
+
+
+def test_forked_and_spawned_workers_give_the_same_bits(tmp_path: Path) -> None:
+    """After the parent has used its threads, which a forked child does not have."""
+    script = tmp_path / "forks.py"
+    script.write_text(FORKS)
+    ran = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=200)
+    assert ran.stdout.strip() == "same", ran.stderr
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    code = f"import native, pathlib; print(native.library(pathlib.Path({str(source)!r})).answer())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    if native.shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0].strip() for process in both] == ["42", "42"]
+    assert [path.suffix for path in (tmp_path / "narrowgauge").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("home", ["file", "missing"])
+def test_a_cache_that_cannot_be_written_is_replaced(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    place = tmp_path / "cache" / "deep"
+    if home == "file":  # a directory cannot be made here, whoever asks
+        place.parent.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if native.shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    library = native.library(source)
+    assert library is not None
+    assert library.answer() == 42
+    wanted = place / "narrowgauge" if home == "missing" else tmp_path / f"narrowgauge-{os.getuid()}"
+    assert len(list(wanted.glob("small-*.so"))) == 1
+
+
+def test_kernels_stay_inside_their_buffers(tmp_path: Path) -> None:
+    """Odd shapes under AddressSanitizer."""
+    compiler = native.shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    driver, program = Path(__file__).with_name("fuzz_kernels.cpp"), tmp_path / "fuzz"
+    flags = ["-O1", "-g", "-std=c++17", "-march=native", "-ffp-contract=off", "-fsanitize=address", "-w"]
+    subprocess.run([compiler, *flags, "-include", SOURCE, "-o", program, driver], check=True, timeout=250)
+    ran = subprocess.run([program], check=False, capture_output=True, text=True, timeout=100)
+    assert ran.stdout == "clean\n", ran.stderr[:3000]
 
 
 def test_a_backend_that_refuses_says_why() -> None:

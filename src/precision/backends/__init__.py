@@ -17,12 +17,12 @@ from torch import Tensor
 from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
 from precision.noise import Noise
-from precision.quantize import Quantized
+from precision.quantize import Prepared, Quantized
 from precision.scaling import Tile
 from precision.spec import GemmSpec, OperandSpec, Transform
 
-Operand = Quantized | Tensor
-"""One side of a GEMM: codes and scales, or a plain matrix left in high precision."""
+Operand = Quantized | Prepared | Tensor
+"""One side of a GEMM: codes and scales, or what they stand for, or a plain matrix left in high precision."""
 
 
 class Backend(Protocol):
@@ -42,6 +42,19 @@ class Backend(Protocol):
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
         """``transform.left(x)`` or ``transform.right(x)``, bit for bit."""
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+    ) -> Quantized | Prepared:
+        """What ``gemm`` reads of ``quantize(transformed(x))``; with ``codes`` that itself."""
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""

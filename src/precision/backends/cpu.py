@@ -7,6 +7,7 @@ what reads or writes a whole matrix is compiled. The matrix product is torch's.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import native
 from precision.backends.reference import Reference
 from precision.formats import NumberFormat
 from precision.noise import Noise
-from precision.quantize import TORCH, Quantized, operand, quantize
+from precision.quantize import TORCH, Prepared, Quantized, operand, prepare, quantize
 from precision.scaling import Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
 from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
 from precision.transforms import Hadamard
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _ROWS_OF_A_PART = 64  # of a whole tensor's amax: what one thread takes at once
+_LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
 
 
 def library() -> ctypes.CDLL | None:
@@ -55,8 +57,26 @@ class Cpu(Reference):
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         return PASSES.amax(x, tile)
 
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+    ) -> Quantized | Prepared:
+        passes = PASSES
+        if isinstance(transform, Hadamard) and _in_columns(x, spec.tile) and _rounds(spec):
+            passes = _Compiled(transform)
+        elif transform is not None:
+            x = self.transformed(transform, x, left=left)
+        return (quantize if codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
+
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
-        if not isinstance(transform, Hadamard) or x.dtype not in (torch.float32, torch.bfloat16):
+        if not isinstance(transform, Hadamard) or x.dtype not in _DTYPES:
             return super().transformed(transform, x, left=left)
         columns = not x.is_contiguous() and x.mT.is_contiguous()
         x = x if columns else contiguous(x)
@@ -86,22 +106,43 @@ class _Noise(ctypes.Structure):
     ]
 
 
+class _Butterflies(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_int32), ("factor", ctypes.c_float), ("signs", ctypes.c_void_p)]
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "tall", "wide")),
+        ("dtype", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("butterflies", _Butterflies),
+    ]
+
+
 class _Compiled:
-    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel."""
+    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel.
+
+    ``transform``: what happens to a matrix first; those that are given then lie in columns.
+    """
+
+    def __init__(self, transform: Hadamard | None = None) -> None:
+        self._butterflies = _Butterflies()
+        if transform is not None:
+            self._signs = torch.tensor(transform.vector(), dtype=torch.float32)
+            pointer = native.pointer(self._signs)
+            self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0:
+        if x.dtype not in _DTYPES or x.numel() == 0:
             return TORCH.amax(x, tile)
         x = x.detach()
         if tile.outer == tile.inner and not x.is_contiguous() and x.mT.is_contiguous():
             return self.amax(x.mT, tile).mT.contiguous()  # square tiles of a transpose: no copy is needed
-        x = contiguous(x)
-        outer, inner = x.shape
-        tall, wide = tile.extent(outer, inner)
-        part = Tile(min(tall, _ROWS_OF_A_PART), wide) if tile.outer < 0 else Tile(tall, wide)
-        out = torch.empty(part.grid(outer, inner), dtype=torch.float32)
-        arguments = map(native.size, (outer, inner, part.outer, part.inner))
-        _kernels().tile_amax(native.pointer(x), native.pointer(out), *arguments, _dtype(x))
+        x = x if _in_columns(x, tile) else contiguous(x)
+        part = Tile(min(x.shape[0], _ROWS_OF_A_PART), tile.inner) if tile.outer < 0 else tile
+        out = torch.empty(part.grid(*x.shape), dtype=torch.float32)
+        _kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
 
     def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
@@ -112,7 +153,7 @@ class _Compiled:
         amax = amax.contiguous()
         codes, encode = torch.empty(amax.shape, dtype=torch.uint8), torch.empty_like(amax)
         pointers = map(native.pointer, (amax, codes, encode))
-        inverse = native.real(float(1.0 / torch.tensor([spec.format.max])))  # in float32
+        inverse = native.real(_inverse(spec.format.max))
         if isinstance(rule, TwoLevel):
             assert tensor_amax is not None
             top, tensor = rule.tensor_level(tensor_amax, spec.format)
@@ -131,21 +172,83 @@ class _Compiled:
         return factors, encode_power(torch.tensor(254 - centre))
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
-        if not _fits(spec.format) or spec.rounding is Rounding.TRUNCATE or x.numel() == 0:
+        if not _rounds(spec) or x.numel() == 0:
             return TORCH.encode(x, scales, spec, noise)
-        x = contiguous(x if x.dtype in (torch.float32, torch.bfloat16) else x.float())
+        _require_grid(scales, spec.tile, x.shape)
         outer, inner = x.shape
         codes = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
+        x = self._readable(x, spec.tile)
+        if _in_vectors(x, spec.tile):
+            self._round(x, scales, None, spec, noise, codes)
+            return codes
         sizes = map(native.size, (outer, inner, *spec.tile.extent(outer, inner)))
         format, random = ctypes.byref(c_format(spec.format)), ctypes.byref(_noise(noise))
         pointers = map(native.pointer, (x, scales.contiguous(), codes))
         _kernels().encode(*pointers, *sizes, format, random, _dtype(x))
         return codes
 
+    def rounded(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        factors: Tensor | None,
+        spec: OperandSpec,
+        noise: Noise | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        readable = self._readable(x, spec.tile) if _rounds(spec) and x.numel() else x
+        if dtype != torch.bfloat16 or readable.numel() == 0 or not _in_vectors(readable, spec.tile):
+            codes = self.encode(x, scales, spec, noise)
+            q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+            return self.values(q, factors, dtype)
+        _require_grid(scales, spec.tile, x.shape)
+        if factors is not None:
+            _require_grid(factors, spec.tile, x.shape)
+        out = torch.empty(x.shape, dtype=dtype)
+        self._round(readable, scales, factors, spec, noise, out)
+        return out
+
+    def _readable(self, x: Tensor, tile: Tile) -> Tensor:
+        x = x if x.dtype in _DTYPES else x.float()
+        return x if _in_columns(x, tile) else contiguous(x)
+
+    def _round(
+        self, x: Tensor, scales: Tensor, factors: Tensor | None, spec: OperandSpec, noise: Noise | None, out: Tensor
+    ) -> None:
+        scales = scales.contiguous()  # named: its memory must outlive the call
+        factors = None if factors is None else factors.contiguous()
+        source, format, random = self._source(x, spec.tile), c_format(spec.format), _noise(noise)
+        pointers = map(native.pointer, (scales, factors, out))
+        structures = (ctypes.byref(format), ctypes.byref(random))
+        _kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
+
+    def _source(self, x: Tensor, tile: Tile) -> _Source:
+        columns = _in_columns(x, tile)
+        if self._butterflies.size and not columns:
+            raise ValueError(f"what is transformed in passing lies in columns, not with strides {x.stride()}")
+        memory = x.mT if columns else x
+        extent = tile.extent(*x.shape)
+        return _Source(
+            native.pointer(memory),
+            *memory.shape,
+            *extent,
+            int(x.dtype == torch.bfloat16),
+            int(columns),
+            self._butterflies,
+        )
+
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
             return TORCH.values(q, factors, dtype)
         outer, inner = q.stored_shape
+        bytes_of_a_row = (inner + 1) // 2 if q.spec.format.bits == 4 else inner
+        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, bytes_of_a_row):
+            raise ValueError(
+                f"codes of {q.spec.format} of {[outer, inner]} are uint8 {[outer, bytes_of_a_row]}, "
+                f"not {q.codes.dtype} {list(q.codes.shape)}"
+            )
+        if factors is not None:
+            _require_grid(factors, q.spec.tile, q.stored_shape)
         factors = torch.ones(q.spec.tile.grid(outer, inner)) if factors is None else factors
         out = torch.empty(outer, inner, dtype=dtype)
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
@@ -154,6 +257,7 @@ class _Compiled:
         return out.mT if q.transposed else out
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
 PASSES = _Compiled()
 
 
@@ -181,10 +285,42 @@ def _dtype(x: Tensor) -> ctypes.c_int32:
     return ctypes.c_int32(x.dtype == torch.bfloat16)
 
 
+@functools.cache
 def c_format(format: NumberFormat) -> Format:
     nan = -1 if format.nan is None else format.nan
     exponents = (format.min_exponent, format.max_exponent)
     return Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
+
+
+@functools.cache
+def _inverse(value: float) -> float:
+    """1 / value in float32."""
+    return float(1.0 / torch.tensor([value]))
+
+
+def _rounds(spec: OperandSpec) -> bool:
+    return _fits(spec.format) and spec.rounding is not Rounding.TRUNCATE
+
+
+def _in_columns(x: Tensor, tile: Tile) -> bool:
+    """Whether x is the transpose of what lies in memory, in tiles that kernels can read so."""
+    wide = tile.extent(*x.shape)[1]
+    lies = x.dtype in _DTYPES and x.numel() > 0 and not x.is_contiguous() and x.mT.is_contiguous()
+    return lies and tile.outer == 1 and (_DEPTH % wide == 0 or wide % _DEPTH == 0)
+
+
+def _in_vectors(x: Tensor, tile: Tile) -> bool:
+    wide = tile.extent(*x.shape)[1]
+    return wide % _LANES == 0 or wide >= x.shape[1] or _in_columns(x, tile)
+
+
+def _require_grid(scales: Tensor, tile: Tile, shape: tuple[int, ...]) -> None:
+    outer, inner = shape
+    wanted = tile.grid(outer, inner)
+    if scales.dtype != torch.float32 or scales.shape != wanted:
+        raise ValueError(
+            f"tiles of {tile} of {[outer, inner]} have float32 {list(wanted)}, not {scales.dtype} {list(scales.shape)}"
+        )
 
 
 def _noise(noise: Noise | None) -> _Noise:

@@ -133,27 +133,6 @@ inline float value_of(int32_t stored, const Grid g) {
     return as_float(as_bits(value) | sign);
 }
 
-// The amax of each tile, as bits of |x| compared as integers: a NaN is larger than everything.
-template <typename T>
-void amax_tiles(const T* x, float* out, int64_t rows, int64_t cols, int64_t tall, int64_t wide) {
-    const int64_t grid_rows = (rows + tall - 1) / tall, grid_cols = (cols + wide - 1) / wide;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < grid_rows; ++i) {
-        uint32_t* target = reinterpret_cast<uint32_t*>(out) + i * grid_cols;
-        std::memset(target, 0, grid_cols * 4);
-        for (int64_t row = i * tall; row < std::min(rows, (i + 1) * tall); ++row) {
-            const T* line = x + row * cols;
-            for (int64_t j = 0; j < grid_cols; ++j) {
-                const int64_t end = std::min(cols, (j + 1) * wide);
-                uint32_t top = 0;
-#pragma omp simd reduction(max : top)
-                for (int64_t k = j * wide; k < end; ++k) top = std::max(top, as_bits(widen(line[k])) & 0x7fffffffu);
-                target[j] = std::max(target[j], top);
-            }
-        }
-    }
-}
-
 template <typename T, bool STOCHASTIC>
 void encode_rows(const T* x, const float* scales, uint8_t* codes, int64_t rows, int64_t cols, int64_t tall,
                  int64_t wide, const Format& format, const Noise& noise) {
@@ -339,6 +318,489 @@ void hadamard_columns(const T* x, T* out, int64_t rows, int64_t cols, const floa
     }
 }
 
+// Sixteen elements at a time. The compiler splits these vectors where a CPU has narrower ones.
+
+constexpr int64_t LANES = 16;
+using Floats = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+inline Floats load(const bf16* source) {
+    Halves halves;
+    std::memcpy(&halves, source, sizeof halves);
+    return Floats(__builtin_convertvector(halves, Words) << 16);
+}
+inline Floats load(const float* source) {
+    Floats floats;
+    std::memcpy(&floats, source, sizeof floats);
+    return floats;
+}
+template <typename T>
+inline Floats load_some(const T* source, int64_t count) {  // the rest is zero
+    if (count >= LANES) return load(source);
+    T buffer[LANES] = {};
+    std::memcpy(buffer, source, count * sizeof(T));
+    return load(buffer);
+}
+
+inline Floats rounded_to(Floats x, const bf16*) {  // nearest even; a NaN stays one
+    const Words bits = Words(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    return Floats((bits & 0x7fffffff) > 0x7f800000 ? (bits | 0x400000) : rounded);
+}
+inline Floats rounded_to(Floats x, const float*) { return x; }
+
+// As code_of and value_of above, in the same steps. An element is q spacings of the grid around it: above the smallest
+// normal exponent q counts from 2^m, so that exponent and mantissa add up to the code, a carry included.
+struct Rounder {
+    int32_t m, max_bits, low_bits, nan_code, nan_value, sign_right;
+    explicit Rounder(const Format& f)
+        : m(f.mantissa_bits),
+          max_bits(int32_t(as_bits(f.max))),
+          low_bits((f.min_exponent + 127) << 23),
+          nan_code(f.nan_code >= 0 ? f.nan_code : Grid(f).max_code),
+          nan_value(f.nan_code >= 0 ? 0x7fc00000 : max_bits),
+          sign_right(32 - f.bits) {}
+};
+
+// Codes, or the bits of value * factor.
+template <bool STOCHASTIC, bool CODES>
+inline Words rounded(Floats y, const Rounder& r, Floats uniform, Floats factor) {
+    const Words bits = Words(y);
+    const Ints magnitude = Ints(bits & 0x7fffffff), nan = magnitude > 0x7f800000;
+    const Ints a = magnitude < r.max_bits ? magnitude : r.max_bits - Ints{};
+    const Ints field = a & 0x7f800000, e = field > r.low_bits ? field : r.low_bits - Ints{};
+    Ints q;
+    Floats value;
+    if (STOCHASTIC) {
+        const Floats scaled = Floats(a) * Floats(((254 + r.m) << 23) - e);
+        const Ints whole = __builtin_convertvector(scaled, Ints);  // not negative: its floor
+        q = whole - Ints(uniform < scaled - __builtin_convertvector(whole, Floats));
+        if (!CODES) value = __builtin_convertvector(q, Floats) * Floats(e - (r.m << 23));
+    } else {
+        const Floats c = Floats(e + ((23 - r.m) << 23)), sum = Floats(a) + c;
+        q = Ints(sum) - Ints(c);
+        value = sum - c;
+    }
+    const Words sign = bits & 0x80000000u;
+    if (CODES) {
+        const Ints code = q + ((e - r.low_bits) >> (23 - r.m));
+        return Words(nan ? r.nan_code - Ints{} : code | Ints(sign >> r.sign_right));
+    }
+    return Words(Floats(nan ? r.nan_value - Ints{} : Ints(value) | Ints(sign)) * factor);
+}
+
+// The noise of an element is a hash of a sum: one part for its row, one for its column in memory.
+struct Hashes {
+    std::vector<uint32_t> rows, cols;
+    uint32_t key = 0;
+
+    // transposed: the quantized matrix's rows are the columns in memory.
+    Hashes(const Noise& noise, int64_t num_rows, int64_t num_cols, bool transposed) {
+        if (!noise.on) return;
+        key = noise.key1;
+        rows.resize(num_rows);
+        cols.resize((num_cols + LANES - 1) / LANES * LANES);
+        auto& counted = (noise.transposed != 0) != transposed ? cols : rows;  // those that the noise calls rows
+        auto& other = &counted == &rows ? cols : rows;
+        for (size_t i = 0; i < counted.size(); ++i) counted[i] = row_hash(noise, i);
+        for (size_t i = 0; i < other.size(); ++i) other[i] = uint32_t(i) * 0x9E3779B9u;
+    }
+
+    static Floats uniform(uint32_t row, const uint32_t* col, uint32_t key) {
+        Words h;
+        std::memcpy(&h, col, sizeof h);
+        h = (h + row) ^ key;
+        h ^= h >> 16;
+        h *= 0x85EBCA6Bu;
+        h ^= h >> 13;
+        h *= 0xC2B2AE35u;
+        h ^= h >> 16;
+        return __builtin_convertvector(Ints(h >> 8), Floats) * 0x1p-24f;
+    }
+};
+
+enum Kind { VALUES, BYTES, NIBBLES };  // what is written: BF16, codes of 8 bits, codes of 4 bits
+
+// Bytes that n elements take.
+inline int64_t bytes_of(Kind kind, int64_t n) { return kind == VALUES ? 2 * n : kind == BYTES ? n : (n + 1) / 2; }
+
+template <Kind KIND>
+inline void put(Words words, char* target, int64_t count) {
+    using Bytes = uint8_t __attribute__((vector_size(16)));
+    using Pairs = uint64_t __attribute__((vector_size(64)));
+    using Eight = uint8_t __attribute__((vector_size(8)));
+    char buffer[32];
+    char* place = count >= LANES ? target : buffer;
+    if (KIND == VALUES) {
+        const Halves halves = __builtin_convertvector(words >> 16, Halves);
+        std::memcpy(place, &halves, sizeof halves);
+    } else if (KIND == BYTES) {
+        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(words, Halves), Bytes);
+        std::memcpy(place, &bytes, sizeof bytes);
+    } else {
+        const Pairs pairs = Pairs(words);
+        const Eight bytes = __builtin_convertvector((pairs | pairs >> 28) & 0xff, Eight);
+        std::memcpy(place, &bytes, sizeof bytes);
+    }
+    if (count >= LANES) return;
+    if (KIND == NIBBLES && count % 2) buffer[count / 2] &= 0xf;
+    std::memcpy(target, buffer, bytes_of(KIND, count));
+}
+
+// out [rows, cols] from x [rows, cols]. `wide` is a multiple of 16, or the whole of a row.
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_rows(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
+                int64_t tall, int64_t wide, const Rounder rounder, const Hashes& hashes) {
+    const int64_t grid_cols = (cols + wide - 1) / wide, pitch = bytes_of(KIND, cols);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const Rounder local = rounder;  // else every store might change it
+        const uint32_t hash = STOCHASTIC ? hashes.rows[row] : 0, key = hashes.key, *hash_cols = hashes.cols.data();
+        const T* line = x + row * cols;
+        char* target = out + row * pitch;
+        const float* row_scales = scales + row / tall * grid_cols;
+        const float* row_factors = factors ? factors + row / tall * grid_cols : nullptr;
+        for (int64_t tile = 0; tile < grid_cols; ++tile) {
+            const Floats scale = row_scales[tile] - Floats{}, factor = (row_factors ? row_factors[tile] : 1) - Floats{};
+            const int64_t end = std::min(cols, (tile + 1) * wide);
+            for (int64_t k = tile * wide; k < end; k += LANES) {
+                const Floats y = load_some(line + k, end - k) * scale;
+                const Floats uniform = STOCHASTIC ? Hashes::uniform(hash, hash_cols + k, key) : Floats{};
+                put<KIND>(rounded<STOCHASTIC, KIND != VALUES>(y, local, uniform, factor), target + bytes_of(KIND, k),
+                          end - k);
+            }
+        }
+    }
+}
+
+struct Butterflies {  // of precision.transforms.Hadamard; size 0: none
+    int32_t size;
+    float factor;
+    const float* signs;
+};
+
+template <int STRIDE>
+inline void butterfly(Floats* group) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k)
+        if (!(k & STRIDE)) {
+            const Floats u = group[k], v = group[k + STRIDE];
+            group[k] = u + v;
+            group[k + STRIDE] = u - v;
+        }
+}
+
+constexpr int64_t DEPTH = 128;  // rows in memory that are worked on at once, 16 columns wide
+
+// v * factor as a transformed tensor of type T holds it.
+template <typename T>
+inline Floats finished(Floats v, float factor) {
+    return rounded_to(v * factor, static_cast<const T*>(nullptr));
+}
+
+// DEPTH rows, from `row` on, of the 16 columns from `col` on; zeros where there is nothing. Transformed, and `finished`
+// if FINISH.
+template <bool FINISH, typename T>
+inline void load_block(const T* x, int64_t rows, int64_t cols, int64_t row, int64_t col, const Butterflies& butterflies,
+                       Floats* block) {
+    const int64_t height = std::min(DEPTH, rows - row), width = cols - col;
+    const T* source = x + row * cols + col;
+    // The next rows lie in one piece, but are read in strides, which no hardware foresees.
+    const char* next = reinterpret_cast<const char*>(x + (row + DEPTH) * cols + col * DEPTH);
+    if (row + 2 * DEPTH <= rows)
+        for (size_t i = 0; i < DEPTH * LANES * sizeof(T); i += 64) __builtin_prefetch(next + i, 0, 2);
+    if (width >= LANES)
+        for (int64_t i = 0; i < height; ++i) block[i] = load(source + i * cols);
+    else
+        for (int64_t i = 0; i < height; ++i) block[i] = load_some(source + i * cols, width);
+    for (int64_t i = height; i < DEPTH; ++i) block[i] = Floats{};
+    const int64_t size = butterflies.size;
+    if (size == 16)
+        for (int64_t i = 0; i + 16 <= height; i += 16) {
+            Floats group[16];
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k) group[k] = block[i + k] * butterflies.signs[k];
+            butterfly<1>(group);
+            butterfly<2>(group);
+            butterfly<4>(group);
+            butterfly<8>(group);
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k) block[i + k] = FINISH ? finished<T>(group[k], butterflies.factor) : group[k];
+        }
+    for (int64_t i = 0; size && size != 16 && i + size <= height; i += size) {
+        Floats* group = block + i;
+        for (int64_t k = 0; k < size; ++k) group[k] *= butterflies.signs[k];
+        for (int64_t stride = 1; stride < size; stride *= 2)
+            for (int64_t j = 0; j < size; j += 2 * stride)
+                for (int64_t k = j; k < j + stride; ++k) {
+                    const Floats u = group[k], v = group[k + stride];
+                    group[k] = u + v;
+                    group[k + stride] = u - v;
+                }
+        for (int64_t k = 0; FINISH && k < size; ++k) group[k] = finished<T>(group[k], butterflies.factor);
+    }
+}
+
+template <int STRIDE>
+inline void exchange(Words* v) {  // of pairs of vectors and of lanes that are STRIDE apart
+#define NARROWGAUGE_LANES(L) {L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12), L(13), L(14), L(15)}
+#define NARROWGAUGE_LOW(lane) (lane & STRIDE ? 16 + (lane ^ STRIDE) : lane)
+#define NARROWGAUGE_HIGH(lane) (lane & STRIDE ? 16 + lane : lane ^ STRIDE)
+    constexpr Words low = NARROWGAUGE_LANES(NARROWGAUGE_LOW), high = NARROWGAUGE_LANES(NARROWGAUGE_HIGH);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+        if (!(i & STRIDE)) {
+            const Words a = v[i], b = v[i + STRIDE];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + STRIDE] = __builtin_shuffle(a, b, high);
+        }
+}
+
+// 16 x 16 words, transposed in place.
+inline void transpose_words(Words* v) {
+    exchange<8>(v);
+    exchange<4>(v);
+    exchange<2>(v);
+    exchange<1>(v);
+}
+
+// 16 numbers of a column of a grid [.., pitch]; the last ones may be missing.
+inline Floats gathered(const float* grid, int64_t pitch, int64_t count) {
+    float lanes[LANES] = {};
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = grid[lane * pitch];
+    return load(lanes);
+}
+
+// out [cols, rows], the transpose of x [rows, cols]; tiles are `wide` elements of a column of x. `wide` divides DEPTH or
+// is a multiple of it.
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_columns(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
+                   int64_t wide, const Butterflies butterflies, const Rounder rounder, const Hashes& hashes) {
+    constexpr int64_t IN_A_WORD = KIND == VALUES ? 2 : KIND == BYTES ? 4 : 8, BITS = 32 / IN_A_WORD;
+    const int64_t grid_cols = (rows + wide - 1) / wide, pitch = bytes_of(KIND, rows), step = std::min(wide, DEPTH);
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < rows; first += DEPTH)
+        for (int64_t col = 0; col < cols; col += LANES) {
+            const int64_t width = std::min(LANES, cols - col);
+            if (width == LANES)  // what the next columns write to
+                for (int64_t lane = 0; lane < std::min(LANES, cols - col - LANES); ++lane)
+                    for (int64_t i = 0; i < bytes_of(KIND, DEPTH); i += 64)
+                        __builtin_prefetch(out + (col + LANES + lane) * pitch + bytes_of(KIND, first) + i, 1, 2);
+            const Rounder local = rounder;  // else every store might change it
+            const uint32_t key = hashes.key, *hash_rows = hashes.rows.data() + first;
+            const uint32_t* hash_cols = hashes.cols.data() + col;
+            Floats block[DEPTH];
+            load_block<true>(x, rows, cols, first, col, butterflies, block);
+            for (int64_t i = 0; i < DEPTH && first + i < rows; i += step) {
+                const int64_t place = col * grid_cols + (first + i) / wide;
+                const Floats scale = gathered(scales + place, grid_cols, width);
+                const Floats factor = factors ? gathered(factors + place, grid_cols, width) : Floats{} + 1;
+                for (int64_t k = i; k < std::min(i + step, rows - first); ++k) {
+                    const Floats uniform = STOCHASTIC ? Hashes::uniform(hash_rows[k], hash_cols, key) : Floats{};
+                    block[k] = Floats(rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, local, uniform, factor));
+                }
+            }
+            for (int64_t i = 0; i < DEPTH && first + i < rows; i += LANES * IN_A_WORD) {
+                Words packed[LANES];
+                for (int64_t k = 0; k < LANES; ++k) {
+                    const Floats* from = block + i + k * IN_A_WORD;
+                    Words word = KIND == VALUES ? Words(from[0]) >> 16 : Words(from[0]);
+                    for (int64_t n = 1; n < IN_A_WORD; ++n)
+                        word |= KIND == VALUES ? Words(from[n]) & 0xffff0000u : Words(from[n]) << (n * BITS);
+                    packed[k] = word;
+                }
+                transpose_words(packed);
+                const int64_t count = bytes_of(KIND, std::min(LANES * IN_A_WORD, rows - first - i));
+                char* target = out + col * pitch + bytes_of(KIND, first + i);
+                for (int64_t lane = 0; lane < width; ++lane, target += pitch) {
+                    if (count == 64)
+                        std::memcpy(target, packed + lane, 64);
+                    else
+                        std::memcpy(target, packed + lane, count);
+                }
+            }
+        }
+}
+
+// The amaxes of tiles of 16 or 32 BF16 numbers of a row, 16 tiles at a time: neighbours meet until one is left.
+using Lanes32 = uint16_t __attribute__((vector_size(64)));
+
+inline Lanes32 halved(Lanes32 a, Lanes32 b) {
+    const Lanes32 even = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                          32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const Lanes32 one = __builtin_shuffle(a, b, even), other = __builtin_shuffle(a, b, even + 1);
+    return one > other ? one : other;
+}
+
+template <int VECTORS>
+inline void amax_sixteen(const bf16* line, float* out) {
+    Lanes32 v[VECTORS];
+    std::memcpy(v, line, sizeof v);
+    for (int i = 0; i < VECTORS; ++i) v[i] &= 0x7fff;
+    for (int n = VECTORS; n > 1; n /= 2)
+        for (int i = 0; i < n / 2; ++i) v[i] = halved(v[2 * i], v[2 * i + 1]);
+    const Lanes32 last = halved(v[0], v[0]);
+    Halves top;
+    std::memcpy(&top, &last, sizeof top);
+    const Words words = __builtin_convertvector(top, Words) << 16;
+    std::memcpy(out, &words, sizeof words);
+}
+
+inline void amax_line(const bf16* line, float* out, int64_t cols, int64_t wide) {
+    int64_t tile = 0;
+    if (wide == 16)
+        for (; (tile + 16) * 16 <= cols; tile += 16) amax_sixteen<8>(line + tile * 16, out + tile);
+    if (wide == 32)
+        for (; (tile + 16) * 32 <= cols; tile += 16) amax_sixteen<16>(line + tile * 32, out + tile);
+    for (; tile * wide < cols; ++tile) {
+        const int64_t end = std::min(cols, (tile + 1) * wide);
+        int64_t k = tile * wide;
+        Lanes32 many = {};
+        for (; k + 32 <= end; k += 32) {
+            Lanes32 v;
+            std::memcpy(&v, line + k, sizeof v);
+            v &= 0x7fff;
+            many = many > v ? many : v;
+        }
+        bf16 lanes[32], top = 0;
+        std::memcpy(lanes, &many, sizeof lanes);
+        for (const bf16 lane : lanes) top = std::max(top, lane);
+        for (; k < end; ++k) top = std::max(top, bf16(line[k] & 0x7fff));
+        out[tile] = as_float(uint32_t(top) << 16);
+    }
+}
+
+inline void amax_line(const float* line, float* out, int64_t cols, int64_t wide) {
+    for (int64_t tile = 0; tile * wide < cols; ++tile) {
+        const int64_t end = std::min(cols, (tile + 1) * wide);
+        uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t k = tile * wide; k < end; ++k) top = std::max(top, as_bits(line[k]) & 0x7fffffffu);
+        out[tile] = as_float(top);
+    }
+}
+
+inline void largest(float* top, const float* line, int64_t cols) {
+#pragma omp simd
+    for (int64_t k = 0; k < cols; ++k) {
+        const uint32_t a = as_bits(top[k]), b = as_bits(line[k]) & 0x7fffffffu;
+        top[k] = as_float(a > b ? a : b);
+    }
+}
+inline void largest(bf16* top, const bf16* line, int64_t cols) {
+    int64_t k = 0;
+    for (; k + 32 <= cols; k += 32) {
+        Lanes32 a, b;
+        std::memcpy(&a, top + k, sizeof a);
+        std::memcpy(&b, line + k, sizeof b);
+        b &= 0x7fff;
+        a = a > b ? a : b;
+        std::memcpy(top + k, &a, sizeof a);
+    }
+    for (; k < cols; ++k) top[k] = std::max(top[k], bf16(line[k] & 0x7fff));
+}
+
+// The amax of each tile, by bits of |x| compared as integers: a NaN is larger than everything.
+template <typename T>
+void amax_tiles(const T* x, float* out, int64_t rows, int64_t cols, int64_t tall, int64_t wide) {
+    const int64_t grid_rows = (rows + tall - 1) / tall, grid_cols = (cols + wide - 1) / wide;
+#pragma omp parallel
+    {
+        std::vector<T> top(tall > 1 ? cols : 0);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < grid_rows; ++i) {
+            const T* line = x + i * tall * cols;
+            if (tall > 1) {
+                std::fill(top.begin(), top.end(), T(0));
+                for (int64_t row = i * tall; row < std::min(rows, (i + 1) * tall); ++row)
+                    largest(top.data(), x + row * cols, cols);
+                line = top.data();
+            }
+            amax_line(line, out + i * grid_cols, cols, wide);
+        }
+    }
+}
+
+// out [cols, rows / wide]: the amaxes of tiles as round_columns has them. Rounding is monotone: that of the largest will
+// do. A ragged last group of rows is not transformed.
+template <typename T>
+void amax_butterflies(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide, const Butterflies butterflies) {
+    const int64_t grid_cols = (rows + wide - 1) / wide, span = std::max(wide, DEPTH), step = std::min(wide, DEPTH);
+    const int64_t size = butterflies.size, whole = rows / size * size;
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < rows; start += span)
+        for (int64_t col = 0; col < cols; col += LANES) {
+            const int64_t width = std::min(LANES, cols - col);
+            Floats block[DEPTH];
+            Ints top = {};
+            for (int64_t first = start; first < std::min(rows, start + span); first += DEPTH) {
+                load_block<false>(x, rows, cols, first, col, butterflies, block);
+                for (int64_t i = 0; i < DEPTH && first + i < rows; i += step) {
+                    Ints plain = {}, transformed = {};
+                    for (int64_t k = i; k < i + step; ++k) {
+                        const Ints magnitude = Ints(block[k]) & 0x7fffffff;
+                        Ints& larger = first + k < whole ? transformed : plain;
+                        larger = larger > magnitude ? larger : magnitude;
+                    }
+                    transformed = Ints(finished<T>(Floats(transformed), butterflies.factor));
+                    if (wide < DEPTH) top = Ints{};
+                    top = top > plain ? top : plain;
+                    top = top > transformed ? top : transformed;
+                    float lanes[LANES];
+                    std::memcpy(lanes, &top, sizeof lanes);
+                    float* target = out + col * grid_cols + (first + i) / wide;
+                    for (int64_t lane = 0; lane < width; ++lane) target[lane * grid_cols] = lanes[lane];
+                }
+            }
+        }
+}
+
+// out [cols, rows / wide]: the amaxes of tiles as round_columns has them, 16 tiles of a column at a time.
+template <typename T>
+void amax_columns(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide) {
+    const int64_t grid_cols = (rows + wide - 1) / wide;
+#pragma omp parallel
+    {
+        std::vector<T> top(LANES * cols);
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < grid_cols; tile += LANES) {
+            const int64_t count = std::min(LANES, grid_cols - tile);
+            std::fill(top.begin(), top.end(), T(0));
+            for (int64_t row = tile * wide; row < std::min(rows, (tile + count) * wide); ++row)
+                largest(top.data() + (row / wide - tile) * cols, x + row * cols, cols);
+            for (int64_t col = 0; col < cols; ++col)
+                for (int64_t i = 0; i < count; ++i) out[col * grid_cols + tile + i] = widen(top[i * cols + col]);
+        }
+    }
+}
+
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_kind(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
+                int64_t tall, int64_t wide, bool columns, const Butterflies& butterflies, const Format& format,
+                const Noise& noise) {
+    const Rounder rounder(format);
+    const Hashes hashes(noise, rows, cols, columns);
+    if (columns)
+        round_columns<T, STOCHASTIC, KIND>(x, scales, factors, out, rows, cols, wide, butterflies, rounder, hashes);
+    else
+        round_rows<T, STOCHASTIC, KIND>(x, scales, factors, out, rows, cols, tall, wide, rounder, hashes);
+}
+
+template <typename T, Kind KIND>
+void round_any(const void* x, const float* scales, const float* factors, void* out, int64_t rows, int64_t cols,
+               int64_t tall, int64_t wide, bool columns, const Butterflies& butterflies, const Format& format,
+               const Noise& noise) {
+    const T* source = static_cast<const T*>(x);
+    char* target = static_cast<char*>(out);
+    if (noise.on)
+        round_kind<T, true, KIND>(source, scales, factors, target, rows, cols, tall, wide, columns, butterflies, format,
+                                  noise);
+    else
+        round_kind<T, false, KIND>(source, scales, factors, target, rows, cols, tall, wide, columns, butterflies,
+                                   format, noise);
+}
+
 }  // namespace
 
 extern "C" {
@@ -349,6 +811,39 @@ void tile_amax(const void* x, float* out, int64_t rows, int64_t cols, int64_t ta
         amax_tiles(static_cast<const bf16*>(x), out, rows, cols, tall, wide);
     else
         amax_tiles(static_cast<const float*>(x), out, rows, cols, tall, wide);
+}
+
+// A matrix [rows, cols] in memory. dtype: 0 float32, 1 bf16. columns: it is read along its columns, as the transpose of
+// what is quantized, after the butterflies; tiles are then 1 x wide.
+struct Source {
+    const void* x;
+    int64_t rows, cols, tall, wide;
+    int32_t dtype, columns;
+    Butterflies butterflies;
+};
+
+void source_amax(const Source* s, float* out) {
+    const bf16* narrow = static_cast<const bf16*>(s->x);
+    const float* wide = static_cast<const float*>(s->x);
+    if (!s->columns)
+        tile_amax(s->x, out, s->rows, s->cols, s->tall, s->wide, s->dtype);
+    else if (s->butterflies.size && s->dtype)
+        amax_butterflies(narrow, out, s->rows, s->cols, s->wide, s->butterflies);
+    else if (s->butterflies.size)
+        amax_butterflies(wide, out, s->rows, s->cols, s->wide, s->butterflies);
+    else if (s->dtype)
+        amax_columns(narrow, out, s->rows, s->cols, s->wide);
+    else
+        amax_columns(wide, out, s->rows, s->cols, s->wide);
+}
+
+// The codes of round(x * scale), or with `values` BF16 round(x * scale) * factor (null: 1), which must be exact there.
+void round_source(const Source* s, const float* scales, const float* factors, void* out, const Format* format,
+                  const Noise* noise, int32_t values) {
+    auto* round = values ? (s->dtype ? round_any<bf16, VALUES> : round_any<float, VALUES>)
+                  : format->bits == 4 ? (s->dtype ? round_any<bf16, NIBBLES> : round_any<float, NIBBLES>)
+                                      : (s->dtype ? round_any<bf16, BYTES> : round_any<float, BYTES>);
+    round(s->x, scales, factors, out, s->rows, s->cols, s->tall, s->wide, s->columns, s->butterflies, *format, *noise);
 }
 
 void encode(const void* x, const float* scales, uint8_t* codes, int64_t rows, int64_t cols, int64_t tall, int64_t wide,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from precision.noise import Noise
-from precision.quantize import Quantized, amax, operand, quantize
+from precision.quantize import Prepared, Quantized, amax, operand, quantize
 from precision.scaling import TENSOR, Tile, TwoLevel
 from precision.spec import GemmSpec, OperandSpec, Transform
 
@@ -31,18 +31,44 @@ class Reference:
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
         return transform.left(x) if left else transform.right(x)
 
-    def gemm(self, a: Quantized | Tensor, b: Quantized | Tensor, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+    ) -> Quantized | Prepared:
+        x = x if transform is None else self.transformed(transform, x, left=left)
+        return self.quantize(x, spec, amax=amax, noise=noise)
+
+    def gemm(
+        self,
+        a: Quantized | Prepared | Tensor,
+        b: Quantized | Prepared | Tensor,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
 
         Tensor-wide scales multiply the float32 sums before their rounding; where that is not to be had (float32
         output of BF16 operands on a CPU), the operands are widened.
         """
-        left, left_factor = self.operand(a) if isinstance(a, Quantized) else (a, None)
-        right, right_factor = self.operand(b) if isinstance(b, Quantized) else (b, None)
+        left, left_factor = self._matrix(a)
+        right, right_factor = self._matrix(b)
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
         if wide == torch.float16 and left.device.type == "cpu":
             wide = torch.float32  # the same sums, one rounding at the end; CPUs multiply FP16 in a scalar loop
         return scaled_product(left.to(wide), right.to(wide), left_factor, right_factor, bias).to(dtype)
+
+    def _matrix(self, operand: Quantized | Prepared | Tensor) -> tuple[Tensor, Tensor | None]:
+        if isinstance(operand, Quantized):
+            return self.operand(operand)
+        return (operand.matrix, operand.factor) if isinstance(operand, Prepared) else (operand, None)
 
     def note(self, gemm: GemmSpec) -> str:
         """Whether the product is in float32, which is slow: BF16 does not hold its operands."""

@@ -1,0 +1,325 @@
+"""What emulation costs in time: python scripts/bench_precision.py [parts=elements,linear,step,start] [rounds=9]
+[threads=0: all] [clock=wall] [json=]
+
+One process, every way in turn in every round; the minimum and the median over rounds, and their ratios to BF16.
+
+elements    quantizing a BF16 matrix, in ns per element and in BF16 copies of the same matrix. Warm: one matrix, as the
+            caches leave it. Cold: matrices in turn, so that every one has left the caches, copies included.
+linear      forward and backward of one linear 256 -> 704 at 8,192 rows against `F.linear` in BF16, and torchao's
+            emulated Float8Linear and MXFP8 linear where torchao is installed.
+step        a training step of this trainer: vocabulary 8,192, hidden 256, FFN 704, 8 layers, 8 heads, 16 sequences of
+            512 tokens.
+start       from the start of the process to the end of the first step, with kernels in the cache and without.
+
+``json=PATH`` writes the table there as well. On a machine that others use too, ``threads=1 clock=cpu`` counts the CPU
+seconds of one thread. Times are of emulation on this CPU: nothing about narrow hardware.
+"""
+
+import json as jsonlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import LlamaConfig
+from precision.backends import choose
+from precision.formats import E2M1, E4M3
+from precision.linear import QuantLinear
+from precision.noise import Noise, base_key, step_key
+from precision.recipe import Plan, apply, load
+from precision.scaling import PowerOfTwo, Tile, TwoLevel
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+from trainer import distributed
+from trainer.build import build_state
+from trainer.cli import script_main
+from trainer.config import TrainConfig, load_config
+from trainer.data import Batch
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.loop import update_from
+
+try:  # a test-only dependency
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.prototype.moe_training.config import MXFP8TrainingOpConfig, MXFP8TrainingRecipe
+    from torchao.quantization import quantize_
+except ImportError:
+    convert_to_float8_training = None
+
+PARTS = ("elements", "linear", "step", "start")
+ROWS, INS, OUTS = 8192, 256, 704
+VOCAB, LAYERS, HEADS, POSITIONS, SEQUENCES = 8192, 8, 8, 512, 16
+# Of a BF16 copy, of a BF16 linear, of a BF16 step.
+ELEMENT_TARGETS = {
+    "FP8, scale given": 2.0,
+    "FP8, current scale": 2.0,
+    "MXFP8": 2.5,
+    "NVFP4": 4.0,
+    "NVFP4 stochastic": 5.0,
+    "Hadamard + NVFP4 stochastic": 7.0,
+}
+LINEAR_TARGETS = {"fp8_delayed": 1.35, "mxfp8": 1.8, "fp8_block": 2.0, "nvfp4": 2.8}
+STEP_TARGETS = {"fp8_delayed": 1.3, "mxfp8": 1.45, "fp8_block": 1.6, "nvfp4": 1.8}
+COLD_BYTES = 128 << 20  # of matrices in turn: beyond any cache here
+
+_clock: Callable[[], float] = time.perf_counter
+
+Row = dict[str, str | float | None]
+Way = Callable[[], object]
+
+
+class RandomSource:
+    """Batches of random tokens."""
+
+    num_micro = 1
+
+    def first_sample(self, step: int) -> int:
+        return step * SEQUENCES
+
+    def batch(self, step: int, micro: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(VOCAB, (SEQUENCES, POSITIONS + 1), generator=generator)
+        return Batch(tokens, torch.ones(SEQUENCES, POSITIONS), self.first_sample(step))
+
+
+def interleaved(ways: Mapping[str, Way], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of every way, once per round; two rounds before are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, way in ways.items():
+            started = _clock()
+            for _ in range(repeats):
+                way()
+            if turn >= 2:
+                times[name].append((_clock() - started) / repeats)
+    return times
+
+
+def elements(rounds: int, world: World) -> list[Row]:
+    spec8 = OperandSpec(format=E4M3)
+    mx8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+    nv4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+    nv4_sr = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), rounding=Rounding.STOCHASTIC)
+    backend = choose(GemmSpec(a=spec8, b=spec8), (ROWS, OUTS, INS), torch.device("cpu")).backend
+    given = torch.tensor([5.0])
+    noise = Noise(key=step_key(base_key(0, "bench", 2), 1), row_offset=7)
+    transposed = Noise(key=step_key(base_key(0, "bench", 4), 1), row_offset=7, transposed=True)
+    hadamard = Hadamard()
+    quantizers: dict[str, Callable[[Tensor], object]] = {
+        "BF16 copy": lambda x: x.clone(),
+        "FP8, scale given": lambda x: backend.quantize(x, spec8, amax=given, noise=None),
+        "FP8, current scale": lambda x: backend.quantize(x, spec8, amax=None, noise=None),
+        "MXFP8": lambda x: backend.quantize(x, mx8, amax=None, noise=None),
+        "NVFP4": lambda x: backend.quantize(x, nv4, amax=None, noise=None),
+        "NVFP4 stochastic": lambda x: backend.quantize(x, nv4_sr, amax=None, noise=noise),
+        # Along tokens, as wgrad reads it.
+        "Hadamard + NVFP4 stochastic": lambda x: backend.quantize(
+            backend.transformed(hadamard, x.mT, left=True), nv4_sr, amax=None, noise=transposed
+        ),
+    }
+    rows: list[Row] = []
+    for columns in (INS, OUTS):
+        for kind in ("warm", "cold"):
+            shape = (ROWS, columns)
+            number = 1 if kind == "warm" else -(-COLD_BYTES // (2 * ROWS * columns))
+            matrices = [torch.randn(shape).bfloat16() for _ in range(number)]
+            place = 0
+
+            def turn(quantizer: Callable[[Tensor], object], matrices: list[Tensor] = matrices) -> object:
+                nonlocal place
+                place = (place + 1) % len(matrices)
+                return quantizer(matrices[place])
+
+            ways: dict[str, Way] = {name: lambda q=q, turn=turn: turn(q) for name, q in quantizers.items()}  # type: ignore[misc]
+            times = interleaved(ways, rounds, repeats=5)
+            scale = 1e9 / (ROWS * columns)
+            for name, seconds in times.items():
+                rows.append(
+                    _row(f"{ROWS}x{columns} {kind}: {name}", seconds, times["BF16 copy"], scale, "ns per element")
+                    | {"target": ELEMENT_TARGETS.get(name)}
+                )
+    return rows
+
+
+def linear(rounds: int, world: World) -> list[Row]:
+    ways: dict[str, Way] = {"bf16": _linear_way(_plain(), None)}
+    for name in LINEAR_TARGETS:
+        ways[name] = _linear_way(*_quantized(name))
+    if convert_to_float8_training is not None:
+        float8 = nn.Sequential(_plain())
+        convert_to_float8_training(float8, config=Float8LinearConfig(emulate=True))
+        ways["torchao Float8Linear, emulated"] = _linear_way(float8, None)
+        mx = nn.Sequential(_plain())
+        quantize_(
+            mx,
+            MXFP8TrainingOpConfig.from_recipe(MXFP8TrainingRecipe.MXFP8_EMULATED_RCEIL),
+            filter_fn=lambda module, name: isinstance(module, nn.Linear),
+        )
+        ways["torchao MXFP8 linear, emulated"] = _linear_way(mx, None)
+    times = interleaved(ways, rounds)
+    return [
+        _row(f"linear: {name}", seconds, times["bf16"], 1e3, "ms") | {"target": LINEAR_TARGETS.get(name)}
+        for name, seconds in times.items()
+    ]
+
+
+def _plain() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(INS, OUTS, bias=False).bfloat16()
+
+
+def _quantized(recipe: str) -> tuple[nn.Module, Plan]:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up_proj": _plain()})])})
+    args = {"keep_last": 0, "bf16_forward": 0} if recipe == "nvfp4" else {}
+    plan = apply(load(recipe, args), model)
+    module = model.get_submodule("layers.0.up_proj")
+    assert isinstance(module, QuantLinear)
+    return module, plan
+
+
+def _linear_way(module: nn.Module, plan: Plan | None) -> Way:
+    # Two inputs in turn: a linear knows again what it has just read.
+    inputs = [torch.randn(SEQUENCES, ROWS // SEQUENCES, INS).bfloat16().requires_grad_() for _ in range(2)]
+    dy = torch.randn(SEQUENCES, ROWS // SEQUENCES, OUTS).bfloat16() / ROWS
+    step = 0
+
+    def way() -> None:
+        nonlocal step
+        step += 1
+        x = inputs[step % 2]
+        module.zero_grad()
+        x.grad = None
+        if plan is not None:
+            plan.begin_step(step, 0)
+        module(x).backward(dy)
+        if plan is not None:
+            plan.end_step()
+
+    return way
+
+
+def step(rounds: int, world: World) -> list[Row]:
+    ways = {name: _step_way(_step_config(name), world) for name in ("bf16", *STEP_TARGETS)}
+    times = interleaved(ways, rounds)
+    return [
+        _row(f"step: {name}", seconds, times["bf16"], 1e3, "ms") | {"target": STEP_TARGETS.get(name)}
+        for name, seconds in times.items()
+    ]
+
+
+def _step_config(recipe: str, threads: int = 0) -> TrainConfig:
+    return load_config([f"precision={recipe}", f"parallel.threads={threads or 'null'}"])
+
+
+def _step_way(config: TrainConfig, world: World) -> Way:
+    model = LlamaConfig(
+        name="bench",
+        vocab_size=VOCAB,
+        hidden_size=INS,
+        intermediate_size=OUTS,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        tie_embeddings=True,
+    )
+    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0)
+    source = RandomSource()
+    number = 0
+
+    def way() -> None:
+        nonlocal number
+        number += 1
+        update_from(state, source, world, config.optim, number, 1 << 30)  # NVFP4's BF16 phase is far
+
+    return way
+
+
+def start(rounds: int, world: World) -> list[Row]:
+    """Processes of their own, one at a time: one round each, for they take seconds."""
+    rows: list[Row] = []
+    base: list[float] = []
+    for cache in ("built before", "empty"):
+        for name in ("bf16", *STEP_TARGETS):
+            with tempfile.TemporaryDirectory() as empty:
+                environment = dict(os.environ) | ({"XDG_CACHE_HOME": empty} if cache == "empty" else {})
+                started = time.perf_counter()
+                subprocess.run([sys.executable, __file__, "parts=first", f"recipe={name}"], check=True, env=environment)
+                seconds = [time.perf_counter() - started]
+            base = base or seconds
+            rows.append(_row(f"first step, kernels {cache}: {name}", seconds, base, 1.0, "s") | {"target": None})
+    return rows
+
+
+def _first(recipe: str) -> None:
+    config = _step_config(recipe)
+    world = distributed.start(config.parallel)
+    _step_way(config, world)()
+    distributed.finish()
+
+
+def _row(name: str, seconds: list[float], base: list[float], scale: float, unit: str) -> Row:
+    least, median = min(seconds), statistics.median(seconds)
+    return {
+        "name": name,
+        "unit": unit,
+        "min": least * scale,
+        "median": median * scale,
+        "ratio_min": least / min(base),
+        "ratio_median": median / statistics.median(base),
+    }
+
+
+def _print(rows: list[Row]) -> None:
+    previous = None
+    for row in rows:
+        if row["unit"] != previous:
+            print(f"\n{row['unit']:58} {'min':>9} {'median':>9} {'times min':>10} {'times med':>10} {'target':>7}")
+            previous = row["unit"]
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        figures = f"{row['min']:9.3f} {row['median']:9.3f} {row['ratio_min']:10.2f} {row['ratio_median']:10.2f}"
+        print(f"{row['name']:58} {figures} {target:>7}")
+
+
+def main(
+    overrides: list[str],
+    *,
+    parts: str = ",".join(PARTS),
+    rounds: int = 9,
+    threads: int = 0,
+    clock: str = "wall",
+    json: str = "",
+    recipe: str = "bf16",
+) -> None:
+    global _clock
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]!r}; --help shows the ones there are")
+    if parts == "first":
+        return _first(recipe)
+    wanted = parts.split(",")
+    if unknown := [part for part in wanted if part not in PARTS]:
+        raise UserError(f"parts={unknown[0]}: one of {', '.join(PARTS)}")
+    if clock not in ("wall", "cpu"):
+        raise UserError(f"clock={clock}: wall or cpu")
+    _clock = time.process_time if clock == "cpu" else time.perf_counter
+    measure = {"elements": elements, "linear": linear, "step": step, "start": start}
+    world = distributed.start(_step_config("bf16", threads).parallel)  # it sets the threads and the allocator
+    print(f"{torch.get_num_threads()} threads, {clock} time, {rounds} rounds")
+    rows: list[Row] = []
+    for part in wanted:
+        made = measure[part](rounds, world)
+        _print(made)
+        rows += made
+    distributed.finish()
+    if json:
+        Path(json).write_text(jsonlib.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    script_main(main, __doc__)
