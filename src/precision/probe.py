@@ -238,6 +238,7 @@ def of_operand(given: Tensor, used: Operand) -> Noted:
     """What became of ``given`` (any float dtype) in ``used``: codes and scales, or a plain tensor of the same shape."""
     if isinstance(used, Tensor):
         return _noted(given, used, None, None)
+    assert isinstance(used, Quantized)  # an observed linear makes codes
     format = used.spec.format
     if format.bits <= 8:
         code = format.max_code | (format.max_code << 4 if format.bits == 4 else 0)
