@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 scripts/bench_state.py [moments=fp32,fp8,...] [key=v
 Runs one training step of the trainer for each choice of `optim.moments` (`recipe` for the recipe's own), on random
 tokens, and stops before the update: every tensor that Python can reach is counted once by its storage, on all ranks,
 over the parameters of the model. `gathered`: weights that exist only while FSDP keeps them gathered, in the compute
-dtype; a model's last block and head stay so until the step is over. `others`: what is none of these (tokens, masks,
+dtype: none by then, since backward frees each block's and the head's. `others`: what is none of these (tokens, masks,
 rotary tables, what a precision recipe remembers).
 """
 
@@ -100,7 +100,7 @@ class _Random:
 
 def _tensors() -> list[Tensor]:
     """All that Python holds, as what lies on this rank."""
-    found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]  # asks no proxy
     return [t for t in map(local, found) if not t.is_meta and t.layout == torch.strided]
 
 

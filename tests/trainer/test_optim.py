@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -112,3 +115,25 @@ def test_states_of_a_run_do_not_change(tiny: Tiny) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"optim\.moments: no moments named 'fp88' \(did you mean 'fp8'"):
         tiny("optim.moments=fp88")
+
+
+@pytest.mark.slow
+def test_bytes_a_parameter_of_all_that_is_alive_before_an_update() -> None:
+    """On two processes, in the trainer: FP8 moments take at most 2.1 of FP32's 8, and none of them hides elsewhere."""
+    script = Path(__file__).parents[1] / "state_bytes.py"
+    names = ["fp32", "fp8", "fp8_tensor", "fp8_fishman", "pure_bf16_kahan"]
+    result = subprocess.run(
+        [sys.executable, str(script), ",".join(names)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    sizes = {row.pop("moments"): row for row in map(json.loads, result.stdout.splitlines())}
+    states = {name: sizes[name]["m"] + sizes[name]["v"] + sizes[name]["scales"] for name in names}
+    assert states["fp32"] == pytest.approx(8)
+    assert states["fp8"] <= 2.1
+    assert states["fp8_tensor"] <= 2.01
+    assert sizes["fp32"]["weights"] == pytest.approx(4)
+    assert sizes["fp32"]["grads"] == pytest.approx(4, rel=0.02)
+    assert sizes["fp8_fishman"]["master"] == pytest.approx(2, rel=0.01)
+    assert sizes["fp8_fishman"]["weights"] == sizes["pure_bf16_kahan"]["master"] == pytest.approx(2)
+    for name in names:
+        assert sizes[name]["others"] < sizes["fp32"]["others"] + 0.05, name
