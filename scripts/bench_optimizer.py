@@ -1,7 +1,8 @@
 """Milliseconds of an optimizer step, against torch's fused AdamW: python scripts/bench_optimizer.py [moments=...]
 
 [moments=fp32,fp8,...] of `precision.codecs.CHOICES` or any that `optim.moments` takes, `/` included; [rounds=30]
-[processes=1, for the threads: cores / processes]; overrides as for training: model=llama_15m ...
+[threads=0, as torch has them]; [cpu=1: one thread, and the processor time it took, on a machine that is busy with other
+work]; overrides as for training: model=llama_15m ...
 
 One step of every variant a round, in turn, so that what else the machine does falls on all alike. The gradients of a
 step are the same for all. Variants that keep weights in BF16 have BF16 gradients, as they do in training.
@@ -24,10 +25,13 @@ from trainer.errors import UserError
 VOCABULARY = 4096
 
 
-def main(overrides: list[str], *, moments: str = ",".join(CHOICES), rounds: int = 30, threads: int = 0) -> None:
+def main(
+    overrides: list[str], *, moments: str = ",".join(CHOICES), rounds: int = 30, threads: int = 0, cpu: int = 0
+) -> None:
     config = load_config(overrides)
-    if threads:
-        torch.set_num_threads(threads)
+    if threads or cpu:
+        torch.set_num_threads(1 if cpu else threads)
+    clock = time.thread_time if cpu else time.perf_counter
     with torch.device("meta"):
         model = create(resolve_model(config.model, VOCABULARY, config.data.seq_len))
     shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
@@ -36,20 +40,19 @@ def main(overrides: list[str], *, moments: str = ",".join(CHOICES), rounds: int 
     steppers = {"torch fused": Stepper(shapes, grads, None, fused=True)}
     steppers["torch foreach=False"] = Stepper(shapes, grads, None, fused=False)
     try:
-        steppers |= {name: Stepper(shapes, grads, name) for name in moments.split(",")}
+        steppers |= {name: Stepper(shapes, grads, name) for name in moments.split(",") if name}
     except ValueError as error:
         raise UserError(f"moments: {error}") from error
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for round in range(rounds + 2):
         for name, stepper in steppers.items():
-            if name == "torch foreach=False" and round > rounds // 3:
-                continue  # slow, and of no interest but for its size
-            started = time.perf_counter()
+            started = clock()
             stepper.optimizer.step()
             if round >= 2:
-                times[name].append((time.perf_counter() - started) * 1e3)
+                times[name].append((clock() - started) * 1e3)
     count = sum(shape.numel() for _, shape in shapes)
-    print(f"{config.model.name}: {count:,} parameters, {len(shapes)} tensors, {torch.get_num_threads()} threads")
+    said = "processor time of 1 thread" if cpu else f"{torch.get_num_threads()} threads"
+    print(f"{config.model.name}: {count:,} parameters, {len(shapes)} tensors, {said}")
     print(f"{'moments':22} {'min, ms':>8} {'median':>8} {'min x':>7} {'median x':>9} {'bytes/param':>12}   kept as")
     base = times["torch fused"]
     for name, taken in times.items():

@@ -27,10 +27,10 @@ CALIBRATION_WINDOWS = 16  # of the training split
 def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False) -> int:
     """Write config, safetensors and tokenizer of ``run_dir`` into ``out``; returns the checkpoint's step.
 
-    The master weights are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not
-    in the file. ``folded``: the scales of Smooth-SwiGLU's channels (arXiv 2409.12517), powers of two from the largest
-    values over some text, are taken into the weights on both sides of it: the same function, bit for bit, whose
-    down-projection reads channels of like size.
+    The parameters are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not in the
+    file, nor is a master that ``optim.moments`` keeps beside BF16 parameters. ``folded``: the scales of Smooth-SwiGLU's
+    channels (arXiv 2409.12517), powers of two from the largest values over some text, are taken into the weights on
+    both sides of it: the same function, bit for bit, whose down-projection reads channels of like size.
 
     Raises UserError if ``out`` holds something already, the run has no checkpoint, or there is no SwiGLU to fold.
     """
