@@ -7,8 +7,9 @@ For one parameter, with the step's scalars computed in float64 and rounded once 
     v = fma((1 - beta2) * g, g, v * beta2)
     w = w + (-lr / (1 - beta1^t)) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-as ``torch.optim.AdamW(foreach=False, fused=False)`` does. m, v and w are what their codecs stand for; the new w comes
-from the new moments before they are rounded.
+as ``torch.optim.AdamW(foreach=False, fused=False)`` does; bit for bit where all three are plain FP32. Elsewhere square
+roots are rounded correctly, as torch's on a CPU are not (MKL's are slow beside that, too). m, v and w are what their
+codecs stand for; the new w comes from the new moments before they are rounded.
 
 A scale that serves a whole tensor needs the amax of the new values, on all ranks, before the first of them is encoded.
 So there are two passes, and the second computes the values again: no FP32 copy of anything is kept in between. (The
@@ -30,6 +31,7 @@ from torch import Tensor
 import native
 from precision.backends import cpu
 from precision.codecs import (
+    FP32,
     Codec,
     Dynamic,
     Expanded,
@@ -92,6 +94,11 @@ class Update:
         return float((1 - self.betas[1] ** self.t) ** 0.5)
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing of it is narrow: then even the square roots are torch's."""
+        return self.weight is None and all(kept.codec == FP32 for kept in self.kept)
+
+    @property
     def whole(self) -> bool:
         """Whether one of its scales wants an amax over all ranks."""
         return any(kept.codec.whole for kept in self.kept)
@@ -118,7 +125,8 @@ def new_values(u: Update) -> tuple[Tensor, Tensor, Tensor]:
         w = w * (1 - u.lr * u.decay)
     m = m.lerp(grad, 1 - u.betas[0])
     v = v.mul(u.betas[1]).addcmul_(grad, grad, value=1 - u.betas[1])
-    denominator = (v.sqrt() / u.correction).add_(u.eps)
+    root = v.sqrt() if u.plain else v.double().sqrt().float()
+    denominator = (root / u.correction).add_(u.eps)
     return m, v, w.addcdiv(m, denominator, value=-u.step_size)
 
 
@@ -229,7 +237,7 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "cols")),
         ("row_offset", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("grad", "weight")),
-        *((name, ctypes.c_int32) for name in ("grad_bf16", "weight_bf16", "decays")),
+        *((name, ctypes.c_int32) for name in ("grad_bf16", "weight_bf16", "decays", "torch_root")),
         *((name, ctypes.c_float) for name in ("decay", "lerp", "beta2", "square", "correction", "eps", "step")),
         *((name, _Codec) for name in ("m", "v", "w")),
         *((name, _Kept) for name in ("m_kept", "v_kept", "w_kept")),
@@ -259,6 +267,7 @@ def _array(updates: Sequence[Update], amaxes: Tensor | None) -> ctypes.Array[_Up
             target.weight, target.weight_bf16 = _pointer(u.weight, u.grad.shape), u.weight.dtype == torch.bfloat16
         beta1, beta2 = u.betas
         target.decays, target.decay = u.decay != 0, 1 - u.lr * u.decay
+        target.torch_root = u.plain
         target.lerp, target.beta2, target.square = 1 - beta1, beta2, 1 - beta2
         target.correction, target.eps, target.step = u.correction, u.eps, -u.step_size
         for name, kept, amax in zip(("m", "v", "w"), u.kept, top, strict=True):

@@ -963,7 +963,7 @@ struct Update {
     uint64_t row_offset;
     const void* grad;
     void* weight;
-    int32_t grad_bf16, weight_bf16, decays;
+    int32_t grad_bf16, weight_bf16, decays, torch_root;
     float decay, lerp, beta2, square, correction, eps, step;
     Codec m, v, w;
     Kept m_kept, v_kept, w_kept;
@@ -1208,7 +1208,7 @@ Values update_row(const Update& u, const float scales[3], int64_t row, Row& r, R
     w = decode_row(u.w, u.w_kept, scales[2], row, cols, w, r.code.data());
     if (dry) w = copied(w, r.w.data(), cols);
     const float decay = u.decays ? u.decay : 1.0f, correction = u.correction, eps = u.eps, step = u.step;
-    if (root != nullptr) {
+    if (root != nullptr && u.torch_root) {
         float* roots = r.uniform.data();
         root(int32_t(cols), v, roots, ROOT_MODE);
 #pragma omp simd
