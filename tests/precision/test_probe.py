@@ -28,6 +28,8 @@ MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
 PATH = "layers.0.up_proj"
 
+SMOOTH = ("smooth_swiglu", "fp8_full")  # want a SwiGLU: tests/precision/test_smooth.py
+
 
 def plan_of(spec: LinearSpec, **options: object) -> Plan:
     return apply(Recipe(rules=(Rule(kind=nn.Linear, path=".*", make=quantized(spec)),)), block_model(), **options)  # type: ignore[arg-type]
@@ -116,7 +118,7 @@ def test_every_slot_by_hand(backend: str, bias: bool) -> None:
     assert rows["fprop.x"].relative_error is None
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", [name for name in names() if name not in SMOOTH])
 def test_a_watched_step_has_the_bits_of_any_other(recipe: str) -> None:
     """Outputs, gradients and what is remembered, over steps; what is computed again for backward counts once."""
     results = []
@@ -184,7 +186,7 @@ def test_the_largest_value_of_a_scaled_tensor_does_not_saturate() -> None:
             assert float(of_operand(x, quantize(x, spec)).sums[4]) == 0
 
 
-@pytest.mark.parametrize("recipe", [name for name in names() if name not in ("bf16", "fp32")])
+@pytest.mark.parametrize("recipe", [name for name in names() if name not in ("bf16", "fp32", *SMOOTH)])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_what_is_not_finite_is_counted(recipe: str, bad: float) -> None:
     plan = apply(load(recipe, {}), block_model(layers=2))
