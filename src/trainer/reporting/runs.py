@@ -23,7 +23,18 @@ from trainer.metrics import corrupt_lines, read_metrics
 from trainer.statistics import DivergenceRule, spike_score, spikes
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
-_FREE = ("precision", "run", "log", "sample", "checkpoint", "resume", "parallel", "eval.precision", "probe")
+_FREE = (
+    "precision",
+    "run",
+    "log",
+    "sample",
+    "checkpoint",
+    "resume",
+    "parallel",
+    "eval.precision",
+    "probe",
+    "optim.moments",
+)
 TRAIN_SERIES = ("grad_norm", "update_ratio", "lost_updates", "edq")  # of train rows, where they have them
 EVAL_SERIES = ("loss", "sharpness")  # of eval rows
 _PRODUCT = re.compile(r"\s+(fprop|dgrad|wgrad): (.+?)(?:  \[(.+)\])?")
@@ -212,9 +223,9 @@ def _label(runs: Sequence[Run]) -> None:
 
 
 def arguments(run: Run) -> dict[str, str]:
-    """The recipe's arguments by name, and its schedule, as text."""
-    telling = ("precision.args.", "precision.schedule")
-    values = {k: repr(v) for k, v in sorted(run.values.items()) if k.startswith(telling)}
+    """The recipe's arguments by name, its schedule, and what replaces its moments, as text."""
+    telling = ("precision.args.", "precision.schedule", "optim.moments")
+    values = {k: repr(v) for k, v in sorted(run.values.items()) if k.startswith(telling) and v not in (None, [])}
     return {k.removeprefix("precision.args."): v for k, v in values.items()}
 
 
