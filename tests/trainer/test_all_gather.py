@@ -1,0 +1,150 @@
+"""Weights gathered as codes: the same run, bit for bit, for fewer bytes; refused where it would be another run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_overrides
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from precision.all_gather import CodesAllGather, _Segment, gather_codes, weight_spec
+from precision.linear import QuantLinear
+from precision.recipe import apply, load
+from trainer.config import load_config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.verify import compare_runs
+
+COMMON = ("train.steps=3", "train.micro_batch_size=2", "sample.tokens=0", "eval.tokens=200", "checkpoint.every=0")
+#: Name -> overrides, whether GPT (with biases), and the amax reductions of a forward pass.
+CASES: dict[str, tuple[list[str], bool, int]] = {
+    # 63 rows are 32 and 31: the shard of the second rank is padded.
+    "current": (["precision=fp8_current", "model.intermediate_size=63", "eval.precision=high"], False, 1),
+    "delayed": (["precision=fp8_delayed", "parallel.activation_checkpointing=true"], True, 1),
+    "block": (["precision=fp8_block", "precision.args={block: 8, pow2: false}"], False, 0),
+    "nvfp4": (
+        ["precision=nvfp4", "precision.args={keep_last: 1, bf16_forward: 0.34}", "model.num_kv_heads=4"],
+        False,
+        1,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    root = tmp_path_factory.mktemp("gathered")
+    jobs = {
+        f"{name}-{codes}": tiny_overrides(
+            corpus, root / f"{name}-{codes}", *COMMON, *overrides, f"parallel.fp8_all_gather={codes}", gpt=gpt
+        )
+        for name, (overrides, gpt, _) in CASES.items()
+        for codes in ("false", "true")
+    }
+    file = root / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    script = [str(Path(__file__).parents[1] / "gather.py"), str(file)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *script], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root, json.loads(file.with_suffix(".counts").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_run_for_fewer_bytes(runs: tuple[Path, dict[str, dict[str, int]]], name: str) -> None:
+    root, counts = runs
+    plain, codes = counts[f"{name}-false"], counts[f"{name}-true"]
+    assert plain["code"] == codes["code"] == 0
+    assert compare_runs(root / f"{name}-false", root / f"{name}-true") == []
+    assert codes["gathers"] == plain["gathers"]
+    assert codes["bytes"] < 0.8 * plain["bytes"]  # embedding and head, and what is evaluated in BF16, stay
+    assert plain.get("amax reductions", 0) == 0
+    assert bool(codes.get("amax reductions", 0)) == bool(CASES[name][2])
+    assert "linears gathered as codes" in (root / f"{name}-true" / "plan.txt").read_text()
+    assert "gathered" not in (root / f"{name}-false" / "plan.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "reason"),
+    [
+        ("fp8_current", {}, None),
+        ("fp8_current", {"pow2": True, "format": "e4m3"}, None),
+        ("fp8_delayed", {}, None),
+        ("fp8_block", {}, None),
+        ("mxfp8", {"weights_2d": True}, None),
+        ("mxfp4", {"weights_2d": True}, None),
+        ("nvfp4", {}, None),
+        ("mxfp8", {}, "a weight in tiles of 1x32 is quantized anew for dgrad, along its other dimension"),
+        ("nvfp4", {"weights_2d": False}, "a weight in tiles of 1x16 is quantized anew for dgrad"),
+        ("fp8_rowwise", {}, "a weight in tiles of row is quantized anew for dgrad"),
+        ("exmy", {}, "bf16 is no narrower than what is gathered"),
+    ],
+)
+def test_which_recipes_may(recipe: str, args: dict[str, Any], reason: str | None) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(9)])})
+    apply(load(recipe, args), model)
+    (spec, *_) = {weight_spec(m.spec) for m in model.modules() if isinstance(m, QuantLinear)}
+    assert isinstance(spec, str) == (reason is not None)
+    if reason is not None:
+        assert str(spec).startswith(reason)
+
+
+@dataclass
+class Group:
+    """Of so many processes."""
+
+    processes: int
+
+    def size(self) -> int:
+        return self.processes
+
+
+class Blocks(nn.Module):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(16, rows)})])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "rows", "error"),
+    [
+        ("bf16", {}, 32, "the recipe quantizes no weight"),
+        ("mxfp8", {}, 32, r"layers\.0\.proj: a weight in tiles of 1x32 is quantized anew"),
+        ("mxfp8", {"weights_2d": True}, 96, r"layers\.0\.proj: shards of 48 rows cut its tiles of 32x32"),
+    ],
+)
+def test_what_would_be_another_run_is_refused(
+    world: World, recipe: str, args: dict[str, Any], rows: int, error: str
+) -> None:
+    model = Blocks(rows)
+    apply(load(recipe, args), model)
+    fully_shard(model.layers[0])
+    with pytest.raises(ValueError, match=error):
+        gather_codes(model, model.layers, Group(2), torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_kept_weights_are_refused() -> None:
+    with pytest.raises(UserError, match=r"fp8_all_gather=true needs parallel\.reshard_after_forward=true"):
+        load_config(["parallel.fp8_all_gather=true", "parallel.reshard_after_forward=false"])
+
+
+def test_another_layout_of_the_buffer_is_found_out(world: World) -> None:
+    """torch promises none: parameters in another order, or padded otherwise, must not become other weights."""
+    block = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False))
+    fully_shard(block)
+    shards = [parameter.to_local().flatten() for parameter in block.parameters()]
+    segments = [_Segment(6, 4, None), _Segment(4, 6, None)]
+    CodesAllGather(block, segments)._check(torch.cat(shards))
+    for wrong in (torch.cat(shards[::-1]), torch.cat([*shards, shards[0]])):
+        with pytest.raises(RuntimeError, match=r"this torch lays out what FSDP gathers in another way"):
+            CodesAllGather(block, segments)._check(wrong)
