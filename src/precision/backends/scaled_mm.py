@@ -122,7 +122,7 @@ PRODUCTS: tuple[Product, ...] = (
         scales=Scales.BLOCK,
         pairs=frozenset({_E4M3}),
         architectures=(90,),
-        multiples=(4, 128, 128),
+        multiples=(128, 128, 128),
         outputs=_ALL,
         bias=False,
         fast=True,
@@ -374,12 +374,17 @@ def _codes(q: Quantized, product: Product, rows: int, k: int) -> Tensor:
     outer, inner = q.shape
     packed = carrier.bits == 4
     if packed and not q.transposed and inner % 2 == 0:
-        return pad(q.codes, (0, (k - inner) // 2, 0, rows - outer)).contiguous().view(carrier.dtype)
+        return _row_major(pad(q.codes, (0, (k - inner) // 2, 0, rows - outer))).view(carrier.dtype)
     codes = unpack4(q.codes, q.stored_shape[1]) if element.bits == 4 else q.codes
     if carrier != element:
         codes = _translation(element, carrier, codes.device)[codes.int()]
-    codes = pad(codes.mT if q.transposed else codes, (0, k - inner, 0, rows - outer)).contiguous()
-    return (pack4(codes) if packed else codes).view(carrier.dtype)
+    codes = pad(codes.mT if q.transposed else codes, (0, k - inner, 0, rows - outer))
+    return _row_major(pack4(codes) if packed else codes).view(carrier.dtype)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """Contiguous, with the strides of a matrix of rows also where there is but one: they are looked at."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 @functools.cache
