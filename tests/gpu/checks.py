@@ -1,6 +1,7 @@
 """What this project claims of GPUs, as a list of checks: a new kernel is one line of ``KERNELS``.
 
-``scripts/gpu_check.py`` runs them all and prints a table; ``test_gpu.py`` makes each a test. Without a GPU, kernels run in Triton's interpreter on small shapes, and what needs hardware says so.
+``scripts/gpu_check.py`` runs them all and prints a table; ``test_gpu.py`` makes each a test. Without a GPU, kernels run
+in Triton's interpreter on small shapes, and what needs hardware says so.
 """
 
 from __future__ import annotations
