@@ -12,7 +12,8 @@ layout is documented nowhere, so the first gather compares the buffer with the p
 its codes' values, unscaled and exact in BF16, and ``QuantLinear.gathered`` the scales; nothing else may read it, which
 is why parameters must be resharded after forward. What is saved is traffic, not memory: FSDP's buffers stay in BF16.
 
-Gradients are reduced as before. Validation in high precision, and steps that a hook takes so, gather BF16.
+Gradients are reduced as before. BF16 is gathered for validation in high precision, for GEMMs that a hook takes in it,
+and in steps that are watched (``precision.probe`` measures against the weight).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Weight:
     @property
     def spec(self) -> OperandSpec | None:
         """What it is quantized by before it is gathered; None where GEMMs of this pass want it as it is."""
-        if self.linear.clock.high_precision:
+        if self.linear.clock.high_precision or self.linear.observer is not None:
             return None
         spec = weight_spec(self.linear.active)
         return None if isinstance(spec, str) else spec
