@@ -178,7 +178,12 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
     if scales is not None:
         rows, columns = q.spec.tile.grid(*weight.shape)
         all_scales = scales.contiguous().view(q.scales.dtype).reshape(-1, columns)[:rows]
-    weight.linear.gathered = Gathered(all_scales, q.tensor_scale)
+    gathered = Gathered(all_scales, q.tensor_scale)
+    if out.is_cuda:  # made on FSDP's own stream, read on that of the model
+        for tensor in gathered:
+            if tensor is not None:
+                tensor.record_stream(torch.cuda.default_stream(out.device))
+    weight.linear.gathered = gathered
 
 
 def gather_codes(
