@@ -19,6 +19,7 @@ and in steps that are watched (``precision.probe`` measures against the weight).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -208,7 +209,7 @@ def gather_codes(
         segments = []
         for name, parameter in group.named_parameters():
             rows = -(-parameter.shape[0] // ranks)
-            columns = parameter[0].numel() if parameter.dim() > 1 else 1
+            columns = math.prod(parameter.shape[1:])
             weight = _weight(owners[name], rows) if name in owners else None
             weights += [weight] if weight is not None else []
             segments.append(_Segment(rows, columns, weight))
