@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
-from precision.scaling import TENSOR, Delayed
+from precision.scaling import TENSOR, Delayed, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
@@ -142,6 +142,16 @@ class Mode:
     unseen: tuple[tuple[int, int, Transform | None], ...]  # column, a slot that sees its tensor, through what
 
 
+class Gathered(NamedTuple):
+    """How to read a weight that holds the values of its codes, unscaled (``precision.all_gather``).
+
+    ``scales`` and ``tensor_scale`` are those of the whole weight, as in ``Quantized``.
+    """
+
+    scales: Tensor
+    tensor_scale: Tensor | None
+
+
 class QuantLinear(nn.Module):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
@@ -173,6 +183,7 @@ class QuantLinear(nn.Module):
         self.statistics: Callable[[Tensor], Tensor] | None = None
         self.clock = Clock()
         self.observer: Observer | None = None
+        self.gathered: Gathered | None = None  # while the weight is one of codes
         self._base_keys: dict[int, Tensor] = {}
         self.schedule((spec,))
 
@@ -283,12 +294,13 @@ class QuantLinear(nn.Module):
             return self.backends[gemm].transformed(transform, x, left=left)
         return transform.left(x, stats) if left else transform.right(x, stats)
 
-    def amax_for(self, slot: int, x: Tensor) -> Tensor | None:
-        """The amax that scales this slot's tensor: None for its own. Notes the new one in training."""
+    def amax_for(self, slot: int, x: Tensor, now: Tensor | None = None) -> Tensor | None:
+        """The amax that scales this slot's tensor: None for its own. Notes the new one (``now``) in training."""
         if slot not in self.mode.column_of:
             return None
         column = self.mode.column_of[slot]
-        now, held = self.backends[slot // 2].amax(x, TENSOR).reshape(()), self.amax_held[column]
+        now = self.backends[slot // 2].amax(x, TENSOR).reshape(()) if now is None else now
+        held = self.amax_held[column]
         if self.training:
             # maximum passes a NaN on: the rule then keeps what it held.
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
@@ -328,7 +340,7 @@ class _Linear(torch.autograd.Function):
         call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
         module.note_unseen(stats, x=x, w=weight)
         a = call.operand(X, x, codes=differentiated and _keeps_first(spec))
-        w = call.operand(W, weight)
+        w = call.weight(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
         seen: tuple[Tensor, ...] = ()
         if observer is not None:
@@ -358,9 +370,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dy_made = call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
             if _reuses(spec.dgrad.b):
-                w_t = call.reused(DGRAD_W, call.operand(W, weight, codes=True))
+                w_t = call.reused(DGRAD_W, call.weight(W, weight, codes=True))
             else:
-                w_t = call.operand(DGRAD_W, weight.mT)
+                w_t = call.weight(DGRAD_W, weight)
             dx = call.product(1, dy_made, w_t, dtype=dy.dtype)
             if call.observer is not None:
                 call.observer.add(
@@ -426,6 +438,24 @@ class _Call:
         if (key, codes) not in self.made:
             self.made[key, codes] = self._operand(slot, x, codes)
         return self.made[key, codes]
+
+    def weight(self, slot: int, weight: Tensor, *, codes: bool = False) -> Operand:
+        """The slot's operand from the weight: W or DGRAD_W."""
+        gathered = self.module.gathered
+        if gathered is None:
+            return self.operand(slot, weight if slot == W else weight.mT, codes=codes)
+        spec = self.spec.fprop.b
+        assert spec is not None
+        # Values of codes have the codes back when they are rounded without a scale.
+        values = OperandSpec(format=spec.format, scale=Unit())
+        made = Quantized(
+            codes=self.module.backends[slot // 2].quantize(weight, values, amax=None, noise=None).codes,
+            scales=gathered.scales,
+            tensor_scale=gathered.tensor_scale,
+            shape=(weight.shape[0], weight.shape[1]),
+            spec=spec,
+        )
+        return made if slot == W else made.t()
 
     def _key(self, slot: int, x: Tensor, gemm: GemmSpec, spec: OperandSpec) -> Hashable | None:
         """What the codes of a slot depend on beside x; None where that is not to be had without waiting for a device.
@@ -513,6 +543,14 @@ def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec,
         return False
     alike = replace(spec, source=Source.ORIGINAL) == first and spec.tile.outer == spec.tile.inner
     return alike and (not _is_random(spec) or spec.source is Source.QUANTIZED)
+
+
+def quantized_once(spec: LinearSpec) -> bool:
+    """Whether all that is read of the weight is one quantization of it, which depends on the weight alone."""
+    w = spec.fprop.b
+    if w is None or _is_random(w) or spec.fprop.transform is not None:
+        return False
+    return _reuses(spec.dgrad.b) or _transposes(spec.fprop, w, spec.dgrad, spec.dgrad.b)
 
 
 Choices = tuple[Choice, Choice, Choice]

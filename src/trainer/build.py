@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from models import ARCHITECTURES, Model, ModelConfig, create
 from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
+from precision.all_gather import gather_codes
 from precision.codecs import chosen
 from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
 from precision.updates import CodecAdamW
@@ -231,6 +232,11 @@ def build_model(
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
+        try:
+            plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
+        except ValueError as error:
+            raise UserError(f"parallel.fp8_all_gather=true: {error}") from error
     # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting reaches the modules below

@@ -34,17 +34,23 @@ class ParallelConfig:
     name: str
     replicate: int = 1  # copies of the sharded model (HSDP); 1 shards over all processes (FSDP)
     reshard_after_forward: bool = True  # gather parameters again in backward, instead of keeping them
+    fp8_all_gather: bool = False  # gather weights as the codes that GEMMs read, where that changes nothing
     activation_checkpointing: bool = False  # recompute each block in backward
     compile: bool = False  # torch.compile each block; changes the loss by rounding only
     threads: int | None = None  # CPU threads a process; null shares the cores out
     timeout_seconds: int = 1800  # of a collective
 
     def validate(self) -> None:
-        """Raises ValueError for counts below one."""
+        """Raises ValueError for counts below one, and for gathered codes that would be kept."""
         for field in ("replicate", "threads", "timeout_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{field}={value}: must be at least 1")
+        if self.fp8_all_gather and not self.reshard_after_forward:
+            raise ValueError(
+                "parallel.fp8_all_gather=true needs parallel.reshard_after_forward=true: "
+                "weights that are kept may be read in high precision later"
+            )
 
 
 @dataclass(frozen=True)

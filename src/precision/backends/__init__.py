@@ -16,6 +16,7 @@ from torch import Tensor
 
 from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
+from precision.backends.scaled_mm import ScaledMM
 from precision.noise import Noise
 from precision.quantize import Prepared, Quantized
 from precision.scaling import Tile
@@ -26,7 +27,9 @@ Operand = Quantized | Prepared | Tensor
 
 
 class Backend(Protocol):
-    name: str
+    @property
+    def name(self) -> str:
+        """In plan.txt and in ``precision.backend``."""
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         """None if this backend takes the GEMM of ``shape`` (m, n, k; m None if unknown), else why not."""
@@ -63,8 +66,11 @@ class Backend(Protocol):
         """What plan.txt should add about the product, or nothing."""
 
 
-REFERENCE: Backend = Reference()
-ORDER: tuple[Backend, ...] = (Cpu(), REFERENCE)
+REFERENCE = Reference()
+NATIVE = ScaledMM()
+QUANTIZERS: tuple[Reference, ...] = (Cpu(), REFERENCE)
+"""Those that quantize, for their own emulated products and for native ones."""
+ORDER: tuple[Backend, ...] = (NATIVE, *QUANTIZERS)
 
 
 def require_backend(name: str) -> None:
@@ -90,15 +96,23 @@ class Choice:
 def choose(gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device, wanted: str = "auto") -> Choice:
     """The backend for a GEMM. Raises ValueError for a name that no backend has, and where the named one refuses."""
     require_backend(wanted)
-    named = {backend.name: backend for backend in ORDER}
     if wanted != "auto":
-        if reason := named[wanted].why_not(gemm, shape, device):
+        backend = next(backend for backend in ORDER if backend.name == wanted)
+        if reason := backend.why_not(gemm, shape, device):
             raise ValueError(f"backend {wanted!r} does not take {gemm} of shape {shape}: {reason}")
-        return Choice(named[wanted])
+        return Choice(_settled(backend, gemm, shape, device))
     refused: list[str] = []
     for backend in ORDER:
         reason = backend.why_not(gemm, shape, device)
         if reason is None:
-            return Choice(backend, tuple(refused))
-        refused.append(f"not {backend.name}: {reason}")
+            return Choice(_settled(backend, gemm, shape, device), tuple(refused))
+        if reason != "the model is on cpu":  # where a GPU's backends go without saying
+            refused.append(f"not {backend.name}: {reason}")
     raise AssertionError("the reference takes everything")
+
+
+def _settled(backend: Backend, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> Backend:
+    if not isinstance(backend, ScaledMM):
+        return backend
+    quantizer = next(other for other in QUANTIZERS if other.why_not(gemm, shape, device) is None)
+    return backend.settled(shape, device, quantizer)

@@ -1,0 +1,471 @@
+"""Native products: quantized operands multiplied as they are, by ``torch.nn.functional.scaled_mm`` on tensor cores.
+
+Codes and scales come from whichever backend quantizes on that device, so they are the reference's bit for bit; only the
+order and the width of the sums differ. The claim, to be confirmed by ``scripts/gpu_check.py`` on each architecture: a
+signal-to-noise ratio of at least ``SQNR_DB`` against the reference's product of the same codes.
+
+``PRODUCTS`` is what torch 2.13, built for CUDA 12.9 or later, is documented to take: its own checks of shapes, strides
+and dtypes (``torch/_meta_registrations.py``), its dispatch by architecture and formats (``ScaledBlas.cpp``), its tests'
+shapes. **None of it has run on a GPU here.** Of every call:
+
+* a is row-major [m, k], b column-major [k, n]: both are stored with the contraction last (TN, the one layout that all
+  four architectures take), so the codes of a transposed square tile are copied once.
+* dimensions are padded to the product's multiples with code 0, on both sides alike: a zero adds nothing to a sum.
+* scales are those of decoding. Tensor: FP32 [1]. Row: FP32 [m, 1] and [1, n]. 1x128: FP32 [rows, k / 128] and 128x128:
+  FP32 [k / 128 rounded up to 4, rows / 128], both column-major. 1x32 and 1x16: codes in the 128x4 swizzle.
+* larger tiles are repeated where the hardware wants smaller ones (32x32 for 1x32, 16x16 for 1x16, 1x128 for 1x32 if the
+  scales are powers of two), and codes of a format whose values E4M3 or E5M2 holds are translated: both are exact.
+
+Sums are never "fast" (Hopper's FP8 products without promotion to FP32 keep about 14 bits).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
+
+from precision.backends.reference import Reference
+from precision.formats import E2M1, E4M3, E5M2, E8M0, NumberFormat, pack4, unpack4
+from precision.noise import Noise
+from precision.quantize import Prepared, Quantized
+from precision.scaling import TENSOR, Tile, TwoLevel
+from precision.spec import GemmSpec, OperandSpec, Transform
+
+SQNR_DB = 40.0
+"""Of a native product against the reference's product of the same codes: claimed, not yet measured."""
+
+ROWS, TILE_K = 128, 4  # of the swizzled blocks of scales
+
+
+class Scales(enum.Enum):
+    """What a product's scales extend over."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    ROW_AFTERWARDS = "row afterwards"  # the product has no scales: its FP32 output is multiplied by them
+    BLOCK = "1x128 or 128x128"
+    MX = "1x32"
+    NV = "1x16 and tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A row of the table: one kind of product, and what it takes.
+
+    Args:
+        name: in plan.txt.
+        scales: over what they extend.
+        pairs: formats of a and b.
+        architectures: compute capabilities, 90 for 9.0.
+        multiples: of m, n and k; what is less is padded.
+        outputs: dtypes that it rounds its sums to.
+        bias: whether it adds one itself (to outputs of 16 bits).
+        fast: whether sums of less than FP32 can be asked for. They are not.
+        hint: what to do where an architecture lacks it.
+    """
+
+    name: str
+    scales: Scales
+    pairs: frozenset[tuple[NumberFormat, NumberFormat]]
+    architectures: tuple[int, ...]
+    multiples: tuple[int, int, int]
+    outputs: tuple[torch.dtype, ...]
+    bias: bool
+    fast: bool
+    hint: str = ""
+
+
+ARCHITECTURES = {89: "Ada", 90: "Hopper", 100: "Blackwell, data centre", 120: "Blackwell, GeForce and RTX PRO"}
+_ALL = (torch.bfloat16, torch.float16, torch.float32)
+_E4M3 = (E4M3, E4M3)
+_FP8 = frozenset({_E4M3, (E5M2, E4M3), (E4M3, E5M2)})  # E5M2 times E5M2 is in no hardware
+
+PRODUCTS: tuple[Product, ...] = (
+    Product(
+        name="tensor-wise FP8",
+        scales=Scales.TENSOR,
+        pairs=_FP8,
+        architectures=(89, 90, 100, 120),
+        multiples=(1, 16, 16),
+        outputs=_ALL,
+        bias=True,
+        fast=True,
+    ),
+    Product(
+        name="row-wise FP8",
+        scales=Scales.ROW,
+        pairs=frozenset({_E4M3, (E5M2, E4M3)}),
+        architectures=(89, 90, 100, 120),
+        multiples=(1, 16, 16),
+        outputs=(torch.bfloat16,),
+        bias=True,
+        fast=True,
+    ),
+    Product(
+        name="tensor-wise FP8, rows scaled afterwards",
+        scales=Scales.ROW_AFTERWARDS,
+        pairs=_FP8,
+        architectures=(89, 90, 100, 120),
+        multiples=(1, 16, 16),
+        outputs=_ALL,
+        bias=False,
+        fast=True,
+    ),
+    Product(
+        name="block-wise FP8",
+        scales=Scales.BLOCK,
+        pairs=frozenset({_E4M3}),
+        architectures=(90,),
+        multiples=(128, 128, 128),
+        outputs=_ALL,
+        bias=False,
+        fast=True,
+        hint="; on sm_100 and sm_120 such scales must be powers of two (pow2=true), to be multiplied as MXFP8",
+    ),
+    Product(
+        name="MXFP8",
+        scales=Scales.MX,
+        pairs=frozenset({_E4M3}),
+        architectures=(100, 120),
+        multiples=(1, 16, 32),
+        outputs=_ALL,
+        bias=False,
+        fast=False,
+    ),
+    Product(
+        name="NVFP4",
+        scales=Scales.NV,
+        pairs=frozenset({(E2M1, E2M1)}),
+        architectures=(100, 120),
+        multiples=(1, 16, 32),
+        outputs=_ALL,
+        bias=False,
+        fast=False,
+    ),
+)
+
+
+def architecture(device: torch.device) -> int | None:
+    """The compute capability of an NVIDIA GPU, that of its family where the table goes by families; else None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major if 10 * major in ARCHITECTURES else 10 * major + minor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledMM:
+    """Native products of what ``quantizer`` makes.
+
+    Args:
+        quantizer: of the model's device.
+        detect: the architecture of a device.
+        shape: m, n, k of the GEMM, where it is known.
+        device: of the model, where it is known.
+    """
+
+    quantizer: Reference = field(default_factory=Reference)
+    detect: Callable[[torch.device], int | None] = architecture
+    shape: tuple[int | None, int, int] | None = None
+    device: torch.device | None = None
+
+    @property
+    def name(self) -> str:
+        return "scaled_mm"
+
+    def settled(self, shape: tuple[int | None, int, int], device: torch.device, quantizer: Reference) -> ScaledMM:
+        """For one GEMM, with the backend that quantizes there."""
+        return replace(self, shape=shape, device=device, quantizer=quantizer)
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        arch = self.detect(device)
+        if arch is None:
+            return "no table of its products" if device.type == "cuda" else f"the model is on {device.type}"
+        if gemm.a is None or gemm.b is None:
+            return "an operand is not quantized"
+        found = find(gemm.a, gemm.b, arch)
+        return found if isinstance(found, str) else None
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        return self.quantizer.quantize(x, spec, amax=amax, noise=noise)
+
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        return self.quantizer.operand(q)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return self.quantizer.amax(x, tile)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        return self.quantizer.transformed(transform, x, left=left)
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+    ) -> Quantized | Prepared:
+        # A native product reads codes.
+        return self.quantizer.prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True)
+
+    def gemm(
+        self,
+        a: Quantized | Prepared | Tensor,
+        b: Quantized | Prepared | Tensor,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
+
+        Raises ValueError for a dtype that no product of these operands comes out in.
+        """
+        if not isinstance(a, Quantized) or not isinstance(b, Quantized):  # a step that the recipe leaves alone
+            return self.quantizer.gemm(a, b, bias=bias, dtype=dtype)
+        arch = self.detect(a.codes.device)
+        assert arch is not None, "chosen for a device that it does not know"
+        product = find(a.spec, b.spec, arch, dtype)
+        if isinstance(product, str):
+            raise ValueError(f"{a.spec} x {b.spec}: {product}")
+        return multiply(product, a, b, bias=bias, dtype=dtype)
+
+    def note(self, gemm: GemmSpec) -> str:
+        """Which product it is, who quantizes, what is padded and translated."""
+        if gemm.a is None or gemm.b is None or self.shape is None or self.device is None:
+            return ""
+        arch = self.detect(self.device)
+        product = find(gemm.a, gemm.b, arch) if arch is not None else ""
+        if isinstance(product, str):
+            return product
+        parts = [f"{product.name} of sm_{arch}, codes by {self.quantizer.name}"]
+        for name, size, multiple in zip("mnk", self.shape, product.multiples, strict=True):
+            if size is not None and size > 0 and size % multiple:
+                parts.append(f"{name} {size} padded to {_up(size, multiple)}")
+        carriers = {spec.format: _carrier(spec.format, product) for spec in (gemm.a, gemm.b)}
+        translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
+        return ", ".join([*parts, *translated])
+
+
+@functools.cache
+def find(a: OperandSpec, b: OperandSpec, arch: int, dtype: torch.dtype | None = None) -> Product | str:
+    """The first product of the table for these operands on this architecture, into ``dtype``; or why there is none."""
+    fitting = [product for product in PRODUCTS if _scales_fit(a, b, product.scales)]
+    if not fitting:
+        return f"no native product has scales of {a.tile} ({a.scale}) by {b.tile} ({b.scale})"
+    here = [product for product in fitting if arch in product.architectures]
+    if not here:
+        names = " or ".join(product.name for product in fitting)
+        return f"sm_{arch} has no {names} product{fitting[0].hint if arch >= 100 else ''}"
+    paired = [p for p in here if (_carrier(a.format, p), _carrier(b.format, p)) in p.pairs]
+    if not paired:
+        return f"no {here[0].name} product of {a.format} and {b.format} on sm_{arch}"
+    for product in paired:
+        if dtype is None or dtype in product.outputs:
+            return product
+    return f"no {paired[0].name} product on sm_{arch} comes out in {str(dtype).removeprefix('torch.')}"
+
+
+def _scales_fit(a: OperandSpec, b: OperandSpec, scales: Scales) -> bool:
+    kinds = {_granularity(a), _granularity(b)}
+    if scales is Scales.TENSOR:
+        return kinds == {Scales.TENSOR}
+    if scales in (Scales.ROW, Scales.ROW_AFTERWARDS):  # a tensor's scale is that of each of its rows
+        return Scales.ROW in kinds and kinds <= {Scales.ROW, Scales.TENSOR}
+    if scales is Scales.BLOCK:
+        plain = all(spec.scale.levels == 1 and spec.scale.format is None for spec in (a, b))
+        return plain and {a.tile, b.tile} in ({(1, 128)}, {(1, 128), (128, 128)})
+    if scales is Scales.MX:
+        return all(
+            spec.scale.levels == 1 and spec.scale.power_of_two and spec.tile.inner > 0 and spec.tile.inner % 32 == 0
+            for spec in (a, b)
+        )
+    return all(
+        isinstance(spec.scale, TwoLevel)
+        and not spec.scale.rows  # a factor for each row of the output: no product has it
+        and spec.scale.block == E4M3
+        and spec.tile.inner > 0
+        and spec.tile.inner % 16 == 0
+        for spec in (a, b)
+    )
+
+
+def _granularity(spec: OperandSpec) -> Scales | None:
+    if spec.scale.levels == 0 or (spec.scale.levels == 1 and spec.tile == TENSOR):
+        return Scales.TENSOR
+    return Scales.ROW if spec.scale.levels == 1 and spec.tile == Tile(1, -1) else None
+
+
+def _carrier(format: NumberFormat, product: Product) -> NumberFormat | None:
+    """The format of hardware that holds every value of ``format``; None if there is none."""
+    choices = (E2M1,) if product.scales is Scales.NV else (E4M3, E5M2)
+    if format in choices:
+        return format
+    for carrier in choices:
+        narrower = format.significant_bits <= carrier.significant_bits and format.max <= carrier.max
+        if not format.scales_only and narrower and format.tiny_exponent >= carrier.tiny_exponent:
+            return carrier
+    return None
+
+
+def multiply(product: Product, a: Quantized, b: Quantized, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a [m, k] @ b [n, k].mT + bias [n] by this product; rounded once to ``dtype``, but for a bias in hardware."""
+    (m, k), n = a.shape, b.shape[0]
+    if 0 in (m, n, k):
+        y = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
+        return y if bias is None else y + bias.to(dtype)
+    afterwards = product.scales is Scales.ROW_AFTERWARDS
+    fused = bias is not None and product.bias and dtype != torch.float32
+    padded_m, padded_n, padded_k = (_up(size, by) for size, by in zip((m, n, k), product.multiples, strict=True))
+    left, right = _side(a, product, padded_m, padded_k), _side(b, product, padded_n, padded_k)
+    if product.scales is Scales.ROW:
+        right = replace(right, scales=[right.scales[0].mT])
+    y = scaled_mm(
+        left.codes,
+        right.codes.t(),
+        left.scales,
+        left.recipes,
+        right.scales,
+        right.recipes,
+        swizzle_a=left.swizzles,
+        swizzle_b=right.swizzles,
+        bias=pad(bias.to(dtype), (0, padded_n - n)) if fused and bias is not None else None,
+        output_dtype=torch.float32 if afterwards or (bias is not None and not fused) else dtype,
+        use_fast_accum=False,
+    )
+    y = y[:m, :n]
+    if afterwards:
+        y = y * _row_scales(a, m) * _row_scales(b, n).mT
+    if bias is not None and not fused:
+        y = y + bias
+    return y.to(dtype).contiguous()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """The arguments that one operand becomes: codes [rows, k] (or [rows, k / 2] of E2M1), row-major."""
+
+    codes: Tensor
+    scales: list[Tensor]
+    recipes: list[ScalingType]
+    swizzles: list[SwizzleType]
+
+
+def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
+    codes = _codes(q, product, rows, k)
+    flat, swizzled = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
+    match product.scales:
+        case Scales.TENSOR:
+            scale = _decode_scales(q).reshape(1)
+            return _Side(codes=codes, scales=[scale], recipes=[ScalingType.TensorWise], swizzles=[flat])
+        case Scales.ROW_AFTERWARDS:
+            one = torch.ones(1, device=codes.device)
+            return _Side(codes=codes, scales=[one], recipes=[ScalingType.TensorWise], swizzles=[flat])
+        case Scales.ROW:
+            return _Side(codes=codes, scales=[_row_scales(q, rows)], recipes=[ScalingType.RowWise], swizzles=[flat])
+        case Scales.BLOCK:
+            scales, recipe = _block_scales(q, rows, k)
+            return _Side(codes=codes, scales=[scales], recipes=[recipe], swizzles=[flat])
+        case Scales.MX:
+            exponents = q.scales if q.spec.scale.format == E8M0 else E8M0.encode(q.scales)
+            scales = swizzle(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)
+            return _Side(codes=codes, scales=[scales], recipes=[ScalingType.BlockWise1x32], swizzles=[swizzled])
+        case Scales.NV:
+            assert q.tensor_scale is not None
+            scales = swizzle(_per_vector(q, q.scales, rows, k, 16)).view(torch.float8_e4m3fn)
+            return _Side(
+                codes=codes,
+                scales=[scales, q.tensor_scale.reshape(1)],
+                recipes=[ScalingType.BlockWise1x16, ScalingType.TensorWise],
+                swizzles=[swizzled, flat],
+            )
+
+
+def _codes(q: Quantized, product: Product, rows: int, k: int) -> Tensor:
+    """The codes as the hardware reads them, row-major [rows, k], padded with code 0: the value 0 in every format."""
+    element = q.spec.format
+    carrier = _carrier(element, product)
+    assert carrier is not None
+    assert carrier.dtype is not None
+    outer, inner = q.shape
+    packed = carrier.bits == 4
+    if packed and not q.transposed and inner % 2 == 0:
+        return _row_major(pad(q.codes, (0, (k - inner) // 2, 0, rows - outer))).view(carrier.dtype)
+    codes = unpack4(q.codes, q.stored_shape[1]) if element.bits == 4 else q.codes
+    if carrier != element:
+        codes = _translation(element, carrier, codes.device)[codes.int()]
+    codes = pad(codes.mT if q.transposed else codes, (0, k - inner, 0, rows - outer))
+    return _row_major(pack4(codes) if packed else codes).view(carrier.dtype)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """Contiguous, with the strides of a matrix of rows also where there is but one: they are looked at."""
+    return x.contiguous().view(-1).view(x.shape)
+
+
+@functools.cache
+def _translation(element: NumberFormat, carrier: NumberFormat, device: torch.device) -> Tensor:
+    """The carrier's code of every code of ``element``."""
+    return carrier.encode(element.decode(torch.arange(2**element.bits, device=device)))
+
+
+def _decode_scales(q: Quantized) -> Tensor:
+    """FP32 decode scales of one level [rows, columns] of the grid; 1 without scales."""
+    format = q.spec.scale.format
+    scales = q.scales if format is None else format.decode(q.scales)
+    return scales.mT if q.transposed else scales
+
+
+def _row_scales(q: Quantized, rows: int) -> Tensor:
+    """FP32 [rows, 1]: of every row of the operand, and 1 of padding."""
+    scales = _decode_scales(q).expand(q.shape[0], 1)
+    return pad(scales, (0, 0, 0, rows - q.shape[0]), value=1.0).contiguous()
+
+
+def _block_scales(q: Quantized, rows: int, k: int) -> tuple[Tensor, ScalingType]:
+    """FP32, column-major: [rows, k / 128], or [k / 128 rounded up to 4, rows / 128]; 1 for padding."""
+    scales = _decode_scales(q)
+    columns = k // 128
+    if q.spec.tile.outer == 1:
+        scales = pad(scales, (0, columns - scales.shape[1], 0, rows - scales.shape[0]), value=1.0)
+        return scales.mT.contiguous().mT, ScalingType.BlockWise1x128
+    squares = -(-rows // 128)
+    columns = _up(columns, 4)
+    scales = pad(scales, (0, columns - scales.shape[1], 0, squares - scales.shape[0]), value=1.0)
+    return scales.contiguous().mT, ScalingType.BlockWise128x128
+
+
+def _per_vector(q: Quantized, scales: Tensor, rows: int, k: int, size: int) -> Tensor:
+    """Scale codes (uint8) of every ``size`` elements of every row, [rows, k / size]; code 0 for padding."""
+    (outer, inner), scales = q.shape, scales.mT if q.transposed else scales
+    tall, wide = q.spec.tile.extent(outer, inner)
+    if tall > 1:
+        scales = scales.repeat_interleave(tall, 0)[:outer]
+    if wide > size:
+        scales = scales.repeat_interleave(wide // size, 1)[:, : -(-inner // size)]
+    return pad(scales, (0, k // size - scales.shape[1], 0, rows - outer))
+
+
+def swizzle(scales: Tensor) -> Tensor:
+    """Scale codes [rows, columns] in blocks of 128 x 4: the layout ``SWIZZLE_32_4_4``, flat.
+
+    Of a block, the four columns of row r lie at (r % 32) * 16 + (r // 32) * 4; blocks follow each other along a row of
+    blocks. Rows and columns are filled up with code 0.
+    """
+    rows, columns = scales.shape
+    tall, wide = _up(rows, ROWS), _up(columns, TILE_K)
+    scales = pad(scales, (0, wide - columns, 0, tall - rows))
+    return scales.view(tall // ROWS, 4, 32, wide // TILE_K, TILE_K).permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

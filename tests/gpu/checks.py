@@ -1,0 +1,259 @@
+"""What this project claims of GPUs, as a list of checks: a new kernel is one line of ``KERNELS``.
+
+``scripts/gpu_check.py`` runs them all and prints a table; ``test_gpu.py`` makes each a test. Without a GPU, kernels run
+in Triton's interpreter on small shapes, and what needs hardware says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from precision.backends import NATIVE, QUANTIZERS, REFERENCE, Reference
+from precision.backends.scaled_mm import SQNR_DB, architecture
+from precision.formats import E2M1, E4M3, E5M2
+from precision.noise import Noise, base_key, step_key
+from precision.quantize import Quantized
+from precision.recipe import apply, load, names
+from precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``ok`` is None where the check needs other hardware; ``time`` is of a GPU alone."""
+
+    ok: bool | None
+    measured: str
+    time: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    claim: str
+    run: Callable[[], Outcome]
+
+
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ARCH = architecture(HERE)
+#: Rows and columns: of a layer on a GPU, of a few blocks for the interpreter.
+SHAPE = (8192, 4096) if HERE.type == "cuda" else (40, 64)
+LAYER = (4096, 4096, 4096)  # m, n, k of a product
+
+
+def not_here(why: str) -> Outcome:
+    return Outcome(None, f"not on this machine: {why}")
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """The median of 20 calls on the GPU."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def sqnr(ours: Tensor, exact: Tensor) -> float:
+    """In dB; infinite where they are equal."""
+    noise = (ours.double() - exact.double()).norm()
+    return float("inf") if noise == 0 else float(20 * torch.log10(exact.double().norm() / noise))
+
+
+# Quantization kernels: bit for bit the reference's.
+
+BLOCK16 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+MX = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+FP4 = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo())
+FINE, SQUARE = (
+    OperandSpec(format=E4M3, tile=Tile(outer, 128), scale=Fp32(pow2=True, input_max=True)) for outer in (1, 128)
+)
+#: Name -> backend, spec, size of the Hadamard transform before it.
+KERNELS: dict[str, tuple[str, OperandSpec, int]] = {
+    "FP8 e4m3, tensor": ("triton", OperandSpec(format=E4M3), 0),
+    "FP8 e5m2, tensor": ("triton", OperandSpec(format=E5M2), 0),
+    "FP8 e4m3, row": ("triton", OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True)), 0),
+    "FP8 e4m3, 1x128": ("triton", FINE, 0),
+    "FP8 e4m3, 128x128": ("triton", SQUARE, 0),
+    "MXFP8, 1x32": ("triton", MX, 0),
+    "MXFP8, 32x32": ("triton", OperandSpec(format=E4M3, tile=Tile(32, 32), scale=PowerOfTwo()), 0),
+    "MXFP4, 1x32": ("triton", OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo()), 0),
+    "NVFP4, 1x16": ("triton", BLOCK16, 0),
+    "NVFP4, 16x16": ("triton", OperandSpec(format=E2M1, tile=Tile(16, 16), scale=TwoLevel()), 0),
+    "NVFP4, 1x16, stochastic": (
+        "triton",
+        OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), rounding=Rounding.STOCHASTIC),
+        0,
+    ),
+    "Hadamard 16, then NVFP4": ("triton", BLOCK16, 16),
+}  # fmt: skip
+
+
+def check_kernel(backend_name: str, spec: OperandSpec, hadamard: int, *, transposed: bool) -> Outcome:
+    backend = next((backend for backend in QUANTIZERS if backend.name == backend_name), None)
+    if backend is None:
+        return not_here(f"this build has no backend {backend_name}")
+    gemm = GemmSpec(a=spec, b=spec, transform=Hadamard(size=hadamard) if hadamard else None)
+    if reason := backend.why_not(gemm, (None, *SHAPE), HERE):
+        return not_here(reason)
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, device=HERE) * torch.exp(torch.randn(SHAPE, device=HERE))
+    x.view(-1)[:: 64 * 64 + 1] = 0.0
+    x = x.to(torch.bfloat16)
+    x = x.mT if transposed else x
+    zero = torch.zeros((), dtype=torch.int64, device=HERE)
+    key = step_key(base_key(1, "layers.0", 2, device=HERE), zero)
+    random = spec.rounding is Rounding.STOCHASTIC
+    noise = Noise(key=key, row_offset=zero, transposed=transposed) if random else None
+
+    def made(by: Reference) -> Quantized:
+        y = by.transformed(gemm.transform, x, left=True) if gemm.transform is not None else x
+        return by.quantize(y, spec, amax=None, noise=noise)
+
+    ours, reference = made(backend), made(REFERENCE)
+    tensors = [(q.codes, q.scales.float(), q.tensor_scale) for q in (ours, reference)]
+    wrong = sum(int((a != b).sum()) for a, b in zip(*tensors, strict=True) if a is not None and b is not None)
+    nonzero = float((reference.codes & 0x7F != 0).float().mean())
+    time = ""
+    if HERE.type == "cuda":
+        ms = milliseconds(lambda: made(backend))
+        moved = x.numel() * x.element_size() + ours.codes.numel() + ours.scales.numel() * ours.scales.element_size()
+        time = f"{ms:.3f} ms, {moved / ms / 1e6:.0f} GB/s of its least traffic"
+    where = "" if HERE.type == "cuda" else ", interpreted"
+    measured = f"{wrong} of {ours.codes.numel()} codes and scales differ; {nonzero:.0%} of bytes not zero{where}"
+    return Outcome(wrong == 0 and nonzero > 0.3, measured, time)
+
+
+# Native products.
+
+ROW = OperandSpec(format=E4M3, tile=Tile(1, -1))
+HOPPER_FINE, HOPPER_SQUARE = (
+    OperandSpec(format=E4M3, tile=Tile(outer, 128), scale=Fp32(input_max=True)) for outer in (1, 128)
+)
+PRODUCTS: dict[str, tuple[OperandSpec, OperandSpec]] = {
+    "tensor-wise e4m3 x e4m3": (OperandSpec(format=E4M3), OperandSpec(format=E4M3)),
+    "tensor-wise e5m2 x e4m3": (OperandSpec(format=E5M2), OperandSpec(format=E4M3)),
+    "row-wise e4m3 x e4m3": (ROW, ROW),
+    "row-wise e4m3 x tensor-wise": (ROW, OperandSpec(format=E4M3)),
+    "1x128 x 128x128, powers of two": (FINE, SQUARE),
+    "1x128 x 1x128, powers of two": (FINE, FINE),
+    "1x128 x 128x128, FP32 scales": (HOPPER_FINE, HOPPER_SQUARE),
+    "MXFP8": (MX, MX),
+    "MXFP8, weights 32x32": (MX, OperandSpec(format=E4M3, tile=Tile(32, 32), scale=PowerOfTwo())),
+    "MXFP4 as MXFP8": (FP4, FP4),
+    "NVFP4": (BLOCK16, BLOCK16),
+    "NVFP4, weights 16x16": (BLOCK16, OperandSpec(format=E2M1, tile=Tile(16, 16), scale=TwoLevel())),
+}
+
+
+def check_product(a: OperandSpec, b: OperandSpec, *, ragged: bool) -> Outcome:
+    """m, n, k of a layer, or of none of the multiples that hardware wants; bias, three output dtypes, a transpose."""
+    m, n, k = (size - less * ragged for size, less in zip(LAYER, (31, 24, 14), strict=True))
+    if reason := NATIVE.why_not(GemmSpec(a=a, b=b), (m, n, k), HERE):
+        return not_here(reason)
+    torch.manual_seed(0)
+    left, right = (
+        REFERENCE.quantize(torch.randn(rows, k, device=HERE, dtype=torch.bfloat16), spec, amax=None, noise=None)
+        for rows, spec in ((m, a), (n, b))
+    )
+    pairs = [(left, right)]
+    if b.tile.outer == b.tile.inner:  # as in dgrad: codes of the transpose
+        w = torch.randn(k, n, device=HERE, dtype=torch.bfloat16)
+        pairs.append((left, REFERENCE.quantize(w, b, amax=None, noise=None).t()))
+    worst = float("inf")
+    for x, w_q in pairs:
+        exact = REFERENCE.gemm(x, w_q, bias=None, dtype=torch.float32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for bias in (None, torch.randn(n, device=HERE).to(dtype)):
+                y = NATIVE.gemm(x, w_q, bias=bias, dtype=dtype)
+                wanted = exact if bias is None else exact + bias.float()
+                worst = min(worst, sqnr(y, wanted))
+    ms = milliseconds(lambda: NATIVE.gemm(left, right, bias=None, dtype=torch.bfloat16))
+    plain = [torch.randn(rows, k, device=HERE, dtype=torch.bfloat16) for rows in (m, n)]
+    bf16 = milliseconds(lambda: plain[0] @ plain[1].mT)
+    time = f"{ms:.3f} ms, {2 * m * n * k / ms / 1e9:.0f} TFLOP/s, {bf16 / ms:.2f} of BF16's speed"
+    return Outcome(worst >= SQNR_DB, f"{worst:.1f} dB at worst", time)
+
+
+# Whole linears.
+
+TOKENS = 1024
+
+
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(512, 768))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0](x)
+        return y
+
+
+def check_recipe(name: str) -> Outcome:
+    """y, dx and dw of a linear under ``backend=auto`` against ``backend=reference``, both on the GPU."""
+    if NATIVE.detect(HERE) is None:
+        return not_here(f"the model is on {HERE.type}")
+    args = {"keep_last": 0} if name in ("nvfp4", "mxfp4") else {}
+    results, plans = [], []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = OneBlock().to(HERE, torch.bfloat16)
+        plans.append(str(apply(load(name, args), model, tokens=TOKENS, device=HERE, backend=backend)))
+        x = torch.randn(TOKENS, 512, device=HERE, dtype=torch.bfloat16, requires_grad=True)
+        y = model(x)
+        y.backward(torch.randn_like(y))
+        (weight, *_) = model.parameters()
+        results.append([y, x.grad, weight.grad])
+    worst = min(sqnr(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    return Outcome(worst >= SQNR_DB, f"{worst:.1f} dB at worst, {plans[0].count('[scaled_mm')} of 3 GEMMs native")
+
+
+def check_all_gather() -> Outcome:
+    if torch.cuda.device_count() < 2:
+        return not_here(f"{torch.cuda.device_count()} GPUs")
+    test = [sys.executable, "-m", "pytest", "-q", "-m", "slow", str(ROOT / "tests/trainer/test_all_gather.py")]
+    result = subprocess.run(test, capture_output=True, text=True, check=False, cwd=ROOT)
+    return Outcome(result.returncode == 0, result.stdout.strip().splitlines()[-1])
+
+
+def all_checks() -> Iterator[Check]:
+    for name, (backend, spec, hadamard) in KERNELS.items():
+        for transposed in (False, True):
+            yield Check(
+                f"{backend}: {name}{' of the transpose' if transposed else ''}",
+                "the reference's bits",
+                partial(check_kernel, backend, spec, hadamard, transposed=transposed),
+            )
+    for name, (a, b) in PRODUCTS.items():
+        for ragged in (False, True):
+            yield Check(
+                f"scaled_mm: {name}{', ragged' if ragged else ''}",
+                f">= {SQNR_DB:g} dB of the reference",
+                partial(check_product, a, b, ragged=ragged),
+            )
+    for recipe in names():
+        if recipe not in ("bf16", "fp32"):
+            yield Check(f"recipe: {recipe}", f">= {SQNR_DB:g} dB of the reference", partial(check_recipe, recipe))
+    yield Check("parallel.fp8_all_gather on 2 GPUs", "the same losses, bit for bit", check_all_gather)
+
+
+CHECKS = tuple(all_checks())
