@@ -1,0 +1,346 @@
+"""Triton kernels on GPUs, or in Triton's interpreter: the codes, scales and operands of the reference, bit for bit.
+
+A quantized operand is read once and written once where its tiles fit into a block of the kernel; where a scale spans more
+(a tensor, long rows, the tensor level of NVFP4), finding the amax is a read of its own. A Hadamard transform is done
+while reading. ``docs/kernels.md`` counts the bytes.
+
+With TRITON_INTERPRET=1 the kernels run on the CPU, one operation at a time in numpy: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from precision.backends.reference import Reference
+from precision.formats import E4M3, NumberFormat
+from precision.noise import Noise
+from precision.quantize import TORCH, Quantized, operand, quantize
+from precision.quantize import _check as check
+from precision.scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, Scales, Tile, TwoLevel, Unit
+from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
+from precision.transforms import Hadamard
+
+if TYPE_CHECKING:
+    from precision.backends import triton_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDINGS = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.TRUNCATE: 2}
+MODES = {Power.FLOOR: 0, Power.CEIL: 1, Power.EVEN: 2, Power.RCEIL: 3}
+MAX_TILE = 128 * 128  # elements that one program holds
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Triton(Reference):
+    """The reference with Triton kernels for all that reads or writes a matrix, but for the products."""
+
+    name = "triton"
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
+            return f"the model is on {device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        for spec in (gemm.a, gemm.b):
+            if spec is None:
+                continue
+            if not _fits(spec.format):
+                return f"no kernel for {spec.format}"
+            if not _tile_fits(spec.tile):
+                return f"no kernel for tiles of {spec.tile}"
+            if not isinstance(spec.scale, (Unit, Fp32, Fp32Decode, PowerOfTwo, TwoLevel)):
+                return f"no kernel for scales by {spec.scale}"
+            if isinstance(spec.scale, TwoLevel) and not _fits(spec.scale.block):
+                return f"no kernel for scales in {spec.scale.block}"
+        return None
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        return quantize_fused(x, spec, amax=amax, noise=noise)
+
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        return operand(q, passes=PASSES)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return tile_amax(x, tile)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a matrix is cut for the programs of a kernel; names as there."""
+
+    tall: int
+    wide: int
+    whole_r: bool
+    whole_c: bool
+    block_r: int
+    block_c: int
+    fused: bool  # every tile lies in one block
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        return {
+            "TALL": self.tall,
+            "WIDE": self.wide,
+            "WHOLE_R": self.whole_r,
+            "WHOLE_C": self.whole_c,
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+        }
+
+    @property
+    def num_warps(self) -> int:
+        return min(16, max(4, self.block_r * self.block_c // 1024))
+
+    def programs(self, rows: int, cols: int) -> int:
+        return -(-rows // self.block_r) * -(-cols // self.block_c)
+
+
+def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group: int = 1) -> Blocks:
+    """Blocks of some 4096 elements: wide ones where a row is contiguous, else (``rows_adjoin``) about square.
+
+    ``group``: how many columns a transform takes together.
+    """
+    tall, wide = tile
+    low_r, low_c = max(tall, 1), max(wide, group, 1)
+    high_r, high_c = max(low_r, _power_above(rows)), max(low_c, _power_above(cols), 2)
+    if tile == Tile(1, -1) and high_c <= (512 if rows_adjoin else 8192):  # a whole row in a block
+        block_r, block_c = min(high_r, 32 if rows_adjoin else max(1, 4096 // high_c)), high_c
+    else:
+        block_c = min(high_c, max(low_c, 64 if rows_adjoin else 128))
+        block_r = min(high_r, max(low_r, 4096 // block_c))
+    whole_r, whole_c = tall < 0, wide < 0
+    fused = (not whole_r or block_r >= rows) and (not whole_c or block_c >= cols)
+    return Blocks(
+        tall=block_r if whole_r else tall,
+        wide=block_c if whole_c else wide,
+        whole_r=whole_r,
+        whole_c=whole_c,
+        block_r=block_r,
+        block_c=block_c,
+        fused=fused,
+    )
+
+
+def rule_of(spec: OperandSpec, dtype: torch.dtype) -> triton_kernels.Rule:
+    """The spec's scale rule as constants of a kernel; ``dtype`` is that of the input."""
+    from precision.backends.triton_kernels import Rule, grid_of
+
+    element, rule = spec.format, spec.scale
+    inverse = float(1.0 / torch.tensor(element.max, dtype=torch.float32))
+    if isinstance(rule, Unit):
+        return Rule(kind=0)
+    if isinstance(rule, Fp32):
+        return Rule(
+            kind=1,
+            top=_fp32(element.max * 2.0**-rule.margin),
+            floor=_fp32(rule.eps),
+            limit=torch.finfo(dtype).max if rule.input_max and dtype != torch.float64 else FP32_MAX,
+            pow2=rule.pow2,
+            element_has_nan=element.nan is not None,
+        )
+    if isinstance(rule, Fp32Decode):
+        return Rule(kind=2, top=element.max, floor=_fp32(rule.floor), pow2=rule.ceil_pow2)
+    if isinstance(rule, PowerOfTwo):
+        return Rule(
+            kind=3,
+            mode=MODES[rule.mode],
+            inverse_max=inverse,
+            max_exponent=element.max_exponent,
+            half_bit=1 << (22 - element.mantissa_bits),
+        )
+    assert isinstance(rule, TwoLevel)
+    top = _fp32(element.max * (rule.block_max or rule.block.max))
+    return Rule(kind=4, top=top, limit=FP32_MAX, inverse_max=inverse, block=grid_of(rule.block))
+
+
+def quantize_fused(
+    x: Tensor,
+    spec: OperandSpec,
+    *,
+    amax: Tensor | None = None,
+    noise: Noise | None = None,
+    transform: Hadamard | None = None,
+) -> Quantized:
+    """As ``precision.quantize.quantize`` of ``transform.left(x)``, bit for bit, without writing that."""
+    check(x, spec, amax, noise)
+    x = x.detach()
+    x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
+    if x.numel() == 0:
+        return quantize(x, spec, amax=amax, noise=noise)
+    from precision.backends.triton_kernels import grid_of, quantize_kernel
+
+    (outer, inner), rule, levels = x.shape, rule_of(spec, x.dtype), spec.scale.levels
+    cut = _blocks_of(x, spec.tile, transform)
+    given = tensor_amax = None
+    if levels == 1:
+        if amax is not None:
+            given = amax
+        elif not cut.fused:
+            given = tile_amax(x, spec.tile, transform)
+    elif levels == 2:
+        tensor_amax = (tile_amax(x, TENSOR, transform) if amax is None else amax).float().reshape(1)
+    grid = spec.tile.grid(outer, inner)
+    four = spec.format.bits == 4
+    codes = x.new_empty(outer, (inner + 1) // 2 if four else inner, dtype=torch.uint8)
+    scales = x.new_empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8)
+    tensor_scale = x.new_empty(1, dtype=torch.float32) if levels == 2 else None
+    key, offset, transposed = _noise(noise, x.device)
+    _launch(
+        quantize_kernel,
+        cut.programs(outer, inner),
+        x,
+        codes,
+        scales,
+        given.float().reshape(grid).contiguous() if given is not None else None,
+        tensor_amax,
+        tensor_scale,
+        _signs(transform, x.device),
+        key,
+        offset,
+        *(outer, inner, *x.stride(), *grid),
+        F=grid_of(spec.format),
+        R=rule,
+        ROUNDING=ROUNDINGS[spec.rounding],
+        TRANSPOSED_NOISE=transposed,
+        GIVEN=given is not None,
+        HADAMARD=transform.size if transform is not None else 0,
+        **hardware(x.device),
+        **cut.constexprs,
+        num_warps=cut.num_warps,
+    )
+    return Quantized(
+        codes=codes,
+        scales=scales,
+        tensor_scale=tensor_scale.reshape(()) if tensor_scale is not None else None,
+        shape=(outer, inner),
+        spec=spec,
+    )
+
+
+def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tensor:
+    """As ``precision.quantize.amax`` of ``transform.left(x)``, bit for bit."""
+    x = x.detach()
+    if x.numel() == 0 or not _tile_fits(tile):
+        return TORCH.amax(x if transform is None else transform.left(x), tile)
+    from precision.backends.triton_kernels import amax_kernel
+
+    x = x if x.dtype in DTYPES else x.float()
+    (outer, inner), cut = x.shape, _blocks_of(x, tile, transform)
+    grid = tile.grid(outer, inner)
+    make = torch.zeros if cut.whole_r or cut.whole_c else torch.empty
+    out = make(grid, dtype=torch.int32, device=x.device)
+    _launch(
+        amax_kernel,
+        cut.programs(outer, inner),
+        x,
+        out,
+        _signs(transform, x.device),
+        *(outer, inner, *x.stride(), *grid),
+        HADAMARD=transform.size if transform is not None else 0,
+        HARDWARE=hardware(x.device)["HARDWARE"],
+        **cut.constexprs,
+        num_warps=cut.num_warps,
+    )
+    return out.view(torch.float32)
+
+
+class _Passes:
+    """The passes of ``precision.quantize`` that are of use without fusion."""
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return tile_amax(x, tile)
+
+    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
+        return TORCH.scales(spec, amax, tensor_amax, dtype)
+
+    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
+        return TORCH.centred(codes, tiny_exponent)
+
+    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
+        return TORCH.encode(x, scales, spec, noise)
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
+        if not known or q.codes.numel() == 0:
+            return TORCH.values(q, factors, dtype)
+        from precision.backends.triton_kernels import grid_of, values_kernel
+
+        outer, inner = q.stored_shape
+        out = q.codes.new_empty(outer, inner, dtype=dtype)
+        cut = blocks(q.spec.tile, outer, inner)
+        _launch(
+            values_kernel,
+            cut.programs(outer, inner),
+            q.codes,
+            factors.contiguous() if factors is not None else None,
+            out.view(torch.int16) if dtype == torch.bfloat16 else out,
+            *(outer, inner, *q.spec.tile.grid(outer, inner)),
+            F=grid_of(q.spec.format),
+            SCALED=factors is not None,
+            **cut.constexprs,
+            num_warps=cut.num_warps,
+        )
+        return out.mT if q.transposed else out
+
+
+PASSES = _Passes()
+
+
+def hardware(device: torch.device) -> dict[str, bool]:
+    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return {"HARDWARE": capability >= (8, 9), "E2M1_HARDWARE": capability >= (10, 0)}
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+    """No product and sum may become one FMA: it would round once."""
+    kernel[(programs,)](*args, **kwargs, enable_fp_fusion=False)
+
+
+def _blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:
+    group = transform.size if transform is not None else 1
+    return blocks(tile, *x.shape, rows_adjoin=x.stride(1) != 1 and x.stride(0) == 1, group=group)
+
+
+def _fits(format: NumberFormat) -> bool:
+    return format.bits <= 8 and not format.scales_only and format.min_exponent > -126
+
+
+def _tile_fits(tile: Tile) -> bool:
+    if any(extent > 0 and extent & (extent - 1) for extent in tile):
+        return False
+    return tile in (TENSOR, Tile(1, -1), Tile(-1, 1)) or (min(tile) > 0 and tile.outer * tile.inner <= MAX_TILE)
+
+
+def _power_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _fp32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _noise(noise: Noise | None, device: torch.device) -> tuple[Tensor | None, Tensor | None, bool]:
+    if noise is None:
+        return None, None, False
+    offset = torch.as_tensor(noise.row_offset, dtype=torch.int64, device=device).reshape(1)
+    return noise.key.contiguous(), offset, noise.transposed
+
+
+def _signs(transform: Hadamard | None, device: torch.device) -> Tensor | None:
+    return None if transform is None else _sign_vector(transform, device)
+
+
+@functools.cache
+def _sign_vector(transform: Hadamard, device: torch.device) -> Tensor:
+    return torch.tensor(transform.vector(), dtype=torch.float32, device=device)
