@@ -16,6 +16,7 @@ from torch import Tensor
 
 from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
+from precision.backends.triton import Triton
 from precision.noise import Noise
 from precision.quantize import Quantized
 from precision.scaling import Tile
@@ -51,7 +52,7 @@ class Backend(Protocol):
 
 
 REFERENCE: Backend = Reference()
-ORDER: tuple[Backend, ...] = (Cpu(), REFERENCE)
+ORDER: tuple[Backend, ...] = (Cpu(), Triton(), REFERENCE)
 
 
 def require_backend(name: str) -> None:

@@ -41,13 +41,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _runs_on(device: torch.device) -> bool:
+    return device.type == ("cpu" if interpreted() else "cuda")
+
+
 class Triton(Reference):
-    """The reference with Triton kernels for all that reads or writes a matrix, but for the products."""
+    """The reference with Triton kernels for all that reads or writes a matrix, but for the products.
+
+    Plain torch where there is no kernel: for other devices, empty matrices, odd tiles.
+    """
 
     name = "triton"
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
-        if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
+        if not _runs_on(device):
             return f"the model is on {device.type}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -72,6 +79,11 @@ class Triton(Reference):
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         return tile_amax(x, tile)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not _runs_on(x.device):
+            return super().transformed(transform, x, left=left)
+        return hadamard(x, transform)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +187,18 @@ def quantize_fused(
     check(x, spec, amax, noise)
     x = x.detach()
     x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
-    if x.numel() == 0:
-        return quantize(x, spec, amax=amax, noise=noise)
+    if x.numel() == 0 or not _runs_on(x.device) or not _fits(spec.format) or not _tile_fits(spec.tile):
+        return quantize(x if transform is None else transform.left(x), spec, amax=amax, noise=noise)
     from precision.backends.triton_kernels import grid_of, quantize_kernel
 
     (outer, inner), rule, levels = x.shape, rule_of(spec, x.dtype), spec.scale.levels
     cut = _blocks_of(x, spec.tile, transform)
     given = tensor_amax = None
-    if levels == 1:
-        if amax is not None:
-            given = amax
-        elif not cut.fused:
-            given = tile_amax(x, spec.tile, transform)
-    elif levels == 2:
+    if levels == 1 and amax is not None:
+        given = amax
+    elif levels and not cut.fused:
+        given = tile_amax(x, spec.tile, transform)
+    if levels == 2:
         tensor_amax = (tile_amax(x, TENSOR, transform) if amax is None else amax).float().reshape(1)
     grid = spec.tile.grid(outer, inner)
     four = spec.format.bits == 4
@@ -207,7 +218,7 @@ def quantize_fused(
         _signs(transform, x.device),
         key,
         offset,
-        *(outer, inner, *x.stride(), *grid),
+        *(outer, inner, *x.stride(), codes.shape[1], *grid),
         F=grid_of(spec.format),
         R=rule,
         ROUNDING=ROUNDINGS[spec.rounding],
@@ -230,7 +241,7 @@ def quantize_fused(
 def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tensor:
     """As ``precision.quantize.amax`` of ``transform.left(x)``, bit for bit."""
     x = x.detach()
-    if x.numel() == 0 or not _tile_fits(tile):
+    if x.numel() == 0 or not _runs_on(x.device) or not _tile_fits(tile):
         return TORCH.amax(x if transform is None else transform.left(x), tile)
     from precision.backends.triton_kernels import amax_kernel
 
@@ -254,6 +265,43 @@ def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tenso
     return out.view(torch.float32)
 
 
+def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
+    """As ``transform.left(x)``, bit for bit."""
+    from precision.backends.triton_kernels import hadamard_kernel
+
+    (outer, inner), cut = x.shape, _blocks_of(x, TENSOR, transform)
+    out = torch.empty(outer, inner, dtype=x.dtype, device=x.device)
+    _launch(
+        hadamard_kernel,
+        cut.programs(outer, inner),
+        x,
+        out.view(torch.int16) if x.dtype == torch.bfloat16 else out,
+        _signs(transform, x.device),
+        *(outer, inner, *x.stride()),
+        BLOCK_R=cut.block_r,
+        BLOCK_C=cut.block_c,
+        HADAMARD=transform.size,
+        HARDWARE=hardware(x.device)["HARDWARE"],
+        num_warps=cut.num_warps,
+    )
+    return out
+
+
+def swizzled(scales: Tensor) -> Tensor:
+    """Scale codes uint8 [rows, cols] as tensor cores of Blackwell read them: uint8 [128 * R * 4 * C], flat.
+
+    Padded with zeros to [128 R, 4 C]; then ``view(R, 4, 32, C, 4).permute(0, 3, 2, 1, 4)``.
+    """
+    from precision.backends.triton_kernels import swizzle_kernel
+
+    rows, cols = scales.shape
+    pieces_r, pieces_c = -(-rows // 128), -(-cols // 4)
+    out = scales.new_empty(pieces_r * pieces_c * 512)
+    if out.numel():
+        _launch(swizzle_kernel, pieces_r * pieces_c, scales.contiguous(), out, rows, cols, pieces_c, num_warps=4)
+    return out
+
+
 class _Passes:
     """The passes of ``precision.quantize`` that are of use without fusion."""
 
@@ -271,7 +319,7 @@ class _Passes:
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
-        if not known or q.codes.numel() == 0:
+        if not known or q.codes.numel() == 0 or not _runs_on(q.codes.device):
             return TORCH.values(q, factors, dtype)
         from precision.backends.triton_kernels import grid_of, values_kernel
 
@@ -284,7 +332,7 @@ class _Passes:
             q.codes,
             factors.contiguous() if factors is not None else None,
             out.view(torch.int16) if dtype == torch.bfloat16 else out,
-            *(outer, inner, *q.spec.tile.grid(outer, inner)),
+            *(outer, inner, q.codes.shape[1], *q.spec.tile.grid(outer, inner)),
             F=grid_of(q.spec.format),
             SCALED=factors is not None,
             **cut.constexprs,

@@ -357,7 +357,7 @@ def amax_kernel(
 @triton.jit
 def quantize_kernel(
     x, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
-    rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
@@ -367,7 +367,7 @@ def quantize_kernel(
 
     ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
     must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
-    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, cols], or [rows, ceil(cols / 2)] of 4 bits.
+    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
@@ -403,7 +403,6 @@ def quantize_kernel(
         uniform = _uniform(c, r, key, row_offset) if TRANSPOSED_NOISE else _uniform(r, c, key, row_offset)
     if F.bits == 4:
         half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-        packed_cols = (cols + 1) // 2
         if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
             low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [BLOCK_R, BLOCK_C // 2, 2]))
             packed = _packed_e2m1(low, high)
@@ -411,11 +410,43 @@ def quantize_kernel(
             code = tl.where(c < cols, _codes(y, uniform, F, ROUNDING, HARDWARE), 0)
             low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
             packed = low | (high << 4)
-        place = codes + r.to(tl.int64) * packed_cols + half
-        tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < packed_cols))
+        place = codes + r.to(tl.int64) * bytes_c + half
+        tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
     else:
         code = _codes(y, uniform, F, ROUNDING, HARDWARE)
-        tl.store(codes + r.to(tl.int64) * cols + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+        tl.store(codes + r.to(tl.int64) * bytes_c + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+
+
+@triton.jit
+def hadamard_kernel(
+    x, out, signs, rows, cols, stride_r, stride_c,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols], contiguous: the transform of x in its dtype; for BF16 its bits as int16."""
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    place, mask = out + r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
+    if out.dtype.element_ty == tl.int16:
+        tl.store(place, (_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16
+    else:
+        tl.store(place, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swizzle_kernel(scales, out, rows, cols, cols_of_4):
+    """uint8 scales [rows, cols] in the order tensor cores of Blackwell read: 128 x 4 at a time, padded with zeros.
+
+    The 128 rows of a piece are 4 groups of 32: row 32 g + i and column j of it lie at 16 i + 4 g + j.
+    """
+    piece_r, piece_c = tl.program_id(0) // cols_of_4, tl.program_id(0) % cols_of_4
+    place = tl.arange(0, 512)
+    i, g, j = place // 16, place // 4 % 4, place % 4
+    r, c = piece_r * 128 + g * 32 + i, piece_c * 4 + j
+    code = tl.load(scales + r.to(tl.int64) * cols + c, mask=(r < rows) & (c < cols), other=0)
+    tl.store(out + tl.program_id(0).to(tl.int64) * 512 + place, code)
 
 
 @_inlined
@@ -433,7 +464,7 @@ def _packed_e2m1(low, high):
 
 @triton.jit
 def values_kernel(
-    codes, factors, out, rows, cols, grid_rows, grid_cols,
+    codes, factors, out, rows, cols, bytes_c, grid_rows, grid_cols,
     F: tl.constexpr, SCALED: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -448,13 +479,12 @@ def values_kernel(
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (r < rows) & (c < cols)
     if F.bits == 4:
-        packed_cols = (cols + 1) // 2
         half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-        place = codes + r.to(tl.int64) * packed_cols + half
-        packed = tl.load(place, mask=(r < rows) & (half < packed_cols), other=0).to(tl.int32)
+        place = codes + r.to(tl.int64) * bytes_c + half
+        packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
         code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
     else:
-        code = tl.load(codes + r.to(tl.int64) * cols + c, mask=mask, other=0).to(tl.int32)
+        code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
     value = _value(code & ((1 << F.bits) - 1), F)
     if SCALED:
         i = _tile_places(block_r * (BLOCK_R // TALL), rows, BLOCK_R, TALL, WHOLE_R)[:, None]

@@ -1,0 +1,143 @@
+"""The Triton kernels in Triton's interpreter against the reference, bit for bit: run by ``test_triton`` in a process of
+its own, since TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+
+from precision.backends import REFERENCE, choose
+from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
+from precision.formats import E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from precision.noise import Noise, base_key, step_key
+from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+
+BACKEND = Triton()
+TILES = (
+    TENSOR,
+    Tile(1, -1),
+    Tile(-1, 1),
+    *(Tile(1, wide) for wide in (16, 32, 128)),
+    *(Tile(side, side) for side in (16, 32, 128)),
+)
+RULES = (*SCALES, Fp32(margin=1, eps=1e-12), Fp32Decode(), Fp32Decode(ceil_pow2=True), TwoLevel(block=E5M2), Unit())
+NVFP4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+MXFP8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+
+
+def noise(number: int = 0, *, row_offset: int = 0, transposed: bool = False) -> Noise:
+    return Noise(key=step_key(base_key(1, "layers.0", 2), number), row_offset=row_offset, transposed=transposed)
+
+
+def assert_same(spec: OperandSpec, x: torch.Tensor, source: Noise | None) -> None:
+    ours = BACKEND.quantize(x, spec, amax=None, noise=source)
+    theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
+    assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
+    assert all(map(equal, BACKEND.operand(ours), REFERENCE.operand(theirs))), (str(spec), x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
+def test_codes_scales_and_operands(format: NumberFormat) -> None:
+    """A sample of all combinations; every tile and rule with every format."""
+    rng = random.Random(str(format))
+    number = 0
+    for tile, rule in itertools.product(TILES, RULES):
+        if (rule.levels == 0) != (tile == TENSOR and rng.random() < 0.2) or (rule.levels == 2 and tile == TENSOR):
+            continue
+        if rng.random() < 0.6:
+            continue
+        number += 1
+        rounding = rng.choice(list(Rounding))
+        spec = OperandSpec(format=format, tile=tile, scale=rule, rounding=rounding)
+        source = None
+        if rounding is Rounding.STOCHASTIC:
+            offset = rng.choice([0, 5, 2**32 - 3, 2**40])
+            source = noise(number, row_offset=offset, transposed=rng.random() < 0.5)
+        samples = list(matrices(rng.choice(SHAPES), rng.choice(DTYPES), number))
+        assert_same(spec, samples[number % len(samples)], source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4, replace(NVFP4, tile=Tile(16, 16))], ids=str)
+def test_edge_values(spec: OperandSpec, dtype: torch.dtype) -> None:
+    for x in matrices((33, 50), dtype, 3):
+        assert_same(spec, x, None)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_amax(tile: Tile) -> None:
+    for number, dtype in enumerate(DTYPES):
+        for x in list(matrices((130, 65), dtype, number))[number::3]:
+            assert equal(BACKEND.amax(x, tile), REFERENCE.amax(x, tile)), (dtype, x.stride())
+
+
+def test_an_amax_from_elsewhere() -> None:
+    x = torch.randn(40, 70)
+    for spec in (OperandSpec(format=E4M3, amax=Delayed()), MXFP8, NVFP4, replace(MXFP8, tile=Tile(1, -1))):
+        count = 1 if spec.scale.levels == 2 else spec.tile.grid(40, 70)[0] * spec.tile.grid(40, 70)[1]
+        given = torch.rand(count) * 4
+        ours, theirs = (b.quantize(x, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        assert same_codes(ours, theirs), spec
+    with pytest.raises(ValueError, match="scales by an earlier amax"):
+        BACKEND.quantize(x, OperandSpec(format=E4M3, amax=Delayed()), amax=None, noise=None)
+
+
+@pytest.mark.parametrize("size", [2, 16, 128])
+def test_hadamard(size: int) -> None:
+    transform = Hadamard(size=size, signs=3)
+    for number, (shape, dtype) in enumerate(itertools.product(SHAPES, DTYPES)):
+        x = list(matrices(shape, dtype, size))[number % 11]
+        assert equal(BACKEND.transformed(transform, x, left=True), transform.left(x)), (shape, dtype, x.stride())
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bool) -> None:
+    """What wgrad reads of a tensor in the NVFP4 and MXFP4 recipes, without the transformed matrix ever being written."""
+    mxfp4 = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo())
+    for number, (spec, size) in enumerate([(NVFP4, 16), (NVFP4, 64), (mxfp4, 32)]):
+        transform = Hadamard(size=size, signs="te" if size == 16 else 0)
+        spec = replace(spec, rounding=Rounding.STOCHASTIC) if stochastic else spec
+        source = noise(row_offset=7, transposed=True) if stochastic else None
+        for x in list(matrices((100, 33), dtype, number))[number::4]:
+            ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
+            theirs = REFERENCE.quantize(transform.left(x.mT), spec, amax=None, noise=source)
+            assert same_codes(ours, theirs), (str(spec), x.dtype)
+
+
+@pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4], ids=str)
+def test_rows_of_the_benchmarked_shape(spec: OperandSpec) -> None:
+    """32 of the 8192 x 704 activations, along their rows; and 32 of their columns, along the tokens."""
+    x = (torch.randn(8192, 704, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    given = REFERENCE.amax(x, TENSOR) if spec.tile == TENSOR or spec.scale.levels == 2 else None
+    for part in (x[:32], x.mT[:16, :1024]):
+        ours, theirs = (b.quantize(part, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        assert same_codes(ours, theirs)
+        assert equal(tile_amax(part, spec.tile), REFERENCE.amax(part, spec.tile))
+
+
+def test_swizzled_scales() -> None:
+    scales = torch.randint(0, 256, (200, 9), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(scales, (0, 3, 0, 56))
+    assert torch.equal(swizzled(scales), padded.view(2, 4, 32, 3, 4).permute(0, 3, 2, 1, 4).flatten())
+
+
+def test_chosen_by_name_and_refused_with_reasons() -> None:
+    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
+    assert str(choose(gemm, (64, 64, 64), cpu, "triton")) == "triton"
+    for spec, reason in (
+        (replace(MXFP8, tile=Tile(3, 5)), "no kernel for tiles of 3x5"),
+        (replace(MXFP8, tile=Tile(256, 256)), "no kernel for tiles of 256x256"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")
+    assert BACKEND.why_not(gemm, (64, 64, 64), torch.device("meta")) == "the model is on meta"
+    assert equal(hadamard(torch.ones(2, 16), Hadamard()), Hadamard().left(torch.ones(2, 16)))
