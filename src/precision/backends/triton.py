@@ -12,7 +12,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +44,40 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a kernel would be launched with: its arguments by name, tensors for pointers."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+
+@dataclass(slots=True)
+class Recording:
+    """Launches for a GPU of this compute capability, instead of running them."""
+
+    capability: tuple[int, int]
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
+    """Note launches instead of running them; tensors may be on the meta device. For ahead-of-time compilation."""
+    record = Recording(capability)
+    token = _recording.set(record)
+    try:
+        yield record.launches
+    finally:
+        _recording.reset(token)
+
+
 def _runs_on(device: torch.device) -> bool:
-    return device.type == ("cpu" if interpreted() else "cuda")
+    return _recording.get() is not None or device.type == ("cpu" if interpreted() else "cuda")
 
 
 class Triton(Reference):
@@ -84,6 +119,22 @@ class Triton(Reference):
         if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not _runs_on(x.device):
             return super().transformed(transform, x, left=left)
         return hadamard(x, transform)
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+    ) -> Quantized:
+        """The codes of what ``transform`` makes of x, in the passes that those of x take."""
+        if transform is None or (isinstance(transform, Hadamard) and x.dtype in DTYPES):
+            return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform)
+        return self.quantize(self.transformed(transform, x, left=left), spec, amax=amax, noise=noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,13 +397,21 @@ PASSES = _Passes()
 
 def hardware(device: torch.device) -> dict[str, bool]:
     """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    record = _recording.get()
+    if record is not None:
+        capability = record.capability
+    else:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return {"HARDWARE": capability >= (8, 9), "E2M1_HARDWARE": capability >= (10, 0)}
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+def _launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> None:
     """No product and sum may become one FMA: it would round once."""
-    kernel[(programs,)](*args, **kwargs, enable_fp_fusion=False)
+    if (record := _recording.get()) is not None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        record.launches.append(Launch(kernel, programs, arguments, num_warps))
+        return
+    kernel[(programs,)](*args, **kwargs, num_warps=num_warps, enable_fp_fusion=False)
 
 
 def _blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:
