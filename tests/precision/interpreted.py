@@ -7,15 +7,18 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+from torch import Tensor, nn
 
 from precision.backends import REFERENCE, choose
 from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
 from precision.formats import E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
+from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
@@ -37,7 +40,7 @@ def noise(number: int = 0, *, row_offset: int = 0, transposed: bool = False) -> 
     return Noise(key=step_key(base_key(1, "layers.0", 2), number), row_offset=row_offset, transposed=transposed)
 
 
-def assert_same(spec: OperandSpec, x: torch.Tensor, source: Noise | None) -> None:
+def assert_same(spec: OperandSpec, x: Tensor, source: Noise | None) -> None:
     ours = BACKEND.quantize(x, spec, amax=None, noise=source)
     theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
     assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
@@ -46,13 +49,13 @@ def assert_same(spec: OperandSpec, x: torch.Tensor, source: Noise | None) -> Non
 
 @pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
 def test_codes_scales_and_operands(format: NumberFormat) -> None:
-    """A sample of all combinations; every tile and rule with every format."""
+    """A sample of all combinations, another one for each format."""
     rng = random.Random(str(format))
     number = 0
     for tile, rule in itertools.product(TILES, RULES):
         if (rule.levels == 0) != (tile == TENSOR and rng.random() < 0.2) or (rule.levels == 2 and tile == TENSOR):
             continue
-        if rng.random() < 0.6:
+        if rng.random() < 0.8:
             continue
         number += 1
         rounding = rng.choice(list(Rounding))
@@ -93,7 +96,8 @@ def test_an_amax_from_elsewhere() -> None:
 @pytest.mark.parametrize("size", [2, 16, 128])
 def test_hadamard(size: int) -> None:
     transform = Hadamard(size=size, signs=3)
-    for number, (shape, dtype) in enumerate(itertools.product(SHAPES, DTYPES)):
+    for number, shape in enumerate(SHAPES):
+        dtype = DTYPES[(number + size) % 3]
         x = list(matrices(shape, dtype, size))[number % 11]
         assert equal(BACKEND.transformed(transform, x, left=True), transform.left(x)), (shape, dtype, x.stride())
 
@@ -101,13 +105,13 @@ def test_hadamard(size: int) -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bool) -> None:
-    """What wgrad reads of a tensor in the NVFP4 and MXFP4 recipes, without the transformed matrix ever being written."""
+    """What wgrad reads of a tensor in NVFP4 and MXFP4: the transformed matrix is never written."""
     mxfp4 = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo())
-    for number, (spec, size) in enumerate([(NVFP4, 16), (NVFP4, 64), (mxfp4, 32)]):
-        transform = Hadamard(size=size, signs="te" if size == 16 else 0)
-        spec = replace(spec, rounding=Rounding.STOCHASTIC) if stochastic else spec
+    rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+    for number, (base, size) in enumerate([(NVFP4, 16), (NVFP4, 64), (mxfp4, 32)]):
+        transform, spec = Hadamard(size=size, signs="te" if size == 16 else 0), replace(base, rounding=rounding)
         source = noise(row_offset=7, transposed=True) if stochastic else None
-        for x in list(matrices((100, 33), dtype, number))[number::4]:
+        for x in list(matrices((100, 33), dtype, number))[number::5]:
             ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
             theirs = REFERENCE.quantize(transform.left(x.mT), spec, amax=None, noise=source)
             assert same_codes(ours, theirs), (str(spec), x.dtype)
@@ -141,3 +145,53 @@ def test_chosen_by_name_and_refused_with_reasons() -> None:
             choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")
     assert BACKEND.why_not(gemm, (64, 64, 64), torch.device("meta")) == "the model is on meta"
     assert equal(hadamard(torch.ones(2, 16), Hadamard()), Hadamard().left(torch.ones(2, 16)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+def one_step(recipe: str, backend: str, **arguments: Any) -> tuple[str, list[Tensor]]:
+    """plan.txt, and the losses and gradients of a step and the loss after it, of a model of two blocks."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])}).to(torch.bfloat16)
+    plan = apply(load(recipe, arguments), model, backend=backend)
+    x = torch.randn(2, 24, 32).bfloat16()
+    seen = []
+    for step in range(2):
+        plan.begin_step(step, 0, 2)
+        h = x
+        for block in model["layers"]:
+            h = block(h)
+        loss = h.float().square().mean()
+        seen.append(loss.detach())
+        if step == 0:
+            loss.backward()
+            plan.end_step()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                seen.append(parameter.grad)
+                parameter.data -= 0.1 * parameter.grad
+    return str(plan), seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [
+        ("fp8_delayed", {}),
+        ("fp8_block", {"block": 16}),
+        ("mxfp8", {}),
+        ("nvfp4", {"keep_last": 0, "bf16_forward": 0}),
+    ],
+)
+def test_a_model_trains_with_it_and_the_plan_says_so(recipe: str, arguments: dict[str, Any]) -> None:
+    plan, ours = one_step(recipe, "triton", **arguments)
+    _, theirs = one_step(recipe, "reference", **arguments)
+    assert plan.count("[triton]") == 3 * 4
+    assert all(map(equal, ours, theirs))

@@ -56,7 +56,14 @@ def test_aot_reads_an_operand_once() -> None:
         with recording((9, 0)) as launches:
             call()
         numbers[name] = [launch.kernel.__name__ for launch in launches]
-    for name in ("fp8 row", "fp8 1x128, columns", "fp8 128x128", "mxfp8", "mxfp8, columns", "fp8 tensor, e5m2, amax given"):
+    for name in (
+        "fp8 row",
+        "fp8 1x128, columns",
+        "fp8 128x128",
+        "mxfp8",
+        "mxfp8, columns",
+        "fp8 tensor, e5m2, amax given",
+    ):
         assert numbers[name] == ["quantize_kernel"], name
     for name in ("fp8 tensor", "fp8 row, columns", "nvfp4", "nvfp4, columns, hadamard16, sr"):
         assert numbers[name] == ["amax_kernel", "quantize_kernel"], name

@@ -1,8 +1,8 @@
 """Triton kernels on GPUs, or in Triton's interpreter: the codes, scales and operands of the reference, bit for bit.
 
-A quantized operand is read once and written once where its tiles fit into a block of the kernel; where a scale spans more
-(a tensor, long rows, the tensor level of NVFP4), finding the amax is a read of its own. A Hadamard transform is done
-while reading. ``docs/kernels.md`` counts the bytes.
+A quantized operand is read once and written once where its tiles fit into a block of the kernel; where a scale spans
+more (a tensor, long rows, the tensor level of NVFP4), finding the amax is a read of its own. A Hadamard transform is
+done while reading. ``docs/kernels.md`` counts the bytes.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, one operation at a time in numpy: for tests.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from precision.backends.reference import Reference
-from precision.formats import E4M3, NumberFormat
+from precision.formats import NumberFormat
 from precision.noise import Noise
 from precision.quantize import TORCH, Quantized, operand, quantize
 from precision.quantize import _check as check

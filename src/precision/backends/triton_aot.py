@@ -4,8 +4,8 @@
         quantize_fused(torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta"), spec)
     compiled = [compile(launch, 90) for launch in launches]
 
-What is compiled is what a GPU would be given for such a call: the same constants, pointers aligned to 16 bytes, integers
-specialized where they are 1 or multiples of 16.
+What is compiled is what a GPU would be given for such a call: the same constants, pointers aligned to 16 bytes,
+integers specialized where they are 1 or multiples of 16.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
 from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled
 from precision.formats import E2M1, E4M3, E5M2

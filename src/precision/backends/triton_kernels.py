@@ -1,13 +1,14 @@
-"""Triton kernels: the codes and scales of ``precision.quantize``, bit for bit, in as few passes over memory as there can be.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Triton kernels: the codes and scales of ``precision.quantize``, bit for bit, in few passes over memory.
 
 Every rounding is done with integer operations and single FP32 operations, as ``precision.formats`` defines it, so that
 Triton's interpreter (whose narrow casts are wrong) gives the same bits as a GPU. On a GPU, ``HARDWARE`` lets the
-conversion instructions do what they provably do alike: round a finite value of at most the format's maximum to the
-nearest, ties to even, has one answer; NaN and saturation are dealt with before. Compile with ``enable_fp_fusion=False``:
-a product and a sum that become one FMA round once instead of twice.
+conversion instructions do what they provably do alike: to round a finite value of at most the format's maximum to the
+nearest, ties to even, has one answer; NaN and saturation are dealt with before. Compile with
+``enable_fp_fusion=False``: a product and a sum that become one FMA round once instead of twice.
 
-A block [BLOCK_R, BLOCK_C] of a matrix [rows, cols] (any strides, contraction last) holds whole tiles [TALL, WIDE], powers
-of two. A tile of whole extent (WHOLE_R, WHOLE_C) is as large as the block here and has index 0 in its grid everywhere.
+A block [BLOCK_R, BLOCK_C] of a matrix [rows, cols] (any strides, contraction last) holds whole tiles [TALL, WIDE],
+powers of two. A tile of whole extent (WHOLE_R, WHOLE_C) is as large as the block here; its index in its grid is 0.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 
 from precision.formats import NumberFormat
 
@@ -89,7 +90,7 @@ class Rule:
 
 
 def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of kernels. The interpreter sets itself up at every call of a jit function: plain Python is faster there."""
+    """A part of kernels; plain Python to the interpreter, which sets itself up anew at every call of a jit function."""
     return function if triton.knobs.runtime.interpret else triton.jit(function)
 
 
@@ -152,11 +153,8 @@ def _codes(y, uniform, F: tl.constexpr, ROUNDING: tl.constexpr, HARDWARE: tl.con
             normal = (_bits(r) >> (23 - F.m)) - F.bias_shift
             small = tl.minimum(r * F.to_small, 2.0**F.m).to(tl.int32)
             code = tl.where(r < F.least_normal, small, normal)
-    if F.integer:
-        code = tl.where(sign == 1, -code, code) & ((1 << F.bits) - 1)
-    else:
-        code = code | (sign << (F.bits - 1))
-    return tl.where(nan, F.nan_code, code)
+    negative = (-code & ((1 << F.bits) - 1)) if F.integer else code | (1 << (F.bits - 1))
+    return tl.where(nan, F.nan_code, tl.where(sign == 1, negative, code))
 
 
 @_inlined
