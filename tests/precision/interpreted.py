@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from precision.backends import REFERENCE, choose
 from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
-from precision.formats import E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
+from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
+from precision.quantize import Quantized, dequantize
 from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
@@ -195,3 +197,75 @@ def test_a_model_trains_with_it_and_the_plan_says_so(recipe: str, arguments: dic
     _, theirs = one_step(recipe, "reference", **arguments)
     assert plan.count("[triton]") == 3 * 4
     assert all(map(equal, ours, theirs))
+
+
+def test_adamw_over_narrow_states() -> None:
+    """Against plain torch. Square roots are IEEE's, which those of torch on a CPU with MKL are not."""
+    rows, cols, number = 21, 90, 0
+    e4m3 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=Fp32Decode(floor=1e-30))
+    whole = replace(e4m3, format=E5M2, tile=TENSOR)
+    generator = torch.Generator().manual_seed(0)
+    kinds: list[OperandSpec | torch.dtype] = [torch.float32, torch.bfloat16, e4m3, whole]
+    for first, second in [(2, 2), (3, 2), (0, 3), (1, 0)]:
+        for stochastic in (False, True):
+            number += 1
+            specs = [kinds[first], kinds[second], (torch.float32, torch.bfloat16, whole)[number % 3]]
+            values = [torch.randn(rows, cols, generator=generator) for _ in range(4)]
+            values[1] = values[1].square()
+            values[1][0, :5] = torch.tensor([0.0, 1e-30, 1e-44, 1e30, 0.0])
+            grad = values[3].to(DTYPES[number % 2])
+            grad[2, :3] = torch.tensor([0.0, -0.0, 1e-20])
+            rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+            states = [made(value, spec, rounding, slot) for slot, (value, spec) in enumerate(zip(values, specs))]
+            before = [decoded(state) for state in states]
+            weight = torch.zeros(rows, cols, dtype=DTYPES[number % 2]) if states[2].spec is not None else None
+            step = Step(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, decay=0.1 * (number % 2), t=number)
+            expected = updated(grad.float(), before, step)
+            tops = adamw_amaxes(grad, *states, step)
+            for top, state, value in zip(tops, states, expected, strict=True):
+                assert float(top) == (float(value.abs().max()) if state.whole else 0.0)
+            adamw(grad, *states, step, weight=weight, amaxes=tops, row_offset=3)
+            for slot, (state, value) in enumerate(zip(states, expected, strict=True)):
+                anew = made(value, specs[slot], rounding, slot, row_offset=3)
+                assert equal(state.values, anew.values), (number, slot)
+                assert equal(state.scales, anew.scales)
+            if weight is not None:
+                assert equal(weight, decoded(states[2]).to(weight.dtype))
+    with pytest.raises(ValueError, match="no kernel for states"):
+        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
+
+
+def made(
+    value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0
+) -> State:
+    """A state that holds ``value``."""
+    source = noise(slot, row_offset=row_offset) if rounding is Rounding.STOCHASTIC else None
+    key = source.key if source is not None else None
+    if isinstance(spec, OperandSpec):
+        spec = replace(spec, rounding=rounding)
+        q = REFERENCE.quantize(value, spec, amax=None, noise=source)
+        return State(values=q.codes, scales=q.scales, spec=spec, key=key)
+    if spec == torch.float32:
+        return State(values=value.clone())
+    rounded = BF16.round(value, source.uniform(*value.shape) if source is not None else None)
+    return State(values=rounded.to(spec), rounding=rounding, key=key)
+
+
+def decoded(state: State) -> Tensor:
+    if state.spec is None:
+        return state.values.float()
+    assert state.scales is not None
+    rows, cols = state.values.shape
+    return dequantize(
+        Quantized(codes=state.values, scales=state.scales, tensor_scale=None, shape=(rows, cols), spec=state.spec)
+    )
+
+
+def updated(grad: Tensor, before: list[Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW as the kernel's docstring has it; a fused multiply-add by way of float64, which here rounds alike."""
+    m, v, w = before
+    s = {name: torch.tensor(value) for name, value in step.scalars().items()}
+    m = (s["lerp"].double() * (grad - m).double() + m.double()).float()
+    v = ((s["square"] * grad).double() * grad.double() + (v * s["beta2"]).double()).float()
+    root = v.double().sqrt().float() / s["correction"] + s["eps"]
+    return m, v, w * s["decay"] + (s["step"] * m) / root

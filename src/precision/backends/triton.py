@@ -257,7 +257,7 @@ def quantize_fused(
     scales = x.new_empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8)
     tensor_scale = x.new_empty(1, dtype=torch.float32) if levels == 2 else None
     key, offset, transposed = _noise(noise, x.device)
-    _launch(
+    launch(
         quantize_kernel,
         cut.programs(outer, inner),
         x,
@@ -301,7 +301,7 @@ def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tenso
     grid = tile.grid(outer, inner)
     make = torch.zeros if cut.whole_r or cut.whole_c else torch.empty
     out = make(grid, dtype=torch.int32, device=x.device)
-    _launch(
+    launch(
         amax_kernel,
         cut.programs(outer, inner),
         x,
@@ -322,7 +322,7 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
 
     (outer, inner), cut = x.shape, _blocks_of(x, TENSOR, transform)
     out = torch.empty(outer, inner, dtype=x.dtype, device=x.device)
-    _launch(
+    launch(
         hadamard_kernel,
         cut.programs(outer, inner),
         x,
@@ -349,7 +349,7 @@ def swizzled(scales: Tensor) -> Tensor:
     pieces_r, pieces_c = -(-rows // 128), -(-cols // 4)
     out = scales.new_empty(pieces_r * pieces_c * 512)
     if out.numel():
-        _launch(swizzle_kernel, pieces_r * pieces_c, scales.contiguous(), out, rows, cols, pieces_c, num_warps=4)
+        launch(swizzle_kernel, pieces_r * pieces_c, scales.contiguous(), out, rows, cols, pieces_c, num_warps=4)
     return out
 
 
@@ -377,7 +377,7 @@ class _Passes:
         outer, inner = q.stored_shape
         out = q.codes.new_empty(outer, inner, dtype=dtype)
         cut = blocks(q.spec.tile, outer, inner)
-        _launch(
+        launch(
             values_kernel,
             cut.programs(outer, inner),
             q.codes,
@@ -405,7 +405,7 @@ def hardware(device: torch.device) -> dict[str, bool]:
     return {"HARDWARE": capability >= (8, 9), "E2M1_HARDWARE": capability >= (10, 0)}
 
 
-def _launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> None:
     """No product and sum may become one FMA: it would round once."""
     if (record := _recording.get()) is not None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs

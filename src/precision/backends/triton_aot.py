@@ -24,15 +24,26 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
 from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
 from precision.formats import E2M1, E4M3, E5M2
 from precision.noise import Noise
 from precision.quantize import Quantized
-from precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
+from precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from precision.spec import OperandSpec, Rounding
 from precision.transforms import Hadamard
 
 ARCHITECTURES = (89, 90, 100, 120)
 """Ada, Hopper, data-centre Blackwell, workstation Blackwell."""
+
+WRITTEN = {
+    "amax_kernel": {"out": False},
+    "quantize_kernel": {"codes": False, "scales": False, "tensor_scale": False},
+    "hadamard_kernel": {"out": False},
+    "swizzle_kernel": {"out": False},
+    "values_kernel": {"out": False},
+    "adamw_kernel": {"m": True, "v": True, "w": True, "m_new": False, "v_new": False, "w_new": False, "weight": False},
+}
+"""What each kernel writes; True where it reads it first. Products, whose reads depend on caches, are left out."""
 
 _TYPES = {
     torch.float32: "fp32",
@@ -150,10 +161,26 @@ def cases() -> dict[str, Callable[[], object]]:
         "nvfp4, columns, hadamard16, sr": lambda: quantize_fused(x.mT, gradient, noise=columns, transform=te),
         "hadamard16": lambda: hadamard(x, te),
         "swizzle": lambda: swizzled(torch.empty(8192, 512, dtype=torch.uint8, device="meta")),
+        "adamw, fp32": lambda: _adamw(None),
+        "adamw, e4m3 in blocks of 128": lambda: _adamw(Tile(1, 128)),
+        "adamw, e4m3 under one scale": lambda: _adamw(TENSOR),
         "mxfp8 to bf16": lambda: PASSES.values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
         "nvfp4 to bf16": lambda: PASSES.values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
     }
     return made
+
+
+def _adamw(tile: Tile | None) -> None:
+    """FP32 weights and a BF16 gradient; moments in E4M3, or FP32."""
+    step = Step(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, t=1)
+    grad = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
+    w = State(values=torch.empty(8192, 8192, device="meta"))
+    if tile is None:
+        adamw(grad, replace(w, values=torch.empty_like(w.values)), replace(w, values=torch.empty_like(w.values)), w, step)
+        return
+    spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
+    m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
+    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step) if m.whole else None)
 
 
 def _factors(spec: OperandSpec) -> Tensor:
