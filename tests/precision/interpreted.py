@@ -9,6 +9,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from precision.backends import REFERENCE, choose
 from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
@@ -216,7 +217,10 @@ def test_adamw_over_narrow_states() -> None:
             grad = values[3].to(DTYPES[number % 2])
             grad[2, :3] = torch.tensor([0.0, -0.0, 1e-20])
             rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
-            states = [made(value, spec, rounding, slot) for slot, (value, spec) in enumerate(zip(values, specs))]
+            states = [
+                made(value, spec, rounding, slot)
+                for slot, (value, spec) in enumerate(zip(values[:3], specs, strict=True))
+            ]
             before = [decoded(state) for state in states]
             weight = torch.zeros(rows, cols, dtype=DTYPES[number % 2]) if states[2].spec is not None else None
             step = Step(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, decay=0.1 * (number % 2), t=number)
@@ -235,9 +239,7 @@ def test_adamw_over_narrow_states() -> None:
         State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
 
 
-def made(
-    value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0
-) -> State:
+def made(value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0) -> State:
     """A state that holds ``value``."""
     source = noise(slot, row_offset=row_offset) if rounding is Rounding.STOCHASTIC else None
     key = source.key if source is not None else None
@@ -269,3 +271,39 @@ def updated(grad: Tensor, before: list[Tensor], step: Step) -> tuple[Tensor, Ten
     v = ((s["square"] * grad).double() * grad.double() + (v * s["beta2"]).double()).float()
     root = v.double().sqrt().float() / s["correction"] + s["eps"]
     return m, v, w * s["decay"] + (s["step"] * m) / root
+
+
+def exp(x: Tensor) -> Tensor:
+    """As the interpreter has it: libraries, and GPUs, differ in the last bit."""
+    return torch.from_numpy(np.exp(x.numpy()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smooth_swiglu(dtype: torch.dtype) -> None:
+    """Against plain torch, but for the exponential."""
+    tensor, random_mx = OperandSpec(format=E4M3, amax=Delayed()), replace(MXFP8, rounding=Rounding.STOCHASTIC)
+    generator = torch.Generator().manual_seed(1)
+    gate, up, dh = ((torch.randn(37, 100, generator=generator) * 3).to(dtype) for _ in range(3))
+    up[3], gate[:, 5], up[:, 7] = 0.0, -200.0, 100.0
+    g, u = gate.float(), up.float()
+    sigmoid = 1 / (1 + exp(-g))
+    h = ((g / (1 + exp(-g))) * u).to(dtype)
+    tops = [swiglu_amax(gate, up, along=along) for along in (0, 1)]
+    assert torch.equal(tops[0], u.abs().amax(1))
+    assert torch.equal(tops[1], h.float().abs().amax(0))
+    for along, spec in itertools.product((0, 1), (random_mx, NVFP4, tensor)):
+        source = noise(5, row_offset=9) if spec.rounding is Rounding.STOCHASTIC else None
+        d = tops[along].where(tops[along] > 0, 1.0)
+        smooth = (h.float() / (d[:, None] if along == 0 else d)).to(dtype)
+        given = torch.tensor(3.0) if spec.tile == TENSOR or spec.scale.levels == 2 else None
+        ours = swiglu(gate, up, spec, smooth=d, along=along, amax=given, noise=source)
+        theirs = REFERENCE.quantize(smooth, spec, amax=given, noise=source)
+        assert same_codes(ours, theirs), (str(spec), along)
+    assert same_codes(swiglu(gate, up, MXFP8), REFERENCE.quantize(h, MXFP8, amax=None, noise=None))
+
+    scaled = (dh.float() / tops[0].where(tops[0] > 0, 1.0)[:, None]).to(dtype)
+    for d, incoming in ((None, dh), (tops[0].where(tops[0] > 0, 1.0), scaled)):
+        wide = incoming.float()
+        gradients = ((wide * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(dtype), (wide * (g * sigmoid)).to(dtype))
+        for ours, gradient in zip(swiglu_backward(dh, gate, up, MXFP8, smooth=d), gradients, strict=True):
+            assert same_codes(ours, REFERENCE.quantize(gradient, MXFP8, amax=None, noise=None))

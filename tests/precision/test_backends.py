@@ -124,7 +124,7 @@ def test_a_backend_that_refuses_says_why() -> None:
 
 def test_without_a_compiler_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precision.backends.cpu.library", lambda: None)
-    assert str(choose(GemmSpec(a=SPEC), (None, 8, 8), CPU)) .startswith("reference (not cpu: no C++ compiler)")
+    assert str(choose(GemmSpec(a=SPEC), (None, 8, 8), CPU)).startswith("reference (not cpu: no C++ compiler)")
 
 
 def test_truncation_is_left_to_the_reference() -> None:

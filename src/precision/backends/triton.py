@@ -240,52 +240,117 @@ def quantize_fused(
     x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
     if x.numel() == 0 or not _runs_on(x.device) or not _fits(spec.format) or not _tile_fits(spec.tile):
         return quantize(x if transform is None else transform.left(x), spec, amax=amax, noise=noise)
-    from precision.backends.triton_kernels import grid_of, quantize_kernel
+    from precision.backends.triton_kernels import quantize_kernel
 
-    (outer, inner), rule, levels = x.shape, rule_of(spec, x.dtype), spec.scale.levels
-    cut = _blocks_of(x, spec.tile, transform)
-    given = tensor_amax = None
-    if levels == 1 and amax is not None:
-        given = amax
-    elif levels and not cut.fused:
-        given = tile_amax(x, spec.tile, transform)
+    levels, cut = spec.scale.levels, _blocks_of(x, spec.tile, transform)
+    given = None
     if levels == 2:
-        tensor_amax = (tile_amax(x, TENSOR, transform) if amax is None else amax).float().reshape(1)
-    grid = spec.tile.grid(outer, inner)
-    four = spec.format.bits == 4
-    codes = x.new_empty(outer, (inner + 1) // 2 if four else inner, dtype=torch.uint8)
-    scales = x.new_empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8)
-    tensor_scale = x.new_empty(1, dtype=torch.float32) if levels == 2 else None
-    key, offset, transposed = _noise(noise, x.device)
+        tensor_amax = tile_amax(x, TENSOR, transform) if amax is None else amax
+        given = None if cut.fused else tile_amax(x, spec.tile, transform)
+    else:
+        tensor_amax = None
+        given = tile_amax(x, spec.tile, transform) if levels and amax is None and not cut.fused else amax
+    made = output(spec, x.shape, x.device, x.dtype, cut=cut, amax=given, tensor_amax=tensor_amax, noise=noise)
     launch(
         quantize_kernel,
-        cut.programs(outer, inner),
+        cut.programs(*x.shape),
         x,
-        codes,
-        scales,
-        given.float().reshape(grid).contiguous() if given is not None else None,
-        tensor_amax,
-        tensor_scale,
+        *made.pointers[:5],
         _signs(transform, x.device),
-        key,
-        offset,
-        *(outer, inner, *x.stride(), codes.shape[1], *grid),
-        F=grid_of(spec.format),
-        R=rule,
-        ROUNDING=ROUNDINGS[spec.rounding],
-        TRANSPOSED_NOISE=transposed,
-        GIVEN=given is not None,
+        *made.pointers[5:],
+        *(*x.shape, *x.stride(), *made.sizes[2:]),
+        TRANSPOSED_NOISE=noise is not None and noise.transposed,
         HADAMARD=transform.size if transform is not None else 0,
-        **hardware(x.device),
-        **cut.constexprs,
+        **made.constexprs,
         num_warps=cut.num_warps,
     )
-    return Quantized(
-        codes=codes,
-        scales=scales,
-        tensor_scale=tensor_scale.reshape(()) if tensor_scale is not None else None,
-        shape=(outer, inner),
+    return made.quantized
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Output:
+    """A quantized matrix yet to be written by a kernel, and what the kernel wants to know for it."""
+
+    spec: OperandSpec
+    shape: tuple[int, int]
+    cut: Blocks
+    codes: Tensor
+    scales: Tensor
+    given: Tensor | None
+    tensor_amax: Tensor | None
+    tensor_scale: Tensor | None
+    key: Tensor | None
+    row_offset: Tensor | None
+    constexprs: dict[str, Any]
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        written = (self.codes, self.scales, self.given, self.tensor_amax, self.tensor_scale)
+        return (*written, self.key, self.row_offset)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (*self.shape, self.codes.shape[1], *self.scales.shape)
+
+    @property
+    def quantized(self) -> Quantized:
+        scale = self.tensor_scale
+        return Quantized(
+            codes=self.codes,
+            scales=self.scales,
+            tensor_scale=scale.reshape(()) if scale is not None else None,
+            shape=self.shape,
+            spec=self.spec,
+        )
+
+
+def output(
+    spec: OperandSpec,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cut: Blocks | None = None,
+    amax: Tensor | None = None,
+    tensor_amax: Tensor | None = None,
+    noise: Noise | None = None,
+) -> Output:
+    """Room for the codes and scales of a matrix of this shape and dtype.
+
+    ``amax``: what is given, one for each tile; or, for two levels without ``tensor_amax``, that of the tensor.
+    """
+    from precision.backends.triton_kernels import grid_of
+
+    rows, cols = shape
+    cut = cut or blocks(spec.tile, rows, cols)
+    if spec.scale.levels == 2 and tensor_amax is None:
+        tensor_amax, amax = amax, None
+    assert amax is not None or cut.fused or spec.scale.levels == 0, f"{spec}: its amax spans blocks and must be given"
+    assert (tensor_amax is not None) == (spec.scale.levels == 2), f"{spec}: the amax of the tensor"
+    grid = spec.tile.grid(rows, cols)
+    four = spec.format.bits == 4
+    offset = None
+    if noise is not None:
+        offset = torch.as_tensor(noise.row_offset, dtype=torch.int64, device=device).reshape(1)
+    return Output(
         spec=spec,
+        shape=(rows, cols),
+        cut=cut,
+        codes=torch.empty(rows, (cols + 1) // 2 if four else cols, dtype=torch.uint8, device=device),
+        scales=torch.empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8, device=device),
+        given=amax.float().reshape(grid).contiguous() if amax is not None else None,
+        tensor_amax=tensor_amax.float().reshape(1) if tensor_amax is not None else None,
+        tensor_scale=torch.empty(1, device=device) if tensor_amax is not None else None,
+        key=noise.key.contiguous() if noise is not None else None,
+        row_offset=offset,
+        constexprs={
+            "F": grid_of(spec.format),
+            "R": rule_of(spec, dtype),
+            "ROUNDING": ROUNDINGS[spec.rounding],
+            "GIVEN": amax is not None,
+            **hardware(device),
+            **cut.constexprs,
+        },
     )
 
 
@@ -435,13 +500,6 @@ def _power_above(n: int) -> int:
 
 def _fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
-
-
-def _noise(noise: Noise | None, device: torch.device) -> tuple[Tensor | None, Tensor | None, bool]:
-    if noise is None:
-        return None, None, False
-    offset = torch.as_tensor(noise.row_offset, dtype=torch.int64, device=device).reshape(1)
-    return noise.key.contiguous(), offset, noise.transposed
 
 
 def _signs(transform: Hadamard | None, device: torch.device) -> Tensor | None:

@@ -176,7 +176,9 @@ def _adamw(tile: Tile | None) -> None:
     grad = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
     w = State(values=torch.empty(8192, 8192, device="meta"))
     if tile is None:
-        adamw(grad, replace(w, values=torch.empty_like(w.values)), replace(w, values=torch.empty_like(w.values)), w, step)
+        adamw(
+            grad, replace(w, values=torch.empty_like(w.values)), replace(w, values=torch.empty_like(w.values)), w, step
+        )
         return
     spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
     m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states.
+"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states, and Smooth-SwiGLU.
 
 They are compiled and launched as in ``precision.backends.triton``, and run in Triton's interpreter as those do.
 """
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from precision.backends.triton import ROUNDINGS, hardware, launch, rule_of
+from precision.backends.triton import ROUNDINGS, Output, blocks, hardware, launch, output, rule_of
+from precision.noise import Noise
+from precision.quantize import Quantized
 from precision.scaling import TENSOR, Fp32Decode, Tile
 from precision.spec import OperandSpec, Rounding
 
@@ -170,3 +172,97 @@ def _adamw(
 def _raw(x: Tensor | None) -> Tensor | None:
     """BF16 as its bits."""
     return x.view(torch.int16) if x is not None and x.dtype == torch.bfloat16 else x
+
+
+def swiglu_amax(gate: Tensor, up: Tensor, *, along: int) -> Tensor:
+    """What Smooth-SwiGLU scales by. ``along`` 0: amax of |up| of each token, FP32 [tokens]; 1: of |silu(gate) up| of
+    each channel, FP32 [channels]. gate, up: [tokens, channels], contiguous.
+    """
+    from precision.backends.triton_fused_kernels import swiglu_amax_kernel
+
+    rows, cols = up.shape
+    cut = blocks(TENSOR, rows, cols)
+    out = torch.zeros(up.shape[along], dtype=torch.int32, device=up.device)
+    constexprs = {"ALONG": along, "BLOCK_R": cut.block_r, "BLOCK_C": cut.block_c}
+    on = {"HARDWARE": hardware(up.device)["HARDWARE"]}
+    source = (None if along == 0 else gate.contiguous(), up.contiguous())
+    programs = cut.programs(rows, cols)
+    launch(swiglu_amax_kernel, programs, *source, out, rows, cols, **constexprs, **on, num_warps=cut.num_warps)
+    return out.view(torch.float32)
+
+
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    spec: OperandSpec,
+    *,
+    smooth: Tensor | None = None,
+    along: int = 1,
+    amax: Tensor | None = None,
+    noise: Noise | None = None,
+) -> Quantized:
+    """silu(gate) * up / d, quantized: [tokens, channels], without being written in between.
+
+    Args:
+        smooth: d, FP32: of each token (``along`` 0) or channel (1); None: 1.
+        amax: of the result, of earlier steps or of the tensor level; needed where a tile is more than a block of the
+            kernel, and in two levels.
+    """
+    from precision.backends.triton_fused_kernels import swiglu_kernel
+
+    made = output(spec, up.shape, up.device, up.dtype, amax=amax, noise=noise)
+    launch(
+        swiglu_kernel,
+        made.cut.programs(*up.shape),
+        *(gate.contiguous(), up.contiguous(), smooth),
+        *made.pointers,
+        *made.sizes,
+        ALONG=along if smooth is not None else -1,
+        **made.constexprs,
+        num_warps=made.cut.num_warps,
+    )
+    return made.quantized
+
+
+def swiglu_backward(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    spec: OperandSpec,
+    *,
+    smooth: Tensor | None = None,
+    along: int = 0,
+    amaxes: tuple[Tensor, Tensor] | None = None,
+    noises: tuple[Noise, Noise] | None = None,
+) -> tuple[Quantized, Quantized]:
+    """The gradients of gate and up for a gradient dh / d of silu(gate) * up, quantized: [tokens, channels] each.
+
+    ``spec`` has one level of scales; ``amaxes`` and ``noises`` are those of the two results.
+    """
+    from precision.backends.triton_fused_kernels import swiglu_backward_kernel
+
+    assert spec.scale.levels < 2, "one level of scales"
+    made: list[Output] = [
+        output(
+            spec,
+            dh.shape,
+            dh.device,
+            dh.dtype,
+            amax=None if amaxes is None else amaxes[which],
+            noise=None if noises is None else noises[which],
+        )
+        for which in range(2)
+    ]
+    first, second = made
+    launch(
+        swiglu_backward_kernel,
+        first.cut.programs(*dh.shape),
+        *(dh.contiguous(), gate.contiguous(), up.contiguous(), smooth),
+        *(first.codes, first.scales, second.codes, second.scales, first.given, second.given),
+        *(first.key, second.key, first.row_offset),
+        *first.sizes,
+        ALONG=along if smooth is not None else -1,
+        **first.constexprs,
+        num_warps=2 * first.cut.num_warps,
+    )
+    return first.quantized, second.quantized

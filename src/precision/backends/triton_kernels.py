@@ -324,7 +324,7 @@ def _each(tiles, R: tl.constexpr, C: tl.constexpr, TALL: tl.constexpr, WIDE: tl.
 
 
 @_inlined
-def _tile_places(first, END, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+def _tile_places(first, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """Indices in the grid of tiles along one dimension of a block that starts at tile ``first``."""
     place = tl.arange(0, BLOCK // TILE)
     return place * 0 if WHOLE else first + place
@@ -343,8 +343,8 @@ def amax_kernel(
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
     top = _tile_amax(y, TALL, WIDE)
-    i = _tile_places(block_r * (BLOCK_R // TALL), rows, BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), cols, BLOCK_C, WIDE, WHOLE_C)[None, :]
+    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
     mask = (i < grid_rows) & (j < grid_cols)
     if WHOLE_R or WHOLE_C:
         tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
@@ -352,28 +352,17 @@ def amax_kernel(
         tl.store(out + i * grid_cols + j, top, mask=mask)
 
 
-@triton.jit
-def quantize_kernel(
-    x, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
-    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+@_inlined
+def _emit(
+    y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
+    block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
-    E2M1_HARDWARE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of x in one read and one write.
-
-    ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
-    must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
-    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
-    """
-    blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
-    i = _tile_places(block_r * (BLOCK_R // TALL), rows, BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), cols, BLOCK_C, WIDE, WHOLE_C)[None, :]
+    """Write the codes and scales of a block y in FP32; arguments as in ``quantize_kernel``."""
+    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
     inside = (i < grid_rows) & (j < grid_cols)
     if R.kind == UNIT:
         amax = tl.zeros([BLOCK_R // TALL, BLOCK_C // WIDE], tl.float32)
@@ -413,6 +402,34 @@ def quantize_kernel(
     else:
         code = _codes(y, uniform, F, ROUNDING, HARDWARE)
         tl.store(codes + r.to(tl.int64) * bytes_c + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+
+
+@triton.jit
+def quantize_kernel(
+    x, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
+    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    E2M1_HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of x in one read and one write.
+
+    ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
+    must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
+    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
+    """
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    _emit(
+        y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
+        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        HARDWARE, E2M1_HARDWARE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -485,8 +502,8 @@ def values_kernel(
         code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
     value = _value(code & ((1 << F.bits) - 1), F)
     if SCALED:
-        i = _tile_places(block_r * (BLOCK_R // TALL), rows, BLOCK_R, TALL, WHOLE_R)[:, None]
-        j = _tile_places(block_c * (BLOCK_C // WIDE), cols, BLOCK_C, WIDE, WHOLE_C)[None, :]
+        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
         factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0.0)
         value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
     place = out + r.to(tl.int64) * cols + c
