@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from precision.backends import REFERENCE, choose
 from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
+from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
@@ -307,3 +308,46 @@ def test_smooth_swiglu(dtype: torch.dtype) -> None:
         gradients = ((wide * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(dtype), (wide * (g * sigmoid)).to(dtype))
         for ours, gradient in zip(swiglu_backward(dh, gate, up, MXFP8, smooth=d), gradients, strict=True):
             assert same_codes(ours, REFERENCE.quantize(gradient, MXFP8, amax=None, noise=None))
+
+
+@pytest.mark.parametrize(
+    ("spec", "transposed"),
+    [
+        (OperandSpec(format=E4M3), True),
+        (OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True)), False),
+        (MXFP8, False),
+        (replace(MXFP8, tile=Tile(32, 32)), True),
+        (replace(MXFP8, format=E2M1), False),
+        (NVFP4, False),
+        (replace(NVFP4, tile=Tile(16, 16)), True),
+    ],
+    ids=str,
+)
+def test_products_of_codes(spec: OperandSpec, transposed: bool) -> None:
+    """Up to the order of sums in FP32: against float64."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(rows, 144, generator=generator) for rows in (50, 35))
+    bias = torch.randn(35, generator=generator)
+    left = BACKEND.quantize(a, spec, amax=None, noise=None)
+    right = BACKEND.quantize(b.mT if transposed else b, spec, amax=None, noise=None)
+    right = right.t() if transposed else right
+    exact = dequantize(left).double() @ dequantize(right).double().mT
+    terms = dequantize(left).double().abs() @ dequantize(right).double().abs().mT
+    for dtype, unit in ((torch.float32, 2.0**-20), (torch.bfloat16, 2.0**-8)):
+        y = product(left, right, bias=bias, dtype=dtype).double()
+        assert y.shape == (50, 35)
+        assert ((y - exact - bias).abs() <= unit * (exact + bias).abs() + 2.0**-19 * terms).all()
+
+
+def test_products_by_name_alone() -> None:
+    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
+    assert str(choose(gemm, (64, 64, 64), cpu, "triton_dot")) == "triton_dot"
+    assert "triton_dot" not in [str(choose(gemm, (64, 64, 64), cpu, name)) for name in ("auto", "triton", "reference")]
+    for other, reason in ((None, "left in high precision"), (NVFP4, "no narrow product of")):
+        with pytest.raises(ValueError, match=reason):
+            choose(GemmSpec(a=MXFP8, b=other), (64, 64, 64), cpu, "triton_dot")
+    plan, seen = one_step("mxfp8", "triton_dot")
+    _, emulated = one_step("mxfp8", "reference")
+    assert plan.count("[triton_dot, narrow product]") == 3 * 4
+    for ours, theirs in zip(seen, emulated, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()

@@ -17,6 +17,7 @@ from torch import Tensor
 from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
 from precision.backends.triton import Triton
+from precision.backends.triton_gemm import TritonDot
 from precision.noise import Noise
 from precision.quantize import Quantized
 from precision.scaling import Tile
@@ -52,7 +53,8 @@ class Backend(Protocol):
 
 
 REFERENCE: Backend = Reference()
-ORDER: tuple[Backend, ...] = (Cpu(), Triton(), REFERENCE)
+# The reference takes everything: what stands after it is chosen by name alone.
+ORDER: tuple[Backend, ...] = (Cpu(), Triton(), REFERENCE, TritonDot())
 
 
 def require_backend(name: str) -> None:

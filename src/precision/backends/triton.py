@@ -462,12 +462,15 @@ PASSES = _Passes()
 
 def hardware(device: torch.device) -> dict[str, bool]:
     """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
+    return {"HARDWARE": capability(device) >= (8, 9), "E2M1_HARDWARE": capability(device) >= (10, 0)}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability: of the GPU, of what is recorded for, or that of nothing in the interpreter."""
     record = _recording.get()
     if record is not None:
-        capability = record.capability
-    else:
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return {"HARDWARE": capability >= (8, 9), "E2M1_HARDWARE": capability >= (10, 0)}
+        return record.capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> None:

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
 from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
+from precision.backends.triton_gemm import product
 from precision.formats import E2M1, E4M3, E5M2
 from precision.noise import Noise
 from precision.quantize import Quantized
@@ -41,6 +42,9 @@ WRITTEN = {
     "hadamard_kernel": {"out": False},
     "swizzle_kernel": {"out": False},
     "values_kernel": {"out": False},
+    "swiglu_amax_kernel": {"out": False},
+    "swiglu_kernel": {"codes": False, "scales": False, "tensor_scale": False},
+    "swiglu_backward_kernel": {"gate_codes": False, "gate_scales": False, "up_codes": False, "up_scales": False},
     "adamw_kernel": {"m": True, "v": True, "w": True, "m_new": False, "v_new": False, "w_new": False, "weight": False},
 }
 """What each kernel writes; True where it reads it first. Products, whose reads depend on caches, are left out."""
@@ -142,7 +146,7 @@ def cases() -> dict[str, Callable[[], object]]:
     nvfp4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
     gradient = replace(nvfp4, rounding=Rounding.STOCHASTIC)
     te, seeded = Hadamard(), Hadamard(size=32, signs=0)
-    top = torch.empty(1, device="meta")
+    top, top_of_channels = torch.empty(1, device="meta"), torch.empty(8192, device="meta")
     made: dict[str, Callable[[], object]] = {
         "fp8 tensor": lambda: quantize_fused(x, fp8),
         "fp8 tensor, e5m2, amax given": lambda: quantize_fused(x, e5m2, amax=top),
@@ -164,6 +168,14 @@ def cases() -> dict[str, Callable[[], object]]:
         "adamw, fp32": lambda: _adamw(None),
         "adamw, e4m3 in blocks of 128": lambda: _adamw(Tile(1, 128)),
         "adamw, e4m3 under one scale": lambda: _adamw(TENSOR),
+        "smooth swiglu, channel amax": lambda: swiglu_amax(x, x, along=1),
+        "smooth swiglu to mxfp8": lambda: swiglu(x, x, mxfp8, smooth=top_of_channels),
+        "smooth swiglu to fp8 tensor": lambda: swiglu(x, x, fp8, smooth=top_of_channels, amax=top),
+        "smooth swiglu backward to mxfp8": lambda: swiglu_backward(x, x, x, mxfp8),
+        "gemm fp8 tensor": lambda: product(_codes(fp8), _codes(fp8)),
+        "gemm fp8 row": lambda: product(_codes(row), _codes(row)),
+        "gemm mxfp8": lambda: product(_codes(mxfp8), _codes(mxfp8)),
+        "gemm nvfp4": lambda: product(_codes(nvfp4), _codes(nvfp4)),
         "mxfp8 to bf16": lambda: PASSES.values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
         "nvfp4 to bf16": lambda: PASSES.values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
     }
@@ -191,4 +203,6 @@ def _factors(spec: OperandSpec) -> Tensor:
 
 def _codes(spec: OperandSpec) -> Quantized:
     codes = torch.empty(8192, 8192 * spec.format.bits // 8, dtype=torch.uint8, device="meta")
-    return Quantized(codes=codes, scales=_factors(spec), tensor_scale=None, shape=(8192, 8192), spec=spec)
+    scales = _factors(spec) if spec.scale.format is None else _factors(spec).to(torch.uint8)
+    tensor = torch.empty((), device="meta") if spec.scale.levels == 2 else None
+    return Quantized(codes=codes, scales=scales, tensor_scale=tensor, shape=(8192, 8192), spec=spec)
