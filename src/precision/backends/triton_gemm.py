@@ -2,7 +2,8 @@
 
 Operands are those of the ``triton`` backend, bit for bit; sums are FP32, in the tensor core's order, so products differ
 from the emulation's as two orders of summation do (on Hopper FP8 sums keep some 14 bits between additions in FP32,
-every 128 products). MX and NVFP4 blocks go to ``tl.dot_scaled``: block-scaled instructions on Blackwell, BF16 elsewhere.
+every 128 products). MX and NVFP4 blocks go to ``tl.dot_scaled``: block-scaled instructions on Blackwell, BF16 on
+older ones.
 """
 
 from __future__ import annotations
