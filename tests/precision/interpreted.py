@@ -144,6 +144,7 @@ def test_chosen_by_name_and_refused_with_reasons() -> None:
     for spec, reason in (
         (replace(MXFP8, tile=Tile(3, 5)), "no kernel for tiles of 3x5"),
         (replace(MXFP8, tile=Tile(256, 256)), "no kernel for tiles of 256x256"),
+        (replace(NVFP4, scale=TwoLevel(rows=True)), "no kernel for scales by e4m3.fp32row"),
     ):
         with pytest.raises(ValueError, match=reason):
             choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")

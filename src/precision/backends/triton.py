@@ -26,7 +26,19 @@ from precision.formats import NumberFormat
 from precision.noise import Noise
 from precision.quantize import TORCH, Quantized, operand, quantize
 from precision.quantize import _check as check
-from precision.scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, Scales, Tile, TwoLevel, Unit
+from precision.scaling import (
+    FP32_MAX,
+    TENSOR,
+    Fp32,
+    Fp32Decode,
+    Power,
+    PowerOfTwo,
+    ScaleRule,
+    Scales,
+    Tile,
+    TwoLevel,
+    Unit,
+)
 from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
 from precision.transforms import Hadamard
 
@@ -100,10 +112,8 @@ class Triton(Reference):
                 return f"no kernel for {spec.format}"
             if not _tile_fits(spec.tile):
                 return f"no kernel for tiles of {spec.tile}"
-            if not isinstance(spec.scale, (Unit, Fp32, Fp32Decode, PowerOfTwo, TwoLevel)):
+            if not _rule_fits(spec.scale):
                 return f"no kernel for scales by {spec.scale}"
-            if isinstance(spec.scale, TwoLevel) and not _fits(spec.scale.block):
-                return f"no kernel for scales in {spec.scale.block}"
         return None
 
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
@@ -238,7 +248,8 @@ def quantize_fused(
     check(x, spec, amax, noise)
     x = x.detach()
     x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
-    if x.numel() == 0 or not _runs_on(x.device) or not _fits(spec.format) or not _tile_fits(spec.tile):
+    known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
+    if x.numel() == 0 or not _runs_on(x.device) or not known:
         return quantize(x if transform is None else transform.left(x), spec, amax=amax, noise=noise)
     from precision.backends.triton_kernels import quantize_kernel
 
@@ -495,6 +506,12 @@ def _tile_fits(tile: Tile) -> bool:
     if any(extent > 0 and extent & (extent - 1) for extent in tile):
         return False
     return tile in (TENSOR, Tile(1, -1), Tile(-1, 1)) or (min(tile) > 0 and tile.outer * tile.inner <= MAX_TILE)
+
+
+def _rule_fits(rule: ScaleRule) -> bool:
+    if isinstance(rule, TwoLevel):
+        return _fits(rule.block) and not rule.rows and rule.four_over_six is None
+    return isinstance(rule, (Unit, Fp32, Fp32Decode, PowerOfTwo))
 
 
 def _power_above(n: int) -> int:

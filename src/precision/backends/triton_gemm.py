@@ -109,7 +109,7 @@ def _kind(spec: OperandSpec) -> str | None:
         return "fp8"
     if spec.format in (E4M3, E5M2, E2M1) and isinstance(rule, PowerOfTwo) and tile in (Tile(1, 32), Tile(32, 32)):
         return "mx"
-    e4m3 = isinstance(rule, TwoLevel) and rule.block == E4M3
+    e4m3 = isinstance(rule, TwoLevel) and rule.block == E4M3 and not rule.rows
     return "nvfp4" if spec.format == E2M1 and e4m3 and tile in (Tile(1, 16), Tile(16, 16)) else None
 
 
