@@ -17,6 +17,8 @@ from torch import Tensor
 from precision.backends.cpu import Cpu
 from precision.backends.reference import Reference
 from precision.backends.scaled_mm import ScaledMM
+from precision.backends.triton import Triton
+from precision.backends.triton_gemm import TritonDot
 from precision.noise import Noise
 from precision.quantize import Prepared, Quantized
 from precision.scaling import Tile
@@ -68,9 +70,10 @@ class Backend(Protocol):
 
 REFERENCE = Reference()
 NATIVE = ScaledMM()
-QUANTIZERS: tuple[Reference, ...] = (Cpu(), REFERENCE)
+QUANTIZERS: tuple[Reference, ...] = (Cpu(), Triton(), REFERENCE)
 """Those that quantize, for their own emulated products and for native ones."""
-ORDER: tuple[Backend, ...] = (NATIVE, *QUANTIZERS)
+# The reference takes everything: what stands after it is chosen by name alone.
+ORDER: tuple[Backend, ...] = (NATIVE, *QUANTIZERS, TritonDot())
 
 
 def require_backend(name: str) -> None:

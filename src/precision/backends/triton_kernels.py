@@ -1,0 +1,515 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Triton kernels: the codes and scales of ``precision.quantize``, bit for bit, in few passes over memory.
+
+Every rounding is done with integer operations and single FP32 operations, as ``precision.formats`` defines it, so that
+Triton's interpreter (whose narrow casts are wrong) gives the same bits as a GPU. On a GPU, ``HARDWARE`` lets the
+conversion instructions do what they provably do alike: to round a finite value of at most the format's maximum to the
+nearest, ties to even, has one answer; NaN and saturation are dealt with before. Compile with
+``enable_fp_fusion=False``: a product and a sum that become one FMA round once instead of twice.
+
+A block [BLOCK_R, BLOCK_C] of a matrix [rows, cols] (any strides, contraction last) holds whole tiles [TALL, WIDE],
+powers of two. A tile of whole extent (WHOLE_R, WHOLE_C) is as large as the block here; its index in its grid is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from precision.formats import NumberFormat
+
+NEAREST, STOCHASTIC, TRUNCATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+UNIT, FP32, FP32_DECODE, POWER, TWO_LEVEL = (tl.constexpr(kind) for kind in range(5))
+FLOOR, CEIL, EVEN, RCEIL = (tl.constexpr(mode) for mode in range(4))
+E4M3, E5M2, E2M1 = (tl.constexpr(kind) for kind in (1, 2, 3))
+INF_BITS = tl.constexpr(0x7F800000)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A number format as constants of a kernel."""
+
+    bits: int
+    m: int
+    low: int  # exponent field of the smallest normal value
+    high: int
+    bias_shift: int
+    max: float
+    max_code: int
+    nan_code: int
+    has_nan: bool
+    inf_code: int
+    integer: bool
+    least_normal: float
+    to_small: float
+    from_small: float
+    hardware: int  # which conversion instruction there is: 1 E4M3, 2 E5M2, 3 E2M1, else 0
+
+
+def grid_of(format: NumberFormat) -> Grid:
+    known = {"e4m3": 1, "e5m2": 2, "e2m1": 3}
+    return Grid(
+        bits=format.bits,
+        m=format.mantissa_bits,
+        low=format.min_exponent + 127,
+        high=max(format.min_exponent, format.max_exponent) + 127,
+        bias_shift=(126 + format.min_exponent) << format.mantissa_bits,
+        max=format.max,
+        max_code=format.max_code,
+        nan_code=format.max_code if format.nan is None else format.nan,
+        has_nan=format.nan is not None,
+        inf_code=format.max_code + 1 if format.inf else 1 << 30,
+        integer=format.integer,
+        least_normal=2.0**format.min_exponent,
+        to_small=2.0**-format.tiny_exponent,
+        from_small=2.0**format.tiny_exponent,
+        hardware=known.get(format.name, 0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A scale rule as constants of a kernel; every real number is one of FP32."""
+
+    kind: int
+    mode: int = 0  # of powers of two
+    top: float = 1.0  # max, times 2^-margin or times the largest block scale
+    floor: float = 0.0  # of amax
+    limit: float = 1.0  # what an infinite encode scale becomes
+    pow2: bool = False
+    inverse_max: float = 1.0  # 1 / max, rounded once
+    max_exponent: int = 0
+    half_bit: int = 0
+    element_has_nan: bool = True
+    block: Grid | None = None
+
+
+def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of kernels; plain Python to the interpreter, which sets itself up anew at every call of a jit function."""
+    return function if triton.knobs.runtime.interpret else triton.jit(function)
+
+
+@_inlined
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@_inlined
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@_inlined
+def _fmix32(h):
+    h = h ^ (h >> 16)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@_inlined
+def _uniform(row, col, key, row_offset):
+    """precision.noise at places row x col (int32, broadcast against each other), counted from ``row_offset``."""
+    key0 = tl.load(key).to(tl.uint32, bitcast=True)
+    key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
+    place = row.to(tl.int64) + tl.load(row_offset)
+    row_hash = _fmix32(_fmix32((place & 0xFFFFFFFF).to(tl.uint32) ^ key0) + (place >> 32).to(tl.uint32))
+    element = _fmix32((row_hash + col.to(tl.uint32) * 0x9E3779B9) ^ key1)
+    return (element >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+
+
+@_inlined
+def _codes(y, uniform, F: tl.constexpr, ROUNDING: tl.constexpr, HARDWARE: tl.constexpr):
+    """The codes (int32) of FP32 values; ``uniform`` is read if ROUNDING is STOCHASTIC."""
+    bits = _bits(y) & MAGNITUDE
+    nan = bits > INF_BITS
+    magnitude = _float(bits)
+    a = tl.where(magnitude < F.max, magnitude, F.max)  # NaN gives max
+    sign = (_bits(y) >> 31) & 1
+    if HARDWARE and ROUNDING == NEAREST and F.hardware == E4M3:
+        code = a.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    elif HARDWARE and ROUNDING == NEAREST and F.hardware == E5M2:
+        code = a.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        e = tl.minimum(tl.maximum(_bits(a) >> 23, F.low), F.high)
+        if ROUNDING == NEAREST:
+            c = _float((e + (23 - F.m)) << 23)
+            r = (a + c) - c
+        else:
+            scaled = a * _float((254 + F.m - e) << 23)
+            whole = scaled.to(tl.int32).to(tl.float32)  # below 2^(m + 1) + 1: its floor
+            if ROUNDING == STOCHASTIC:
+                whole = tl.where(uniform < scaled - whole, whole + 1.0, whole)
+            r = whole * _float((e - F.m) << 23)
+        if F.integer:
+            code = r.to(tl.int32)
+        else:
+            normal = (_bits(r) >> (23 - F.m)) - F.bias_shift
+            small = tl.minimum(r * F.to_small, 2.0**F.m).to(tl.int32)
+            code = tl.where(r < F.least_normal, small, normal)
+    negative = (-code & ((1 << F.bits) - 1)) if F.integer else code | (1 << (F.bits - 1))
+    return tl.where(nan, F.nan_code, tl.where(sign == 1, negative, code))
+
+
+@_inlined
+def _value(code, F: tl.constexpr):
+    """The FP32 values of codes (int32)."""
+    if F.integer:
+        half = 1 << (F.bits - 1)
+        value = ((code ^ half) - half).to(tl.float32)
+    else:
+        magnitude = code & ((1 << (F.bits - 1)) - 1)
+        normal = _float((magnitude + F.bias_shift) << (23 - F.m))
+        value = tl.where(magnitude < (1 << F.m), magnitude.to(tl.float32) * F.from_small, normal)
+        bits = _bits(value)
+        if F.has_nan:
+            bits = tl.where(magnitude > F.max_code, 0x7FC00000, bits)
+            bits = tl.where(magnitude == F.inf_code, INF_BITS, bits)
+        value = _float(bits | ((code >> (F.bits - 1)) << 31))
+    return value
+
+
+@_inlined
+def _power(code):
+    """2^(127 - code) for E8M0 codes (int32)."""
+    field = 254 - code
+    return _float(tl.where(field > 0, field << 23, tl.where(field < 0, 0x7FC00000, 1 << 22)))
+
+
+@_inlined
+def _tensor_level(amax, R: tl.constexpr):
+    """Encode and decode scale of the tensor in a two-level rule, from its amax (FP32 scalar)."""
+    limit = R.limit
+    s = tl.math.div_rn(tl.full([1], R.top, tl.float32), amax)
+    s = tl.where(s > limit, limit, s)  # NaN stays
+    s = tl.where((amax == 0.0) | (s == 0.0), 1.0, s)
+    exact = (amax > 0.0) & (amax < float("inf")) & (s < limit)
+    quotient = tl.math.div_rn(amax, tl.full([1], R.top, tl.float32))
+    inverse = tl.math.div_rn(tl.full([1], 1.0, tl.float32), s)
+    return s, tl.where(exact | (s != s), quotient, inverse)
+
+
+@_inlined
+def _scales(amax, s, R: tl.constexpr, HARDWARE: tl.constexpr):
+    """Encode scales (FP32) and what is stored (FP32, or codes as int32) from the amaxes of tiles.
+
+    ``s`` is the encode scale of the tensor, read by a two-level rule.
+    """
+    one = tl.full(amax.shape, 1.0, tl.float32)
+    nan = amax != amax
+    finite = amax < float("inf")
+    if R.kind == UNIT:
+        encode = one
+        stored = one
+    elif R.kind == FP32:
+        a = tl.where(amax < R.floor, R.floor, amax)
+        e = tl.math.div_rn(one * R.top, a)
+        e = tl.where(e == float("inf"), R.limit, e)
+        e = tl.where(e < 2.0**-126, 2.0**-126, e)
+        e = tl.where((a > 0.0) & (a < float("inf")), e, 1.0)
+        if R.pow2:
+            e = _float(_bits(e) & INF_BITS)
+        encode = e
+        stored = tl.math.div_rn(one, e)
+        if not R.element_has_nan:
+            stored = tl.where(nan, float("nan"), stored)
+    elif R.kind == FP32_DECODE:
+        a = tl.where(amax < R.floor, R.floor, amax)
+        d = tl.math.div_rn(a, one * R.top)
+        if R.pow2:
+            bits = _bits(d)
+            exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+            exponent = tl.minimum(tl.maximum(exponent, 1), 254)
+            d = tl.where(finite, _float(exponent << 23), d)
+        encode = tl.math.div_rn(one, d)
+        stored = tl.where(amax == float("inf"), float("nan"), d)
+    elif R.kind == POWER:
+        if R.mode == RCEIL:
+            bits = _bits(amax * R.inverse_max)
+            exponent = bits >> 23
+            up = ((bits & 0x7FFFFF) > tl.where(exponent == 0, 0x400000, 0)) & (exponent < 254)
+            code = tl.minimum(exponent + up.to(tl.int32), 254)
+        else:
+            bits = tl.where(nan, 0, _bits(amax))
+            if R.mode == EVEN:
+                bits = bits + R.half_bit
+            exponent = bits >> 23
+            if R.mode == CEIL:
+                exponent = exponent + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+            code = tl.minimum(tl.maximum(exponent - R.max_exponent, 0), 255)
+        stored = tl.where(nan, 255, code)
+        encode = _power(stored)
+    else:
+        c = s * R.inverse_max
+        scaled = amax * c
+        stored = _codes(scaled, scaled, R.block, 0, HARDWARE)
+        inverse = tl.math.div_rn(tl.full([1], 1.0, tl.float32), s)
+        encode = tl.math.div_rn(one, _value(stored, R.block) * inverse)
+        encode = tl.where(encode > R.limit, R.limit, encode)
+    return encode, stored
+
+
+@_inlined
+def _widened(x):
+    """FP32 from any dtype, exactly: from BF16 by its bits, since the interpreter loses subnormals."""
+    return _float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16) if x.dtype == tl.bfloat16 else x.to(tl.float32)
+
+
+@_inlined
+def _rounded(y, x, HARDWARE: tl.constexpr):
+    """FP32 values rounded to the dtype of ``x`` and back: what a transform leaves in a tensor of that dtype."""
+    if x.dtype == tl.bfloat16:
+        if HARDWARE:
+            y = y.to(tl.bfloat16).to(tl.float32)
+        else:
+            bits = _bits(y)
+            up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            y = _float(tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC00000, up))
+    elif x.dtype == tl.float16:
+        y = y.to(tl.float16).to(tl.float32)
+    return y
+
+
+@_inlined
+def _hadamard(x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.constexpr):
+    """precision.transforms.Hadamard along the columns of a block [R, C]; a ragged last group stays as it is.
+
+    One stage takes bit 0 of an element's place in its group and puts it on top; after all of them, the order of the
+    places is the old one.
+    """
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    wide = _widened(x)
+    y = wide * tl.load(signs + col % SIZE)
+    y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
+    for stage in tl.static_range(7):
+        if 2**stage < SIZE:
+            u, v = tl.split(y)
+            y = tl.permute(tl.join(u + v, u - v), [0, 1, 3, 2])
+            y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
+    y = _rounded(tl.reshape(y, [R, C]) * (1.0 / SIZE**0.5), x, HARDWARE)
+    return tl.where(col < cols // SIZE * SIZE, y, wide)
+
+
+@_inlined
+def _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr):
+    """A block of the matrix in FP32, transformed; zeros outside."""
+    mask = (r < rows) & (c < cols)
+    loaded = tl.load(x + r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, mask=mask, other=0.0)
+    return _hadamard(loaded, c, cols, signs, HADAMARD, HARDWARE) if HADAMARD else _widened(loaded)
+
+
+@_inlined
+def _tile_amax(y, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Bits of the amax of every tile of a block: compared as integers, a NaN is larger than everything."""
+    R: tl.constexpr = y.shape[0]
+    C: tl.constexpr = y.shape[1]
+    bits = tl.max(tl.reshape(_bits(y) & MAGNITUDE, [R, C // WIDE, WIDE]), 2)
+    if TALL > 1:
+        bits = tl.max(tl.reshape(bits, [R // TALL, TALL, C // WIDE]), 1)
+    return bits
+
+
+@_inlined
+def _each(tiles, R: tl.constexpr, C: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """What belongs to tiles [R / TALL, C / WIDE], for every element of the block [R, C]."""
+    tall = tl.broadcast_to(tiles[:, None, :, None], [R // TALL, TALL, C // WIDE, WIDE])
+    return tl.reshape(tall, [R, C])
+
+
+@_inlined
+def _tile_places(first, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """Indices in the grid of tiles along one dimension of a block that starts at tile ``first``."""
+    place = tl.arange(0, BLOCK // TILE)
+    return place * 0 if WHOLE else first + place
+
+
+@triton.jit
+def amax_kernel(
+    x, out, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Amaxes of tiles as bits: out int32 [grid_rows, grid_cols], zeros before where a tile has many blocks."""
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    top = _tile_amax(y, TALL, WIDE)
+    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+    mask = (i < grid_rows) & (j < grid_cols)
+    if WHOLE_R or WHOLE_C:
+        tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
+    else:
+        tl.store(out + i * grid_cols + j, top, mask=mask)
+
+
+@_inlined
+def _emit(
+    y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
+    block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+    F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Write the codes and scales of a block y in FP32; arguments as in ``quantize_kernel``."""
+    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+    inside = (i < grid_rows) & (j < grid_cols)
+    if R.kind == UNIT:
+        amax = tl.zeros([BLOCK_R // TALL, BLOCK_C // WIDE], tl.float32)
+    elif GIVEN:
+        amax = tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0.0)
+    else:
+        amax = _float(_tile_amax(y, TALL, WIDE))
+    s = amax
+    if R.kind == TWO_LEVEL:
+        s, t = _tensor_level(tl.load(tensor_amax + tl.arange(0, 1)), R)
+        if tl.program_id(0) == 0:
+            tl.store(tensor_scale + tl.arange(0, 1), t)
+        s = s[:, None]
+    encode, stored = _scales(amax, s, R, HARDWARE)
+    first = inside
+    if WHOLE_R:
+        first = first & (i + block_r < 1)
+    if WHOLE_C:
+        first = first & (j + block_c < 1)
+    tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=first)
+    if R.kind != UNIT:
+        y = y * _each(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
+    uniform = y
+    if ROUNDING == STOCHASTIC:
+        uniform = _uniform(c, r, key, row_offset) if TRANSPOSED_NOISE else _uniform(r, c, key, row_offset)
+    if F.bits == 4:
+        half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
+        if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
+            low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [BLOCK_R, BLOCK_C // 2, 2]))
+            packed = _packed_e2m1(low, high)
+        else:
+            code = tl.where(c < cols, _codes(y, uniform, F, ROUNDING, HARDWARE), 0)
+            low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
+            packed = low | (high << 4)
+        place = codes + r.to(tl.int64) * bytes_c + half
+        tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
+    else:
+        code = _codes(y, uniform, F, ROUNDING, HARDWARE)
+        tl.store(codes + r.to(tl.int64) * bytes_c + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+
+
+@triton.jit
+def quantize_kernel(
+    x, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
+    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    E2M1_HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of x in one read and one write.
+
+    ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
+    must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
+    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
+    """
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    _emit(
+        y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
+        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        HARDWARE, E2M1_HARDWARE,
+    )  # fmt: skip
+
+
+@triton.jit
+def hadamard_kernel(
+    x, out, signs, rows, cols, stride_r, stride_c,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols], contiguous: the transform of x in its dtype; for BF16 its bits as int16."""
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    place, mask = out + r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
+    if out.dtype.element_ty == tl.int16:
+        tl.store(place, (_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16
+    else:
+        tl.store(place, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swizzle_kernel(scales, out, rows, cols, cols_of_4):
+    """uint8 scales [rows, cols] in the order tensor cores of Blackwell read: 128 x 4 at a time, padded with zeros.
+
+    The 128 rows of a piece are 4 groups of 32: row 32 g + i and column j of it lie at 16 i + 4 g + j.
+    """
+    piece_r, piece_c = tl.program_id(0) // cols_of_4, tl.program_id(0) % cols_of_4
+    place = tl.arange(0, 512)
+    i, g, j = place // 16, place // 4 % 4, place % 4
+    r, c = piece_r * 128 + g * 32 + i, piece_c * 4 + j
+    code = tl.load(scales + r.to(tl.int64) * cols + c, mask=(r < rows) & (c < cols), other=0)
+    tl.store(out + tl.program_id(0).to(tl.int64) * 512 + place, code)
+
+
+@_inlined
+def _packed_e2m1(low, high):
+    """Two E2M1 codes in a byte by the conversion instruction (Blackwell); NaN gives 6, as in ``_codes``."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, $2, $1; cvt.u32.u8 $0, pair; }",
+        "=r,f,f",
+        [low, high],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def values_kernel(
+    codes, factors, out, rows, cols, bytes_c, grid_rows, grid_cols,
+    F: tl.constexpr, SCALED: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Code value * factor of its tile (FP32 [grid_rows, grid_cols], read if SCALED).
+
+    out [rows, cols]: FP32; or BF16, whose bits are stored as int16.
+    """
+    blocks_c = tl.cdiv(cols, BLOCK_C)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (r < rows) & (c < cols)
+    if F.bits == 4:
+        half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
+        place = codes + r.to(tl.int64) * bytes_c + half
+        packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
+        code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
+    else:
+        code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
+    value = _value(code & ((1 << F.bits) - 1), F)
+    if SCALED:
+        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+        factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0.0)
+        value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
+    place = out + r.to(tl.int64) * cols + c
+    if out.dtype.element_ty == tl.int16:
+        bits = _bits(value)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(place, tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16), mask=mask)
+    else:
+        tl.store(place, value, mask=mask)

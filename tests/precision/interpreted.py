@@ -1,0 +1,354 @@
+"""The Triton kernels in Triton's interpreter against the reference, bit for bit: run by ``test_triton`` in a process of
+its own, since TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+from torch import Tensor, nn
+
+from precision.backends import REFERENCE, choose
+from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
+from precision.backends.triton_gemm import product
+from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from precision.noise import Noise, base_key, step_key
+from precision.quantize import Quantized, dequantize
+from precision.recipe import apply, load
+from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+
+BACKEND = Triton()
+TILES = (
+    TENSOR,
+    Tile(1, -1),
+    Tile(-1, 1),
+    *(Tile(1, wide) for wide in (16, 32, 128)),
+    *(Tile(side, side) for side in (16, 32, 128)),
+)
+RULES = (*SCALES, Fp32(margin=1, eps=1e-12), Fp32Decode(), Fp32Decode(ceil_pow2=True), TwoLevel(block=E5M2), Unit())
+NVFP4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+MXFP8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+
+
+def noise(number: int = 0, *, row_offset: int = 0, transposed: bool = False) -> Noise:
+    return Noise(key=step_key(base_key(1, "layers.0", 2), number), row_offset=row_offset, transposed=transposed)
+
+
+def assert_same(spec: OperandSpec, x: Tensor, source: Noise | None) -> None:
+    ours = BACKEND.quantize(x, spec, amax=None, noise=source)
+    theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
+    assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
+    assert all(map(equal, BACKEND.operand(ours), REFERENCE.operand(theirs))), (str(spec), x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
+def test_codes_scales_and_operands(format: NumberFormat) -> None:
+    """A sample of all combinations, another one for each format."""
+    rng = random.Random(str(format))
+    number = 0
+    for tile, rule in itertools.product(TILES, RULES):
+        if (rule.levels == 0) != (tile == TENSOR and rng.random() < 0.2) or (rule.levels == 2 and tile == TENSOR):
+            continue
+        if rng.random() < 0.8:
+            continue
+        number += 1
+        rounding = rng.choice(list(Rounding))
+        spec = OperandSpec(format=format, tile=tile, scale=rule, rounding=rounding)
+        source = None
+        if rounding is Rounding.STOCHASTIC:
+            offset = rng.choice([0, 5, 2**32 - 3, 2**40])
+            source = noise(number, row_offset=offset, transposed=rng.random() < 0.5)
+        samples = list(matrices(rng.choice(SHAPES), rng.choice(DTYPES), number))
+        assert_same(spec, samples[number % len(samples)], source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4, replace(NVFP4, tile=Tile(16, 16))], ids=str)
+def test_edge_values(spec: OperandSpec, dtype: torch.dtype) -> None:
+    for x in matrices((33, 50), dtype, 3):
+        assert_same(spec, x, None)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_amax(tile: Tile) -> None:
+    for number, dtype in enumerate(DTYPES):
+        for x in list(matrices((130, 65), dtype, number))[number::3]:
+            assert equal(BACKEND.amax(x, tile), REFERENCE.amax(x, tile)), (dtype, x.stride())
+
+
+def test_an_amax_from_elsewhere() -> None:
+    x = torch.randn(40, 70)
+    for spec in (OperandSpec(format=E4M3, amax=Delayed()), MXFP8, NVFP4, replace(MXFP8, tile=Tile(1, -1))):
+        count = 1 if spec.scale.levels == 2 else spec.tile.grid(40, 70)[0] * spec.tile.grid(40, 70)[1]
+        given = torch.rand(count) * 4
+        ours, theirs = (b.quantize(x, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        assert same_codes(ours, theirs), spec
+    with pytest.raises(ValueError, match="scales by an earlier amax"):
+        BACKEND.quantize(x, OperandSpec(format=E4M3, amax=Delayed()), amax=None, noise=None)
+
+
+@pytest.mark.parametrize("size", [2, 16, 128])
+def test_hadamard(size: int) -> None:
+    transform = Hadamard(size=size, signs=3)
+    for number, shape in enumerate(SHAPES):
+        dtype = DTYPES[(number + size) % 3]
+        x = list(matrices(shape, dtype, size))[number % 11]
+        assert equal(BACKEND.transformed(transform, x, left=True), transform.left(x)), (shape, dtype, x.stride())
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bool) -> None:
+    """What wgrad reads of a tensor in NVFP4 and MXFP4: the transformed matrix is never written."""
+    mxfp4 = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo())
+    rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+    for number, (base, size) in enumerate([(NVFP4, 16), (NVFP4, 64), (mxfp4, 32)]):
+        transform, spec = Hadamard(size=size, signs="te" if size == 16 else 0), replace(base, rounding=rounding)
+        source = noise(row_offset=7, transposed=True) if stochastic else None
+        for x in list(matrices((100, 33), dtype, number))[number::5]:
+            ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
+            theirs = REFERENCE.quantize(transform.left(x.mT), spec, amax=None, noise=source)
+            assert same_codes(ours, theirs), (str(spec), x.dtype)
+
+
+@pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4], ids=str)
+def test_rows_of_the_benchmarked_shape(spec: OperandSpec) -> None:
+    """32 of the 8192 x 704 activations, along their rows; and 32 of their columns, along the tokens."""
+    x = (torch.randn(8192, 704, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    given = REFERENCE.amax(x, TENSOR) if spec.tile == TENSOR or spec.scale.levels == 2 else None
+    for part in (x[:32], x.mT[:16, :1024]):
+        ours, theirs = (b.quantize(part, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        assert same_codes(ours, theirs)
+        assert equal(tile_amax(part, spec.tile), REFERENCE.amax(part, spec.tile))
+
+
+def test_swizzled_scales() -> None:
+    scales = torch.randint(0, 256, (200, 9), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(scales, (0, 3, 0, 56))
+    assert torch.equal(swizzled(scales), padded.view(2, 4, 32, 3, 4).permute(0, 3, 2, 1, 4).flatten())
+
+
+def test_chosen_by_name_and_refused_with_reasons() -> None:
+    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
+    assert str(choose(gemm, (64, 64, 64), cpu, "triton")) == "triton"
+    for spec, reason in (
+        (replace(MXFP8, tile=Tile(3, 5)), "no kernel for tiles of 3x5"),
+        (replace(MXFP8, tile=Tile(256, 256)), "no kernel for tiles of 256x256"),
+        (replace(NVFP4, scale=TwoLevel(rows=True)), "no kernel for scales by e4m3.fp32row"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")
+    assert BACKEND.why_not(gemm, (64, 64, 64), torch.device("meta")) == "the model is on meta"
+    assert equal(hadamard(torch.ones(2, 16), Hadamard()), Hadamard().left(torch.ones(2, 16)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+def one_step(recipe: str, backend: str, **arguments: Any) -> tuple[str, list[Tensor]]:
+    """plan.txt, and the losses and gradients of a step and the loss after it, of a model of two blocks."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])}).to(torch.bfloat16)
+    plan = apply(load(recipe, arguments), model, backend=backend)
+    x = torch.randn(2, 24, 32).bfloat16()
+    seen = []
+    for step in range(2):
+        plan.begin_step(step, 0, 2)
+        h = x
+        for block in model["layers"]:
+            h = block(h)
+        loss = h.float().square().mean()
+        seen.append(loss.detach())
+        if step == 0:
+            loss.backward()
+            plan.end_step()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                seen.append(parameter.grad)
+                parameter.data -= 0.1 * parameter.grad
+    return str(plan), seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [
+        ("fp8_delayed", {}),
+        ("fp8_block", {"block": 16}),
+        ("mxfp8", {}),
+        ("nvfp4", {"keep_last": 0, "bf16_forward": 0}),
+    ],
+)
+def test_a_model_trains_with_it_and_the_plan_says_so(recipe: str, arguments: dict[str, Any]) -> None:
+    plan, ours = one_step(recipe, "triton", **arguments)
+    _, theirs = one_step(recipe, "reference", **arguments)
+    assert plan.count("[triton]") == 3 * 4
+    assert all(map(equal, ours, theirs))
+
+
+def test_adamw_over_narrow_states() -> None:
+    """Against plain torch. Square roots are IEEE's, which those of torch on a CPU with MKL are not."""
+    rows, cols, number = 21, 90, 0
+    e4m3 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=Fp32Decode(floor=1e-30))
+    whole = replace(e4m3, format=E5M2, tile=TENSOR)
+    generator = torch.Generator().manual_seed(0)
+    kinds: list[OperandSpec | torch.dtype] = [torch.float32, torch.bfloat16, e4m3, whole]
+    for first, second in [(2, 2), (3, 2), (0, 3), (1, 0)]:
+        for stochastic in (False, True):
+            number += 1
+            specs = [kinds[first], kinds[second], (torch.float32, torch.bfloat16, whole)[number % 3]]
+            values = [torch.randn(rows, cols, generator=generator) for _ in range(4)]
+            values[1] = values[1].square()
+            values[1][0, :5] = torch.tensor([0.0, 1e-30, 1e-44, 1e30, 0.0])
+            grad = values[3].to(DTYPES[number % 2])
+            grad[2, :3] = torch.tensor([0.0, -0.0, 1e-20])
+            rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+            states = [
+                made(value, spec, rounding, slot)
+                for slot, (value, spec) in enumerate(zip(values[:3], specs, strict=True))
+            ]
+            before = [decoded(state) for state in states]
+            weight = torch.zeros(rows, cols, dtype=DTYPES[number % 2]) if states[2].spec is not None else None
+            step = Step(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, decay=0.1 * (number % 2), t=number)
+            expected = updated(grad.float(), before, step)
+            tops = adamw_amaxes(grad, *states, step)
+            for top, state, value in zip(tops, states, expected, strict=True):
+                assert float(top) == (float(value.abs().max()) if state.whole else 0.0)
+            adamw(grad, *states, step, weight=weight, amaxes=tops, row_offset=3)
+            for slot, (state, value) in enumerate(zip(states, expected, strict=True)):
+                anew = made(value, specs[slot], rounding, slot, row_offset=3)
+                assert equal(state.values, anew.values), (number, slot)
+                assert equal(state.scales, anew.scales)
+            if weight is not None:
+                assert equal(weight, decoded(states[2]).to(weight.dtype))
+    with pytest.raises(ValueError, match="no kernel for states"):
+        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
+
+
+def made(value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0) -> State:
+    """A state that holds ``value``."""
+    source = noise(slot, row_offset=row_offset) if rounding is Rounding.STOCHASTIC else None
+    key = source.key if source is not None else None
+    if isinstance(spec, OperandSpec):
+        spec = replace(spec, rounding=rounding)
+        q = REFERENCE.quantize(value, spec, amax=None, noise=source)
+        return State(values=q.codes, scales=q.scales, spec=spec, key=key)
+    if spec == torch.float32:
+        return State(values=value.clone())
+    rounded = BF16.round(value, source.uniform(*value.shape) if source is not None else None)
+    return State(values=rounded.to(spec), rounding=rounding, key=key)
+
+
+def decoded(state: State) -> Tensor:
+    if state.spec is None:
+        return state.values.float()
+    assert state.scales is not None
+    rows, cols = state.values.shape
+    return dequantize(
+        Quantized(codes=state.values, scales=state.scales, tensor_scale=None, shape=(rows, cols), spec=state.spec)
+    )
+
+
+def updated(grad: Tensor, before: list[Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW as the kernel's docstring has it; a fused multiply-add by way of float64, which here rounds alike."""
+    m, v, w = before
+    s = {name: torch.tensor(value) for name, value in step.scalars().items()}
+    m = (s["lerp"].double() * (grad - m).double() + m.double()).float()
+    v = ((s["square"] * grad).double() * grad.double() + (v * s["beta2"]).double()).float()
+    root = v.double().sqrt().float() / s["correction"] + s["eps"]
+    return m, v, w * s["decay"] + (s["step"] * m) / root
+
+
+def exp(x: Tensor) -> Tensor:
+    """As the interpreter has it: libraries, and GPUs, differ in the last bit."""
+    return torch.from_numpy(np.exp(x.numpy()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smooth_swiglu(dtype: torch.dtype) -> None:
+    """Against plain torch, but for the exponential."""
+    tensor, random_mx = OperandSpec(format=E4M3, amax=Delayed()), replace(MXFP8, rounding=Rounding.STOCHASTIC)
+    generator = torch.Generator().manual_seed(1)
+    gate, up, dh = ((torch.randn(37, 100, generator=generator) * 3).to(dtype) for _ in range(3))
+    up[3], gate[:, 5], up[:, 7] = 0.0, -200.0, 100.0
+    g, u = gate.float(), up.float()
+    sigmoid = 1 / (1 + exp(-g))
+    h = ((g / (1 + exp(-g))) * u).to(dtype)
+    tops = [swiglu_amax(gate, up, along=along) for along in (0, 1)]
+    assert torch.equal(tops[0], u.abs().amax(1))
+    assert torch.equal(tops[1], h.float().abs().amax(0))
+    for along, spec in itertools.product((0, 1), (random_mx, NVFP4, tensor)):
+        source = noise(5, row_offset=9) if spec.rounding is Rounding.STOCHASTIC else None
+        d = tops[along].where(tops[along] > 0, 1.0)
+        smooth = (h.float() / (d[:, None] if along == 0 else d)).to(dtype)
+        given = torch.tensor(3.0) if spec.tile == TENSOR or spec.scale.levels == 2 else None
+        ours = swiglu(gate, up, spec, smooth=d, along=along, amax=given, noise=source)
+        theirs = REFERENCE.quantize(smooth, spec, amax=given, noise=source)
+        assert same_codes(ours, theirs), (str(spec), along)
+    assert same_codes(swiglu(gate, up, MXFP8), REFERENCE.quantize(h, MXFP8, amax=None, noise=None))
+
+    scaled = (dh.float() / tops[0].where(tops[0] > 0, 1.0)[:, None]).to(dtype)
+    for d, incoming in ((None, dh), (tops[0].where(tops[0] > 0, 1.0), scaled)):
+        wide = incoming.float()
+        gradients = ((wide * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(dtype), (wide * (g * sigmoid)).to(dtype))
+        for ours, gradient in zip(swiglu_backward(dh, gate, up, MXFP8, smooth=d), gradients, strict=True):
+            assert same_codes(ours, REFERENCE.quantize(gradient, MXFP8, amax=None, noise=None))
+
+
+@pytest.mark.parametrize(
+    ("spec", "transposed"),
+    [
+        (OperandSpec(format=E4M3), True),
+        (OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True)), False),
+        (MXFP8, False),
+        (replace(MXFP8, tile=Tile(32, 32)), True),
+        (replace(MXFP8, format=E2M1), False),
+        (NVFP4, False),
+        (replace(NVFP4, tile=Tile(16, 16)), True),
+    ],
+    ids=str,
+)
+def test_products_of_codes(spec: OperandSpec, transposed: bool) -> None:
+    """Up to the order of sums in FP32: against float64."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(rows, 144, generator=generator) for rows in (50, 35))
+    bias = torch.randn(35, generator=generator)
+    left = BACKEND.quantize(a, spec, amax=None, noise=None)
+    right = BACKEND.quantize(b.mT if transposed else b, spec, amax=None, noise=None)
+    right = right.t() if transposed else right
+    exact = dequantize(left).double() @ dequantize(right).double().mT
+    terms = dequantize(left).double().abs() @ dequantize(right).double().abs().mT
+    for dtype, unit in ((torch.float32, 2.0**-20), (torch.bfloat16, 2.0**-8)):
+        y = product(left, right, bias=bias, dtype=dtype).double()
+        assert y.shape == (50, 35)
+        assert ((y - exact - bias).abs() <= unit * (exact + bias).abs() + 2.0**-19 * terms).all()
+
+
+def test_products_by_name_alone() -> None:
+    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
+    assert str(choose(gemm, (64, 64, 64), cpu, "triton_dot")) == "triton_dot"
+    assert "triton_dot" not in [str(choose(gemm, (64, 64, 64), cpu, name)) for name in ("auto", "triton", "reference")]
+    for other, reason in ((None, "left in high precision"), (NVFP4, "no narrow product of")):
+        with pytest.raises(ValueError, match=reason):
+            choose(GemmSpec(a=MXFP8, b=other), (64, 64, 64), cpu, "triton_dot")
+    plan, seen = one_step("mxfp8", "triton_dot")
+    _, emulated = one_step("mxfp8", "reference")
+    assert plan.count("[triton_dot, narrow product]") == 3 * 4
+    for ours, theirs in zip(seen, emulated, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()

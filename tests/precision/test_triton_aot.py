@@ -1,0 +1,101 @@
+"""Every Triton kernel compiled for every architecture, without a GPU: instructions, registers, spills."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from precision.backends.triton import recording
+from precision.backends.triton_aot import ARCHITECTURES, Compiled, cases, compile
+
+E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
+E5M2 = r"cvt\.rn\.satfinite\.e5m2x2\.f32"
+E2M1 = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
+CASES = cases()
+
+
+def compiled(name: str, architecture: int) -> dict[str, Compiled]:
+    """By kernel."""
+    with recording(divmod(architecture, 10)) as launches:
+        CASES[name]()
+    assert launches
+    return {launch.kernel.__name__: compile(launch, architecture) for launch in launches}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
+def test_aot(name: str, architecture: int) -> None:
+    made = compiled(name, architecture)
+    for kernel, code in made.items():
+        assert code.cubin[:4] == b"\x7fELF", kernel
+        assert re.search(rf"\.target sm_{architecture}", code.ptx)
+        assert code.spilled == 0, (kernel, code.registers)
+        # Every float operation rounds once, to nearest, and keeps subnormals; an exponential is its own affair.
+        fused = 2 * (2048 // 128) if kernel == "adamw_kernel" else 0  # two an element, as torch has them
+        assert code.count(r"\bfma\.") == code.count(r"\bfma\.rn\.f32") == fused, kernel
+        assert not code.count(r"(?<!ex2\.approx)\.ftz|sqrt\.approx|div\.full|div\.approx|rcp\.approx"), kernel
+        assert not code.count(r"\b(?:add|sub|mul)\.f32"), kernel
+        assert not code.count(r"\bdiv\.(?!rn\.f32|[us]\d)"), kernel
+    if "quantize_kernel" in made:
+        code = made["quantize_kernel"]
+        if "fp8" in name:
+            assert code.count(E5M2 if "e5m2" in name else E4M3)
+        assert code.count(r"ld\.global\S*\.v4\.b32"), "reads are 16 bytes wide"
+        if "nvfp4" in name:
+            assert code.count(E4M3)  # of the blocks' scales
+        if "fp4" in name:
+            assert bool(code.count(E2M1)) == (architecture >= 100 and "sr" not in name)
+    if name.startswith("smooth swiglu") and "amax" not in name:
+        (code,) = made.values()
+        assert code.count(E4M3)
+    if "gemm" in name:
+        (code,) = made.values()
+        assert code.count(PRODUCTS[name.split()[1], architecture])
+
+
+PRODUCTS = {
+    ("fp8", 89): r"mma\.sync\S*\.m16n8k32\S*\.e4m3\.e4m3",
+    ("fp8", 90): r"wgmma\.mma_async\S*\.e4m3\.e4m3",
+    ("fp8", 100): r"tcgen05\.mma\S*kind::f8f6f4",
+    ("fp8", 120): r"mma\.sync\S*\.m16n8k32\S*\.e4m3\.e4m3",
+    ("mxfp8", 89): r"mma\.sync\S*\.bf16\.bf16",
+    ("mxfp8", 90): r"wgmma\.mma_async\S*\.bf16\.bf16",
+    ("mxfp8", 100): r"tcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
+    ("mxfp8", 120): r"mma\.sync\S*kind::mxf8f6f4\.block_scale\S*\.ue8m0",
+    ("nvfp4", 89): r"mma\.sync\S*\.bf16\.bf16",
+    ("nvfp4", 90): r"wgmma\.mma_async\S*\.bf16\.bf16",
+    ("nvfp4", 100): r"tcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.block16",
+    ("nvfp4", 120): r"mma\.sync\S*kind::mxf4nvf4\.block_scale\S*\.ue4m3",
+}
+"""What a product runs on: Ada and Hopper have no block scales, and multiply decoded blocks in BF16."""
+
+
+def test_aot_reads_an_operand_once() -> None:
+    """One launch where the tiles fit into a block, two where the amax spans more."""
+    numbers = {}
+    for name, call in CASES.items():
+        with recording((9, 0)) as launches:
+            call()
+        numbers[name] = [launch.kernel.__name__ for launch in launches]
+    for name in (
+        "fp8 row",
+        "fp8 1x128, columns",
+        "fp8 128x128",
+        "mxfp8",
+        "mxfp8, columns",
+        "fp8 tensor, e5m2, amax given",
+    ):
+        assert numbers[name] == ["quantize_kernel"], name
+    for name in ("fp8 tensor", "fp8 row, columns", "nvfp4", "nvfp4, columns, hadamard16, sr"):
+        assert numbers[name] == ["amax_kernel", "quantize_kernel"], name
+
+
+def test_aot_recording_runs_nothing() -> None:
+    x = torch.ones(4, 4)
+    with recording((9, 0)) as launches:
+        CASES["mxfp8"]()
+        CASES["swizzle"]()
+    assert [launch.programs for launch in launches] == [16384, 8192]
+    assert torch.equal(x, torch.ones(4, 4))
