@@ -228,7 +228,7 @@ class SignSGD(torch.optim.Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignRule:
-    def build(self, groups, *, lr, betas, eps):
+    def build(self, groups, *, lr, betas, eps, **others):
         return SignSGD(groups, lr)
 
 
