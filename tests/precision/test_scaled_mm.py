@@ -120,15 +120,18 @@ def test_every_row_of_the_table_is_called(monkeypatch: pytest.MonkeyPatch) -> No
             for a, b in pairs:
                 if (a.format, b.format) not in product.pairs or a.tile == b.tile == Tile(128, 128):
                     continue
-                for dtype in product.outputs:
-                    qa, qb = (
-                        REFERENCE.quantize(torch.randn(r, 130), s, amax=None, noise=None) for r, s in ((9, a), (5, b))
-                    )
-                    for bias in (None, torch.randn(5).to(dtype)):
-                        y = multiply(product, qa, qb, bias=bias, dtype=dtype)
-                        exact = dequantize(qa).double() @ dequantize(qb).double().mT
-                        exact = exact if bias is None else exact + bias.double()
-                        assert sqnr(y, exact) > (110 if dtype == torch.float32 else 40), (product.name, arch, dtype)
+                qa, qb = (
+                    REFERENCE.quantize(torch.randn(rows, 130), spec, amax=None, noise=None)
+                    for rows, spec in ((9, a), (5, b))
+                )
+                exact = dequantize(qa).double() @ dequantize(qb).double().mT
+                # The contract differs by architecture in what there is, not in dtypes: all of these on one is enough.
+                for dtype in product.outputs if arch == product.architectures[0] else (torch.bfloat16,):
+                    bias = torch.randn(5).to(dtype)
+                    y = multiply(product, qa, qb, bias=bias, dtype=dtype)
+                    decibels = 110 if dtype == torch.float32 else 40
+                    assert sqnr(y, exact + bias.double()) > decibels, (product.name, arch, dtype)
+                assert sqnr(multiply(product, qa, qb, bias=None, dtype=torch.bfloat16), exact) > 40
             assert hardware.calls
 
 
