@@ -28,7 +28,7 @@ def moved(launch: Launch) -> tuple[float, float]:
     for name, value in launch.arguments.items():
         if isinstance(value, Tensor):
             size = value.numel() * value.element_size()
-            output = WRITTEN[launch.kernel.__name__]
+            output = {} if launch.arguments.get("AMAX_ONLY") else WRITTEN[launch.kernel.__name__]
             written += size if name in output else 0
             read += size if name not in output or output[name] else 0
     return read / ELEMENTS, written / ELEMENTS
