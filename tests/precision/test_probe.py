@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from test_linear import INS, OUTS, block_model, run, samples
+from test_linear import INS, OUTS, SMOOTH, block_model, run, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
