@@ -28,8 +28,6 @@ MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
 PATH = "layers.0.up_proj"
 
-SMOOTH = ("smooth_swiglu", "fp8_full")  # want a SwiGLU: tests/precision/test_smooth.py
-
 
 def plan_of(spec: LinearSpec, **options: object) -> Plan:
     return apply(Recipe(rules=(Rule(kind=nn.Linear, path=".*", make=quantized(spec)),)), block_model(), **options)  # type: ignore[arg-type]
