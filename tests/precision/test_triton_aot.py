@@ -34,10 +34,11 @@ def test_aot(name: str, architecture: int) -> None:
         assert code.spilled == 0, (kernel, code.registers)
         # Every float operation rounds once, to nearest, and keeps subnormals; an exponential is its own affair.
         fused = 2 * (2048 // 128) if kernel == "adamw_kernel" else 0  # two an element, as torch has them
-        assert code.count(r"\bfma\.rn\.f32") == fused, kernel
+        # sm_100 has instructions of two.
+        assert code.count(r"\bfma\.rn\.f32\b") + 2 * code.count(r"\bfma\.rn\.f32x2") == fused, kernel
         # Without block scales triton applies them to BF16 values, exactly, by FMAs with zero.
         decodes = kernel == "block_scaled_gemm_kernel" and architecture < 100
-        assert decodes or code.count(r"\bfma\.") == fused, kernel
+        assert decodes or code.count(r"\bfma\.(?!rn\.f32)") == 0, kernel
         assert not code.count(r"(?<!ex2\.approx)\.ftz|sqrt\.approx|div\.full|div\.approx|rcp\.approx"), kernel
         assert not code.count(r"\b(?:add|sub|mul)\.f32"), kernel
         assert not code.count(r"\bdiv\.(?!rn\.f32|[us]\d)"), kernel

@@ -52,7 +52,7 @@ RECIPES = {
     "delayed": ["precision=fp8_delayed"],
     "mxfp4": ["precision=mxfp4"],
     "nvfp4": ["precision=nvfp4", "parallel=hsdp"],
-    "fp16": ["precision=fp16", "precision.args.init_scale=1.0e17", "precision.args.backoff=0.001"],
+    "fp16": ["precision=fp16", "precision.args.init_scale=1.0e11", "precision.args.backoff=0.001"],
     "full": ["precision=fp8_full", "parallel.activation_checkpointing=true"],
     "apart": ["precision=fp8_delayed", "precision.args.reduce_amax=false"],  # every rank has histories of its own
 }

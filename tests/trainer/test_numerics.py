@@ -135,7 +135,7 @@ def test_the_map_turns_to_any_watched_step(tmp_path: Path) -> None:
     rows = [row for step in range(1, 31) for row in probe_rows(step)]
     numerics = read_numerics(watched_run(tmp_path, "mxfp8", rows) / "metrics.jsonl")
     assert numerics is not None
-    plot = heat_map("numerics-1", "mxfp8", numerics)
+    plot = heat_map("numerics-1", numerics)
     (slider,) = plot["layout"]["sliders"]
     labels = [step["label"] for step in slider["steps"]]
     assert len(labels) <= 8
