@@ -224,6 +224,10 @@ def _weight(linear: QuantLinear, rows: int) -> _Weight:
     spec = weight_spec(linear.spec)
     if isinstance(spec, str):
         raise ValueError(f"{linear.path}: {spec}")
+    for other in linear.specs[1:]:
+        # Histories want every step's amax of the weight itself, and phases in high precision alone are looked out for.
+        if linear.delayed is not None or other != LinearSpec():
+            raise ValueError(f"{linear.path}: under its schedule, weights cannot be gathered as codes")
     n, k = linear.out_features, linear.in_features
     if spec.tile.outer > 0 and rows % spec.tile.outer and rows < n:
         raise ValueError(f"{linear.path}: shards of {rows} rows cut its tiles of {spec.tile}")

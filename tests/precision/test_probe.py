@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from test_linear import INS, OUTS, block_model, run, samples
+from test_linear import INS, OUTS, SMOOTH, block_model, run, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,8 +27,6 @@ TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
 NV4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
 PATH = "layers.0.up_proj"
-
-SMOOTH = ("smooth_swiglu", "fp8_full")  # want a SwiGLU: tests/precision/test_smooth.py
 
 
 def plan_of(spec: LinearSpec, **options: object) -> Plan:

@@ -156,6 +156,14 @@ def test_what_would_be_another_run_is_refused(
         gather_codes(model, model.layers, Group(2), torch.bfloat16)  # type: ignore[arg-type]
 
 
+def test_a_schedule_over_amax_histories_is_refused(world: World) -> None:
+    model = Blocks(32)
+    apply(load("fp8_delayed", {}, [{"steps": [0, 4], "gemms": ["fprop"]}]), model)
+    fully_shard(model.layers[0])
+    with pytest.raises(ValueError, match=r"layers\.0\.proj: under its schedule"):
+        gather_codes(model, model.layers, Group(2), torch.bfloat16)  # type: ignore[arg-type]
+
+
 def test_kept_weights_are_refused() -> None:
     with pytest.raises(UserError, match=r"fp8_all_gather=true needs parallel\.reshard_after_forward=true"):
         load_config(["parallel.fp8_all_gather=true", "parallel.reshard_after_forward=false"])
