@@ -233,7 +233,8 @@ class TritonAdam:
         result = torch.zeros(len(updates), 3, device=updates[0].grad.device)
         for row, u in zip(result, updates, strict=True):
             if u.whole and u.grad.numel():
-                row.copy_(adamw_amaxes(u.grad, *map(_state, u.kept), _step(u)))
+                m, v, w = map(_state, u.kept)
+                row.copy_(adamw_amaxes(u.grad, m, v, w, _step(u)))
         return result
 
     def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
@@ -244,7 +245,8 @@ class TritonAdam:
                 continue
             for x in (u.grad, u.weight):
                 assert x is None or x.dtype in (torch.float32, torch.bfloat16)
-            adamw(u.grad, *map(_state, u.kept), _step(u), weight=u.weight, amaxes=tops, row_offset=u.row_offset)
+            m, v, w = map(_state, u.kept)
+            adamw(u.grad, m, v, w, _step(u), weight=u.weight, amaxes=tops, row_offset=u.row_offset)
 
 
 def _in_triton(codec: Codec) -> bool:
