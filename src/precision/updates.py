@@ -130,7 +130,7 @@ class CodecAdamW(Optimizer):
         groups: of parameters, named or not; a name is needed where rounding is stochastic.
         moments: how states are kept.
         seed: of rounding noise.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
     """
 
     def __init__(
@@ -162,7 +162,10 @@ class CodecAdamW(Optimizer):
                         keys.append(base_key(seed, name, [*_SLOTS.values()][which]))
         self._keys = torch.stack(keys) if keys else None
         device = next(iter(self.places)).device
-        self.backend: AdamBackend = choose(device, backend)
+        codecs = dict.fromkeys(codec for place in self.places.values() for codec in place.codecs)
+        beta1 = min(float(group["betas"][0]) for group in self.param_groups)
+        self.choice = choose(device, backend, codecs=codecs, beta1=beta1)
+        self.backend: AdamBackend = self.choice.backend
         with torch.no_grad():
             self._encode_masters()
 

@@ -344,7 +344,7 @@ def _moments_note(precision: PrecisionConfig, optim: OptimConfig, recipe: Recipe
     """A line of plan.txt: how states are kept, who says so, and who computes."""
     own = load(precision.recipe, precision.args).moments
     said = f"optim.moments; the recipe has {own}" if recipe.moments != own else "the recipe's"
-    by = f"[{optimizer.backend.name}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
+    by = f"[{optimizer.choice}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
     return f"{recipe.moments} ({said}), vectors fp32, updated by {by}"
 
 

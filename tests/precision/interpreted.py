@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_updates
 import torch
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+from test_updates import CPU, make, params_of, same, set_grads, state_of
 from torch import Tensor, nn
 
-from precision.backends import REFERENCE, choose
-from precision.backends.triton import Triton, hadamard, quantize_fused, swizzled, tile_amax
+from precision.backends import REFERENCE, choose, scaled_mm
+from precision.backends.adam import choose as choose_update
+from precision.backends.scaled_mm import PRODUCTS, swizzle
+from precision.backends.triton import Triton, hadamard, quantize_fused, recording, swizzled, tile_amax
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
@@ -136,6 +140,21 @@ def test_swizzled_scales() -> None:
     scales = torch.randint(0, 256, (200, 9), dtype=torch.uint8)
     padded = torch.nn.functional.pad(scales, (0, 3, 0, 56))
     assert torch.equal(swizzled(scales), padded.view(2, 4, 32, 3, 4).permute(0, 3, 2, 1, 4).flatten())
+    for rows, cols in ((1, 1), (128, 4), (130, 9), (0, 4)):
+        scales = torch.randint(0, 256, (cols, rows), dtype=torch.uint8).mT
+        assert torch.equal(swizzled(scales), swizzle(scales))
+
+
+@pytest.mark.parametrize("spec", [MXFP8, NVFP4], ids=str)
+def test_native_products_have_their_scales_from_the_kernel(spec: OperandSpec) -> None:
+    product = next(p for p in PRODUCTS if p.name == ("MXFP8" if spec is MXFP8 else "NVFP4"))
+    q = BACKEND.quantize(torch.randn(130, 144), spec, amax=None, noise=None)
+    side = scaled_mm._side(q, product, 130, 160)
+    plain = swizzle(scaled_mm._per_vector(q, q.scales, 130, 160, spec.tile.inner))
+    assert torch.equal(side.scales[0].view(torch.uint8), plain)
+    with recording((10, 0)) as launches:
+        scaled_mm._side(q, product, 130, 160)
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["swizzle_kernel"]
 
 
 def test_chosen_by_name_and_refused_with_reasons() -> None:
@@ -239,6 +258,45 @@ def test_adamw_over_narrow_states() -> None:
                 assert equal(weight, decoded(states[2]).to(weight.dtype))
     with pytest.raises(ValueError, match="no kernel for states"):
         State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
+
+
+UPDATED: list[tuple[object, torch.dtype]] = [
+    ("fp32", torch.bfloat16),
+    ("fp8", torch.float32),
+    ("fp8_tensor", torch.bfloat16),
+    ("pure_bf16_sr", torch.bfloat16),
+    ("e5m2/tensor/sr", torch.float32),
+    ({"m": "e4m3/64/sr", "v": "bf16/sr", "master": "e4m3/tensor/sr"}, torch.float32),
+    ({"m": "bf16", "v": "e5m2/128", "master": "e3m4/32"}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), UPDATED, ids=str)
+def test_updates_are_those_of_plain_torch(variant: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an optimizer: uneven rows, a vector, a rank without rows; then a gradient that overflows."""
+    monkeypatch.setattr(test_updates, "SHAPES", [(5, 150), (3,), (0, 9)])
+    both = [make(variant, dtype, backend) for backend in ("triton", "reference")]
+    assert [str(optimizer.choice) for optimizer in both] == ["triton", "reference"]
+    for step, bad in enumerate((None, 3e38)):
+        for optimizer in both:
+            set_grads(params_of(optimizer), step, bad)
+            optimizer.step()
+        assert same(*map(state_of, both)) == [], step
+
+
+def test_updates_that_the_kernel_lacks() -> None:
+    for variant, lacking in (
+        ("dynamic8", "dynamic/256"),
+        ("coat", "expanded/128"),
+        ("pure_bf16_kahan", "bf16/kahan"),
+        ("fp16/64", "fp16/64"),
+        ("e4m3/100", "e4m3/100"),
+    ):
+        assert f"(not triton: no kernel for {lacking}" in str(make(variant, backend="triton").choice)
+    assert "beta1=0.5" in str(make("fp8", backend="triton", betas=(0.5, 0.9)).choice)
+    assert str(choose_update(torch.device("meta"))) == "reference"
+    assert str(choose_update(torch.device("meta"), "triton")) == "reference (not triton: the parameters are on meta)"
+    assert "triton" not in str(choose_update(CPU))
 
 
 def made(value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0) -> State:

@@ -1,4 +1,5 @@
-"""AdamW over codecs: decode, update in FP32, encode. ``reference`` is the definition; ``cpu`` gives the same bits.
+"""AdamW over codecs: decode, update in FP32, encode. ``reference`` is the definition; ``cpu`` gives the same bits, and
+so does ``triton`` in Triton's interpreter.
 
 For one parameter, with the step's scalars computed in float64 and rounded once to FP32, every operation in FP32:
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,8 @@ from torch import Tensor
 
 import native
 from precision.backends import cpu
+from precision.backends.triton import installed, runs_on
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
 from precision.codecs import (
     FP32,
     Codec,
@@ -107,8 +110,10 @@ class Update:
 class AdamBackend(Protocol):
     name: str
 
-    def why_not(self, device: torch.device) -> str | None:
-        """None if this backend can update parameters on ``device``, else why not."""
+    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
+        """None if this backend can update parameters on ``device`` that are kept, as are their moments, by these
+        codecs, with this least beta1; else why not.
+        """
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
         """FP32 [updates, 3]: amax of the new m, v and w of this rank where one scale serves the tensor, else 0."""
@@ -135,7 +140,7 @@ class ReferenceAdam:
 
     name = "reference"
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
         return None
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
@@ -164,7 +169,7 @@ class CpuAdam:
 
     name = "cpu"
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
         if device.type != "cpu":
             return f"the parameters are on {device.type}"
         if cpu.library() is None:
@@ -203,16 +208,96 @@ def _root() -> ctypes.c_void_p | None:
 _ROOT_MODE = 0x140102  # as in cpu_kernels.cpp
 
 REFERENCE: AdamBackend = ReferenceAdam()
-ORDER: tuple[AdamBackend, ...] = (CpuAdam(), REFERENCE)
 
 
-def choose(device: torch.device, wanted: str = "auto") -> AdamBackend:
-    """The backend of updates on ``device``: the first that can, or the one of that name if it can, else the reference.
+class TritonAdam:
+    """A Triton kernel for each parameter (two where a scale serves a whole tensor), on GPUs or interpreted.
+
+    What the kernel does not do alike goes to the reference: matrices without elements, and on a CPU all-FP32 updates,
+    since their square roots are torch's there.
+    """
+
+    name = "triton"
+
+    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
+        if not runs_on(device):
+            return f"the parameters are on {device.type}"
+        if not installed():
+            return "triton is not installed"
+        if not 0.5 < beta1 < 1:
+            return f"no kernel for beta1={beta1:g}: torch interpolates otherwise up to 0.5"
+        lacking = [str(codec) for codec in codecs if not _in_triton(codec)]
+        return f"no kernel for {' or '.join(lacking)}" if lacking else None
+
+    def amaxes(self, updates: Sequence[Update]) -> Tensor:
+        result = torch.zeros(len(updates), 3, device=updates[0].grad.device)
+        for row, u in zip(result, updates, strict=True):
+            if u.whole and u.grad.numel():
+                m, v, w = map(_state, u.kept)
+                row.copy_(adamw_amaxes(u.grad, m, v, w, _step(u)))
+        return result
+
+    def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
+        for index, u in enumerate(updates):
+            tops = amaxes[index] if amaxes is not None else None
+            if not u.grad.numel() or (u.plain and u.grad.device.type == "cpu"):
+                REFERENCE.update([u], tops[None] if tops is not None else None)
+                continue
+            for x in (u.grad, u.weight):
+                assert x is None or x.dtype in (torch.float32, torch.bfloat16)
+            m, v, w = map(_state, u.kept)
+            adamw(u.grad, m, v, w, _step(u), weight=u.weight, amaxes=tops, row_offset=u.row_offset)
+
+
+def _in_triton(codec: Codec) -> bool:
+    if isinstance(codec, Scaled):
+        block = codec.block or 2
+        return codec.format.bits <= 8 and 1 < block <= 1024 and block & (block - 1) == 0
+    return isinstance(codec, Plain)
+
+
+def _state(kept: Kept) -> State:
+    """The codec's parts as the kernel knows them."""
+    codec, device = kept.codec, next(iter(kept.parts.values())).device
+    key = kept.key.to(device) if kept.key is not None else None
+    if isinstance(codec, Scaled):
+        return State(values=kept.parts["codes"], scales=kept.parts["scales"], spec=codec.spec, key=key)
+    assert isinstance(codec, Plain)
+    return State(values=kept.parts[""], rounding=codec.rounding, key=key)
+
+
+def _step(u: Update) -> Step:
+    return Step(lr=u.lr, betas=u.betas, eps=u.eps, decay=u.decay, t=u.t)
+
+
+ORDER: tuple[AdamBackend, ...] = (CpuAdam(), TritonAdam(), REFERENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend of updates, and why those before it refused."""
+
+    backend: AdamBackend
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
+
+
+def choose(device: torch.device, wanted: str = "auto", *, codecs: Collection[Codec] = (), beta1: float = 0.9) -> Choice:
+    """The backend of updates on ``device``: the one of that name if it can, else the first that can.
 
     A name that only matrix products know means nothing here.
     """
-    able = [backend for backend in ORDER if backend.why_not(device) is None]
-    return next((backend for backend in able if backend.name == wanted), able[0])
+    reasons = {backend.name: backend.why_not(device, codecs, beta1) for backend in ORDER}
+    if wanted in reasons and reasons[wanted] is None:
+        return Choice(next(backend for backend in ORDER if backend.name == wanted))
+    first = next(index for index, backend in enumerate(ORDER) if reasons[backend.name] is None)
+    asked = {wanted, *(backend.name for backend in ORDER[:first])}
+    refused = {name: reason for name, reason in reasons.items() if name in asked and reason is not None}
+    obvious = f"the parameters are on {device.type}"  # unless it was asked for by name
+    said = [f"not {name}: {reason}" for name, reason in refused.items() if name == wanted or reason != obvious]
+    return Choice(ORDER[first], tuple(said))
 
 
 class _Codec(ctypes.Structure):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
 
+from precision.backends import triton
 from precision.backends.reference import Reference
 from precision.formats import E2M1, E4M3, E5M2, E8M0, NumberFormat, pack4, unpack4
 from precision.noise import Noise
@@ -377,11 +378,11 @@ def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
             return _Side(codes=codes, scales=[scales], recipes=[recipe], swizzles=[flat])
         case Scales.MX:
             exponents = q.scales if q.spec.scale.format == E8M0 else E8M0.encode(q.scales)
-            scales = swizzle(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)
+            scales = _in_order(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)
             return _Side(codes=codes, scales=[scales], recipes=[ScalingType.BlockWise1x32], swizzles=[swizzled])
         case Scales.NV:
             assert q.tensor_scale is not None
-            scales = swizzle(_per_vector(q, q.scales, rows, k, 16)).view(torch.float8_e4m3fn)
+            scales = _in_order(_per_vector(q, q.scales, rows, k, 16)).view(torch.float8_e4m3fn)
             return _Side(
                 codes=codes,
                 scales=[scales, q.tensor_scale.reshape(1)],
@@ -465,6 +466,11 @@ def swizzle(scales: Tensor) -> Tensor:
     tall, wide = _up(rows, ROWS), _up(columns, TILE_K)
     scales = pad(scales, (0, wide - columns, 0, tall - rows))
     return scales.view(tall // ROWS, 4, 32, wide // TILE_K, TILE_K).permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def _in_order(scales: Tensor) -> Tensor:
+    """``swizzle(scales)``; by a kernel where there is one."""
+    return triton.swizzled(scales) if triton.runs_on(scales.device) and triton.installed() else swizzle(scales)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -56,6 +56,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What a kernel would be launched with: its arguments by name, tensors for pointers."""
@@ -88,7 +93,8 @@ def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
+    """Whether tensors of this device are what kernels take: those of a GPU, or interpreted, of the CPU."""
     return _recording.get() is not None or device.type == ("cpu" if interpreted() else "cuda")
 
 
@@ -101,9 +107,9 @@ class Triton(Reference):
     name = "triton"
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
-        if not _runs_on(device):
+        if not runs_on(device):
             return f"the model is on {device.type}"
-        if importlib.util.find_spec("triton") is None:
+        if not installed():
             return "triton is not installed"
         for spec in (gemm.a, gemm.b):
             if spec is None:
@@ -126,7 +132,7 @@ class Triton(Reference):
         return tile_amax(x, tile)
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
-        if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not _runs_on(x.device):
+        if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not runs_on(x.device):
             return super().transformed(transform, x, left=left)
         return hadamard(x, transform)
 
@@ -249,7 +255,7 @@ def quantize_fused(
     x = x.detach()
     x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
     known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
-    if x.numel() == 0 or not _runs_on(x.device) or not known:
+    if x.numel() == 0 or not runs_on(x.device) or not known:
         return quantize(x if transform is None else transform.left(x), spec, amax=amax, noise=noise)
     from precision.backends.triton_kernels import quantize_kernel
 
@@ -368,7 +374,7 @@ def output(
 def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tensor:
     """As ``precision.quantize.amax`` of ``transform.left(x)``, bit for bit."""
     x = x.detach()
-    if x.numel() == 0 or not _runs_on(x.device) or not _tile_fits(tile):
+    if x.numel() == 0 or not runs_on(x.device) or not _tile_fits(tile):
         return TORCH.amax(x if transform is None else transform.left(x), tile)
     from precision.backends.triton_kernels import amax_kernel
 
@@ -446,7 +452,7 @@ class _Passes:
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
-        if not known or q.codes.numel() == 0 or not _runs_on(q.codes.device):
+        if not known or q.codes.numel() == 0 or not runs_on(q.codes.device):
             return TORCH.values(q, factors, dtype)
         from precision.backends.triton_kernels import grid_of, values_kernel
 
