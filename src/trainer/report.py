@@ -42,10 +42,9 @@ _RUN_COLUMNS = (
 
 
 _TO_HTML = str.maketrans("<>&`", ",:./")
-_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"  # of base64.b85encode
+_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
 DIGITS = _DIGITS.translate(_TO_HTML)
-    _TO_HTML
-)
+"""Those of ``base64.b85encode``, as ``pack`` writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
