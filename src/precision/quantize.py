@@ -174,7 +174,7 @@ def prepare(
 
 
 def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, passes: Passes) -> Scales:
-    _check(x, spec, amax, noise)
+    check(x, spec, amax, noise)
     x = x.detach()
     rule, grid = spec.scale, spec.tile.grid(*x.shape)
     tensor_amax = None
@@ -339,7 +339,8 @@ class _Torch:
 TORCH: Passes = _Torch()
 
 
-def _check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:
+def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:
+    """Raises ValueError for what ``quantize`` does not take."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"quantize takes a float matrix, not {x.dtype} of shape {list(x.shape)}")
     if amax is None and isinstance(spec.amax, Delayed):

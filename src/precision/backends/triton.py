@@ -24,8 +24,7 @@ from torch import Tensor
 from precision.backends.reference import Reference
 from precision.formats import NumberFormat
 from precision.noise import Noise
-from precision.quantize import TORCH, Quantized, operand, quantize
-from precision.quantize import _check as check
+from precision.quantize import TORCH, Quantized, check, operand, quantize
 from precision.scaling import (
     FP32_MAX,
     TENSOR,
