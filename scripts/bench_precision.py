@@ -120,8 +120,8 @@ def elements(rounds: int, world: World) -> list[Row]:
         "NVFP4": lambda x: backend.quantize(x, nv4, amax=None, noise=None),
         "NVFP4 stochastic": lambda x: backend.quantize(x, nv4_sr, amax=None, noise=noise),
         # Along tokens, as wgrad reads it.
-        "Hadamard + NVFP4 stochastic": lambda x: backend.quantize(
-            backend.transformed(hadamard, x.mT, left=True), nv4_sr, amax=None, noise=transposed
+        "Hadamard + NVFP4 stochastic": lambda x: backend.prepare(
+            x.mT, nv4_sr, amax=None, noise=transposed, transform=hadamard, left=True, codes=True
         ),
     }
     rows: list[Row] = []

@@ -56,6 +56,31 @@ void one(int64_t rows, int64_t cols) {
         round_source(&source, scales.as<float>(), scales.as<float>(), narrow.as<void>(), &format, &noise, 1);
         round_source(&source, scales.as<float>(), nullptr, codes.as<void>(), &format, &noise, 0);
     }
+    const Rule rules[] = {{TENSOR, 0, 0, 0.0f, 448.0f, 1e38f, 0.01f, -9, {}},
+                          {RCEIL, 0, 0, 0, 0, 0, 0.01f, -9, {}},
+                          {TWO_LEVEL, 0, 0, 0, 2688.0f, 0, 0.1f, -1, formats[0]}};
+    for (const bool finite : {false, true}) {
+        for (int64_t i = 0; finite && i < rows * cols; ++i)
+            dtype ? x.as<uint16_t>()[i] = among(0x3f00, 0x4100) : x.as<uint32_t>()[i] = among(0x3f000000, 0x41000000);
+        for (int32_t columns : {0, 1})
+            for (const Rule& rule : rules)
+                for (const auto& tile : tiles) {
+                    const int64_t tall = rule.kind == TENSOR ? rows : columns ? 1 : std::max<int64_t>(tile[0], 1);
+                    const int64_t wide = rule.kind == TENSOR ? cols : std::max<int64_t>(tile[1], 1);
+                    if (columns ? rule.kind == TENSOR || 128 % wide || wide % 16 : wide % 16 && wide < cols) continue;
+                    const int64_t outer = columns ? cols : rows, inner = columns ? rows : cols;
+                    const float given = 3.0f;
+                    Buffer out(packed(outer, inner)), narrow(rows * cols * 2), result(8);
+                    Buffer stored((outer + tall - 1) / tall * ((inner + wide - 1) / wide));
+                    const Source source = {x.as<void>(), rows, cols, tall, wide, dtype, columns,
+                                           {columns ? int32_t(among(0, 1) * 16) : 0, 0.5f, signs.as<float>()}};
+                    const float* known = rule.kind != RCEIL && among(0, 1) ? &given : nullptr;
+                    quantize_source(&source, &rule, known, out.as<void>(), stored.as<uint8_t>(), result.as<float>(),
+                                    &format, &noise, 0);
+                    quantize_source(&source, &rule, known, narrow.as<void>(), nullptr, result.as<float>(), &format,
+                                    &noise, 1);
+                }
+    }
     Buffer turned(rows * cols * width);
     transpose(x.as<void>(), turned.as<void>(), rows, cols, width);
     for (const int32_t columns : {0, 1})

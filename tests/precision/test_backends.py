@@ -150,6 +150,30 @@ def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding
 
 
 @pytest.mark.parametrize("backend", OTHERS)
+def test_an_amax_from_elsewhere(backend: Backend) -> None:
+    """Of an earlier step, for a tensor that has outgrown it, shrunk, or broken since."""
+    rng = random.Random(3)
+    rules = (Fp32(), Fp32(margin=2, eps=1e-3), TwoLevel())
+    for number, (fmt, rule, rounding) in enumerate(itertools.product((E4M3, E5M2, E2M1), rules, list(Rounding)[:2])):
+        tile = rng.choice([Tile(1, 16), Tile(16, 16)]) if isinstance(rule, TwoLevel) else TENSOR
+        spec = OperandSpec(format=fmt, tile=tile, scale=rule, rounding=rounding)
+        key = step_key(base_key(1, "layers.0", 2), number)
+        noise = Noise(key=key, row_offset=5, transposed=False) if rounding is Rounding.STOCHASTIC else None
+        for x in matrices(rng.choice(WIDE_SHAPES), rng.choice(DTYPES[:2]), number):
+            value = rng.choice([0.0, 1e-40, 0.3, 1e5, 1e38, torch.inf, torch.nan])
+            amax, transform = torch.tensor([value]), rng.choice([None, Hadamard()])
+            options = {"amax": amax, "noise": noise, "transform": transform, "left": False}
+            theirs = REFERENCE.prepare(x, spec, codes=True, **options)  # type: ignore[arg-type]
+            mine = backend.prepare(x, spec, codes=True, **options)  # type: ignore[arg-type]
+            made = backend.prepare(x, spec, codes=False, **options)  # type: ignore[arg-type]
+            assert isinstance(theirs, Quantized)
+            assert isinstance(mine, Quantized)
+            assert isinstance(made, Prepared)
+            assert same_codes(mine, theirs), (str(spec), value, x.dtype, x.shape)
+            assert all(map(equal, (made.matrix, made.factor), REFERENCE.operand(theirs))), (str(spec), value, x.dtype)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("size", [2, 16, 32, 128])
 def test_transforms(backend: Backend, size: int) -> None:
     transform = Hadamard(size=size, signs=3)

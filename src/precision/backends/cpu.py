@@ -18,8 +18,8 @@ import native
 from precision.backends.reference import Reference
 from precision.formats import NumberFormat
 from precision.noise import Noise
-from precision.quantize import TORCH, Prepared, Quantized, operand, prepare, quantize
-from precision.scaling import Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
+from precision.quantize import TORCH, Prepared, Quantized, check, operand, prepare, quantize
+from precision.scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
 from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
 from precision.transforms import Hadamard
 
@@ -30,7 +30,7 @@ _LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
 
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
-    return native.library(SOURCE, "-ffp-contract=off")
+    return native.library(SOURCE, "-O2", "-fvect-cost-model=dynamic", "-ffp-contract=off")
 
 
 class Cpu(Reference):
@@ -49,7 +49,9 @@ class Cpu(Reference):
         return None if library() is not None else "no C++ compiler"
 
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
-        return quantize(x, spec, amax=amax, noise=noise, passes=PASSES)
+        made = self.prepare(x, spec, amax=amax, noise=noise, transform=None, left=True, codes=True)
+        assert isinstance(made, Quantized)
+        return made
 
     def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
         return operand(q, passes=PASSES)
@@ -70,9 +72,13 @@ class Cpu(Reference):
     ) -> Quantized | Prepared:
         passes = PASSES
         if isinstance(transform, Hadamard) and _in_columns(x, spec.tile) and _rounds(spec):
-            passes = _Compiled(transform)
+            passes = _after(transform)
         elif transform is not None:
             x = self.transformed(transform, x, left=left)
+        check(x, spec, amax, noise)
+        made = passes.at_once(x, spec, amax, noise, codes)
+        if made is not None:
+            return made
         return (quantize if codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
@@ -110,6 +116,15 @@ class _Butterflies(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int32), ("factor", ctypes.c_float), ("signs", ctypes.c_void_p)]
 
 
+class _Rule(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "pow2", "nan_decodes")),
+        *((name, ctypes.c_float) for name in ("eps", "top", "limit", "inverse_max")),
+        ("tiny_exponent", ctypes.c_int32),
+        ("block", Format),
+    ]
+
+
 class _Source(ctypes.Structure):
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -132,6 +147,44 @@ class _Compiled:
             self._signs = torch.tensor(transform.vector(), dtype=torch.float32)
             pointer = native.pointer(self._signs)
             self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
+
+    def at_once(
+        self, x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, codes: bool
+    ) -> Quantized | Prepared | None:
+        """``quantize`` or ``prepare`` in one call, scales included.
+
+        None where that is not to be had: rules and tiles that have no kernel, and tensors with an amax that is not
+        finite.
+        """
+        rule = _rule(spec, x.dtype)
+        if rule is None or x.dtype not in _DTYPES or x.numel() == 0 or (amax is not None and rule.kind == _RCEIL):
+            return None
+        x = self._readable(x.detach(), spec.tile)
+        wide = spec.tile.extent(*x.shape)[1]
+        if not _in_vectors(x, spec.tile) or self._butterflies.size not in (0, 16):
+            return None
+        if _in_columns(x, spec.tile) and _DEPTH % wide != 0:
+            return None
+        outer, inner = x.shape
+        grid = spec.tile.grid(outer, inner)
+        stored = torch.empty(grid, dtype=torch.uint8) if codes and rule.kind != _TENSOR else None
+        if not codes:
+            out = torch.empty(outer, inner, dtype=torch.bfloat16)
+        else:
+            out = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
+        result = torch.empty(2)
+        given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
+        source, format, random = self._source(x, spec.tile), c_format(spec.format), _noise(noise)
+        pointers = map(native.pointer, (given, out, stored, result))
+        structures = (ctypes.byref(format), ctypes.byref(random))
+        if _kernels().quantize_source(ctypes.byref(source), ctypes.byref(rule), *pointers, *structures, int(not codes)):
+            return None
+        factor = result[1]
+        if not codes:
+            return Prepared(matrix=out, factor=factor)
+        scales = factor.reshape(grid) if stored is None else stored
+        tensor = factor if rule.kind == _TWO_LEVEL else None
+        return Quantized(codes=out, scales=scales, tensor_scale=tensor, shape=(outer, inner), spec=spec)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         if x.dtype not in _DTYPES or x.numel() == 0:
@@ -258,7 +311,35 @@ class _Compiled:
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of cpu_kernels.cpp
 PASSES = _Compiled()
+
+
+@functools.cache
+def _after(transform: Hadamard) -> _Compiled:
+    return _Compiled(transform)
+
+
+@functools.cache
+def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
+    """The spec's rule, if kernels know how its scales come from amaxes, and operands are BF16."""
+    rule, element = spec.scale, spec.format
+    if not _rounds(spec) or element.significant_bits > 8:
+        return None
+    common = {"inverse_max": _inverse(element.max), "tiny_exponent": element.tiny_exponent}
+    if isinstance(rule, Fp32) and spec.tile == TENSOR:
+        limit = torch.finfo(dtype).max if rule.input_max and dtype != torch.float64 else FP32_MAX
+        top = element.max * 2.0**-rule.margin
+        flags = {"kind": _TENSOR, "pow2": rule.pow2, "nan_decodes": element.nan is None}
+        return _Rule(**flags, eps=rule.eps, top=top, limit=limit, **common)
+    if isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL and element.tiny_exponent >= -126:
+        return _Rule(kind=_RCEIL, **common)
+    if not isinstance(rule, TwoLevel) or rule.rows or rule.four_over_six is not None:
+        return None
+    exact = element.significant_bits + rule.block.significant_bits <= 8
+    if not exact or not _fits(rule.block) or spec.tile == TENSOR:
+        return None
+    return _Rule(kind=_TWO_LEVEL, top=rule.top(element), block=c_format(rule.block), **common)
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -278,7 +359,7 @@ def _kernels() -> ctypes.CDLL:
 
 
 def _fits(format: NumberFormat) -> bool:
-    return format.bits <= 8 and not format.integer and not format.scales_only and format.min_exponent > -126
+    return format.bits <= 8 and not format.integer and not format.scales_only and format.min_exponent > -100
 
 
 def _dtype(x: Tensor) -> ctypes.c_int32:

@@ -336,58 +336,96 @@ inline Floats load(const float* source) {
     std::memcpy(&floats, source, sizeof floats);
     return floats;
 }
+
+// Thirty-two neighbours: those in even places, and those in odd ones. BF16 numbers come apart so in two instructions.
+constexpr int64_t PAIR = 2 * LANES;
+struct Pair {
+    Floats even, odd;
+};
+
+inline Pair load_pair(const bf16* source) {
+    Words both;
+    std::memcpy(&both, source, sizeof both);
+    return {Floats(both << 16), Floats(both & 0xffff0000u)};
+}
+inline Pair load_pair(const float* source) {
+    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    const Floats low = load(source), high = load(source + LANES);
+    return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+}
 template <typename T>
-inline Floats load_some(const T* source, int64_t count) {  // the rest is zero
-    if (count >= LANES) return load(source);
-    T buffer[LANES] = {};
+inline Pair load_pair(const T* source, int64_t count) {  // the rest is zero
+    if (count >= PAIR) return load_pair(source);
+    T buffer[PAIR] = {};
     std::memcpy(buffer, source, count * sizeof(T));
-    return load(buffer);
+    return load_pair(buffer);
 }
 
-inline Floats rounded_to(Floats x, const bf16*) {  // nearest even; a NaN stays one
-    const Words bits = Words(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    return Floats((bits & 0x7fffffff) > 0x7f800000 ? (bits | 0x400000) : rounded);
+// Nearest even. What comes from BF16 numbers has NaNs with lower bits of zero, and those stay NaNs.
+inline Floats rounded_to(Floats x, const bf16*) {
+    const Words bits = Words(x);
+    return Floats((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 inline Floats rounded_to(Floats x, const float*) { return x; }
 
 // As code_of and value_of above, in the same steps. An element is q spacings of the grid around it: above the smallest
 // normal exponent q counts from 2^m, so that exponent and mantissa add up to the code, a carry included.
 struct Rounder {
-    int32_t m, max_bits, low_bits, nan_code, nan_value, sign_right;
+    int32_t m, max_bits, low_bits, code_offset, nan_code, nan_value, sign_right;
     explicit Rounder(const Format& f)
         : m(f.mantissa_bits),
           max_bits(int32_t(as_bits(f.max))),
           low_bits((f.min_exponent + 127) << 23),
+          code_offset((f.min_exponent + 127) << f.mantissa_bits),
           nan_code(f.nan_code >= 0 ? f.nan_code : Grid(f).max_code),
           nan_value(f.nan_code >= 0 ? 0x7fc00000 : max_bits),
           sign_right(32 - f.bits) {}
 };
 
-// Codes, or the bits of value * factor.
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+
+inline Ints ceiling(Floats x) {  // of numbers from 0 to 2^31
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+    return Ints(__builtin_ia32_cvtps2dq512_mask(x, Ints{}, -1, 0x0a));  // up, without exceptions
+#else
+    const Ints down = __builtin_convertvector(x, Ints);
+    return down - Ints(__builtin_convertvector(down, Floats) < x);
+#endif
+}
+
+// Codes, or the bits of value * factor. `hash` is read if STOCHASTIC: its upper 24 bits are the noise. A NaN comes out
+// as anything, and shows in `seen`, the largest magnitude so far: `mend` then writes what it should have been.
 template <bool STOCHASTIC, bool CODES>
-inline Words rounded(Floats y, const Rounder& r, Floats uniform, Floats factor) {
+inline Words rounded(Floats y, const Rounder& r, Words hash, Floats factor, Ints& seen) {
     const Words bits = Words(y);
-    const Ints magnitude = Ints(bits & 0x7fffffff), nan = magnitude > 0x7f800000;
-    const Ints a = magnitude < r.max_bits ? magnitude : r.max_bits - Ints{};
-    const Ints field = a & 0x7f800000, e = field > r.low_bits ? field : r.low_bits - Ints{};
+    const Ints magnitude = Ints(bits & 0x7fffffff);
+    seen = larger(seen, magnitude);
+    const Ints a = smaller(magnitude, r.max_bits - Ints{});
+    const Ints e = larger(a & 0x7f800000, r.low_bits - Ints{});
     Ints q;
     Floats value;
     if (STOCHASTIC) {
-        const Floats scaled = Floats(a) * Floats(((254 + r.m) << 23) - e);
-        const Ints whole = __builtin_convertvector(scaled, Ints);  // not negative: its floor
-        q = whole - Ints(uniform < scaled - __builtin_convertvector(whole, Floats));
+        // Spacings in units of 2^-24, plus noise that carries if it is below their fraction, which is rounded up: noise
+        // is whole.
+        const Ints spacings = ceiling(Floats(a) * Floats(((278 + r.m) << 23) - e));
+        q = Ints((Words(spacings) + (~hash >> 8)) >> 24);
         if (!CODES) value = __builtin_convertvector(q, Floats) * Floats(e - (r.m << 23));
     } else {
         const Floats c = Floats(e + ((23 - r.m) << 23)), sum = Floats(a) + c;
         q = Ints(sum) - Ints(c);
-        value = sum - c;
+        if (!CODES) value = sum - c;
     }
     const Words sign = bits & 0x80000000u;
-    if (CODES) {
-        const Ints code = q + ((e - r.low_bits) >> (23 - r.m));
-        return Words(nan ? r.nan_code - Ints{} : code | Ints(sign >> r.sign_right));
-    }
-    return Words(Floats(nan ? r.nan_value - Ints{} : Ints(value) | Ints(sign)) * factor);
+    if (CODES) return Words(q + (e >> (23 - r.m)) - r.code_offset) | sign >> r.sign_right;
+    return Words(Floats(Words(value) | sign) * factor);
+}
+
+inline bool has_nan(Ints seen) {
+    int32_t lanes[LANES], top = 0;
+    std::memcpy(lanes, &seen, sizeof lanes);
+    for (const int32_t lane : lanes) top = std::max(top, lane);
+    return top > 0x7f800000;
 }
 
 // The noise of an element is a hash of a sum: one part for its row, one for its column in memory.
@@ -395,19 +433,21 @@ struct Hashes {
     std::vector<uint32_t> rows, cols;
     uint32_t key = 0;
 
-    // transposed: the quantized matrix's rows are the columns in memory.
+    // transposed: the quantized matrix's rows are the columns in memory. cols: as Pair has them, to whole pairs.
     Hashes(const Noise& noise, int64_t num_rows, int64_t num_cols, bool transposed) {
         if (!noise.on) return;
         key = noise.key1;
         rows.resize(num_rows);
-        cols.resize((num_cols + LANES - 1) / LANES * LANES);
-        auto& counted = (noise.transposed != 0) != transposed ? cols : rows;  // those that the noise calls rows
-        auto& other = &counted == &rows ? cols : rows;
-        for (size_t i = 0; i < counted.size(); ++i) counted[i] = row_hash(noise, i);
-        for (size_t i = 0; i < other.size(); ++i) other[i] = uint32_t(i) * 0x9E3779B9u;
+        cols.resize((num_cols + PAIR - 1) / PAIR * PAIR);
+        const bool by_col = (noise.transposed != 0) != transposed;  // which the noise calls rows
+        for (size_t i = 0; i < rows.size(); ++i) rows[i] = by_col ? uint32_t(i) * 0x9E3779B9u : row_hash(noise, i);
+        for (size_t i = 0; i < cols.size(); ++i) {
+            const size_t place = i / PAIR * PAIR + i % PAIR / 2 + i % 2 * LANES;
+            cols[place] = by_col ? row_hash(noise, i) : uint32_t(i) * 0x9E3779B9u;
+        }
     }
 
-    static Floats uniform(uint32_t row, const uint32_t* col, uint32_t key) {
+    static Words of(uint32_t row, const uint32_t* col, uint32_t key) {
         Words h;
         std::memcpy(&h, col, sizeof h);
         h = (h + row) ^ key;
@@ -415,8 +455,7 @@ struct Hashes {
         h *= 0x85EBCA6Bu;
         h ^= h >> 13;
         h *= 0xC2B2AE35u;
-        h ^= h >> 16;
-        return __builtin_convertvector(Ints(h >> 8), Floats) * 0x1p-24f;
+        return h ^ h >> 16;
     }
 };
 
@@ -426,52 +465,78 @@ enum Kind { VALUES, BYTES, NIBBLES };  // what is written: BF16, codes of 8 bits
 inline int64_t bytes_of(Kind kind, int64_t n) { return kind == VALUES ? 2 * n : kind == BYTES ? n : (n + 1) / 2; }
 
 template <Kind KIND>
-inline void put(Words words, char* target, int64_t count) {
+inline void put(Words even, Words odd, char* target) {
     using Bytes = uint8_t __attribute__((vector_size(16)));
-    using Pairs = uint64_t __attribute__((vector_size(64)));
-    using Eight = uint8_t __attribute__((vector_size(8)));
-    char buffer[32];
-    char* place = count >= LANES ? target : buffer;
     if (KIND == VALUES) {
-        const Halves halves = __builtin_convertvector(words >> 16, Halves);
-        std::memcpy(place, &halves, sizeof halves);
+        const Words both = even >> 16 | (odd & 0xffff0000u);
+        std::memcpy(target, &both, sizeof both);
     } else if (KIND == BYTES) {
-        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(words, Halves), Bytes);
-        std::memcpy(place, &bytes, sizeof bytes);
+        const Halves both = __builtin_convertvector(even | odd << 8, Halves);
+        std::memcpy(target, &both, sizeof both);
     } else {
-        const Pairs pairs = Pairs(words);
-        const Eight bytes = __builtin_convertvector((pairs | pairs >> 28) & 0xff, Eight);
-        std::memcpy(place, &bytes, sizeof bytes);
+        const Bytes both = __builtin_convertvector(even | odd << 4, Bytes);
+        std::memcpy(target, &both, sizeof both);
     }
-    if (count >= LANES) return;
-    if (KIND == NIBBLES && count % 2) buffer[count / 2] &= 0xf;
-    std::memcpy(target, buffer, bytes_of(KIND, count));
 }
 
-// out [rows, cols] from x [rows, cols]. `wide` is a multiple of 16, or the whole of a row.
+// Writes element `place` of a row where y is NaN.
+template <Kind KIND>
+inline void mend(float y, const Rounder& r, float factor, char* row, int64_t place) {
+    if (!(y != y)) return;
+    if (KIND == VALUES) {
+        const bf16 value = bf16(as_bits(as_float(uint32_t(r.nan_value)) * factor) >> 16);
+        std::memcpy(row + 2 * place, &value, 2);
+    } else if (KIND == BYTES) {
+        row[place] = char(r.nan_code);
+    } else {
+        const int shift = place % 2 * 4;
+        row[place / 2] = char((row[place / 2] & ~(0xf << shift)) | r.nan_code << shift);
+    }
+}
+
+// The scales of a row's tiles, once for every sixteen elements, among which two tiles never meet.
+inline void spread(const float* tiles, int64_t cols, int64_t wide, float* out) {
+    const int64_t count = (cols + LANES - 1) / LANES, each = std::min(count, (wide + LANES - 1) / LANES);
+    if (each == 1) return void(std::memcpy(out, tiles, count * sizeof(float)));
+    if (each == 2)
+        for (int64_t i = 0; i + 1 < count; i += 2) out[i] = out[i + 1] = tiles[i / 2];
+    if (each == 2 && count % 2) out[count - 1] = tiles[count / 2];
+    for (int64_t i = 0; each > 2 && i < count; i += each, ++tiles)
+        std::fill(out + i, out + std::min(count, i + each), *tiles);
+}
+
+// For a pair of vectors from the scales of either sixteen: each has half of its lanes in both.
+inline Floats of_sixteens(const float* two) {
+    const Ints halves = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    return __builtin_shuffle(load(two), halves);
+}
+
 template <typename T, bool STOCHASTIC, Kind KIND>
-void round_rows(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
-                int64_t tall, int64_t wide, const Rounder rounder, const Hashes& hashes) {
-    const int64_t grid_cols = (cols + wide - 1) / wide, pitch = bytes_of(KIND, cols);
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const Rounder local = rounder;  // else every store might change it
-        const uint32_t hash = STOCHASTIC ? hashes.rows[row] : 0, key = hashes.key, *hash_cols = hashes.cols.data();
-        const T* line = x + row * cols;
-        char* target = out + row * pitch;
-        const float* row_scales = scales + row / tall * grid_cols;
-        const float* row_factors = factors ? factors + row / tall * grid_cols : nullptr;
-        for (int64_t tile = 0; tile < grid_cols; ++tile) {
-            const Floats scale = row_scales[tile] - Floats{}, factor = (row_factors ? row_factors[tile] : 1) - Floats{};
-            const int64_t end = std::min(cols, (tile + 1) * wide);
-            for (int64_t k = tile * wide; k < end; k += LANES) {
-                const Floats y = load_some(line + k, end - k) * scale;
-                const Floats uniform = STOCHASTIC ? Hashes::uniform(hash, hash_cols + k, key) : Floats{};
-                put<KIND>(rounded<STOCHASTIC, KIND != VALUES>(y, local, uniform, factor), target + bytes_of(KIND, k),
-                          end - k);
-            }
+void round_line(const T* line, const float* scales, const float* factors, char* target, int64_t cols,
+                const Rounder& rounder, uint32_t hash, const Hashes& hashes) {
+    const Rounder local = rounder;  // else every store might change it
+    const uint32_t key = hashes.key, *hash_cols = hashes.cols.data();
+    Ints seen = {};
+    for (int64_t k = 0; k < cols; k += PAIR) {
+        const Pair x = load_pair(line + k, cols - k);
+        const Floats scale = of_sixteens(scales + k / LANES);
+        const Floats factor = KIND == VALUES ? of_sixteens(factors + k / LANES) : Floats{};
+        const Words noise[] = {STOCHASTIC ? Hashes::of(hash, hash_cols + k, key) : Words{},
+                               STOCHASTIC ? Hashes::of(hash, hash_cols + k + LANES, key) : Words{}};
+        const Words even = rounded<STOCHASTIC, KIND != VALUES>(x.even * scale, local, noise[0], factor, seen);
+        const Words odd = rounded<STOCHASTIC, KIND != VALUES>(x.odd * scale, local, noise[1], factor, seen);
+        if (cols - k >= PAIR) {
+            put<KIND>(even, odd, target + bytes_of(KIND, k));
+        } else {
+            char buffer[64];
+            put<KIND>(even, odd, buffer);
+            if (KIND == NIBBLES && cols % 2) buffer[(cols - k) / 2] &= 0xf;
+            std::memcpy(target + bytes_of(KIND, k), buffer, bytes_of(KIND, cols - k));
         }
     }
+    if (has_nan(seen))
+        for (int64_t k = 0; k < cols; ++k)
+            mend<KIND>(widen(line[k]) * scales[k / LANES], local, factors[k / LANES], target, k);
 }
 
 struct Butterflies {  // of precision.transforms.Hadamard; size 0: none
@@ -481,7 +546,7 @@ struct Butterflies {  // of precision.transforms.Hadamard; size 0: none
 };
 
 template <int STRIDE>
-inline void butterfly(Floats* group) {
+[[gnu::always_inline]] inline void butterfly(Floats* group) {
 #pragma GCC unroll 16
     for (int k = 0; k < 16; ++k)
         if (!(k & STRIDE)) {
@@ -491,7 +556,16 @@ inline void butterfly(Floats* group) {
         }
 }
 
-constexpr int64_t DEPTH = 128;  // rows in memory that are worked on at once, 16 columns wide
+[[gnu::always_inline]] inline void sixteen_butterflies(Floats* group, const float* signs) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) group[k] *= signs[k];
+    butterfly<1>(group);
+    butterfly<2>(group);
+    butterfly<4>(group);
+    butterfly<8>(group);
+}
+
+constexpr int64_t DEPTH = 128;  // rows in memory that are worked on at once, 32 columns wide
 
 // v * factor as a transformed tensor of type T holds it.
 template <typename T>
@@ -499,52 +573,62 @@ inline Floats finished(Floats v, float factor) {
     return rounded_to(v * factor, static_cast<const T*>(nullptr));
 }
 
-// DEPTH rows, from `row` on, of the 16 columns from `col` on; zeros where there is nothing. Transformed, and `finished`
-// if FINISH.
+// `depth` rows, from `row` on, of the 32 columns from `col` on; zeros where there is nothing. Transformed, and
+// `finished` if FINISH.
 template <bool FINISH, typename T>
-inline void load_block(const T* x, int64_t rows, int64_t cols, int64_t row, int64_t col, const Butterflies& butterflies,
-                       Floats* block) {
-    const int64_t height = std::min(DEPTH, rows - row), width = cols - col;
+[[gnu::noinline]] void load_block(const T* x, int64_t rows, int64_t cols, int64_t row, int64_t depth, int64_t col,
+                                  const Butterflies& butterflies, Floats (*blocks)[DEPTH]) {
+    const int64_t height = std::min(depth, rows - row), width = cols - col;
     const T* source = x + row * cols + col;
-    // The next rows lie in one piece, but are read in strides, which no hardware foresees.
-    const char* next = reinterpret_cast<const char*>(x + (row + DEPTH) * cols + col * DEPTH);
-    if (row + 2 * DEPTH <= rows)
-        for (size_t i = 0; i < DEPTH * LANES * sizeof(T); i += 64) __builtin_prefetch(next + i, 0, 2);
-    if (width >= LANES)
-        for (int64_t i = 0; i < height; ++i) block[i] = load(source + i * cols);
-    else
-        for (int64_t i = 0; i < height; ++i) block[i] = load_some(source + i * cols, width);
-    for (int64_t i = height; i < DEPTH; ++i) block[i] = Floats{};
-    const int64_t size = butterflies.size;
-    if (size == 16)
-        for (int64_t i = 0; i + 16 <= height; i += 16) {
+    // The rows of the next blocks lie in one piece, but are read in strides, which no hardware foresees.
+    if (row + DEPTH + depth <= rows) {
+        const char* next = reinterpret_cast<const char*>(x + (row + DEPTH) * cols + col * depth);
+        for (size_t i = 0; i < std::min(PAIR, width) * depth * sizeof(T); i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    const int64_t size = butterflies.size, ready = size == 16 && width >= PAIR ? height / 16 * 16 : 0;
+    for (int64_t i = ready; i < height; ++i) {
+        const Pair pair = load_pair(source + i * cols, width);
+        blocks[0][i] = pair.even;
+        blocks[1][i] = pair.odd;
+    }
+    for (int half = 0; half < 2; ++half) {
+        Floats* block = blocks[half];
+        for (int64_t i = height; i < depth; ++i) block[i] = Floats{};
+        for (int64_t i = 0; size == 16 && i + 16 <= height; i += 16) {
             Floats group[16];
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k) group[k] = block[i + k] * butterflies.signs[k];
-            butterfly<1>(group);
-            butterfly<2>(group);
-            butterfly<4>(group);
-            butterfly<8>(group);
-#pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k) block[i + k] = FINISH ? finished<T>(group[k], butterflies.factor) : group[k];
-        }
-    for (int64_t i = 0; size && size != 16 && i + size <= height; i += size) {
-        Floats* group = block + i;
-        for (int64_t k = 0; k < size; ++k) group[k] *= butterflies.signs[k];
-        for (int64_t stride = 1; stride < size; stride *= 2)
-            for (int64_t j = 0; j < size; j += 2 * stride)
-                for (int64_t k = j; k < j + stride; ++k) {
-                    const Floats u = group[k], v = group[k + stride];
-                    group[k] = u + v;
-                    group[k + stride] = u - v;
+            for (int k = 0; k < 16; ++k) {
+                if (i >= ready) {
+                    group[k] = block[i + k];
+                    continue;
                 }
-        for (int64_t k = 0; FINISH && k < size; ++k) group[k] = finished<T>(group[k], butterflies.factor);
+                const Pair pair = load_pair(source + (i + k) * cols);
+                group[k] = half ? pair.odd : pair.even;
+            }
+            sixteen_butterflies(group, butterflies.signs);
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k)
+                block[i + k] = FINISH ? finished<T>(group[k], butterflies.factor) : group[k];
+        }
+        for (int64_t i = 0; size && size != 16 && i + size <= height; i += size) {
+            Floats* group = block + i;
+            for (int64_t k = 0; k < size; ++k) group[k] *= butterflies.signs[k];
+            for (int64_t stride = 1; stride < size; stride *= 2)
+                for (int64_t j = 0; j < size; j += 2 * stride)
+                    for (int64_t k = j; k < j + stride; ++k) {
+                        const Floats u = group[k], v = group[k + stride];
+                        group[k] = u + v;
+                        group[k + stride] = u - v;
+                    }
+            for (int64_t k = 0; FINISH && k < size; ++k) group[k] = finished<T>(group[k], butterflies.factor);
+        }
     }
 }
 
 template <int STRIDE>
 inline void exchange(Words* v) {  // of pairs of vectors and of lanes that are STRIDE apart
-#define NARROWGAUGE_LANES(L) {L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12), L(13), L(14), L(15)}
+#define NARROWGAUGE_LANES(L) \
+    {L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12), L(13), L(14), L(15)}
 #define NARROWGAUGE_LOW(lane) (lane & STRIDE ? 16 + (lane ^ STRIDE) : lane)
 #define NARROWGAUGE_HIGH(lane) (lane & STRIDE ? 16 + lane : lane ^ STRIDE)
     constexpr Words low = NARROWGAUGE_LANES(NARROWGAUGE_LOW), high = NARROWGAUGE_LANES(NARROWGAUGE_HIGH);
@@ -563,64 +647,6 @@ inline void transpose_words(Words* v) {
     exchange<4>(v);
     exchange<2>(v);
     exchange<1>(v);
-}
-
-// 16 numbers of a column of a grid [.., pitch]; the last ones may be missing.
-inline Floats gathered(const float* grid, int64_t pitch, int64_t count) {
-    float lanes[LANES] = {};
-    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = grid[lane * pitch];
-    return load(lanes);
-}
-
-// out [cols, rows], the transpose of x [rows, cols]; tiles are `wide` elements of a column of x. `wide` divides DEPTH or
-// is a multiple of it.
-template <typename T, bool STOCHASTIC, Kind KIND>
-void round_columns(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
-                   int64_t wide, const Butterflies butterflies, const Rounder rounder, const Hashes& hashes) {
-    constexpr int64_t IN_A_WORD = KIND == VALUES ? 2 : KIND == BYTES ? 4 : 8, BITS = 32 / IN_A_WORD;
-    const int64_t grid_cols = (rows + wide - 1) / wide, pitch = bytes_of(KIND, rows), step = std::min(wide, DEPTH);
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < rows; first += DEPTH)
-        for (int64_t col = 0; col < cols; col += LANES) {
-            const int64_t width = std::min(LANES, cols - col);
-            if (width == LANES)  // what the next columns write to
-                for (int64_t lane = 0; lane < std::min(LANES, cols - col - LANES); ++lane)
-                    for (int64_t i = 0; i < bytes_of(KIND, DEPTH); i += 64)
-                        __builtin_prefetch(out + (col + LANES + lane) * pitch + bytes_of(KIND, first) + i, 1, 2);
-            const Rounder local = rounder;  // else every store might change it
-            const uint32_t key = hashes.key, *hash_rows = hashes.rows.data() + first;
-            const uint32_t* hash_cols = hashes.cols.data() + col;
-            Floats block[DEPTH];
-            load_block<true>(x, rows, cols, first, col, butterflies, block);
-            for (int64_t i = 0; i < DEPTH && first + i < rows; i += step) {
-                const int64_t place = col * grid_cols + (first + i) / wide;
-                const Floats scale = gathered(scales + place, grid_cols, width);
-                const Floats factor = factors ? gathered(factors + place, grid_cols, width) : Floats{} + 1;
-                for (int64_t k = i; k < std::min(i + step, rows - first); ++k) {
-                    const Floats uniform = STOCHASTIC ? Hashes::uniform(hash_rows[k], hash_cols, key) : Floats{};
-                    block[k] = Floats(rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, local, uniform, factor));
-                }
-            }
-            for (int64_t i = 0; i < DEPTH && first + i < rows; i += LANES * IN_A_WORD) {
-                Words packed[LANES];
-                for (int64_t k = 0; k < LANES; ++k) {
-                    const Floats* from = block + i + k * IN_A_WORD;
-                    Words word = KIND == VALUES ? Words(from[0]) >> 16 : Words(from[0]);
-                    for (int64_t n = 1; n < IN_A_WORD; ++n)
-                        word |= KIND == VALUES ? Words(from[n]) & 0xffff0000u : Words(from[n]) << (n * BITS);
-                    packed[k] = word;
-                }
-                transpose_words(packed);
-                const int64_t count = bytes_of(KIND, std::min(LANES * IN_A_WORD, rows - first - i));
-                char* target = out + col * pitch + bytes_of(KIND, first + i);
-                for (int64_t lane = 0; lane < width; ++lane, target += pitch) {
-                    if (count == 64)
-                        std::memcpy(target, packed + lane, 64);
-                    else
-                        std::memcpy(target, packed + lane, count);
-                }
-            }
-        }
 }
 
 // The amaxes of tiles of 16 or 32 BF16 numbers of a row, 16 tiles at a time: neighbours meet until one is left.
@@ -647,12 +673,22 @@ inline void amax_sixteen(const bf16* line, float* out) {
     std::memcpy(out, &words, sizeof words);
 }
 
+template <int64_t WIDE>
+inline void amax_narrow(const bf16* line, float* out, int64_t cols) {
+    int64_t start = 0;
+    for (; start + LANES * WIDE <= cols; start += LANES * WIDE, out += LANES) amax_sixteen<WIDE / 2>(line + start, out);
+    if (start == cols) return;
+    bf16 rest[LANES * WIDE] = {};
+    float tops[LANES];
+    std::memcpy(rest, line + start, (cols - start) * sizeof(bf16));
+    amax_sixteen<WIDE / 2>(rest, tops);
+    std::memcpy(out, tops, (cols - start + WIDE - 1) / WIDE * sizeof(float));
+}
+
 inline void amax_line(const bf16* line, float* out, int64_t cols, int64_t wide) {
+    if (wide == 16 && cols > 16) return amax_narrow<16>(line, out, cols);
+    if (wide == 32 && cols > 32) return amax_narrow<32>(line, out, cols);
     int64_t tile = 0;
-    if (wide == 16)
-        for (; (tile + 16) * 16 <= cols; tile += 16) amax_sixteen<8>(line + tile * 16, out + tile);
-    if (wide == 32)
-        for (; (tile + 16) * 32 <= cols; tile += 16) amax_sixteen<16>(line + tile * 32, out + tile);
     for (; tile * wide < cols; ++tile) {
         const int64_t end = std::min(cols, (tile + 1) * wide);
         int64_t k = tile * wide;
@@ -701,7 +737,16 @@ inline void largest(bf16* top, const bf16* line, int64_t cols) {
     for (; k < cols; ++k) top[k] = std::max(top[k], bf16(line[k] & 0x7fff));
 }
 
-// The amax of each tile, by bits of |x| compared as integers: a NaN is larger than everything.
+// The amaxes of a row of tiles, of the rows [first, last), by bits of |x| compared as integers: a NaN is larger than
+// everything. top [cols] is scratch, if there is more than one row.
+template <typename T>
+void amax_band(const T* x, int64_t cols, int64_t first, int64_t last, T* top, float* out, int64_t wide) {
+    if (last - first == 1) return amax_line(x + first * cols, out, cols, wide);
+    std::fill(top, top + cols, T(0));
+    for (int64_t row = first; row < last; ++row) largest(top, x + row * cols, cols);
+    amax_line(top, out, cols, wide);
+}
+
 template <typename T>
 void amax_tiles(const T* x, float* out, int64_t rows, int64_t cols, int64_t tall, int64_t wide) {
     const int64_t grid_rows = (rows + tall - 1) / tall, grid_cols = (cols + wide - 1) / wide;
@@ -709,48 +754,85 @@ void amax_tiles(const T* x, float* out, int64_t rows, int64_t cols, int64_t tall
     {
         std::vector<T> top(tall > 1 ? cols : 0);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < grid_rows; ++i) {
-            const T* line = x + i * tall * cols;
-            if (tall > 1) {
-                std::fill(top.begin(), top.end(), T(0));
-                for (int64_t row = i * tall; row < std::min(rows, (i + 1) * tall); ++row)
-                    largest(top.data(), x + row * cols, cols);
-                line = top.data();
-            }
-            amax_line(line, out + i * grid_cols, cols, wide);
-        }
+        for (int64_t i = 0; i < grid_rows; ++i)
+            amax_band(x, cols, i * tall, std::min(rows, (i + 1) * tall), top.data(), out + i * grid_cols, wide);
     }
+}
+
+template <typename T>
+float amax_of(const T* x, int64_t count) {
+    constexpr int64_t PART = 1 << 14;
+    uint32_t top = 0;
+#pragma omp parallel for schedule(static) reduction(max : top)
+    for (int64_t start = 0; start < count; start += PART) {
+        float part;
+        amax_line(x + start, &part, std::min(PART, count - start), PART);
+        top = std::max(top, as_bits(part));
+    }
+    return as_float(top);
+}
+
+// Of what butterflies of size 16 make of the columns. Rounding is monotone: that of the largest will do.
+template <typename T>
+float amax_of_butterflies(const T* x, int64_t rows, int64_t cols, const float* signs, float factor) {
+    int32_t result = 0;
+#pragma omp parallel for schedule(static) reduction(max : result)
+    for (int64_t row = 0; row < rows; row += 16) {
+        const int64_t height = std::min<int64_t>(16, rows - row);
+        Ints top = {};
+        for (int64_t col = 0; col < cols; col += PAIR) {
+            Floats even[16] = {}, odd[16] = {};
+            const char* next = reinterpret_cast<const char*>(x + (row + 16) * cols + col * 16);
+            if (row + 32 <= rows)
+                for (size_t i = 0; i < std::min(PAIR, cols - col) * 16 * sizeof(T); i += 64)
+                    __builtin_prefetch(next + i);
+            for (int64_t i = 0; i < height; ++i) {
+                const Pair pair = load_pair(x + (row + i) * cols + col, cols - col);
+                even[i] = pair.even, odd[i] = pair.odd;
+            }
+            if (height == 16) {
+                sixteen_butterflies(even, signs);
+                sixteen_butterflies(odd, signs);
+            }
+            for (int64_t i = 0; i < 16; ++i)
+                top = larger(top, larger(Ints(even[i]) & 0x7fffffff, Ints(odd[i]) & 0x7fffffff));
+        }
+        if (height == 16) top = Ints(finished<T>(Floats(top), factor));
+        int32_t lanes[LANES];
+        std::memcpy(lanes, &top, sizeof lanes);
+        for (const int32_t lane : lanes) result = std::max(result, lane);
+    }
+    return as_float(uint32_t(result));
 }
 
 // out [cols, rows / wide]: the amaxes of tiles as round_columns has them. Rounding is monotone: that of the largest will
 // do. A ragged last group of rows is not transformed.
 template <typename T>
-void amax_butterflies(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide, const Butterflies butterflies) {
+void amax_butterflies(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide, const Butterflies& butterflies) {
     const int64_t grid_cols = (rows + wide - 1) / wide, span = std::max(wide, DEPTH), step = std::min(wide, DEPTH);
     const int64_t size = butterflies.size, whole = rows / size * size;
 #pragma omp parallel for schedule(static)
     for (int64_t start = 0; start < rows; start += span)
-        for (int64_t col = 0; col < cols; col += LANES) {
-            const int64_t width = std::min(LANES, cols - col);
-            Floats block[DEPTH];
-            Ints top = {};
+        for (int64_t col = 0; col < cols; col += PAIR) {
+            Floats blocks[2][DEPTH];
+            Ints tops[2] = {};
             for (int64_t first = start; first < std::min(rows, start + span); first += DEPTH) {
-                load_block<false>(x, rows, cols, first, col, butterflies, block);
-                for (int64_t i = 0; i < DEPTH && first + i < rows; i += step) {
-                    Ints plain = {}, transformed = {};
+                load_block<false>(x, rows, cols, first, DEPTH, col, butterflies, blocks);
+                for (int64_t n = 0; n < 2 * DEPTH; n += step) {
+                    const int64_t half = n / DEPTH, i = n % DEPTH;
+                    if (first + i >= rows) continue;
+                    Ints plain = {}, transformed = {}, &top = tops[half];
                     for (int64_t k = i; k < i + step; ++k) {
-                        const Ints magnitude = Ints(block[k]) & 0x7fffffff;
-                        Ints& larger = first + k < whole ? transformed : plain;
-                        larger = larger > magnitude ? larger : magnitude;
+                        const Ints magnitude = Ints(blocks[half][k]) & 0x7fffffff;
+                        Ints& most = first + k < whole ? transformed : plain;
+                        most = larger(most, magnitude);
                     }
                     transformed = Ints(finished<T>(Floats(transformed), butterflies.factor));
-                    if (wide < DEPTH) top = Ints{};
-                    top = top > plain ? top : plain;
-                    top = top > transformed ? top : transformed;
+                    top = larger(larger(wide < DEPTH ? Ints{} : top, plain), transformed);
                     float lanes[LANES];
                     std::memcpy(lanes, &top, sizeof lanes);
-                    float* target = out + col * grid_cols + (first + i) / wide;
-                    for (int64_t lane = 0; lane < width; ++lane) target[lane * grid_cols] = lanes[lane];
+                    for (int64_t lane = 0, at = col + half; lane < LANES && at < cols; ++lane, at += 2)
+                        out[at * grid_cols + (first + i) / wide] = lanes[lane];
                 }
             }
         }
@@ -775,30 +857,318 @@ void amax_columns(const T* x, float* out, int64_t rows, int64_t cols, int64_t wi
     }
 }
 
-template <typename T, bool STOCHASTIC, Kind KIND>
-void round_kind(const T* x, const float* scales, const float* factors, char* out, int64_t rows, int64_t cols,
-                int64_t tall, int64_t wide, bool columns, const Butterflies& butterflies, const Format& format,
-                const Noise& noise) {
-    const Rounder rounder(format);
-    const Hashes hashes(noise, rows, cols, columns);
-    if (columns)
-        round_columns<T, STOCHASTIC, KIND>(x, scales, factors, out, rows, cols, wide, butterflies, rounder, hashes);
-    else
-        round_rows<T, STOCHASTIC, KIND>(x, scales, factors, out, rows, cols, tall, wide, rounder, hashes);
+// Scales of PowerOfTwo in mode RCEIL: their codes, and what elements are multiplied by.
+void powers(const float* amax, uint8_t* codes, float* encode, int64_t count, float inverse_max) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t bits = int32_t(as_bits(amax[i] * inverse_max));
+        const int32_t exponent = bits >> 23, mantissa = bits & 0x7fffff;
+        const int32_t up = (mantissa > (exponent == 0 ? 0x400000 : 0)) & (exponent < 254);
+        const int32_t finite = exponent + up < 254 ? exponent + up : 254;
+        const int32_t code = (bits & 0x7fffffff) > 0x7f800000 ? 255 : finite;
+        const int32_t field = 254 - code;
+        codes[i] = uint8_t(code);
+        encode[i] = as_float(field > 0 ? uint32_t(field) << 23 : field < 0 ? 0x7fc00000u : 1u << 22);
+    }
 }
 
-template <typename T, Kind KIND>
-void round_any(const void* x, const float* scales, const float* factors, void* out, int64_t rows, int64_t cols,
-               int64_t tall, int64_t wide, bool columns, const Butterflies& butterflies, const Format& format,
-               const Noise& noise) {
-    const T* source = static_cast<const T*>(x);
-    char* target = static_cast<char*>(out);
-    if (noise.on)
-        round_kind<T, true, KIND>(source, scales, factors, target, rows, cols, tall, wide, columns, butterflies, format,
-                                  noise);
+// Powers of two relative to the one with the code `centre`.
+void relative_powers(const uint8_t* codes, float* factors, int64_t count, int32_t centre, int32_t tiny_exponent) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t shifted = 127 + int32_t(codes[i]) - centre;
+        const float factor = shifted + tiny_exponent < 1 ? 0.0f : as_float(uint32_t(shifted) << 23);
+        factors[i] = codes[i] == 255 ? NAN : factor;
+    }
+}
+
+// How scales come from amaxes (precision.scaling), where that needs nothing but the tensor's own amax.
+enum Scaling : int32_t {
+    GIVEN = 0,      // they are there already
+    TENSOR = 1,     // Fp32, one for the tensor
+    RCEIL = 2,      // PowerOfTwo in that mode
+    TWO_LEVEL = 3,  // TwoLevel of the tensor
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Rule {
+    int32_t kind, pow2, nan_decodes;  // nan_decodes: a NaN's decode scale is NaN
+    float eps, top, limit;            // of Fp32; top: what the tensor's amax is mapped to, in TwoLevel, too
+    float inverse_max;                // 1 / max of the elements
+    int32_t tiny_exponent;            // of the elements
+    Format block;
+};
+
+// A matrix [rows, cols] in memory. dtype: 0 float32, 1 bf16. columns: it is read along its columns, as the transpose of
+// what is quantized, after the butterflies; tiles are then 1 x wide.
+struct Source {
+    const void* x;
+    int64_t rows, cols, tall, wide;
+    int32_t dtype, columns;
+    struct {
+        int32_t size;
+        float factor;
+        const float* signs;
+    } butterflies;
+};
+
+}  // extern "C"
+
+namespace {
+
+// The rule once the tensor's amax is known.
+struct Level {
+    Rule rule;
+    float scale = 1, decode = 1;  // of the tensor
+    int32_t centre = 1;           // code of the largest power of two
+
+    Level(const Rule& r, float amax) : rule(r) {
+        if (r.kind == TENSOR) {
+            const float a = amax < r.eps ? r.eps : amax;
+            float s = r.top / a;
+            s = std::fabs(s) == INFINITY ? r.limit : s;
+            s = s < 0x1p-126f ? 0x1p-126f : s;
+            s = a > 0 && a < INFINITY ? s : 1.0f;
+            scale = r.pow2 ? as_float(as_bits(s) & 0x7f800000u) : s;
+            decode = a != a && r.nan_decodes ? NAN : 1.0f / scale;
+        } else if (r.kind == TWO_LEVEL) {
+            const float s = std::min(r.top / amax, 3.40282346638528859812e+38f);
+            scale = amax == 0 || s == 0 ? 1.0f : s;
+            const bool exact = amax > 0 && amax < INFINITY && scale < 3.40282346638528859812e+38f;
+            decode = exact ? amax / r.top : 1.0f / scale;
+        } else if (r.kind == RCEIL) {
+            uint8_t code;
+            float encode;
+            powers(&amax, &code, &encode, 1, r.inverse_max);
+            centre = std::max<int32_t>(code, 1);
+            decode = as_float(uint32_t(centre) << 23);
+        }
+    }
+
+    // For the amaxes of n tiles: codes of their scales (null: not wanted), what elements are multiplied by before and
+    // after rounding. All but the codes have room for, and are of, whole vectors.
+    [[gnu::noinline]] void scales(const float* amax, int64_t n, uint8_t* codes, float* encode, float* factor) const {
+        uint8_t stored[SEGMENT];
+        for (int64_t start = 0; start < n; start += SEGMENT) {
+            const int64_t wanted = std::min(SEGMENT, n - start), count = (wanted + LANES - 1) / LANES * LANES;
+            if (rule.kind == TWO_LEVEL) {
+                two_level(amax + start, stored, encode + start, factor + start, count);
+            } else {
+                powers(amax + start, stored, encode + start, count, rule.inverse_max);
+                relative_powers(stored, factor + start, count, centre, rule.tiny_exponent);
+            }
+            if (codes) std::memcpy(codes + start, stored, wanted);
+        }
+    }
+
+    void two_level(const float* amax, uint8_t* codes, float* encode, float* factor, int64_t count) const {
+        const Grid grid(rule.block);
+        const float c = scale * rule.inverse_max, inverse = 1.0f / scale, most = rule.block.max;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+            const float scaled = amax[i] * c;
+            const float clamped = scaled > most ? most : scaled;  // a NaN stays one
+            const int32_t code = code_of<false>(clamped, grid, 0.0f);
+            const float value = value_of(code, grid), e = 1.0f / (value * inverse);
+            codes[i] = uint8_t(code);
+            factor[i] = value;
+            encode[i] = e > 3.40282346638528859812e+38f ? 3.40282346638528859812e+38f : e;
+        }
+    }
+};
+
+// Scales and factors [grid rows, grid cols] where they are given; factors may be null.
+struct Given {
+    const float *scales, *factors;
+};
+
+// out [rows, cols] from x [rows, cols], and the codes of scales if `stored` is not null. `wide` is a multiple of 16, or
+// the whole of a row.
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_rows(const T* x, const Given given, const Level* level, char* out, uint8_t* stored, const Source& s,
+                const Rounder& rounder, const Hashes& hashes) {
+    const int64_t rows = s.rows, cols = s.cols, tall = s.tall, wide = s.wide;
+    const int64_t grid_cols = (cols + wide - 1) / wide, sixteens = (cols + LANES - 1) / LANES;
+    const int64_t pitch = bytes_of(KIND, cols);
+    const bool whole = level && level->rule.kind == TENSOR;
+    const bool single = tall == 1, one = whole || (!level && tall >= rows);
+    const int64_t height = single || one ? 16 : tall, bands = (rows + height - 1) / height;
+#pragma omp parallel
+    {
+        std::vector<float> amax(height * grid_cols + LANES), encode(amax.size()), factor(amax.size(), 1.0f);
+        std::vector<float> scales(height * sixteens + LANES), factors(scales.size(), 1.0f);
+        std::vector<T> top(single || !level || whole ? 0 : cols);
+        if (whole) std::fill(scales.begin(), scales.end(), level->scale);
+#pragma omp for schedule(static)
+        for (int64_t band = 0; band < bands; ++band) {
+            const int64_t first = band * height, last = std::min(rows, first + height);
+            const int64_t start = (one ? 0 : first / tall) * grid_cols, lines = single ? last - first : 1;
+            const float *before = given.scales + start, *after = given.factors + start;
+            if (level && !whole) {
+                if (single && cols % wide == 0)  // no tile crosses the end of a row
+                    amax_line(x + first * cols, amax.data(), lines * cols, wide);
+                for (int64_t i = 0; single && cols % wide && i < lines; ++i)
+                    amax_line(x + (first + i) * cols, amax.data() + i * grid_cols, cols, wide);
+                if (!single) amax_band(x, cols, first, last, top.data(), amax.data(), wide);
+                level->scales(amax.data(), lines * grid_cols, stored ? stored + start : nullptr, encode.data(),
+                              factor.data());
+                before = encode.data(), after = factor.data();
+            }
+            const bool multiplies = KIND == VALUES && (level ? !whole : given.factors != nullptr);
+            for (int64_t i = 0; !whole && i < lines; ++i) {
+                spread(before + i * grid_cols, cols, wide, scales.data() + i * sixteens);
+                if (multiplies) spread(after + i * grid_cols, cols, wide, factors.data() + i * sixteens);
+            }
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t line = single && !whole ? (row - first) * sixteens : 0;
+                if (level && !whole && row + height < rows) {  // what the next amaxes are of
+                    const char* next = reinterpret_cast<const char*>(x + (row + height) * cols);
+                    for (size_t i = 0; i < cols * sizeof(T); i += 64) __builtin_prefetch(next + i, 0, 2);
+                }
+                round_line<T, STOCHASTIC, KIND>(x + row * cols, scales.data() + line, factors.data() + line,
+                                                out + row * pitch, cols, rounder, STOCHASTIC ? hashes.rows[row] : 0,
+                                                hashes);
+            }
+        }
+    }
+}
+
+// out [cols, rows], the transpose of x [rows, cols]; tiles are `wide` elements of a column of x. `wide` divides DEPTH or
+// is a multiple of it, and divides it where a level is given.
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_columns(const T* x, const Given given, const Level* level, char* out, uint8_t* stored, const Source& s,
+                   const Rounder& rounder, const Hashes& hashes) {
+    constexpr int64_t IN_A_WORD = KIND == VALUES ? 2 : KIND == BYTES ? 4 : 8, BITS = 32 / IN_A_WORD;
+    const int64_t rows = s.rows, cols = s.cols, wide = s.wide;
+    const int64_t grid_cols = (rows + wide - 1) / wide, pitch = bytes_of(KIND, rows), step = std::min(wide, DEPTH);
+    const Butterflies butterflies = {s.butterflies.size, s.butterflies.factor, s.butterflies.signs};
+    const int64_t depth = std::max<int64_t>(step, butterflies.size);  // powers of two
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < rows; first += DEPTH)
+        for (int64_t col = 0; col < cols; col += PAIR) {
+            const int64_t height = std::min(DEPTH, rows - first);
+            for (int64_t next = col + PAIR; next < std::min(cols, col + 2 * PAIR); ++next)  // what is written next
+                for (int64_t i = 0; i < bytes_of(KIND, height); i += 64)
+                    __builtin_prefetch(out + next * pitch + bytes_of(KIND, first) + i, 1, 2);
+            const Rounder local = rounder;  // else every store might change it
+            const uint32_t key = hashes.key;
+            const uint32_t *hash_rows = hashes.rows.data() + first, *hash_cols = hashes.cols.data() + col;
+            // Lanes of half 0 are the columns col, col + 2, ..., those of half 1 the ones between.
+            const int64_t lanes[] = {std::min(LANES, (cols - col + 1) / 2), std::min(LANES, (cols - col) / 2)};
+            Words words[2][DEPTH];
+            Floats blocks[2][DEPTH];
+            for (int64_t row = 0; row < height; row += step) {
+                alignas(64) float scales[PAIR], factors[PAIR];
+                const int64_t tile = (first + row) / wide, end = std::min(step, height - row);
+                if (row % depth == 0) load_block<true>(x, rows, cols, first + row, depth, col, butterflies, blocks);
+                const Floats* in[] = {blocks[0] + row % depth, blocks[1] + row % depth};
+                if (level) {
+                    alignas(64) float amax[PAIR];
+                    uint8_t codes[PAIR];
+                    for (int half = 0; half < 2; ++half) {
+                        Ints top = {};
+                        for (int64_t k = 0; k < step; ++k) top = larger(top, Ints(in[half][k]) & 0x7fffffff);
+                        std::memcpy(amax + half * LANES, &top, sizeof top);
+                    }
+                    level->scales(amax, PAIR, codes, scales, factors);
+                    for (int64_t i = 0; stored && i < std::min(PAIR, cols - col); ++i)
+                        stored[(col + i) * grid_cols + tile] = codes[i / 2 + i % 2 * LANES];
+                } else {
+                    std::fill(scales, scales + PAIR, 0.0f);
+                    std::fill(factors, factors + PAIR, 1.0f);
+                    for (int64_t i = 0; i < std::min(PAIR, cols - col); ++i) {
+                        const int64_t place = (col + i) * grid_cols + tile, at = i / 2 + i % 2 * LANES;
+                        scales[at] = given.scales[place];
+                        if (given.factors) factors[at] = given.factors[place];
+                    }
+                }
+                for (int half = 0; half < 2; ++half) {
+                    const Floats scale = load(scales + half * LANES), factor = load(factors + half * LANES);
+                    const Floats* block = in[half];
+                    Words* to = words[half] + row;
+                    Ints seen = {};
+                    for (int64_t k = 0; k < end; ++k) {
+                        const Words noise =
+                            STOCHASTIC ? Hashes::of(hash_rows[row + k], hash_cols + half * LANES, key) : Words{};
+                        to[k] = rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, local, noise, factor, seen);
+                    }
+                    if (has_nan(seen))
+                        for (int64_t k = 0; k < end; ++k) {
+                            const Floats y = block[k] * scale;
+                            const Words nan = KIND == VALUES ? Words(as_float(uint32_t(local.nan_value)) * factor)
+                                                             : Words{} + uint32_t(local.nan_code);
+                            to[k] = y != y ? nan : to[k];
+                        }
+                }
+            }
+            for (int half = 0; half < 2; ++half) {
+                for (int64_t k = height; k < DEPTH; ++k) words[half][k] = Words{};
+                for (int64_t i = 0; i < height; i += LANES * IN_A_WORD) {
+                    Words packed[LANES];
+                    for (int64_t k = 0; k < LANES; ++k) {
+                        const Words* from = words[half] + i + k * IN_A_WORD;
+                        Words word = KIND == VALUES ? from[0] >> 16 : from[0];
+                        for (int64_t n = 1; n < IN_A_WORD; ++n)
+                            word |= KIND == VALUES ? from[n] & 0xffff0000u : from[n] << (n * BITS);
+                        packed[k] = word;
+                    }
+                    transpose_words(packed);
+                    const int64_t count = bytes_of(KIND, std::min(LANES * IN_A_WORD, height - i));
+                    char* place = out + (col + half) * pitch + bytes_of(KIND, first + i);
+                    for (int64_t lane = 0; lane < lanes[half]; ++lane, place += 2 * pitch) {
+                        if (count == 64)
+                            std::memcpy(place, packed + lane, 64);
+                        else
+                            std::memcpy(place, packed + lane, count);
+                    }
+                }
+            }
+        }
+}
+
+struct Rounding {
+    Given given;
+    const Level* level;
+    void* out;
+    uint8_t* stored;
+    const Format* format;
+    const Noise* noise;
+};
+
+template <typename T, bool STOCHASTIC, Kind KIND>
+void round_kind(const Source& s, const Rounding& r) {
+    const Rounder rounder(*r.format);
+    const Hashes hashes(*r.noise, s.rows, s.cols, s.columns);
+    auto* round = s.columns ? round_columns<T, STOCHASTIC, KIND> : round_rows<T, STOCHASTIC, KIND>;
+    round(static_cast<const T*>(s.x), r.given, r.level, static_cast<char*>(r.out), r.stored, s, rounder, hashes);
+}
+
+template <typename T, bool STOCHASTIC>
+void round_as(const Source& s, const Rounding& r, bool values) {
+    if (values)
+        round_kind<T, STOCHASTIC, VALUES>(s, r);
+    else if (r.format->bits == 4)
+        round_kind<T, STOCHASTIC, NIBBLES>(s, r);
     else
-        round_kind<T, false, KIND>(source, scales, factors, target, rows, cols, tall, wide, columns, butterflies,
-                                   format, noise);
+        round_kind<T, STOCHASTIC, BYTES>(s, r);
+}
+
+void round_any(const Source& s, const Rounding& r, bool values) {
+    if (s.dtype)
+        r.noise->on ? round_as<bf16, true>(s, r, values) : round_as<bf16, false>(s, r, values);
+    else
+        r.noise->on ? round_as<float, true>(s, r, values) : round_as<float, false>(s, r, values);
+}
+
+template <typename T>
+float measured(const Source& s) {
+    const T* x = static_cast<const T*>(s.x);
+    if (s.butterflies.size)
+        return amax_of_butterflies(x, s.rows, s.cols, s.butterflies.signs, s.butterflies.factor);
+    return amax_of(x, s.rows * s.cols);
 }
 
 }  // namespace
@@ -813,24 +1183,16 @@ void tile_amax(const void* x, float* out, int64_t rows, int64_t cols, int64_t ta
         amax_tiles(static_cast<const float*>(x), out, rows, cols, tall, wide);
 }
 
-// A matrix [rows, cols] in memory. dtype: 0 float32, 1 bf16. columns: it is read along its columns, as the transpose of
-// what is quantized, after the butterflies; tiles are then 1 x wide.
-struct Source {
-    const void* x;
-    int64_t rows, cols, tall, wide;
-    int32_t dtype, columns;
-    Butterflies butterflies;
-};
-
 void source_amax(const Source* s, float* out) {
     const bf16* narrow = static_cast<const bf16*>(s->x);
     const float* wide = static_cast<const float*>(s->x);
+    const Butterflies butterflies = {s->butterflies.size, s->butterflies.factor, s->butterflies.signs};
     if (!s->columns)
         tile_amax(s->x, out, s->rows, s->cols, s->tall, s->wide, s->dtype);
     else if (s->butterflies.size && s->dtype)
-        amax_butterflies(narrow, out, s->rows, s->cols, s->wide, s->butterflies);
+        amax_butterflies(narrow, out, s->rows, s->cols, s->wide, butterflies);
     else if (s->butterflies.size)
-        amax_butterflies(wide, out, s->rows, s->cols, s->wide, s->butterflies);
+        amax_butterflies(wide, out, s->rows, s->cols, s->wide, butterflies);
     else if (s->dtype)
         amax_columns(narrow, out, s->rows, s->cols, s->wide);
     else
@@ -840,10 +1202,25 @@ void source_amax(const Source* s, float* out) {
 // The codes of round(x * scale), or with `values` BF16 round(x * scale) * factor (null: 1), which must be exact there.
 void round_source(const Source* s, const float* scales, const float* factors, void* out, const Format* format,
                   const Noise* noise, int32_t values) {
-    auto* round = values ? (s->dtype ? round_any<bf16, VALUES> : round_any<float, VALUES>)
-                  : format->bits == 4 ? (s->dtype ? round_any<bf16, NIBBLES> : round_any<float, NIBBLES>)
-                                      : (s->dtype ? round_any<bf16, BYTES> : round_any<float, BYTES>);
-    round(s->x, scales, factors, out, s->rows, s->cols, s->tall, s->wide, s->columns, s->butterflies, *format, *noise);
+    round_any(*s, {{scales, factors}, nullptr, out, nullptr, format, noise}, values);
+}
+
+// The same with scales by a rule, all of them written to `stored` (null: not wanted); butterflies are of size 16, tiles
+// in columns divide 128. tensor_amax: null for that of x. result: the tensor's amax, if somebody asked for it, and the
+// factor that is left to the tensor. Returns 1, with nothing done, where a tensor's amax is not finite.
+int32_t quantize_source(const Source* s, const Rule* rule, const float* tensor_amax, void* out, uint8_t* stored,
+                        float* result, const Format* format, const Noise* noise, int32_t values) {
+    float amax = tensor_amax ? *tensor_amax : 0;
+    if (s->butterflies.size || (!tensor_amax && (rule->kind != RCEIL || values))) {
+        const float now = s->dtype ? measured<bf16>(*s) : measured<float>(*s);
+        if (!(now < INFINITY)) return 1;
+        amax = tensor_amax ? amax : now;
+    }
+    if (rule->kind == TWO_LEVEL && !(amax < INFINITY)) return 1;
+    const Level level(*rule, amax);
+    result[0] = amax, result[1] = level.decode;
+    round_any(*s, {{nullptr, nullptr}, &level, out, stored, format, noise}, values);
+    return 0;
 }
 
 void encode(const void* x, const float* scales, uint8_t* codes, int64_t rows, int64_t cols, int64_t tall, int64_t wide,
@@ -904,17 +1281,7 @@ void two_level_scales(const float* amax, uint8_t* codes, float* encode, int64_t 
 
 // precision.scaling.PowerOfTwo in mode RCEIL; inverse_max is 1 / max of the elements.
 void rceil_scales(const float* amax, uint8_t* codes, float* encode, int64_t count, float inverse_max) {
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t bits = int32_t(as_bits(amax[i] * inverse_max));
-        const int32_t exponent = bits >> 23, mantissa = bits & 0x7fffff;
-        const int32_t up = (mantissa > (exponent == 0 ? 0x400000 : 0)) & (exponent < 254);
-        const int32_t finite = exponent + up < 254 ? exponent + up : 254;
-        const int32_t code = (bits & 0x7fffffff) > 0x7f800000 ? 255 : finite;
-        const int32_t field = 254 - code;
-        codes[i] = uint8_t(code);
-        encode[i] = as_float(field > 0 ? uint32_t(field) << 23 : field < 0 ? 0x7fc00000u : 1u << 22);
-    }
+    powers(amax, codes, encode, count, inverse_max);
 }
 
 // precision.quantize.operand for powers of two: the factor of each tile relative to the largest, 0 where its smallest
@@ -923,12 +1290,7 @@ int32_t centred_factors(const uint8_t* codes, float* factors, int64_t count, int
     int32_t centre = 1;
 #pragma omp parallel for simd reduction(max : centre) schedule(static)
     for (int64_t i = 0; i < count; ++i) centre = std::max(centre, codes[i] == 255 ? 0 : int32_t(codes[i]));
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t shifted = 127 + int32_t(codes[i]) - centre;
-        const float factor = shifted + tiny_exponent < 1 ? 0.0f : as_float(uint32_t(shifted) << 23);
-        factors[i] = codes[i] == 255 ? NAN : factor;
-    }
+    relative_powers(codes, factors, count, centre, tiny_exponent);
     return centre;
 }
 
