@@ -16,6 +16,7 @@ from conftest import train_here
 from test_recipes import go_back
 from torch import nn
 
+from precision.codecs import CHOICES
 from precision.updates import AdamW
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import TrainConfig
@@ -72,9 +73,7 @@ def test_decay_falls_on_matrices_alone() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "moments", ["fp8", "fp8_fishman", "pure_bf16_sr", "{m: expanded/16, v: dynamic, master: bf16/kahan}"]
-)
+@pytest.mark.parametrize("moments", [*sorted(set(CHOICES) - {"fp32"}), "{m: expanded/16, v: dynamic, master: bf16/kahan}"])
 def test_runs_with_narrow_states_train_and_resume_bit_for_bit(tiny: Tiny, tmp_path: Path, moments: str) -> None:
     options = ("checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5", "optim.telemetry_every=2")
     config = tiny(f"optim.moments={moments}", *options)
