@@ -16,7 +16,7 @@ square of the weights (arXiv 2409.12517). A short run does not get there, so the
 
 Every run is a run directory in ``out``; one that is done is not run again. Writes results.json, table.md and gaps.png
 there: the gap to BF16 of the same start in loss before training (over some training text) and in validation loss after
-it, and how the outlier stood at the start: ``spread``
+it, from which strength on every seed loses more than 0.05 nats, and how the outlier stood at the start: ``spread``
 (largest value of h over the median of the channels' maxima) and ``lost`` (non-zero values of h that one E4M3 scale for
 the tensor rounds to zero), both means over blocks.
 """
@@ -44,6 +44,7 @@ from trainer.export import export_run
 from trainer.metrics import read_metrics
 from trainer.prepare import prepare
 from trainer.run import run
+from trainer.statistics import t_interval
 from trainer.tokenizer import load_tokenizer
 
 BASELINE = "bf16"
@@ -78,6 +79,7 @@ COMMON = [
     "log.every=1000",
 ]
 PROBED_TOKENS = 16_384
+MARGIN = 0.05  # nats a token
 E4M3_LOST = 2.0**-10 / 448  # of the tensor's maximum: half of the least value
 
 
@@ -210,47 +212,79 @@ def _gaps(results: list[dict[str, Any]], arm: str, strength: float, key: str = "
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
+def _finite(gaps: list[float | None]) -> list[float]:
+    return [gap for gap in gaps if gap is not None]
+
+
+def _shown(gaps: list[float | None]) -> str:
+    """The mean, and half the width of its 95% interval over seeds."""
+    finite = _finite(gaps)
+    lost = f"{len(gaps) - len(finite)} of {len(gaps)} diverged"
+    if not finite:
+        return lost
+    interval = t_interval(finite)
+    half = "" if interval is None else f" ± {(interval.high - interval.low) / 2:.3f}"
+    return f"{round(statistics.mean(finite), 3) + 0.0:+.3f}{half}" + (f", {lost}" if len(finite) < len(gaps) else "")
+
+
+def _loses_from(results: list[dict[str, Any]], arm: str, key: str) -> str:
+    """The least strength from which on, at every strength above, too, no seed's gap is below MARGIN."""
+    found = None
+    for strength in sorted({row["strength"] for row in results}, reverse=True):
+        gaps = _gaps(results, arm, strength, key)
+        if not gaps or any(gap is not None and gap <= MARGIN for gap in gaps):
+            break
+        found = strength
+    return "never" if found is None else f"{found:g}"
+
+
 def _table(results: list[dict[str, Any]]) -> str:
-    arms = list(dict.fromkeys(row["arm"] for row in results))
-    others = " | ".join(f"{arm}: gap at the start; at the end, by seed" for arm in arms if arm != BASELINE)
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in results) if arm != BASELINE]
+    seeds = sorted({row["seed"] for row in results})
     lines = [
-        f"| strength | spread | lost | bf16 loss, by seed | {others} |",
-        f"|{'---|' * (3 + len(arms))}",
+        f"Seeds {', '.join(map(str, seeds))}. Gaps to bf16 of the same start and seed, in nats a token: the mean and"
     ]
-    for strength in sorted({row["strength"] for row in results}):
-        rows = [row for row in results if row["strength"] == strength]
-        base = [row["loss"] for row in rows if row["arm"] == BASELINE]
-        shown = [f"{strength:g}", *(f"{statistics.mean(row[key] for row in rows):.3g}" for key in ("spread", "lost"))]
-        shown.append(", ".join("-" if loss is None else f"{loss:.4f}" for loss in base))
-        for arm in arms:
-            if arm != BASELINE:
-                gaps = _gaps(results, arm, strength)
-                finite = [gap for gap in gaps if gap is not None]
-                mean = f"{statistics.mean(finite):+.4f} " if finite else ""
-                first = statistics.mean(gap for gap in _gaps(results, arm, strength, "start_loss") if gap is not None)
-                shown.append(
-                    f"{first:+.4f}; {mean}({', '.join('diverged' if gap is None else f'{gap:+.4f}' for gap in gaps)})"
-                )
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+    lines += ["half the width of its 95% interval (Student's t, paired).", ""]
+    for key, title in (("start_loss", "before training"), ("loss", "after training")):
+        lines += [
+            f"**{title}**",
+            "",
+            f"| strength | spread | lost | bf16 | {' | '.join(arms)} |",
+            f"|{'---|' * (4 + len(arms))}",
+        ]
+        for strength in sorted({row["strength"] for row in results}):
+            rows = [row for row in results if row["strength"] == strength]
+            shown = [
+                f"{strength:g}",
+                *(f"{statistics.mean(row[name] for row in rows):.3g}" for name in ("spread", "lost")),
+            ]
+            base = [row[key] for row in rows if row["arm"] == BASELINE and row[key] is not None]
+            shown.append(f"{statistics.mean(base):.3f}" if base else "-")
+            shown += [_shown(_gaps(results, arm, strength, key)) for arm in arms]
+            lines.append(f"| {' | '.join(shown)} |")
+        least = [_loses_from(results, arm, key) for arm in arms]
+        lines += [f"| every seed loses more than {MARGIN:g} from | | | | {' | '.join(least)} |", ""]
+    return "\n".join(lines)
 
 
 def _plot(results: list[dict[str, Any]], target: Path) -> None:
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
     strengths = sorted({row["strength"] for row in results})
-    for arm in dict.fromkeys(row["arm"] for row in results if row["arm"] != BASELINE):
-        by_strength = {s: [gap for gap in _gaps(results, arm, s) if gap is not None] for s in strengths}
-        points = {s: gaps for s, gaps in by_strength.items() if gaps}
-        (line,) = axes.plot(list(points), [statistics.mean(gaps) for gaps in points.values()], "o-", label=arm)
-        for s, gaps in points.items():
-            axes.plot([s] * len(gaps), gaps, ".", color=line.get_color(), alpha=0.5)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="strength of the aligned rows", ylabel="final validation loss over BF16 (nats per token)")
-    axes.axhline(0.0, color="black", linewidth=0.5)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = zip(figure.subplots(1, 2), (("start_loss", "before training"), ("loss", "after training")), strict=True)
+    for axes, (key, title) in panels:
+        for arm in dict.fromkeys(row["arm"] for row in results if row["arm"] != BASELINE):
+            by_strength = {s: _finite(_gaps(results, arm, s, key)) for s in strengths}
+            points = {s: gaps for s, gaps in by_strength.items() if gaps}
+            (line,) = axes.plot(list(points), [statistics.mean(gaps) for gaps in points.values()], "o-", label=arm)
+            for s, gaps in points.items():
+                axes.plot([s] * len(gaps), gaps, ".", color=line.get_color(), alpha=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=MARGIN)
+        axes.set(title=title, xlabel="strength of the aligned rows", ylabel="loss over BF16 (nats per token)")
+        axes.axhline(0.0, color="black", linewidth=0.5)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     figure.savefig(target, metadata={"Software": None})
 
 

@@ -131,6 +131,15 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float 
     return Interval(float(low), float(high))
 
 
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """Student's interval of a mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))
+    mean = float(np.mean(values))
+    return Interval(mean - half, mean + half)
+
+
 def pooled_sd(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
     """The standard deviation within groups, and its degrees of freedom; None where no group has two values."""
     freedom = sum(len(group) - 1 for group in groups if group)

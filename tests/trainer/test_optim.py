@@ -73,7 +73,9 @@ def test_decay_falls_on_matrices_alone() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("moments", [*sorted(set(CHOICES) - {"fp32"}), "{m: expanded/16, v: dynamic, master: bf16/kahan}"])
+@pytest.mark.parametrize(
+    "moments", [*sorted(set(CHOICES) - {"fp32"}), "{m: expanded/16, v: dynamic, master: bf16/kahan}"]
+)
 def test_runs_with_narrow_states_train_and_resume_bit_for_bit(tiny: Tiny, tmp_path: Path, moments: str) -> None:
     options = ("checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5", "optim.telemetry_every=2")
     config = tiny(f"optim.moments={moments}", *options)
