@@ -48,6 +48,7 @@ class Hardware:
 
     arch: int
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+    fast: list[bool] = field(default_factory=list)  # of each call: whether its sums may have fewer bits
 
     def __call__(
         self,
@@ -84,12 +85,14 @@ class Hardware:
             assert output_dtype == torch.bfloat16  # FP32 comes out of Hopper's kernel alone
         if B128 in (recipe_a[0], recipe_b[0]):
             assert m % 4 == n % 128 == k % 128 == 0
-        assert not use_fast_accum
+        if use_fast_accum:  # torch refuses them for blocks; cuBLAS has none for MX and NV
+            assert recipe_a[0] in (T, R)
         assert output_dtype in (torch.bfloat16, torch.float16, torch.float32)
         if bias is not None:
             assert output_dtype != torch.float32
             assert (bias.dtype, bias.shape) == (output_dtype, (n,))
             assert recipe_a[0] in (T, R)
+        self.fast.append(use_fast_accum)
         self.calls.append((tuple(recipe_a), tuple(recipe_b), (m, n, k), output_dtype, bias is not None))
         a = values(mat_a) * spread(scale_a, recipe_a, swizzle_a, m, k)
         b = values(mat_b.t()) * spread([s.t() if recipe_b == [R] else s for s in scale_b], recipe_b, swizzle_b, n, k)

@@ -130,16 +130,23 @@ class OperandSpec:
 class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
 
-    Raises ValueError for a transform of operands that are both left alone: it would only add rounding.
+    ``fast_accum``: native FP8 products may sum with fewer bits between additions in FP32 (some 14 on Ada and Hopper;
+    their ``use_fast_accum``), which is faster. Emulation sums in FP32 all the same.
+
+    Raises ValueError for a transform of operands that are both left alone, which would only add rounding, and for fast
+    sums of what is not quantized.
     """
 
     a: OperandSpec | None = None
     b: OperandSpec | None = None
     transform: Transform | None = None
+    fast_accum: bool = False
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
+        if self.fast_accum and (self.a is None or self.b is None):
+            raise ValueError("fast accumulation is that of a product of two quantized operands")
         for operand in (self.a, self.b):
             scale = operand.scale if operand is not None else None
             if self.transform is not None and isinstance(scale, TwoLevel) and scale.four_over_six is not None:
@@ -148,6 +155,7 @@ class GemmSpec:
     def __str__(self) -> str:
         a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))
         suffix = f" [{self.transform}]" if self.transform is not None else ""
+        suffix += ", fast accumulation" if self.fast_accum else ""
         return f"{a} x {b}{suffix}" if (self.a, self.b) != (None, None) else "-"
 
 

@@ -247,6 +247,50 @@ def test_plan_says_what_is_native_and_why_the_rest_is_not(monkeypatch: pytest.Mo
     assert "scaled_mm" not in str(apply(load("mxfp8", {}), OneBlock(64, 64, bias=False), tokens=64))
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "fast"),
+    [
+        ("fp8_current", {"fast_accum": True}, [True, False, False]),
+        ("fp8_delayed", {"fast_accum": True}, [True, False, False]),
+        ("fp8_rowwise", {"fast_accum": True}, [True, False, False]),
+        ("fp8_current", {}, [False] * 3),
+        ("fp8_block", {}, [False] * 3),
+    ],
+)
+def test_fast_sums_in_fprop_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, args: dict[str, Any], fast: list[bool]
+) -> None:
+    """What reaches the call, what the plan says of it, and that emulation computes as it did."""
+    recipe, x, dy = load(name, args), torch.randn(32, 48), torch.randn(32, 64)
+    model = OneBlock(48, 64, bias=False)
+    emulated, plain = copy.deepcopy(model), copy.deepcopy(model)
+    with pretend(monkeypatch, 90) as hardware:
+        plan = str(apply(recipe, model, tokens=32))
+        step(model, x, dy)
+    assert hardware.fast == fast
+    assert [", fast accumulation" in line for line in plan.splitlines() if "prop: " in line or "grad: " in line] == fast
+    said = str(apply(recipe, emulated, tokens=32, backend="reference"))
+    assert said.count("emulated: sums in fp32, none fast") == sum(fast)
+    apply(load(name, args | {"fast_accum": False} if args else {}), plain, tokens=32, backend="reference")
+    assert all(map(torch.equal, step(emulated, x, dy), step(plain, x, dy)))
+
+
+def test_fast_sums_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product without them is not asked for any, and the plan says that it has none."""
+    block = OperandSpec(format=E4M3, tile=Tile(1, 128), scale=Fp32(input_max=True))
+    mx = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+    for arch, spec, name in ((90, block, "block-wise FP8"), (100, mx, "MXFP8")):
+        gemm = GemmSpec(a=spec, b=spec, fast_accum=True)
+        with pretend(monkeypatch, arch) as hardware:
+            chosen = choose(gemm, (32, 128, 128), CPU).backend
+            a, b = (chosen.quantize(torch.randn(rows, 128), spec, amax=None, noise=None) for rows in (32, 128))
+            chosen.gemm(a, b, bias=None, dtype=torch.bfloat16)
+        assert hardware.fast == [False]
+        assert f"{name} has no fast sums" in chosen.note(gemm)
+    with pytest.raises(ValueError, match="fast accumulation is that of a product of two quantized operands"):
+        GemmSpec(a=mx, fast_accum=True)
+
+
 @pytest.mark.parametrize("arch", [90, 100])
 def test_families_of_architectures(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     for capability, expected in (
@@ -304,6 +348,7 @@ def test_the_cpu_multiplies_what_it_takes_alike(dtype: torch.dtype) -> None:
 )
 def test_zeros_subnormals_and_what_is_not_finite(monkeypatch: pytest.MonkeyPatch, spec: OperandSpec) -> None:
     """NaN comes out where the reference has it, and padding brings in none; empty matrices multiply."""
+    torch.manual_seed(0)  # sums that cancel would need another tolerance
     monkeypatch.setattr(scaled_mm, "scaled_mm", Hardware(100))
     native = ScaledMM(detect=lambda device: 100)
     for shape in ((5, 70), (1, 16), (0, 16), (4, 0)):
@@ -373,6 +418,7 @@ def test_a_wrong_call_is_caught() -> None:
         Hardware(arch)(a, b, s, [recipe], s, [recipe], **more, output_dtype=dtype, use_fast_accum=fast)
 
     call()
+    call(fast=True)
     block = torch.zeros(512, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     call(arch=100, recipe=MX, scales=block, swizzle=swizzled)
     wrong: list[dict[str, Any]] = [
@@ -384,7 +430,7 @@ def test_a_wrong_call_is_caught() -> None:
         {"arch": 100, "recipe": MX, "scales": block[:64], "swizzle": swizzled},
         {"arch": 100, "recipe": MX, "scales": block},
         {"bias": torch.zeros(16), "dtype": torch.float32},
-        {"fast": True},
+        {"arch": 100, "recipe": MX, "scales": block, "swizzle": swizzled, "fast": True},
     ]
     for arguments in wrong:
         with pytest.raises((AssertionError, RuntimeError, ValueError)):

@@ -118,4 +118,4 @@ def _settled(backend: Backend, gemm: GemmSpec, shape: tuple[int | None, int, int
     if not isinstance(backend, ScaledMM):
         return backend
     quantizer = next(other for other in QUANTIZERS if other.why_not(gemm, shape, device) is None)
-    return backend.settled(shape, device, quantizer)
+    return backend.settled(shape, device, quantizer, fast=gemm.fast_accum)

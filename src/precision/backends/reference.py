@@ -71,8 +71,9 @@ class Reference:
         return (operand.matrix, operand.factor) if isinstance(operand, Prepared) else (operand, None)
 
     def note(self, gemm: GemmSpec) -> str:
-        """Whether the product is in float32, which is slow: BF16 does not hold its operands."""
-        return "fp32 product" if any(spec is not None and not _fits_bf16(spec) for spec in (gemm.a, gemm.b)) else ""
+        """Whether the product is in float32, which is slow: BF16 does not hold its operands. What is not done."""
+        wide = any(spec is not None and not _fits_bf16(spec) for spec in (gemm.a, gemm.b))
+        return ", ".join(["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * gemm.fast_accum)
 
 
 def scaled_product(

@@ -16,7 +16,8 @@ shapes. **None of it has run on a GPU here.** Of every call:
 * larger tiles are repeated where the hardware wants smaller ones (32x32 for 1x32, 16x16 for 1x16, 1x128 for 1x32 if the
   scales are powers of two), and codes of a format whose values E4M3 or E5M2 holds are translated: both are exact.
 
-Sums are never "fast" (Hopper's FP8 products without promotion to FP32 keep about 14 bits).
+Sums are in FP32 unless the recipe allows "fast" ones (FP8 products of Ada and Hopper without promotion to FP32 keep
+about 14 bits; ``GemmSpec.fast_accum``); ``SQNR_DB`` is claimed for the former alone.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Product:
         multiples: of m, n and k; what is less is padded.
         outputs: dtypes that it rounds its sums to.
         bias: whether it adds one itself (to outputs of 16 bits).
-        fast: whether sums of less than FP32 can be asked for. They are not.
+        fast: whether sums of less than FP32 can be asked for.
         hint: what to do where an architecture lacks it.
     """
 
@@ -126,7 +127,7 @@ PRODUCTS: tuple[Product, ...] = (
         multiples=(128, 128, 128),
         outputs=_ALL,
         bias=False,
-        fast=True,
+        fast=False,  # torch refuses them
         hint="; on sm_100 and sm_120 such scales must be powers of two (pow2=true), to be multiplied as MXFP8",
     ),
     Product(
@@ -169,20 +170,24 @@ class ScaledMM:
         detect: the architecture of a device.
         shape: m, n, k of the GEMM, where it is known.
         device: of the model, where it is known.
+        fast: whether sums may be fast, where there are such.
     """
 
     quantizer: Reference = field(default_factory=Reference)
     detect: Callable[[torch.device], int | None] = architecture
     shape: tuple[int | None, int, int] | None = None
     device: torch.device | None = None
+    fast: bool = False
 
     @property
     def name(self) -> str:
         return "scaled_mm"
 
-    def settled(self, shape: tuple[int | None, int, int], device: torch.device, quantizer: Reference) -> ScaledMM:
+    def settled(
+        self, shape: tuple[int | None, int, int], device: torch.device, quantizer: Reference, *, fast: bool = False
+    ) -> ScaledMM:
         """For one GEMM, with the backend that quantizes there."""
-        return replace(self, shape=shape, device=device, quantizer=quantizer)
+        return replace(self, shape=shape, device=device, quantizer=quantizer, fast=fast)
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         arch = self.detect(device)
@@ -238,10 +243,10 @@ class ScaledMM:
         product = find(a.spec, b.spec, arch, dtype)
         if isinstance(product, str):
             raise ValueError(f"{a.spec} x {b.spec}: {product}")
-        return multiply(product, a, b, bias=bias, dtype=dtype)
+        return multiply(product, a, b, bias=bias, dtype=dtype, fast=self.fast)
 
     def note(self, gemm: GemmSpec) -> str:
-        """Which product it is, who quantizes, what is padded and translated."""
+        """Which product it is, who quantizes, what is padded and translated, and where no sum is fast."""
         if gemm.a is None or gemm.b is None or self.shape is None or self.device is None:
             return ""
         arch = self.detect(self.device)
@@ -254,7 +259,8 @@ class ScaledMM:
                 parts.append(f"{name} {size} padded to {_up(size, multiple)}")
         carriers = {spec.format: _carrier(spec.format, product) for spec in (gemm.a, gemm.b)}
         translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
-        return ", ".join([*parts, *translated])
+        slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
+        return ", ".join([*parts, *translated, *slow])
 
 
 @functools.cache
@@ -318,8 +324,13 @@ def _carrier(format: NumberFormat, product: Product) -> NumberFormat | None:
     return None
 
 
-def multiply(product: Product, a: Quantized, b: Quantized, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """a [m, k] @ b [n, k].mT + bias [n] by this product; rounded once to ``dtype``, but for a bias in hardware."""
+def multiply(
+    product: Product, a: Quantized, b: Quantized, *, bias: Tensor | None, dtype: torch.dtype, fast: bool = False
+) -> Tensor:
+    """a [m, k] @ b [n, k].mT + bias [n] by this product; rounded once to ``dtype``, but for a bias in hardware.
+
+    ``fast``: with fast sums, if it has them.
+    """
     (m, k), n = a.shape, b.shape[0]
     if 0 in (m, n, k):
         y = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
@@ -341,7 +352,7 @@ def multiply(product: Product, a: Quantized, b: Quantized, *, bias: Tensor | Non
         swizzle_b=right.swizzles,
         bias=pad(bias.to(dtype), (0, padded_n - n)) if fused and bias is not None else None,
         output_dtype=torch.float32 if afterwards or (bias is not None and not fused) else dtype,
-        use_fast_accum=False,
+        use_fast_accum=fast and product.fast,
     )
     y = y[:m, :n]
     if afterwards:

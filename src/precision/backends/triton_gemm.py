@@ -48,7 +48,7 @@ class TritonDot(Triton):
         return product(a, b, bias=bias, dtype=dtype)
 
     def note(self, gemm: GemmSpec) -> str:
-        return "narrow product"
+        return "narrow product" + (", no sums fast" if gemm.fast_accum else "")
 
 
 def product(a: Quantized, b: Quantized, *, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:

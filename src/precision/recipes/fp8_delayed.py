@@ -28,6 +28,7 @@ def recipe(
     margin: int = 0,
     format: str = "hybrid",
     reduce_amax: bool = True,
+    fast_accum: bool = False,
     keep_first: float = 0,
     keep_last: float = 0,
     keep_paths: Sequence[str] = (),
@@ -39,6 +40,8 @@ def recipe(
         margin: bits of head-room: amax is mapped to the format's maximum times 2^-margin.
         format: hybrid (gradients in E5M2) or e4m3 (all in E4M3).
         reduce_amax: one amax over all ranks.
+        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; those of dgrad and
+            wgrad, whose errors add up in the weights, never do (as TransformerEngine and torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
@@ -47,7 +50,9 @@ def recipe(
     gradient = one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3})
     dy = OperandSpec(format=gradient, scale=Fp32(margin=margin), amax=amax)
     spec = LinearSpec(
-        fprop=GemmSpec(a=forward, b=forward), dgrad=GemmSpec(a=dy, b=forward), wgrad=GemmSpec(a=dy, b=forward)
+        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_accum),
+        dgrad=GemmSpec(a=dy, b=forward),
+        wgrad=GemmSpec(a=dy, b=forward),
     )
     kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(

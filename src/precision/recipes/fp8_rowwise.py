@@ -26,6 +26,7 @@ def recipe(
     *,
     pow2: bool = True,
     wgrad_high_precision: bool = False,
+    fast_accum: bool = False,
     keep_first: float = 0,
     keep_last: float = 0,
     keep_paths: Sequence[str] = (),
@@ -35,14 +36,16 @@ def recipe(
         pow2: scales are powers of two; otherwise FP32, and the emulated products are in float32.
         wgrad_high_precision: weight gradients from BF16 operands, and one scale for the weight in dgrad (torchao's
             `rowwise_with_gw_hp`).
+        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; those of dgrad and
+            wgrad, whose errors add up in the weights, never do (as TransformerEngine and torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
     scale = Fp32(pow2=pow2, eps=_EPS)
     row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=scale)
-    both = GemmSpec(a=row, b=row)
-    spec = LinearSpec(fprop=both, dgrad=both, wgrad=both)
+    fprop, both = GemmSpec(a=row, b=row, fast_accum=fast_accum), GemmSpec(a=row, b=row)
+    spec = LinearSpec(fprop=fprop, dgrad=both, wgrad=both)
     if wgrad_high_precision:
-        spec = LinearSpec(fprop=both, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
+        spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
     kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
