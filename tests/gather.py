@@ -1,7 +1,7 @@
 """Two steps and a validation of each case, without and with gathered codes, in one group of processes.
 
-torchrun gather.py IN.json OUT.json: name -> overrides; what was sent, and whether all that came of it is the same, bit
-for bit, on every rank.
+torchrun gather.py IN.json OUT.json: name -> overrides; what was sent, whether all that came of it is the same, bit
+for bit, on every rank, and how many first gathers held the codes and scales of the whole weight.
 """
 
 import json
@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from precision.backends import REFERENCE
+from precision.linear import QuantLinear
+from precision.quantize import Quantized
+from precision.scaling import Unit
+from precision.spec import OperandSpec
 from trainer import distributed
 from trainer.build import build_state, resolve_model
 from trainer.config import TrainConfig, load_config
@@ -58,10 +63,37 @@ def reduced(tensor: torch.Tensor, *rest: Any, **more: Any) -> None:
     counts["amax reductions"] += int(tensor.dtype == torch.int32)
 
 
+def watch(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Count, of every weight's first gather, whether its codes and scales are those of the whole weight."""
+
+    def compare(linear: QuantLinear, whole: Quantized) -> None:
+        if linear.gathered is None:
+            return
+        values = OperandSpec(format=whole.spec.format, scale=Unit())
+        codes = REFERENCE.quantize(linear.weight, values, amax=None, noise=None).codes
+        pairs = [(codes, whole.codes), (linear.gathered.scales, whole.scales)]
+        if whole.tensor_scale is not None:
+            assert linear.gathered.tensor_scale is not None
+            pairs.append((linear.gathered.tensor_scale, whole.tensor_scale))
+        counts["whole" if all(torch.equal(*pair) for pair in pairs) else "other"] += 1
+        handles[linear].remove()
+
+    handles = {}
+    for linear in model.modules():
+        if isinstance(linear, QuantLinear) and linear.delayed is None:
+            spec = linear.spec.fprop.b
+            assert spec is not None
+            weight = linear.weight.full_tensor().to(dtype)  # type: ignore[attr-defined]
+            whole = REFERENCE.quantize(weight, spec, amax=None, noise=None)
+            handles[linear] = linear.register_forward_pre_hook(lambda module, _, whole=whole: compare(module, whole))
+
+
 def trained(config: TrainConfig, world: World) -> tuple[list[float], dict[str, torch.Tensor], str]:
     """Losses and gradient norms, the state, and the plan."""
     model = resolve_model(config.model, 257, 16)
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=1, tokens=32)
+    if config.parallel.fp8_all_gather:
+        watch(state.model, state.plan.recipe.dtypes.compute)
     source, numbers = Drawn(world), []
     for step in range(2):
         result = update_from(state, source, world, config.optim, step, 2)
@@ -85,7 +117,12 @@ if __name__ == "__main__":
             sent.append({key: counts[key] for key in ("gathers", "bytes", "amax reductions")})
         (numbers, tensors, plan), (other_numbers, other_tensors, other_plan) = made
         same = numbers == other_numbers and all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
-        results[name] = {"sent": sent, "plans": [plan, other_plan], "same": world.max(not same) == [0.0]}
+        results[name] = {
+            "sent": sent,
+            "plans": [plan, other_plan],
+            "same": world.max(not same) == [0.0],
+            "first gathers": [counts["whole"], world.max(counts["other"])[0]],
+        }
     if world.is_main:
         Path(sys.argv[2]).write_text(json.dumps(results))
     distributed.finish()

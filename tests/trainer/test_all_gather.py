@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Case:
-    """2 steps of 2 micro-batches and a validation of 2, on 2 ranks.
+    """2 steps of 2 micro-batches and a validation of 2, on as many ranks as there are processes; 2 hold a weight.
 
     Args:
         overrides: of the tiny config.
         gathers: of blocks whose weights may go as codes: 2 blocks, 4 times forward and backward, 2 times forward.
         saved: bytes that a rank does not send in each of them, compared with BF16.
         amaxes: whether scales are made of the whole weight's amax.
+        whole: gathers that are compared with the codes of the whole weight: the first one of every linear in codes whose
+            scale is not of earlier steps.
     """
 
     overrides: tuple[str, ...]
@@ -40,6 +42,8 @@ class Case:
     saved: int
     amaxes: bool = True
     gpt: bool = False
+    whole: int = 14
+    processes: int = 2
 
 
 TINY_MODEL = [override for override in TINY if override.startswith("model.")]
@@ -49,7 +53,7 @@ CASES = {
     "current": Case(
         ("precision=fp8_current", "model.intermediate_size=63", "eval.precision=high"), 16, 1536 + 2048 + 16 * 63
     ),
-    "delayed": Case(("precision=fp8_delayed", "parallel.activation_checkpointing=true"), 20, 4096, gpt=True),
+    "delayed": Case(("precision=fp8_delayed", "parallel.activation_checkpointing=true"), 20, 4096, gpt=True, whole=0),
     # A float32 scale for every 8x8 values.
     "block": Case(
         ("precision=fp8_block", "precision.args={block: 8, pow2: false}"), 20, 4608 - 4608 // 64 * 4, amaxes=False
@@ -59,13 +63,23 @@ CASES = {
         ("precision=nvfp4", "precision.args={keep_last: 1, bf16_forward: 0.5}", "model.num_kv_heads=4"),
         4,
         5120 * 2 - 5120 // 2 - 5120 // 256,
+        whole=7,
     ),
 }
+# Two copies of a model, on two ranks each: what a copy gathers is what two ranks alone would.
+CASES["replicated"] = replace(CASES["current"], overrides=("parallel=hsdp", *CASES["current"].overrides), processes=4)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("gathered")
+    made: dict[str, Any] = {}
+    for processes in (2, 4):
+        made |= run_cases(tmp_path_factory.mktemp("gathered"), processes)
+    return made
+
+
+def run_cases(root: Path, processes: int) -> dict[str, Any]:
+    """Those of so many processes, one after the other in one group."""
     jobs = {
         name: [
             *(("model=gpt2_tiny",) if case.gpt else ("model=llama_tiny", "model.num_kv_heads=2")),
@@ -73,10 +87,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             *case.overrides,
         ]
         for name, case in CASES.items()
+        if case.processes == processes
     }
     (root / "in.json").write_text(json.dumps(jobs))
     script = [str(Path(__file__).parents[1] / "gather.py"), str(root / "in.json"), str(root / "out.json")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launcher, *script], capture_output=True, text=True, check=False, timeout=280
     )
@@ -94,6 +109,7 @@ def test_the_same_run_for_fewer_bytes(results: dict[str, Any], name: str) -> Non
     assert plain["bytes"] - codes["bytes"] == case.gathers * case.saved
     assert plain["amax reductions"] == 0
     assert codes["amax reductions"] == 6 * case.amaxes  # one for every forward pass
+    assert results[name]["first gathers"] == [case.whole, 0]
     assert ["linears gathered as codes" in plan for plan in results[name]["plans"]] == [False, True]
 
 
