@@ -29,7 +29,7 @@ from precision.scaling import TENSOR, Delayed, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
-_TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
+TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
 _TENSORS = {X: "x", W: "w", DGRAD_DY: "dy", DGRAD_W: "w", WGRAD_DY: "dy", WGRAD_X: "x"}
 UNKNOWN = -1.0
 """A held amax that is not known: this step scales by the tensor's own."""
@@ -315,7 +315,7 @@ class QuantLinear(nn.Module):
                 continue
             x = tensors[_TENSORS[slot]]
             if transform is not None:
-                x = x.mT if slot in _TRANSPOSED else x
+                x = x.mT if slot in TRANSPOSED else x
                 x = transform.left(x, stats) if slot % 2 == 0 else transform.right(x, stats)
             now = self.mode.backends[slot // 2].amax(x.detach(), TENSOR).reshape(())
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
@@ -337,9 +337,9 @@ class _Linear(torch.autograd.Function):
         stats = module.statistics(x) if module.statistics is not None else None
         # One that computes plainly is measured from outside.
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
-        call = _Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
+        call = Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
         module.note_unseen(stats, x=x, w=weight)
-        a = call.operand(X, x, codes=differentiated and _keeps_first(spec))
+        a = call.operand(X, x, codes=differentiated and keeps_first(spec))
         w = call.weight(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
         seen: tuple[Tensor, ...] = ()
@@ -347,22 +347,21 @@ class _Linear(torch.autograd.Function):
             # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
             ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias, stats)
             seen = (x,)
-        kept = _kept(call, x, a) if differentiated else None
+        kept = kept_of(call, x, a) if differentiated else None
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
             ctx.save_for_backward(weight, stats, kept, *seen)
             ctx.kept = None
-        # Backward keeps what it reads alone.
-        ctx.call, ctx.has_bias = replace(call, made=None, stats=None), bias is not None
+        ctx.call, ctx.has_bias = call.without_input(), bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, stats, *pieces = ctx.saved_tensors
-        call: _Call = replace(ctx.call, stats=stats)
+        call: Call = ctx.call.with_stats(stats)
         spec = call.spec
         dx = dw = dbias = None
         dy_made: Operand = dy
@@ -391,9 +390,8 @@ class _Linear(torch.autograd.Function):
                     spec=kept_spec,
                     transposed=transposed,
                 )
-                x_t = kept.t() if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
-            transposes = _transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a)
-            if not isinstance(dy_made, Tensor) and transposes:
+                x_t = kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
+            if not isinstance(dy_made, Tensor) and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
                 dy_t: Operand = dy_made.t()
             elif isinstance(dy_made, Quantized) and _reuses(spec.wgrad.a):
                 dy_t = call.reused(WGRAD_DY, dy_made)
@@ -412,7 +410,7 @@ class _Linear(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """One forward pass of a linear and its backward pass: they use one spec and one place in the data."""
 
     module: QuantLinear
@@ -422,6 +420,13 @@ class _Call:
     stats: Tensor | None  # what transforms read
     observer: Observer | None
 
+    def with_stats(self, stats: Tensor | None) -> Call:
+        return replace(self, stats=stats)
+
+    def without_input(self) -> Call:
+        """What backward keeps of it: what it reads alone."""
+        return replace(self, made=None, stats=None)
+
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
 
@@ -430,7 +435,7 @@ class _Call:
         gemm = self.gemm(slot)
         spec = gemm.a if slot % 2 == 0 else gemm.b
         codes = codes or self.observer is not None  # which looks at them
-        if self.made is None or spec is None or slot not in (X, WGRAD_X) or _is_random(spec):
+        if self.made is None or spec is None or slot not in (X, WGRAD_X) or is_random(spec):
             return self._operand(slot, x, codes)
         key = self._key(slot, x, gemm, spec)
         if key is None:
@@ -483,11 +488,11 @@ class _Call:
         if spec is None:
             return x
         noise = None
-        transposed = slot in _TRANSPOSED
-        square = spec.tile.outer == spec.tile.inner and gemm.transform is None and not _is_random(spec)
+        transposed = slot in TRANSPOSED
+        square = spec.tile.outer == spec.tile.inner and gemm.transform is None and not is_random(spec)
         if transposed and square:
             x = x.mT  # the same codes, read along the tensor's own rows
-        if _is_random(spec):
+        if is_random(spec):
             first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
             noise = self.module.noise(slot, first_row, transposed=transposed)
         amax = self.module.amax_for(slot, x)
@@ -508,24 +513,24 @@ class _Call:
         return y if bias is None else y + bias
 
 
-def _kept(call: _Call, x: Tensor, a: Operand) -> Operand:
+def kept_of(call: Call, x: Tensor, a: Operand) -> Operand:
     """What backward keeps of x."""
     spec = call.spec
     if spec.wgrad.b is None:
         return x
-    if _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b):
+    if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b):
         return a
     if _reuses(spec.wgrad.b):
         return call.reused(WGRAD_X, a, codes=True)
     return call.operand(WGRAD_X, x.mT, codes=True)
 
 
-def _keeps_first(spec: LinearSpec) -> bool:
+def keeps_first(spec: LinearSpec) -> bool:
     """Whether what backward keeps of x comes from the codes that fprop reads."""
-    return _transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) or _reuses(spec.wgrad.b)
+    return transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) or _reuses(spec.wgrad.b)
 
 
-def _is_random(spec: OperandSpec) -> bool:
+def is_random(spec: OperandSpec) -> bool:
     return spec.rounding is Rounding.STOCHASTIC
 
 
@@ -533,7 +538,7 @@ def _reuses(spec: OperandSpec | None) -> bool:
     return spec is not None and spec.source is Source.QUANTIZED
 
 
-def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec, spec: OperandSpec | None) -> bool:
+def transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec, spec: OperandSpec | None) -> bool:
     """Whether a slot's codes are those of ``first``, an earlier slot of the same tensor, transposed.
 
     So it is for tiles that are square, specs that are alike and tensors that no transform has changed; rounded
@@ -542,15 +547,15 @@ def _transposes(first_gemm: GemmSpec, first: OperandSpec | None, gemm: GemmSpec,
     if first is None or spec is None or first_gemm.transform is not None or gemm.transform is not None:
         return False
     alike = replace(spec, source=Source.ORIGINAL) == first and spec.tile.outer == spec.tile.inner
-    return alike and (not _is_random(spec) or spec.source is Source.QUANTIZED)
+    return alike and (not is_random(spec) or spec.source is Source.QUANTIZED)
 
 
 def quantized_once(spec: LinearSpec) -> bool:
     """Whether all that is read of the weight is one quantization of it, which depends on the weight alone."""
     w = spec.fprop.b
-    if w is None or _is_random(w) or spec.fprop.transform is not None:
+    if w is None or is_random(w) or spec.fprop.transform is not None:
         return False
-    return _reuses(spec.dgrad.b) or _transposes(spec.fprop, w, spec.dgrad, spec.dgrad.b)
+    return _reuses(spec.dgrad.b) or transposes(spec.fprop, w, spec.dgrad, spec.dgrad.b)
 
 
 Choices = tuple[Choice, Choice, Choice]

@@ -112,7 +112,8 @@ class Rule:
     """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path, *siblings)``.
 
     ``keep``: the modules among them that stay as they are. ``siblings``: names of children that the module's parent
-    must have, or the rule passes it by.
+    must have, or the rule passes it by; ``children``: of those that it must have itself. ``optional``: it may match
+    nothing.
     """
 
     kind: type[nn.Module]
@@ -120,6 +121,8 @@ class Rule:
     make: Callable[..., nn.Module]
     keep: tuple[Keep, ...] = ()
     siblings: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
+    optional: bool = False
 
 
 class Hook(Protocol):
@@ -542,8 +545,12 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
     pattern = re.compile(rule.path)
     of_kind = [(path, module) for path, module in model.named_modules() if isinstance(module, rule.kind)]
     matched = [
-        (path, module) for path, module in of_kind if pattern.fullmatch(path) and _has_siblings(rule, model, path)
+        (path, module)
+        for path, module in of_kind
+        if pattern.fullmatch(path) and _has_siblings(rule, model, path) and _has_all(rule.children, module)
     ]
+    if rule.optional and not matched:
+        return []
     kinds = sorted(path for path, _ in of_kind)
     there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
     if not matched:
@@ -574,8 +581,12 @@ def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _has_siblings(rule: Rule, model: nn.Module, path: str) -> bool:
-    there = dict(model.get_submodule(path.rpartition(".")[0]).named_children())
-    return all(name in there for name in rule.siblings)
+    return _has_all(rule.siblings, model.get_submodule(path.rpartition(".")[0]))
+
+
+def _has_all(names: Iterable[str], module: nn.Module) -> bool:
+    there = dict(module.named_children())
+    return all(name in there for name in names)
 
 
 _T = TypeVar("_T")

@@ -25,6 +25,7 @@ released code, has d = 1 here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precision.fused import FusedSwiGLU, Smoothing
 from precision.linear import QuantLinear
 from precision.scaling import Current
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
@@ -118,6 +120,23 @@ def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
             linear.statistics = scales = TokenScales(pow2)
             up.register_forward_hook(scales.note)
         return linear
+
+    return make
+
+
+def fused(*, always: bool) -> Callable[[nn.Module, str], nn.Module]:
+    """The ``make`` of a rule for the modules whose down-projections ``smooth`` has made; others stay as they are."""
+
+    def make(mlp: nn.Module, path: str) -> nn.Module:
+        gate, up, down = (mlp.get_submodule(name) for name in (GATE, UP, DOWN))
+        if not all(isinstance(linear, QuantLinear) for linear in (gate, up, down)):
+            return mlp
+        assert isinstance(down, QuantLinear)
+        if not isinstance(down.statistics, ChannelScales | TokenScales):
+            return mlp
+        scales = functools.partial(scales_of, pow2=down.statistics.pow2)
+        along = 1 if isinstance(down.statistics, ChannelScales) else 0
+        return FusedSwiGLU(mlp, path, Smoothing(along, scales), always=always)
 
     return make
 

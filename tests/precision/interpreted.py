@@ -9,19 +9,20 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import test_updates
 import torch
+import transformers
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
 from test_updates import CPU, make, params_of, same, set_grads, state_of
 from torch import Tensor, nn
 
+from models.llama import Llama, LlamaConfig
 from precision.backends import REFERENCE, choose, scaled_mm
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
 from precision.backends.triton import Triton, hadamard, quantize_fused, recording, swizzled, tile_amax
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gradient_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
@@ -29,6 +30,7 @@ from precision.quantize import Quantized, dequantize
 from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.swiglu import Gradients, Hidden
 from precision.transforms import Hadamard
 
 BACKEND = Triton()
@@ -333,40 +335,148 @@ def updated(grad: Tensor, before: list[Tensor], step: Step) -> tuple[Tensor, Ten
     return m, v, w * s["decay"] + (s["step"] * m) / root
 
 
-def exp(x: Tensor) -> Tensor:
-    """As the interpreter has it: libraries, and GPUs, differ in the last bit."""
-    return torch.from_numpy(np.exp(x.numpy()))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_smooth_swiglu(dtype: torch.dtype) -> None:
-    """Against plain torch, but for the exponential."""
-    tensor, random_mx = OperandSpec(format=E4M3, amax=Delayed()), replace(MXFP8, rounding=Rounding.STOCHASTIC)
+def test_swiglu_in_front_of_a_cast(dtype: torch.dtype) -> None:
+    """h / d and the gradients of gate and up, in both directions, as if they had been written: NaN and all."""
     generator = torch.Generator().manual_seed(1)
-    gate, up, dh = ((torch.randn(37, 100, generator=generator) * 3).to(dtype) for _ in range(3))
-    up[3], gate[:, 5], up[:, 7] = 0.0, -200.0, 100.0
-    g, u = gate.float(), up.float()
-    sigmoid = 1 / (1 + exp(-g))
-    h = ((g / (1 + exp(-g))) * u).to(dtype)
-    tops = [swiglu_amax(gate, up, along=along) for along in (0, 1)]
-    assert torch.equal(tops[0], u.abs().amax(1))
-    assert torch.equal(tops[1], h.float().abs().amax(0))
-    for along, spec in itertools.product((0, 1), (random_mx, NVFP4, tensor)):
-        source = noise(5, row_offset=9) if spec.rounding is Rounding.STOCHASTIC else None
-        d = tops[along].where(tops[along] > 0, 1.0)
-        smooth = (h.float() / (d[:, None] if along == 0 else d)).to(dtype)
-        given = torch.tensor(3.0) if spec.tile == TENSOR or spec.scale.levels == 2 else None
-        ours = swiglu(gate, up, spec, smooth=d, along=along, amax=given, noise=source)
-        theirs = REFERENCE.quantize(smooth, spec, amax=given, noise=source)
-        assert same_codes(ours, theirs), (str(spec), along)
-    assert same_codes(swiglu(gate, up, MXFP8), REFERENCE.quantize(h, MXFP8, amax=None, noise=None))
+    gate, up, dh = ((torch.randn(21, 70, generator=generator) * 3).to(dtype) for _ in range(3))
+    up[3], gate[:, 5], gate[1, 1], up[:, 7], gate[2, 2], dh[4, 4] = 0.0, -200.0, 95.0, 100.0, -89.5, 1e-40
+    gate[6, 6], up[7, 8], gate[9, 9], dh[10, 10] = torch.nan, torch.nan, torch.inf, torch.inf
+    tokens, channels = (tile_amax(Hidden(gate, up), tile).flatten() for tile in (Tile(1, -1), Tile(-1, 1)))
+    h = Hidden(gate, up).computed()
+    assert equal(tokens, REFERENCE.amax(h, Tile(1, -1)).flatten())
+    assert equal(channels, REFERENCE.amax(h, Tile(-1, 1)).flatten())
+    delayed = OperandSpec(format=E4M3, amax=Delayed())
+    cases: list[tuple[OperandSpec, Hadamard | None]] = [
+        (replace(MXFP8, rounding=Rounding.STOCHASTIC), None),
+        (replace(NVFP4, rounding=Rounding.STOCHASTIC), Hadamard()),
+        (NVFP4, None),
+        (replace(MXFP8, tile=Tile(1, -1)), None),
+        (OperandSpec(format=E5M2), None),
+        (delayed, None),
+    ]
+    for number, (spec, transform) in enumerate(cases):
+        along = (number + DTYPES.index(dtype)) % 2
+        amaxes = (tokens, channels)[along]
+        d = amaxes.where((amaxes > 0) & (amaxes < torch.inf), 1.0)
+        hidden = Hidden(gate, up, d, along)
+        gradients = Gradients(dh, gate, up, d if number % 3 else None, along)
+        for transposed in (False, True):
+            random = spec.rounding is Rounding.STOCHASTIC
+            sources = [noise(slot, row_offset=9, transposed=transposed) if random else None for slot in (5, 6)]
+            given = torch.tensor(3.0) if spec is delayed else None
+            x, dx = (hidden.mT, gradients.mT) if transposed else (hidden, gradients)
+            ours = [quantize_fused(x, spec, amax=given, noise=sources[0], transform=transform)]
+            pair = None if given is None else (given, given / 2)
+            noises = None if not random else (sources[0], sources[1])
+            ours += quantize_gradients(dx, spec, amaxes=pair, noises=noises, transform=transform)  # type: ignore[arg-type]
+            plain = [x.computed(), *dx.computed()]
+            plain = plain if transform is None else [transform.left(y) for y in plain]
+            tops = [given, *(pair or (None, None))]
+            for one, y, top, source in zip(ours, plain, tops, (sources[0], *sources), strict=True):
+                theirs = REFERENCE.quantize(y, spec, amax=top, noise=source)
+                assert same_codes(one, theirs), (str(spec), along, transposed)
+            for one, y in zip(gradient_amaxes(dx, spec.tile, transform), plain[1:], strict=True):
+                assert equal(one, REFERENCE.amax(y, spec.tile))
 
-    scaled = (dh.float() / tops[0].where(tops[0] > 0, 1.0)[:, None]).to(dtype)
-    for d, incoming in ((None, dh), (tops[0].where(tops[0] > 0, 1.0), scaled)):
-        wide = incoming.float()
-        gradients = ((wide * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(dtype), (wide * (g * sigmoid)).to(dtype))
-        for ours, gradient in zip(swiglu_backward(dh, gate, up, MXFP8, smooth=d), gradients, strict=True):
-            assert same_codes(ours, REFERENCE.quantize(gradient, MXFP8, amax=None, noise=None))
+
+class MLP(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(32, 48, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(48, 32, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+def llama(kind: str, dtype: torch.dtype) -> nn.Module:
+    """A block of ours, one of `transformers`, or an MLP with a bias."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    if kind == "ours":
+        config = LlamaConfig(name="one", vocab_size=64, num_layers=1, num_heads=2, num_kv_heads=1, **sizes)
+        return Llama(config).to(dtype)
+    if kind == "transformers":
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "vocab_size": 64}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(dtype)
+    layers = nn.ModuleList([nn.ModuleDict({"mlp": MLP(bias=True)})])
+    return nn.ModuleDict({"embed": nn.Embedding(64, 32), "layers": layers}).to(dtype)
+
+
+def trained(kind: str, dtype: torch.dtype, backend: str, args: dict[str, Any]) -> tuple[str, list[Tensor]]:
+    """plan.txt; logits, all gradients and all that is remembered, of two steps."""
+    model = llama(kind, dtype)
+    plan = apply(load("smooth_swiglu", args), model, backend=backend)
+    seen = []
+    for step in range(2):
+        plan.begin_step(step, 2 * step, 2)
+        tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(step))
+        if kind == "mlp":
+            y = model["layers"][0]["mlp"](model["embed"](tokens))  # type: ignore[index,operator]
+        else:
+            y = model(tokens) if kind == "ours" else model(tokens).logits
+        seen.append(y.detach())
+        (y.float() * torch.linspace(-1, 1, y.shape[-1])).square().mean().backward()
+        plan.end_step()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            seen.append(parameter.grad.clone())
+            parameter.data -= 0.5 * parameter.grad
+            parameter.grad = None
+    return str(plan), [*seen, *(tensor.clone() for tensor in plan.state_tensors().values())]
+
+
+FUSED: list[tuple[str, str, str, dict[str, Any], torch.dtype]] = [
+    ("ours", "fp8_delayed", "channel", {}, torch.bfloat16),
+    ("transformers", "fp8_current", "channel", {}, torch.float32),
+    ("mlp", "fp8_delayed", "token", {}, torch.float32),
+    ("mlp", "mxfp8", "channel", {}, torch.float32),
+    ("mlp", "nvfp4", "token", {"keep_last": 0, "bf16_forward": 0}, torch.float32),
+    ("mlp", "fp8_rowwise", "channel", {}, torch.bfloat16),
+    ("mlp", "fp8_block", "token", {"block": 16}, torch.bfloat16),
+    ("mlp", "mxfp4", "channel", {"keep_last": 0}, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("kind", "base", "form", "more", "dtype"), FUSED, ids=str)
+def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bit for bit what plain torch computes between plain linears; and near to the model's own SwiGLU."""
+    args = {"base": base, "base_args": more, "form": form}
+    plan, ours = trained(kind, dtype, "triton", args)
+    plain, theirs = trained(kind, dtype, "reference", args | {"fuse": "always"})
+    assert plan.count("silu(gate) * up: [triton, fused with the quantization of h, dgate and dup]") == 1
+    assert plain.count("silu(gate) * up: [plain torch, as kernels would (not fused: reference quantizes") == 1
+    assert len(ours) == len(theirs)
+    assert all(map(equal, ours, theirs))
+    _, own = trained(kind, dtype, "reference", args)
+    assert (ours[0] - own[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * own[0].norm()
+
+
+def test_what_is_not_fused_says_why() -> None:
+    """And leaves the model's own SwiGLU where it was."""
+    for more, reason in (
+        ({"base": "fp8_rowwise", "base_args": {"wgrad_high_precision": True}}, "wgrad.a is in high precision"),
+        ({"base_args": {"keep_paths": [".*gate_proj"]}}, None),
+        ({"fuse": "never"}, None),
+    ):
+        plan, ours = trained("mlp", torch.bfloat16, "triton", more)
+        _, theirs = trained("mlp", torch.bfloat16, "reference", more | {"fuse": "never"})
+        assert (f"[as the model has it (not fused: {reason})]" in plan) == (reason is not None)
+        assert ("silu(gate) * up" in plan) == (reason is not None)
+        assert all(map(equal, ours, theirs))
+    gelu = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": Gelu(bias=False)})])})
+    assert "Gelu does not compute down_proj(silu" in str(apply(load("smooth_swiglu", {}), gelu, backend="triton"))
+    other = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": Gelu(bias=False)})])})
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp: Gelu does not compute down_proj"):
+        apply(load("smooth_swiglu", {"fuse": "always"}), other)
+
+
+class Gelu(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(torch.nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Case:
         gathers: of blocks whose weights may go as codes: 2 blocks, 4 times forward and backward, 2 times forward.
         saved: bytes that a rank does not send in each of them, compared with BF16.
         amaxes: whether scales are made of the whole weight's amax.
-        whole: gathers that are compared with the codes of the whole weight: the first one of every linear in codes whose
-            scale is not of earlier steps.
+        whole: gathers that are compared with the codes of the whole weight: the first one of every linear in codes
+            whose scale is not of earlier steps.
     """
 
     overrides: tuple[str, ...]

@@ -39,6 +39,7 @@ from precision.scaling import (
     Unit,
 )
 from precision.spec import GemmSpec, OperandSpec, Rounding, Transform
+from precision.swiglu import Hidden
 from precision.transforms import Hadamard
 
 if TYPE_CHECKING:
@@ -241,8 +242,22 @@ def rule_of(spec: OperandSpec, dtype: torch.dtype) -> triton_kernels.Rule:
     return Rule(kind=4, top=top, limit=FP32_MAX, inverse_max=inverse, block=grid_of(rule.block))
 
 
+def _sources(x: Tensor | Hidden) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The pointers that a kernel reads a matrix by."""
+    return (x.gate, x.up, x.d) if isinstance(x, Hidden) else (x, None, None)
+
+
+def _along(x: Tensor | Hidden) -> int:
+    return x.along if isinstance(x, Hidden) and x.d is not None else -1
+
+
+def _computed(x: Tensor | Hidden, transform: Hadamard | None) -> Tensor:
+    y = x.computed() if isinstance(x, Hidden) else x
+    return y if transform is None else transform.left(y)
+
+
 def quantize_fused(
-    x: Tensor,
+    x: Tensor | Hidden,
     spec: OperandSpec,
     *,
     amax: Tensor | None = None,
@@ -250,15 +265,19 @@ def quantize_fused(
     transform: Hadamard | None = None,
 ) -> Quantized:
     """As ``precision.quantize.quantize`` of ``transform.left(x)``, bit for bit, without writing that."""
-    check(x, spec, amax, noise)
-    x = x.detach()
-    x = x if x.dtype in DTYPES else x.float()  # where a transform of FP64 would be one in FP64: the caller's concern
+    if isinstance(x, Tensor):
+        x = x.detach()
+        x = (
+            x if x.dtype in DTYPES else x.float()
+        )  # where a transform of FP64 would be one in FP64: the caller's concern
+    of = _sources(x)[0]  # shaped and laid out as the matrix is
+    check(of, spec, amax, noise)
     known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
-    if x.numel() == 0 or not runs_on(x.device) or not known:
-        return quantize(x if transform is None else transform.left(x), spec, amax=amax, noise=noise)
+    if of.numel() == 0 or not runs_on(of.device) or not known:
+        return quantize(_computed(x, transform), spec, amax=amax, noise=noise)
     from precision.backends.triton_kernels import quantize_kernel
 
-    levels, cut = spec.scale.levels, _blocks_of(x, spec.tile, transform)
+    levels, cut = spec.scale.levels, blocks_of(of, spec.tile, transform)
     given = None
     if levels == 2:
         tensor_amax = tile_amax(x, TENSOR, transform) if amax is None else amax
@@ -266,15 +285,16 @@ def quantize_fused(
     else:
         tensor_amax = None
         given = tile_amax(x, spec.tile, transform) if levels and amax is None and not cut.fused else amax
-    made = output(spec, x.shape, x.device, x.dtype, cut=cut, amax=given, tensor_amax=tensor_amax, noise=noise)
+    made = output(spec, of.shape, of.device, of.dtype, cut=cut, amax=given, tensor_amax=tensor_amax, noise=noise)
     launch(
         quantize_kernel,
-        cut.programs(*x.shape),
-        x,
+        cut.programs(*of.shape),
+        *_sources(x),
         *made.pointers[:5],
-        _signs(transform, x.device),
+        signs_of(transform, of.device),
         *made.pointers[5:],
-        *(*x.shape, *x.stride(), *made.sizes[2:]),
+        *(*of.shape, *of.stride(), *made.sizes[2:]),
+        ALONG=_along(x),
         TRANSPOSED_NOISE=noise is not None and noise.transposed,
         HADAMARD=transform.size if transform is not None else 0,
         **made.constexprs,
@@ -370,27 +390,31 @@ def output(
     )
 
 
-def tile_amax(x: Tensor, tile: Tile, transform: Hadamard | None = None) -> Tensor:
+def tile_amax(x: Tensor | Hidden, tile: Tile, transform: Hadamard | None = None) -> Tensor:
     """As ``precision.quantize.amax`` of ``transform.left(x)``, bit for bit."""
-    x = x.detach()
-    if x.numel() == 0 or not runs_on(x.device) or not _tile_fits(tile):
-        return TORCH.amax(x if transform is None else transform.left(x), tile)
+    if isinstance(x, Tensor):
+        x = x.detach()
+    of = _sources(x)[0]
+    if of.numel() == 0 or not runs_on(of.device) or not _tile_fits(tile):
+        return TORCH.amax(_computed(x, transform), tile)
     from precision.backends.triton_kernels import amax_kernel
 
-    x = x if x.dtype in DTYPES else x.float()
-    (outer, inner), cut = x.shape, _blocks_of(x, tile, transform)
+    if isinstance(x, Tensor) and x.dtype not in DTYPES:
+        x = of = x.float()
+    (outer, inner), cut = of.shape, blocks_of(of, tile, transform)
     grid = tile.grid(outer, inner)
     make = torch.zeros if cut.whole_r or cut.whole_c else torch.empty
-    out = make(grid, dtype=torch.int32, device=x.device)
+    out = make(grid, dtype=torch.int32, device=of.device)
     launch(
         amax_kernel,
         cut.programs(outer, inner),
-        x,
+        *_sources(x),
         out,
-        _signs(transform, x.device),
-        *(outer, inner, *x.stride(), *grid),
+        signs_of(transform, of.device),
+        *(outer, inner, *of.stride(), *grid),
+        ALONG=_along(x),
         HADAMARD=transform.size if transform is not None else 0,
-        HARDWARE=hardware(x.device)["HARDWARE"],
+        HARDWARE=hardware(of.device)["HARDWARE"],
         **cut.constexprs,
         num_warps=cut.num_warps,
     )
@@ -401,14 +425,14 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
     """As ``transform.left(x)``, bit for bit."""
     from precision.backends.triton_kernels import hadamard_kernel
 
-    (outer, inner), cut = x.shape, _blocks_of(x, TENSOR, transform)
+    (outer, inner), cut = x.shape, blocks_of(x, TENSOR, transform)
     out = torch.empty(outer, inner, dtype=x.dtype, device=x.device)
     launch(
         hadamard_kernel,
         cut.programs(outer, inner),
         x,
         out.view(torch.int16) if x.dtype == torch.bfloat16 else out,
-        _signs(transform, x.device),
+        signs_of(transform, x.device),
         *(outer, inner, *x.stride()),
         BLOCK_R=cut.block_r,
         BLOCK_C=cut.block_c,
@@ -509,7 +533,7 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any
     kernel[(programs,)](*args, **kwargs, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:
+def blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:
     group = transform.size if transform is not None else 1
     return blocks(tile, *x.shape, rows_adjoin=x.stride(1) != 1 and x.stride(0) == 1, group=group)
 
@@ -538,7 +562,7 @@ def _fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _signs(transform: Hadamard | None, device: torch.device) -> Tensor | None:
+def signs_of(transform: Hadamard | None, device: torch.device) -> Tensor | None:
     return None if transform is None else _sign_vector(transform, device)
 
 

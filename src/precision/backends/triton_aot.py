@@ -23,14 +23,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, swiglu, swiglu_amax, swiglu_backward
+from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled, tile_amax
+from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import E2M1, E4M3, E5M2
 from precision.noise import Noise
 from precision.quantize import Quantized
 from precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from precision.spec import OperandSpec, Rounding
+from precision.swiglu import Gradients, Hidden
 from precision.transforms import Hadamard
 
 ARCHITECTURES = (89, 90, 100, 120)
@@ -42,9 +43,10 @@ WRITTEN = {
     "hadamard_kernel": {"out": False},
     "swizzle_kernel": {"out": False},
     "values_kernel": {"out": False},
-    "swiglu_amax_kernel": {"out": False},
-    "swiglu_kernel": {"codes": False, "scales": False, "tensor_scale": False},
-    "swiglu_backward_kernel": {"gate_codes": False, "gate_scales": False, "up_codes": False, "up_scales": False},
+    "swiglu_backward_amax_kernel": {"gate_out": False, "up_out": False},
+    "swiglu_backward_kernel": {
+        f"{of}_{what}": False for of in ("gate", "up") for what in ("codes", "scales", "tensor_scale")
+    },
     "adamw_kernel": {"m": True, "v": True, "w": True, "m_new": False, "v_new": False, "w_new": False, "weight": False},
 }
 """What each kernel writes; True where it reads it first. Products, whose reads depend on caches, are left out."""
@@ -147,6 +149,8 @@ def cases() -> dict[str, Callable[[], object]]:
     gradient = replace(nvfp4, rounding=Rounding.STOCHASTIC)
     te, seeded = Hadamard(), Hadamard(size=32, signs=0)
     top, top_of_channels = torch.empty(1, device="meta"), torch.empty(8192, device="meta")
+    h, columns_of_h = Hidden(x, x, top_of_channels, 1), Hidden(x, x, top_of_channels, 1).mT
+    gradients = Gradients(x, x, x, top_of_channels, 0)
     made: dict[str, Callable[[], object]] = {
         "fp8 tensor": lambda: quantize_fused(x, fp8),
         "fp8 tensor, e5m2, amax given": lambda: quantize_fused(x, e5m2, amax=top),
@@ -168,10 +172,23 @@ def cases() -> dict[str, Callable[[], object]]:
         "adamw, fp32": lambda: _adamw(None),
         "adamw, e4m3 in blocks of 128": lambda: _adamw(Tile(1, 128)),
         "adamw, e4m3 under one scale": lambda: _adamw(TENSOR),
-        "smooth swiglu, channel amax": lambda: swiglu_amax(x, x, along=1),
-        "smooth swiglu to mxfp8": lambda: swiglu(x, x, mxfp8, smooth=top_of_channels),
-        "smooth swiglu to fp8 tensor": lambda: swiglu(x, x, fp8, smooth=top_of_channels, amax=top),
-        "smooth swiglu backward to mxfp8": lambda: swiglu_backward(x, x, x, mxfp8),
+        "smooth swiglu, channel amax": lambda: tile_amax(Hidden(x, x), Tile(-1, 1)),
+        "smooth swiglu to fp8 tensor, amax given": lambda: quantize_fused(h, fp8, amax=top),
+        "smooth swiglu to fp8 row, columns": lambda: quantize_fused(columns_of_h, row),
+        "smooth swiglu to mxfp8": lambda: quantize_fused(h, mxfp8),
+        "smooth swiglu to mxfp8, columns": lambda: quantize_fused(columns_of_h, mxfp8),
+        "smooth swiglu to nvfp4, amax given": lambda: quantize_fused(h, nvfp4, amax=top),
+        "smooth swiglu to nvfp4, columns, hadamard16": lambda: quantize_fused(columns_of_h, nvfp4, transform=te),
+        "smooth swiglu backward to e5m2 tensor": lambda: quantize_gradients(gradients, e5m2),
+        "smooth swiglu backward to fp8 row": lambda: quantize_gradients(gradients, row),
+        "smooth swiglu backward to fp8 row, columns": lambda: quantize_gradients(gradients.mT, row),
+        "smooth swiglu backward to fp8 1x128": lambda: quantize_gradients(gradients, block),
+        "smooth swiglu backward to mxfp8": lambda: quantize_gradients(gradients, mxfp8),
+        "smooth swiglu backward to mxfp8, columns": lambda: quantize_gradients(gradients.mT, mxfp8),
+        "smooth swiglu backward to nvfp4, sr": lambda: quantize_gradients(gradients, gradient, noises=(noise, noise)),
+        "smooth swiglu backward to nvfp4, columns, hadamard16, sr": lambda: quantize_gradients(
+            gradients.mT, gradient, noises=(columns, columns), transform=te
+        ),
         "gemm fp8 tensor": lambda: product(_codes(fp8), _codes(fp8)),
         "gemm fp8 row": lambda: product(_codes(row), _codes(row)),
         "gemm mxfp8": lambda: product(_codes(mxfp8), _codes(mxfp8)),

@@ -1,4 +1,4 @@
-"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states, and Smooth-SwiGLU.
+"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states, the gradients of a SwiGLU.
 
 They are compiled and launched as in ``precision.backends.triton``, and run in Triton's interpreter as those do.
 """
@@ -11,11 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from precision.backends.triton import ROUNDINGS, Output, blocks, hardware, launch, output, rule_of
+from precision.backends.triton import (
+    ROUNDINGS,
+    Blocks,
+    blocks_of,
+    hardware,
+    launch,
+    output,
+    rule_of,
+    runs_on,
+    signs_of,
+)
 from precision.noise import Noise
-from precision.quantize import Quantized
+from precision.quantize import TORCH, Quantized, quantize
 from precision.scaling import TENSOR, Fp32Decode, Tile
 from precision.spec import OperandSpec, Rounding
+from precision.swiglu import Gradients
+from precision.transforms import Hadamard
 
 if TYPE_CHECKING:
     from precision.backends import triton_fused_kernels
@@ -174,95 +186,90 @@ def _raw(x: Tensor | None) -> Tensor | None:
     return x.view(torch.int16) if x is not None and x.dtype == torch.bfloat16 else x
 
 
-def swiglu_amax(gate: Tensor, up: Tensor, *, along: int) -> Tensor:
-    """What Smooth-SwiGLU scales by. ``along`` 0: amax of |up| of each token, FP32 [tokens]; 1: of |silu(gate) up| of
-    each channel, FP32 [channels]. gate, up: [tokens, channels], contiguous.
-    """
-    from precision.backends.triton_fused_kernels import swiglu_amax_kernel
+def gradient_amaxes(gradients: Gradients, tile: Tile, transform: Hadamard | None = None) -> tuple[Tensor, Tensor]:
+    """Of dgate and of dup, after ``transform``: as ``precision.quantize.amax``, bit for bit."""
+    from precision.backends.triton_fused_kernels import swiglu_backward_amax_kernel
 
-    rows, cols = up.shape
-    cut = blocks(TENSOR, rows, cols)
-    out = torch.zeros(up.shape[along], dtype=torch.int32, device=up.device)
-    constexprs = {"ALONG": along, "BLOCK_R": cut.block_r, "BLOCK_C": cut.block_c}
-    on = {"HARDWARE": hardware(up.device)["HARDWARE"]}
-    source = (None if along == 0 else gate.contiguous(), up.contiguous())
-    programs = cut.programs(rows, cols)
-    launch(swiglu_amax_kernel, programs, *source, out, rows, cols, **constexprs, **on, num_warps=cut.num_warps)
-    return out.view(torch.float32)
-
-
-def swiglu(
-    gate: Tensor,
-    up: Tensor,
-    spec: OperandSpec,
-    *,
-    smooth: Tensor | None = None,
-    along: int = 1,
-    amax: Tensor | None = None,
-    noise: Noise | None = None,
-) -> Quantized:
-    """silu(gate) * up / d, quantized: [tokens, channels], without being written in between.
-
-    Args:
-        smooth: d, FP32: of each token (``along`` 0) or channel (1); None: 1.
-        amax: of the result, of earlier steps or of the tensor level; needed where a tile is more than a block of the
-            kernel, and in two levels.
-    """
-    from precision.backends.triton_fused_kernels import swiglu_kernel
-
-    made = output(spec, up.shape, up.device, up.dtype, amax=amax, noise=noise)
+    dh = gradients.dh
+    if dh.numel() == 0 or not runs_on(dh.device):
+        dgate, dup = (x if transform is None else transform.left(x) for x in gradients.computed())
+        return TORCH.amax(dgate, tile), TORCH.amax(dup, tile)
+    cut, grid = _cut(gradients, tile, transform), tile.grid(*dh.shape)
+    made = torch.zeros(2, *grid, dtype=torch.int32, device=dh.device)
     launch(
-        swiglu_kernel,
-        made.cut.programs(*up.shape),
-        *(gate.contiguous(), up.contiguous(), smooth),
-        *made.pointers,
-        *made.sizes,
-        ALONG=along if smooth is not None else -1,
-        **made.constexprs,
-        num_warps=made.cut.num_warps,
+        swiglu_backward_amax_kernel,
+        cut.programs(*dh.shape),
+        *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
+        *(made[0], made[1], *dh.shape, *dh.stride(), *grid),
+        ALONG=gradients.along if gradients.d is not None else -1,
+        HADAMARD=transform.size if transform is not None else 0,
+        HARDWARE=hardware(dh.device)["HARDWARE"],
+        **cut.constexprs,
+        num_warps=2 * cut.num_warps,
     )
-    return made.quantized
+    dgate, dup = made.view(torch.float32)
+    return dgate, dup
 
 
-def swiglu_backward(
-    dh: Tensor,
-    gate: Tensor,
-    up: Tensor,
+def quantize_gradients(
+    gradients: Gradients,
     spec: OperandSpec,
     *,
-    smooth: Tensor | None = None,
-    along: int = 0,
     amaxes: tuple[Tensor, Tensor] | None = None,
     noises: tuple[Noise, Noise] | None = None,
+    transform: Hadamard | None = None,
 ) -> tuple[Quantized, Quantized]:
-    """The gradients of gate and up for a gradient dh / d of silu(gate) * up, quantized: [tokens, channels] each.
+    """dgate and dup, quantized as ``precision.quantize.quantize`` does after ``transform``, bit for bit, in one read.
 
-    ``spec`` has one level of scales; ``amaxes`` and ``noises`` are those of the two results.
+    ``amaxes`` and ``noises`` are those of the two; their noises differ in the key alone.
     """
     from precision.backends.triton_fused_kernels import swiglu_backward_kernel
 
-    assert spec.scale.levels < 2, "one level of scales"
-    made: list[Output] = [
+    dh = gradients.dh
+    if dh.numel() == 0 or not runs_on(dh.device):
+        plain = [x if transform is None else transform.left(x) for x in gradients.computed()]
+        tops, random = amaxes or (None, None), noises or (None, None)
+        first, second = (
+            quantize(x, spec, amax=amax, noise=noise) for x, amax, noise in zip(plain, tops, random, strict=True)
+        )
+        return first, second
+    cut, levels = _cut(gradients, spec.tile, transform), spec.scale.levels
+    given: tuple[Tensor, Tensor] | tuple[None, None] = amaxes or (None, None)
+    tops = (None, None)
+    if levels == 2:
+        tops = amaxes or gradient_amaxes(gradients, TENSOR, transform)
+        given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
+    elif levels and amaxes is None and not cut.fused:
+        given = gradient_amaxes(gradients, spec.tile, transform)
+    gate, up = (
         output(
             spec,
             dh.shape,
             dh.device,
             dh.dtype,
-            amax=None if amaxes is None else amaxes[which],
+            cut=cut,
+            amax=given[which],
+            tensor_amax=tops[which],
             noise=None if noises is None else noises[which],
         )
         for which in range(2)
-    ]
-    first, second = made
+    )
     launch(
         swiglu_backward_kernel,
-        first.cut.programs(*dh.shape),
-        *(dh.contiguous(), gate.contiguous(), up.contiguous(), smooth),
-        *(first.codes, first.scales, second.codes, second.scales, first.given, second.given),
-        *(first.key, second.key, first.row_offset),
-        *first.sizes,
-        ALONG=along if smooth is not None else -1,
-        **first.constexprs,
-        num_warps=2 * first.cut.num_warps,
+        cut.programs(*dh.shape),
+        *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
+        *(*gate.pointers[:6], *up.pointers[:6], gate.row_offset),
+        *(*dh.shape, *dh.stride(), *gate.sizes[2:]),
+        ALONG=gradients.along if gradients.d is not None else -1,
+        TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
+        HADAMARD=transform.size if transform is not None else 0,
+        **gate.constexprs,
+        num_warps=2 * cut.num_warps,
     )
-    return first.quantized, second.quantized
+    return gate.quantized, up.quantized
+
+
+def _cut(gradients: Gradients, tile: Tile, transform: Hadamard | None) -> Blocks:
+    dh = gradients.dh
+    assert dh.stride() == gradients.gate.stride() == gradients.up.stride(), "laid out alike"
+    return blocks_of(dh, tile, transform)

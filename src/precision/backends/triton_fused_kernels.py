@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Triton kernels that quantize what they compute: AdamW over narrow states, and Smooth-SwiGLU.
+"""Triton kernels that quantize what they compute: AdamW over narrow states, and the gradients of a SwiGLU.
 
 Floats and blocks are as in ``triton_kernels``. AdamW's fused multiply-adds are written as such; there are no others.
 """
@@ -20,13 +20,17 @@ from precision.backends.triton_kernels import (
     Rule,
     _bits,
     _codes,
+    _divided,
     _each,
     _emit,
+    _exp,
     _float,
+    _hadamard,
     _inlined,
     _rounded,
     _scales,
     _tile_amax,
+    _tile_places,
     _uniform,
     _value,
     _widened,
@@ -174,104 +178,74 @@ def adamw_kernel(
 
 
 @_inlined
-def _silu(g):
-    return tl.math.div_rn(g, 1.0 + tl.exp(-g))
-
-
-@_inlined
-def _loaded(x, r, c, rows, cols):
-    return tl.load(x + r.to(tl.int64) * cols + c, mask=(r < rows) & (c < cols), other=0.0)
-
-
-@_inlined
-def _smoothed(y, like, smooth, r, c, rows, cols, ALONG: tl.constexpr, HARDWARE: tl.constexpr):
-    """y / d, rounded to the dtype of ``like``: d FP32 by row (ALONG 0) or column (1); -1: y as it is."""
-    if ALONG == 0:
-        d = tl.load(smooth + r, mask=r < rows, other=1.0)
-        y = _rounded(tl.math.div_rn(y, d + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
-    elif ALONG == 1:
-        d = tl.load(smooth + c, mask=c < cols, other=1.0)
-        y = _rounded(tl.math.div_rn(y, d + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
-    return y
+def _gradients(
+    dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c,
+    ALONG: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Blocks of dgate and dup in FP32 (precision.swiglu.Gradients), transformed; zeros outside."""
+    place, mask = r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, (r < rows) & (c < cols)
+    loaded = tl.load(dh + place, mask=mask, other=0.0)
+    wide = _divided(_widened(loaded), loaded, d, r, c, rows, cols, ALONG, HARDWARE)
+    g = _widened(tl.load(gate + place, mask=mask, other=0.0))
+    u = _widened(tl.load(up + place, mask=mask, other=0.0))
+    s = tl.math.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + _exp(-g))
+    dup = _rounded(wide * (g * s), loaded, HARDWARE)
+    dgate = _rounded((wide * u) * (s * (1.0 + g * (1.0 - s))), loaded, HARDWARE)
+    if HADAMARD:
+        dgate = _hadamard(dgate, loaded, c, cols, signs, HADAMARD, HARDWARE)
+        dup = _hadamard(dup, loaded, c, cols, signs, HADAMARD, HARDWARE)
+    return dgate, dup
 
 
 @triton.jit
-def swiglu_amax_kernel(
-    gate, up, out, rows, cols,
-    ALONG: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+def swiglu_backward_amax_kernel(
+    dh, gate, up, d, signs, gate_out, up_out, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    ALONG: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """What Smooth-SwiGLU scales by, as bits, over zeros: ALONG 0: amax of |up| of each token, int32 [rows].
-
-    ALONG 1: amax of |silu(gate) up| of each channel, int32 [cols].
-    """
-    blocks_c = tl.cdiv(cols, BLOCK_C)
-    r = tl.program_id(0) // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    loaded = _loaded(up, r, c, rows, cols)
-    u = _widened(loaded)
-    if ALONG == 0:
-        place = tl.program_id(0) // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R)
-        tl.atomic_max(out + place, tl.max(_bits(u) & MAGNITUDE, 1), mask=place < rows, sem="relaxed")
-    else:
-        h = _rounded(_silu(_widened(_loaded(gate, r, c, rows, cols))) * u, loaded, HARDWARE)
-        place = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        tl.atomic_max(out + place, tl.max(_bits(h) & MAGNITUDE, 0), mask=place < cols, sem="relaxed")
-
-
-@triton.jit
-def swiglu_kernel(
-    gate, up, smooth, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-    rows, cols, bytes_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, GIVEN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """Codes and scales of h / d for h = silu(gate) * up: h rounded to the dtype of ``up``, and so h / d."""
+    """Amaxes of tiles of both gradients as bits, over zeros: int32 [grid_rows, grid_cols] each."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    loaded = _loaded(up, r, c, rows, cols)
-    h = _rounded(_silu(_widened(_loaded(gate, r, c, rows, cols))) * _widened(loaded), loaded, HARDWARE)
-    h = _smoothed(h, loaded, smooth, r, c, rows, cols, ALONG, HARDWARE)
-    _emit(
-        h, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, False, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C, HARDWARE, E2M1_HARDWARE,
+    dgate, dup = _gradients(
+        dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
     )  # fmt: skip
+    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+    mask = (i < grid_rows) & (j < grid_cols)
+    tl.atomic_max(gate_out + i * grid_cols + j, _tile_amax(dgate, TALL, WIDE), mask=mask, sem="relaxed")
+    tl.atomic_max(up_out + i * grid_cols + j, _tile_amax(dup, TALL, WIDE), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    dh, gate, up, smooth, gate_codes, gate_scales, up_codes, up_scales, gate_amax, up_amax, gate_key, up_key,
-    row_offset, rows, cols, bytes_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, GIVEN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
+    dh, gate, up, d, signs,
+    gate_codes, gate_scales, gate_amax, gate_tensor_amax, gate_tensor_scale, gate_key,
+    up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key,
+    row_offset, rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
+    GIVEN: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of the gradients of gate and up, each rounded to the dtype of ``dh`` first; dh is divided by d.
-
-        s = 1 / (1 + exp(-gate));  dup = dh * (gate * s);  dgate = dh * up * (s * (1 + gate * (1 - s)))
-
-    One level of scales.
-    """
+    """Codes and scales of the gradients of gate and up, in one read: arguments as in ``quantize_kernel``, twice."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    loaded = _loaded(dh, r, c, rows, cols)
-    d = _smoothed(_widened(loaded), loaded, smooth, r, c, rows, cols, ALONG, HARDWARE)
-    g, u = _widened(_loaded(gate, r, c, rows, cols)), _widened(_loaded(up, r, c, rows, cols))
-    sigmoid = tl.math.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + tl.exp(-g))
-    dup = _rounded(d * (g * sigmoid), loaded, HARDWARE)
-    dgate = _rounded(d * u * (sigmoid * (1.0 + g * (1.0 - sigmoid))), loaded, HARDWARE)
-    _emit(
-        dgate, gate_codes, gate_scales, gate_amax, None, None, gate_key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, False, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C, HARDWARE, E2M1_HARDWARE,
+    dgate, dup = _gradients(
+        dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
     )  # fmt: skip
     _emit(
-        dup, up_codes, up_scales, up_amax, None, None, up_key, row_offset,
+        dgate, gate_codes, gate_scales, gate_amax, gate_tensor_amax, gate_tensor_scale, gate_key, row_offset,
         block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, False, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C, HARDWARE, E2M1_HARDWARE,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        HARDWARE, E2M1_HARDWARE,
+    )  # fmt: skip
+    _emit(
+        dup, up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key, row_offset,
+        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        HARDWARE, E2M1_HARDWARE,
     )  # fmt: skip

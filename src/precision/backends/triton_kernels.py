@@ -20,6 +20,7 @@ from typing import Any
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from precision import swiglu
 from precision.formats import NumberFormat
 
 NEAREST, STOCHASTIC, TRUNCATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -28,6 +29,10 @@ FLOOR, CEIL, EVEN, RCEIL = (tl.constexpr(mode) for mode in range(4))
 E4M3, E5M2, E2M1 = (tl.constexpr(kind) for kind in (1, 2, 3))
 INF_BITS = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+LOG2_E, C1, C2 = (tl.constexpr(constant) for constant in (swiglu.LOG2_E, swiglu.C1, swiglu.C2))
+P0, P1, P2, P3, P4, P5 = (tl.constexpr(constant) for constant in swiglu.POLYNOMIAL)
+MAGIC, MAGIC_BITS = tl.constexpr(swiglu.MAGIC), tl.constexpr(swiglu.MAGIC_BITS)
+TOP, BOTTOM = tl.constexpr(swiglu.TOP), tl.constexpr(swiglu.BOTTOM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,15 +282,42 @@ def _rounded(y, x, HARDWARE: tl.constexpr):
 
 
 @_inlined
-def _hadamard(x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.constexpr):
-    """precision.transforms.Hadamard along the columns of a block [R, C]; a ragged last group stays as it is.
+def _exp(x):
+    """precision.swiglu.exp."""
+    x = tl.where(x > TOP, TOP, x)
+    x = tl.where(x < BOTTOM, BOTTOM, x)
+    shifted = x * LOG2_E + MAGIC
+    n = shifted - MAGIC
+    r = (x - n * C1) - n * C2
+    p = ((((P0 * r + P1) * r + P2) * r + P3) * r + P4) * r + P5
+    p = (p * (r * r) + r) + 1.0
+    whole = _bits(shifted) - MAGIC_BITS
+    low = whole >> 1
+    return (p * _float((low + 127) << 23)) * _float((whole - low + 127) << 23)
+
+
+@_inlined
+def _divided(y, like, d, r, c, rows, cols, ALONG: tl.constexpr, HARDWARE: tl.constexpr):
+    """y / d, rounded to the dtype of ``like``: d FP32 by row (ALONG 0) or column (1); -1: y as it is."""
+    if ALONG == 0:
+        by = tl.load(d + r, mask=r < rows, other=1.0)
+        y = _rounded(tl.math.div_rn(y, by + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
+    elif ALONG == 1:
+        by = tl.load(d + c, mask=c < cols, other=1.0)
+        y = _rounded(tl.math.div_rn(y, by + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
+    return y
+
+
+@_inlined
+def _hadamard(wide, x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.constexpr):
+    """precision.transforms.Hadamard along the columns of a block [R, C] in FP32, rounded to the dtype of x; a ragged
+    last group stays as it is.
 
     One stage takes bit 0 of an element's place in its group and puts it on top; after all of them, the order of the
     places is the old one.
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
-    wide = _widened(x)
     y = wide * tl.load(signs + col % SIZE)
     y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
     for stage in tl.static_range(7):
@@ -298,11 +330,19 @@ def _hadamard(x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @_inlined
-def _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr):
-    """A block of the matrix in FP32, transformed; zeros outside."""
-    mask = (r < rows) & (c < cols)
-    loaded = tl.load(x + r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, mask=mask, other=0.0)
-    return _hadamard(loaded, c, cols, signs, HADAMARD, HARDWARE) if HADAMARD else _widened(loaded)
+def _block(
+    x, up, d, signs, r, c, rows, cols, stride_r, stride_c,
+    ALONG: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """A block of the matrix in FP32, transformed; zeros outside. With ``up``, that of precision.swiglu.Hidden."""
+    place, mask = r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, (r < rows) & (c < cols)
+    loaded = tl.load(x + place, mask=mask, other=0.0)
+    y = _widened(loaded)
+    if up is not None:
+        silu = tl.math.div_rn(y, 1.0 + _exp(-y))
+        y = _rounded(silu * _widened(tl.load(up + place, mask=mask, other=0.0)), loaded, HARDWARE)
+        y = _divided(y, loaded, d, r, c, rows, cols, ALONG, HARDWARE)
+    return _hadamard(y, loaded, c, cols, signs, HADAMARD, HARDWARE) if HADAMARD else y
 
 
 @_inlined
@@ -332,16 +372,19 @@ def _tile_places(first, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def amax_kernel(
-    x, out, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
-    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    x, up, d, out, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    ALONG: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Amaxes of tiles as bits: out int32 [grid_rows, grid_cols], zeros before where a tile has many blocks."""
+    """Amaxes of tiles of what ``quantize_kernel`` reads, as bits: out int32 [grid_rows, grid_cols].
+
+    Zeros before, where a tile has many blocks.
+    """
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
     top = _tile_amax(y, TALL, WIDE)
     i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
     j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
@@ -406,14 +449,15 @@ def _emit(
 
 @triton.jit
 def quantize_kernel(
-    x, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
+    x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
     rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
-    F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
+    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
+    GIVEN: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of x in one read and one write.
+    """Codes and scales of x in one read and one write; with ``up``, of silu(x) * up / d (precision.swiglu.Hidden).
 
     ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
     must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
@@ -423,7 +467,7 @@ def quantize_kernel(
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
     _emit(
         y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
         block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
@@ -442,7 +486,7 @@ def hadamard_kernel(
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, signs, r, c, rows, cols, stride_r, stride_c, HADAMARD, HARDWARE)
+    y = _block(x, None, None, signs, r, c, rows, cols, stride_r, stride_c, -1, HADAMARD, HARDWARE)
     place, mask = out + r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
     if out.dtype.element_ty == tl.int16:
         tl.store(place, (_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16

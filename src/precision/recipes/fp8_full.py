@@ -26,6 +26,7 @@ def recipe(
     base_args: Mapping[str, Any] = NO_ARGUMENTS,
     form: str = "channel",
     pow2: bool = True,
+    fuse: str = "auto",
     moments: str = "fp8_fishman",
 ) -> Recipe:
     """
@@ -34,7 +35,8 @@ def recipe(
         base_args: its arguments.
         form: of Smooth-SwiGLU: channel (the paper's) or token (the released code's).
         pow2: the scales of Smooth-SwiGLU are powers of two.
+        fuse: silu(gate) * up inside the kernels that quantize it, as ``smooth_swiglu`` has it.
         moments: how optimizer states and weights are kept, as optim.moments names it.
     """
-    smoothed = smooth_swiglu.recipe(base=base, base_args=base_args, form=form, pow2=pow2)
+    smoothed = smooth_swiglu.recipe(base=base, base_args=base_args, form=form, pow2=pow2, fuse=fuse)
     return replace(smoothed, moments=chosen(moments, STANDARD))

@@ -15,9 +15,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from torch import nn
+
 from precision.linear import QuantLinear
 from precision.recipe import Recipe, Rule, load, one_of
-from precision.smooth import DOWN, FORMS, GATE, UP, smooth
+from precision.smooth import DOWN, FORMS, GATE, UP, fused, smooth
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -28,6 +30,7 @@ def recipe(
     base_args: Mapping[str, Any] = NO_ARGUMENTS,
     form: str = "channel",
     pow2: bool = True,
+    fuse: str = "auto",
 ) -> Recipe:
     """
     Args:
@@ -35,6 +38,9 @@ def recipe(
         base_args: its arguments.
         form: channel (the paper's) or token (the released code's).
         pow2: scales are powers of two, so that applying and undoing them rounds nothing; otherwise the maxima.
+        fuse: auto computes silu(gate) * up inside the kernels that quantize it, where Triton quantizes, with an
+            exponential of our own (``precision.swiglu``: the last bits of FP32 differ from torch's); always does so
+            without kernels, too, with the same bits; never leaves it to the model. ``plan.txt`` says which.
     """
     if not isinstance(base_args, Mapping):
         raise ValueError(f"base_args={base_args}: arguments of {base} by name, as base_args.KEY=VALUE")
@@ -43,4 +49,9 @@ def recipe(
         raise ValueError(f"the base {base} quantizes no linear: there is nothing to smooth")
     make = smooth(one_of("form", form, FORMS), pow2=pow2)
     rule = Rule(kind=QuantLinear, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP))
-    return replace(inner, rules=(*inner.rules, rule))
+    fusing = one_of("fuse", fuse, {"auto": (False,), "always": (True,), "never": ()})
+    rules = (
+        Rule(kind=nn.Module, path=".+", make=fused(always=always), children=(GATE, UP, DOWN), optional=True)
+        for always in fusing
+    )
+    return replace(inner, rules=(*inner.rules, rule, *rules))

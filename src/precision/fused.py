@@ -1,0 +1,388 @@
+"""A SwiGLU whose product goes into its down-projection as codes: h = silu(gate) * up is never written.
+
+Where Triton quantizes for all three linears, one autograd function is the MLP: h, divided by the scales of
+Smooth-SwiGLU, is computed inside the kernels that quantize it for fprop and for wgrad of the down-projection, and the
+gradients of gate and up inside those that quantize them, both in one read. All else is the linears' own: the same
+calls, noise and amaxes. The result is that of ``precision.swiglu`` in plain torch between the linears, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from precision.backends import Backend, Operand
+from precision.backends.scaled_mm import ScaledMM
+from precision.backends.triton import DTYPES, Triton, quantize_fused, runs_on, tile_amax
+from precision.backends.triton_fused import gradient_amaxes, quantize_gradients
+from precision.linear import (
+    DGRAD_DY,
+    DGRAD_W,
+    TRANSPOSED,
+    WGRAD_DY,
+    WGRAD_X,
+    Call,
+    QuantLinear,
+    W,
+    X,
+    is_random,
+    keeps_first,
+    kept_of,
+    transposes,
+)
+from precision.quantize import Quantized
+from precision.scaling import TENSOR, Tile
+from precision.spec import LinearSpec, OperandSpec, Source, Transform
+from precision.swiglu import Gradients, Hidden
+from precision.transforms import Composed, Hadamard, Rescale
+
+Backends = tuple[Backend, Backend, Backend]
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """What h is divided by: ``scales`` of the amaxes of rows of up (``along`` 0), or of columns of h (1)."""
+
+    along: int
+    scales: Callable[[Tensor], Tensor]
+
+    def of(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+        """d, and the amax of h / d if it follows: that of the channels' over their scales, as division keeps order."""
+        if self.along == 0:
+            return self.scales(tile_amax(up, Tile(1, -1)).flatten()), None
+        amaxes = tile_amax(Hidden(gate, up), Tile(-1, 1)).flatten()
+        d = self.scales(amaxes)
+        return d, (amaxes / d).to(up.dtype).float().amax()
+
+
+class FusedSwiGLU(nn.Module):
+    """Stands for a module that computes down_proj(silu(gate_proj(x)) * up_proj(x)), with its children.
+
+    Args:
+        mlp: that module.
+        path: in the model.
+        smoothing: that of its down-projection.
+        always: where the kernels do not serve, compute as they do, in plain torch; else as ``mlp`` does.
+
+    Raises ValueError for ``always`` of a module that is no such SwiGLU.
+    """
+
+    def __init__(self, mlp: nn.Module, path: str, smoothing: Smoothing, *, always: bool) -> None:
+        super().__init__()
+        self._modules = mlp._modules  # one dictionary: who replaces a child does so for both
+        self.training = mlp.training
+        self.path, self.smoothing, self.always = path, smoothing, always
+        self._plain = (mlp,)  # no child
+        self._is_swiglu = is_swiglu(mlp)
+        self._reasons: dict[tuple[tuple[LinearSpec, Backends], ...], str | None] = {}
+        if always and not self._is_swiglu:
+            raise ValueError(f"{path}: {self._other()}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor
+        gate, up, down = linears = self._linears()
+        planned = self.always or self.why_not(planned=True) is None
+        if gate.clock.high_precision or not self._is_swiglu or not planned:
+            y = self._plain[0](x)
+            return y
+        watched = any(linear.observer is not None or linear.mode.unseen for linear in linears)
+        fits = x.dtype in DTYPES and x.numel() > 0 and runs_on(x.device)
+        if watched or not fits or torch.is_autocast_enabled(x.device.type) or self.why_not() is not None:
+            y = down(_swiglu(gate(x), up(x)))
+            return y
+        y = self._fused(x)
+        return y
+
+    def why_not(self, *, planned: bool = False) -> str | None:
+        """Why the kernels do not serve in this step, or, if ``planned``, wherever no schedule says otherwise."""
+        key = tuple(
+            (linear.spec, linear.backends_of[0]) if planned else (linear.active, linear.backends)
+            for linear in self._linears()
+        )
+        if key not in self._reasons:
+            self._reasons[key] = self._reason(*key)
+        return self._reasons[key]
+
+    @property
+    def plan_row(self) -> SwiGLURow:
+        return SwiGLURow(self)
+
+    def _linears(self) -> tuple[QuantLinear, QuantLinear, QuantLinear]:
+        gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        assert isinstance(gate, QuantLinear)
+        assert isinstance(up, QuantLinear)
+        assert isinstance(down, QuantLinear)
+        return gate, up, down
+
+    def _other(self) -> str:
+        return f"{type(self._plain[0]).__name__} does not compute down_proj(silu(gate_proj(x)) * up_proj(x))"
+
+    def _reason(
+        self, gate: tuple[LinearSpec, Backends], up: tuple[LinearSpec, Backends], down: tuple[LinearSpec, Backends]
+    ) -> str | None:
+        if not self._is_swiglu:
+            return self._other()
+        for name, (_, backends) in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            for backend in backends:
+                quantizer = backend.quantizer if isinstance(backend, ScaledMM) else backend
+                if not isinstance(quantizer, Triton):
+                    return f"{quantizer.name} quantizes for {name}"
+        if gate != up:
+            return "gate_proj and up_proj are quantized differently"
+        if any(linear.bias is not None for linear in self._linears()[:2]):
+            return "a bias of gate_proj or up_proj has a gradient in high precision"
+        for (spec, _), names in ((gate, ("dgrad.a", "wgrad.a")), (down, ("fprop.a", "wgrad.b"))):
+            for name in names:
+                gemm = getattr(spec, name[:5])
+                operand: OperandSpec | None = getattr(gemm, name[-1])
+                if operand is None:
+                    return f"{name} is in high precision"
+                if operand.source is Source.QUANTIZED:
+                    return f"{name} is made of codes"
+                if not isinstance(_beside(gemm.transform), Hadamard | None):
+                    return f"no kernel for {gemm.transform}"
+        return None
+
+    # One opaque step to the compiler, as a quantized linear is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fused(self, x: Tensor) -> Tensor:
+        gate, up, down = linears = self._linears()
+        rows = x.reshape(-1, gate.in_features)
+        first_row = gate.clock.first_sample * gate.clock.rows_of_a_sample(x, len(rows))
+        differentiated = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+        made = gate.clock.recent.of(x)
+        calls = tuple(
+            Call(linear, linear.active, first_row, of_x, None, None)
+            for linear, of_x in zip(linears, (made, made, None), strict=True)
+        )
+        weights = (gate.weight, up.weight, down.weight)
+        y: Tensor = _Fused.apply(rows, *weights, down.bias, calls, self.smoothing, differentiated)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], down.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class SwiGLURow:
+    """The line of plan.txt for a SwiGLU."""
+
+    module: FusedSwiGLU
+
+    def __str__(self) -> str:
+        reason, always = self.module.why_not(planned=True), self.module.always
+        if reason is None:
+            told = "[triton, fused with the quantization of h, dgate and dup]"
+        else:
+            told = f"[{'plain torch, as kernels would' if always else 'as the model has it'} (not fused: {reason})]"
+        return f"{self.module.path:44} silu(gate) * up: {told}"
+
+
+class _Fused(torch.autograd.Function):
+    """down(quantized(silu(gate(x)) * up(x) / d)); x [rows, in_features]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        calls: tuple[Call, Call, Call],
+        smoothing: Smoothing,
+        differentiated: bool,
+    ) -> Tensor:
+        outputs: list[Tensor] = []
+        kept: list[Operand | None] = []
+        for call, weight in zip(calls[:2], (gate_weight, up_weight), strict=True):
+            a = call.operand(X, x, codes=differentiated and keeps_first(call.spec))
+            outputs.append(call.product(0, a, call.weight(W, weight), dtype=x.dtype))
+            kept.append(kept_of(call, x, a) if differentiated else None)
+        gate, up = outputs
+        d, top = smoothing.of(gate, up)
+        h, down = Hidden(gate, up, d, smoothing.along), calls[2].with_stats(d)
+        y = down.product(0, _hidden(down, X, h, top), down.weight(W, down_weight), dtype=x.dtype, bias=down_bias)
+        kept.append(_hidden(down, WGRAD_X, h, top) if differentiated else None)
+        tensors, ctx.kept = zip(*map(_packed, kept), strict=True)
+        ctx.save_for_backward(
+            gate_weight, up_weight, down_weight, gate, up, d, *(part for of in tensors for part in of)
+        )
+        ctx.calls, ctx.along, ctx.has_bias = (
+            [call.without_input() for call in calls],
+            smoothing.along,
+            down_bias is not None,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate_weight, up_weight, down_weight, gate, up, d, *rest = ctx.saved_tensors
+        parts = iter(rest)
+        gate_x, up_x, h_t = (_unpacked(parts, meta) for meta in ctx.kept)
+        gate_call, up_call, down = ctx.calls[0], ctx.calls[1], ctx.calls[2].with_stats(d)
+        needed = dict(zip(("x", "gate", "up", "down", "bias"), ctx.needs_input_grad[:5], strict=True))
+        dx = None
+        weights: dict[str, Tensor | None] = {"gate": None, "up": None, "down": None}
+
+        dy_made = down.operand(DGRAD_DY, dy)
+        dgrad = down.spec.dgrad
+        divides = _rescale(dgrad.transform) is not None  # which is then done where dh is read
+        dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
+        if needed["down"]:
+            same = not isinstance(dy_made, Tensor) and transposes(dgrad, dgrad.a, down.spec.wgrad, down.spec.wgrad.a)
+            dy_t = dy_made.t() if same else down.operand(WGRAD_DY, dy.mT)
+            weights["down"] = down.product(2, dy_t, h_t, dtype=down_weight.dtype)
+
+        gradients = Gradients(dh, gate, up, d if divides else None, ctx.along)
+        calls, spec = (gate_call, up_call), gate_call.spec
+        made = _gradients(calls, DGRAD_DY, gradients) if needed["x"] else None
+        if made is not None:
+            dx_gate, dx_up = (
+                call.product(1, codes, call.weight(DGRAD_W, weight), dtype=dy.dtype)
+                for call, codes, weight in zip(calls, made, (gate_weight, up_weight), strict=True)
+            )
+            dx = dx_gate + dx_up
+        if needed["gate"] or needed["up"]:
+            if made is not None and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
+                columns = made[0].t(), made[1].t()
+            else:
+                columns = _gradients(calls, WGRAD_DY, gradients)
+            for name, call, codes, x, weight in zip(
+                ("gate", "up"), calls, columns, (gate_x, up_x), (gate_weight, up_weight), strict=True
+            ):
+                if needed[name]:
+                    weights[name] = call.product(2, codes, _x_columns(call, x), dtype=weight.dtype)
+        dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
+        return dx, weights["gate"], weights["up"], weights["down"], dbias, None, None, None
+
+
+def _x_columns(call: Call, kept: Operand) -> Operand:
+    """What wgrad reads of x, from what was kept of it."""
+    spec = call.spec
+    if isinstance(kept, Tensor):
+        return call.operand(WGRAD_X, kept.mT)
+    return kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
+
+
+def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
+    """The slot's codes of h; ``top``: its amax, if known. As ``Call.operand`` would have them of h written out."""
+    gemm, module = call.gemm(slot), call.module
+    spec = gemm.a if slot == X else gemm.b
+    assert spec is not None
+    hadamard = _beside(gemm.transform)
+    assert isinstance(hadamard, Hadamard | None)
+    x, transposed = (h.mT, True) if slot in TRANSPOSED else (h, False)
+    noise = module.noise(slot, call.first_row, transposed=transposed) if is_random(spec) else None
+    of_tensor = spec.scale.levels == 2 or (spec.scale.levels == 1 and spec.tile == TENSOR)
+    amax = top if hadamard is None and of_tensor else None
+    if slot in module.mode.column_of:
+        amax = module.amax_for(slot, x.gate, tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax)
+    return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard)
+
+
+def _gradients(calls: tuple[Call, Call], slot: int, gradients: Gradients) -> tuple[Quantized, Quantized]:
+    """The slot's codes of the gradients of gate and up, by their calls. As ``Call.operand`` would have them."""
+    gemm = calls[0].gemm(slot)
+    spec, hadamard, transposed = gemm.a, gemm.transform, slot in TRANSPOSED
+    assert spec is not None
+    assert isinstance(hadamard, Hadamard | None)
+    square = spec.tile.outer == spec.tile.inner and hadamard is None and not is_random(spec)
+    source = gradients.mT if transposed and not square else gradients
+    noises = amaxes = None
+    if is_random(spec):
+        first, second = (call.module.noise(slot, call.first_row, transposed=transposed) for call in calls)
+        noises = first, second
+    if slot in calls[0].module.mode.column_of:
+        tops = gradient_amaxes(source, TENSOR, hadamard)
+        held = [
+            call.module.amax_for(slot, gradients.dh, top.reshape(())) for call, top in zip(calls, tops, strict=True)
+        ]
+        assert held[0] is not None
+        assert held[1] is not None
+        amaxes = held[0], held[1]
+    first_made, second_made = quantize_gradients(source, spec, amaxes=amaxes, noises=noises, transform=hadamard)
+    return (first_made.t(), second_made.t()) if transposed and square else (first_made, second_made)
+
+
+Meta = tuple[tuple[int, int], OperandSpec, bool] | None
+
+
+def _packed(operand: Operand | None) -> tuple[tuple[Tensor | None, ...], Meta]:
+    """An operand as tensors to be saved, and the rest."""
+    if isinstance(operand, Quantized):
+        tensors = operand.codes, operand.scales, operand.tensor_scale
+        return tensors, (operand.shape, operand.spec, operand.transposed)
+    assert operand is None or isinstance(operand, Tensor)
+    return (operand,), None
+
+
+def _unpacked(parts: Any, meta: Meta) -> Operand:
+    """What ``_packed`` was given, from the next of the saved tensors."""
+    first: Tensor = next(parts)
+    if meta is None:
+        return first
+    shape, spec, transposed = meta
+    scales, tensor_scale = next(parts), next(parts)
+    return Quantized(
+        codes=first, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
+    )
+
+
+def _rescale(transform: Transform | None) -> Rescale | None:
+    """The rescaling in front of a transform, or as such."""
+    first = transform.first if isinstance(transform, Composed) else transform
+    return first if isinstance(first, Rescale) else None
+
+
+def _beside(transform: Transform | None) -> Transform | None:
+    """What a transform does beside rescaling."""
+    if _rescale(transform) is None:
+        return transform
+    return transform.second if isinstance(transform, Composed) else None
+
+
+class _Plain(torch.autograd.Function):
+    """silu(gate) * up as ``precision.swiglu`` defines it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return Hidden(gate, up).computed()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        return Gradients(dh, *ctx.saved_tensors).computed()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    h: Tensor = _Plain.apply(gate, up)  # type: ignore[no-untyped-call]
+    return h
+
+
+class _Asked:
+    """In place of an MLP's self: its projections give what they are told; all else is the MLP's own."""
+
+    def __init__(self, mlp: nn.Module, gate: Tensor, up: Tensor) -> None:
+        self._mlp = mlp
+        self.gate_proj, self.up_proj, self.down_proj = (lambda x: gate), (lambda x: up), (lambda h: h)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mlp, name)
+
+
+def is_swiglu(mlp: nn.Module) -> bool:
+    """Whether a module with these three projections puts silu(gate) * up between them: its forward pass is asked."""
+    gate, up = torch.linspace(-9, 9, 64, device="cpu"), torch.linspace(3, -2, 64, device="cpu")
+    try:
+        with torch.no_grad():
+            h = type(mlp).forward(_Asked(mlp, gate, up), torch.ones(64, device="cpu"))
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    return isinstance(h, Tensor) and h.shape == gate.shape and torch.allclose(h, silu(gate) * up, rtol=1e-5, atol=1e-6)
