@@ -27,6 +27,7 @@ from precision.noise import Noise, base_key, step_key
 from precision.quantize import Quantized, dequantize
 from precision.scaling import TENSOR, Delayed, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
+from precision.transforms import Composed
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
@@ -292,6 +293,9 @@ class QuantLinear(nn.Module):
         """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
         if stats is None:
             return self.backends[gemm].transformed(transform, x, left=left)
+        if isinstance(transform, Composed):  # what reads no statistics is the backend's
+            x = self.transformed(gemm, transform.first, x, stats, left=left)
+            return self.transformed(gemm, transform.second, x, None, left=left)
         return transform.left(x, stats) if left else transform.right(x, stats)
 
     def amax_for(self, slot: int, x: Tensor, now: Tensor | None = None) -> Tensor | None:

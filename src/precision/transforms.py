@@ -129,19 +129,19 @@ def _rescaled(x: Tensor, along: Along | None, stats: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composed:
-    """``first``, then ``second``, of what ``first`` made; undone in reverse order. Both read the same statistics."""
+    """``first``, then ``second``, of what ``first`` made; undone in reverse order. ``first`` alone reads statistics."""
 
     first: Transform
     second: Transform
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
-        return self.second.left(self.first.left(a, stats), stats)
+        return self.second.left(self.first.left(a, stats))
 
     def right(self, b: Tensor, stats: Tensor | None = None) -> Tensor:
-        return self.second.right(self.first.right(b, stats), stats)
+        return self.second.right(self.first.right(b, stats))
 
     def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
-        return self.first.output(self.second.output(y, stats), stats)
+        return self.first.output(self.second.output(y), stats)
 
     def __str__(self) -> str:
         return f"{self.first}, {self.second}"

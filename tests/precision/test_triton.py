@@ -5,13 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hardware import pretend
+from torch import Tensor, nn
+from triton.runtime.jit import KernelInterface
 
-from precision.backends import choose
+from precision import backends
+from precision.backends import (
+    REFERENCE,
+    Triton,
+    choose,
+    triton_fused_kernels,
+    triton_gemm_kernels,
+    triton_kernels,
+)
+from precision.backends.triton import recording
 from precision.formats import E4M3
+from precision.recipe import apply, load
 from precision.spec import GemmSpec, OperandSpec
 
 HERE = Path(__file__).parent
@@ -35,3 +51,95 @@ def test_every_kernel_gives_the_bits_of_the_reference() -> None:
 def test_on_a_cpu_it_is_not_chosen() -> None:
     gemm = GemmSpec(a=OperandSpec(format=E4M3))
     assert "triton" not in str(choose(gemm, (None, 8, 8), torch.device("cpu"), "reference"))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run comes to a kernel: ``precision.recipe``, ``precision.args``, ``precision.backend``; what its plan says.
+
+    ``native``: on a pretended GPU of sm_100, whose products take codes.
+    """
+
+    recipe: str
+    backend: str
+    says: str
+    args: dict[str, Any] = field(default_factory=dict)
+    native: bool = False
+
+
+SMOOTH = {"base": "mxfp8", "form": "token"}
+FUSED = "silu(gate) * up: [triton, fused with the quantization of h, dgate and dup]"
+WAYS = {
+    "quantize_kernel": Way("mxfp8", "triton", "e4m3/1x32/e8m0-rceil  [triton]"),
+    "amax_kernel": Way("fp8_delayed", "triton", "e4m3/tensor/delayed  [triton]"),
+    "values_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
+    "hadamard_kernel": Way(
+        "smooth_swiglu",
+        "triton",
+        "[smooth-token, hadamard32/0]  [triton]",
+        SMOOTH | {"base": "mxfp4", "base_args": {"keep_last": 0}, "fuse": "never"},
+    ),
+    "swizzle_kernel": Way("mxfp8", "auto", "[scaled_mm, MXFP8 of sm_100, codes by triton]", native=True),
+    "fp8_gemm_kernel": Way("fp8_rowwise", "triton_dot", "[triton_dot, narrow product]"),
+    "block_scaled_gemm_kernel": Way(
+        "nvfp4", "triton_dot", "[triton_dot, narrow product]", {"keep_last": 0, "bf16_forward": 0}
+    ),
+    "adamw_kernel": Way("fp8_full", "triton", "moments by triton", {"moments": "fp8"}),
+    "swiglu_backward_kernel": Way("smooth_swiglu", "triton", FUSED, SMOOTH),
+    "swiglu_backward_amax_kernel": Way("smooth_swiglu", "triton", FUSED, {"base": "fp8_delayed"}),
+}
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(64, 96, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+def launched(way: Way) -> tuple[str, set[str]]:
+    """What the plan of a step says, and the kernels that it would launch: they are noted and not run."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": Mlp()})])}).to(torch.bfloat16)
+    recipe = load(way.recipe, way.args)
+    with recording((10, 0)) as launches:
+        plan = apply(recipe, model, tokens=32, backend=way.backend)
+        plan.begin_step(0, 0, 2)
+        x = torch.randn(32, 64).bfloat16().requires_grad_()
+        mlp: nn.Module = model["layers"][0]["mlp"]  # type: ignore[index,assignment]
+        mlp(x).float().square().mean().backward()
+        plan.end_step()
+        hyper: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "moments": recipe.moments, "seed": 0}
+        groups = [{"params": list(model.named_parameters())}]
+        optimizer = recipe.update.build(groups, **hyper, backend=way.backend)
+        optimizer.step()
+    return f"{plan}\nmoments by {getattr(optimizer, 'choice', 'torch')}", {each.kernel.__name__ for each in launches}
+
+
+def test_every_kernel_has_a_way_from_a_recipe() -> None:
+    """A kernel that no line of plan.txt leads to does nothing for anyone."""
+    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels)
+    kernels = {name for module in modules for name, value in vars(module).items() if _is_kernel(name, value)}
+    assert kernels == set(WAYS)
+
+
+def _is_kernel(name: str, value: object) -> bool:
+    return isinstance(value, KernelInterface) and not name.startswith("_")
+
+
+@pytest.mark.parametrize("kernel", WAYS)
+def test_a_recipe_leads_to_the_kernel_and_the_plan_says_so(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    way = WAYS[kernel]
+    if way.native:
+        monkeypatch.setattr(backends, "QUANTIZERS", (Triton(), REFERENCE))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what no kernel writes
+    try:
+        with pretend(monkeypatch, 100) if way.native else nullcontext():
+            plan, kernels = launched(way)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert way.says in plan
+    assert kernel in kernels
