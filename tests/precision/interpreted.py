@@ -4,8 +4,10 @@ its own, since TRITON_INTERPRET must be set before triton is imported.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ import transformers
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
 from test_updates import CPU, make, params_of, same, set_grads, state_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.llama import Llama, LlamaConfig
 from precision.backends import REFERENCE, choose, scaled_mm
@@ -26,6 +29,7 @@ from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gr
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
+from precision.probe import Probe
 from precision.quantize import Quantized, dequantize
 from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
@@ -452,6 +456,48 @@ def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str,
     assert all(map(equal, ours, theirs))
     _, own = trained(kind, dtype, "reference", args)
     assert (ours[0] - own[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * own[0].norm()
+
+
+def test_a_fused_mlp_keeps_the_laws_of_its_linears() -> None:
+    """Recompute, copies, probes, autocast, phases of a schedule, evaluation: as in plain torch, bit for bit."""
+    phase = [{"steps": [1, 2], "gemms": ["fprop"]}]
+    results: dict[str, list[list[Tensor]]] = {"triton": [], "reference": []}
+    for backend, (way, schedule) in itertools.product(
+        results, [("", ()), ("recompute", ()), ("probe", ()), ("autocast", ()), ("", phase)]
+    ):
+        model = llama("mlp", torch.float32 if way == "autocast" else torch.bfloat16)
+        plan = apply(load("smooth_swiglu", {"fuse": "always"}, schedule), model, backend=backend)
+        mlp = model["layers"][0]["mlp"]  # type: ignore[index]
+        probe = Probe(plan, every=1)
+        out = []
+        for step in range(2):
+            plan.begin_step(step, 0, 2)
+            x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(step)).to(mlp.up_proj.weight.dtype)
+            x.requires_grad_()
+            with probe.watching() if way == "probe" else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+                    y = checkpoint(mlp, x, use_reentrant=False) if way == "recompute" else mlp(x)
+                y.float().square().mean().backward()
+            plan.end_step()
+            out += [y.detach(), x.grad, *(parameter.grad.clone() for parameter in mlp.parameters())]
+        results[backend].append([*out, *(tensor.clone() for tensor in plan.state_tensors().values())])
+        mlp.eval()
+        before = [tensor.clone() for tensor in plan.state_tensors().values()]
+        with torch.no_grad():
+            results[backend][-1].append(mlp(x))
+            other = copy.deepcopy(mlp)
+            assert torch.equal(other(x), mlp(x))
+            assert other._plain[0].down_proj is other.down_proj is not mlp.down_proj
+            with plan.high_precision():
+                plain = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+                assert torch.equal(mlp(x), plain)
+        assert all(map(torch.equal, before, plan.state_tensors().values()))
+    ours, theirs = results.values()
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(map(equal, one, other))
+    for number in (1, 2):  # neither recompute nor who looks on changes anything
+        assert all(map(equal, ours[0][:-1], ours[number][:-1]))
+    assert not all(map(equal, ours[0], ours[4]))
 
 
 def test_what_is_not_fused_says_why() -> None:
