@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from precision.backends import NATIVE, QUANTIZERS, REFERENCE, Reference
+from precision.backends import NATIVE, QUANTIZERS, REFERENCE, Reference, triton, triton_fused
 from precision.backends.scaled_mm import SQNR_DB, architecture
 from precision.formats import E2M1, E4M3, E5M2
 from precision.noise import Noise, base_key, step_key
@@ -25,6 +25,7 @@ from precision.quantize import Quantized
 from precision.recipe import apply, load, names
 from precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
 from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.swiglu import Gradients, Hidden
 from precision.transforms import Hadamard
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,32 @@ def check_kernel(backend_name: str, spec: OperandSpec, hadamard: int, *, transpo
     return Outcome(wrong == 0 and nonzero > 0.3, measured, time)
 
 
+#: Specs of silu(gate) * up and of its gradients, computed inside the kernels that quantize them.
+FUSED = {"FP8 e4m3, tensor": OperandSpec(format=E4M3), "MXFP8, 1x32": MX, "NVFP4, 1x16": BLOCK16}
+
+
+def check_swiglu(spec: OperandSpec, *, transposed: bool) -> Outcome:
+    if not triton.runs_on(HERE) or not triton.installed():
+        return not_here("no GPU, and kernels are not interpreted")
+    torch.manual_seed(0)
+    gate, up, dh = (torch.randn(SHAPE, device=HERE).to(torch.bfloat16) for _ in range(3))
+    d = torch.rand(SHAPE[1], device=HERE) + 0.5
+    h, gradients = Hidden(gate, up, d, 1), Gradients(dh, gate, up)
+    h, gradients = (h.mT, gradients.mT) if transposed else (h, gradients)
+
+    def made() -> list[Quantized]:
+        return [triton.quantize_fused(h, spec), *triton_fused.quantize_gradients(gradients, spec)]
+
+    plain = [h.computed(), *gradients.computed()]
+    wrong = total = 0
+    for ours, x in zip(made(), plain, strict=True):
+        reference = REFERENCE.quantize(x, spec, amax=None, noise=None)
+        wrong += int((ours.codes != reference.codes).sum()) + int((ours.scales != reference.scales).sum())
+        total += ours.codes.numel()
+    time = f"{milliseconds(made):.3f} ms, forward and backward" if HERE.type == "cuda" else ""
+    return Outcome(wrong == 0, f"{wrong} of {total} codes and scales differ", time)
+
+
 # Native products.
 
 ROW = OperandSpec(format=E4M3, tile=Tile(1, -1))
@@ -208,23 +235,51 @@ class OneBlock(nn.Module):
         return y
 
 
+class OneMlp(nn.Module):
+    """A SwiGLU, for recipes that want one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mlp = {"gate_proj": (512, 768), "up_proj": (512, 768), "down_proj": (768, 512)}
+        linears = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in mlp.items()})
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": SwiGLU(linears)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0]["mlp"](x)  # type: ignore[index]
+        return y
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, linears: nn.ModuleDict) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = linears.values()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
 def check_recipe(name: str) -> Outcome:
     """y, dx and dw of a linear under ``backend=auto`` against ``backend=reference``, both on the GPU."""
     if NATIVE.detect(HERE) is None:
         return not_here(f"the model is on {HERE.type}")
     args = {"keep_last": 0} if name in ("nvfp4", "mxfp4") else {}
+    smooth = name in ("smooth_swiglu", "fp8_full")
+    args |= {"fuse": "always"} if smooth else {}  # of one exponential
     results, plans = [], []
     for backend in ("auto", "reference"):
         torch.manual_seed(0)
-        model = OneBlock().to(HERE, torch.bfloat16)
+        model = (OneMlp() if smooth else OneBlock()).to(HERE, torch.bfloat16)
         plans.append(str(apply(load(name, args), model, tokens=TOKENS, device=HERE, backend=backend)))
         x = torch.randn(TOKENS, 512, device=HERE, dtype=torch.bfloat16, requires_grad=True)
         y = model(x)
         y.backward(torch.randn_like(y))
-        (weight, *_) = model.parameters()
-        results.append([y, x.grad, weight.grad])
+        results.append([y, x.grad, *(parameter.grad for parameter in model.parameters() if parameter.ndim > 1)])
     worst = min(sqnr(ours, theirs) for ours, theirs in zip(*results, strict=True))
-    return Outcome(worst >= SQNR_DB, f"{worst:.1f} dB at worst, {plans[0].count('[scaled_mm')} of 3 GEMMs native")
+    return Outcome(
+        worst >= SQNR_DB,
+        f"{worst:.1f} dB at worst, {plans[0].count('[scaled_mm')} of {9 if smooth else 3} GEMMs native",
+    )
 
 
 def check_all_gather() -> Outcome:
@@ -242,6 +297,13 @@ def all_checks() -> Iterator[Check]:
                 f"{backend}: {name}{' of the transpose' if transposed else ''}",
                 "the reference's bits",
                 partial(check_kernel, backend, spec, hadamard, transposed=transposed),
+            )
+    for name, spec in FUSED.items():
+        for transposed in (False, True):
+            yield Check(
+                f"triton: SwiGLU to {name}{', of the transpose' if transposed else ''}",
+                "the reference's bits",
+                partial(check_swiglu, spec, transposed=transposed),
             )
     for name, (a, b) in PRODUCTS.items():
         for ragged in (False, True):

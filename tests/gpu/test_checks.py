@@ -63,6 +63,9 @@ def test_recipes_are_compared(small: None, monkeypatch: pytest.MonkeyPatch) -> N
         outcome = checks.check_recipe("nvfp4")
         assert outcome.ok
         assert outcome.measured.endswith("3 of 3 GEMMs native")
+        outcome = checks.check_recipe("fp8_full")
+        assert outcome.ok
+        assert outcome.measured.endswith("9 of 9 GEMMs native")
     assert checks.check_recipe("nvfp4").ok in (None, True)
 
 
