@@ -85,19 +85,22 @@ class FusedSwiGLU(nn.Module):
             raise ValueError(f"{path}: {self._other()}")
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor
-        gate, up, down = linears = self._linears()
+        own, kernels = self._way(x)
+        gate, up, down = self._linears()
+        y: Tensor = self._plain[0](x) if own else self._fused(x) if kernels else down(_swiglu(gate(x), up(x)))
+        return y
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _way(self, x: Tensor) -> tuple[bool, bool]:
+        """Whether to compute as the module it stands for, and if not, whether by the kernels."""
+        linears = self._linears()
         planned = self.always or self.why_not(planned=True) is None
-        if gate.clock.high_precision or not self._is_swiglu or not planned:
-            y = self._plain[0](x)
-            return y
+        if linears[0].clock.high_precision or not self._is_swiglu or not planned:
+            return True, False
         watched = any(linear.observer is not None or linear.mode.unseen for linear in linears)
         fits = x.dtype in DTYPES and x.numel() > 0 and runs_on(x.device)
-        if watched or not fits or torch.is_autocast_enabled(x.device.type) or self.why_not() is not None:
-            y = down(_swiglu(gate(x), up(x)))
-            return y
-        y = self._fused(x)
-        return y
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return False, fits and not watched and not autocast and self.why_not() is None
 
     def why_not(self, *, planned: bool = False) -> str | None:
         """Why the kernels do not serve in this step, or, if ``planned``, wherever no schedule says otherwise."""
