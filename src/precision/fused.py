@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from precision.backends import Backend, Operand
 from precision.backends.scaled_mm import ScaledMM
-from precision.backends.triton import DTYPES, Triton, quantize_fused, runs_on, tile_amax
+from precision.backends.triton import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
 from precision.backends.triton_fused import gradient_amaxes, quantize_gradients
 from precision.linear import (
     DGRAD_DY,
@@ -202,14 +202,19 @@ class _Fused(torch.autograd.Function):
         outputs: list[Tensor] = []
         kept: list[Operand | None] = []
         for call, weight in zip(calls[:2], (gate_weight, up_weight), strict=True):
+            if differentiated:
+                call.make_both(x)
             a = call.operand(X, x, codes=differentiated and keeps_first(call.spec))
             outputs.append(call.product(0, a, call.weight(W, weight), dtype=x.dtype))
             kept.append(kept_of(call, x, a) if differentiated else None)
         gate, up = outputs
         d, top = smoothing.of(gate, up)
         h, down = Hidden(gate, up, d, smoothing.along), calls[2].with_stats(d)
-        y = down.product(0, _hidden(down, X, h, top), down.weight(W, down_weight), dtype=x.dtype, bias=down_bias)
-        kept.append(_hidden(down, WGRAD_X, h, top) if differentiated else None)
+        pair = _both(down, h) if differentiated else None
+        a = _hidden(down, X, h, top) if pair is None else pair[0]
+        y = down.product(0, a, down.weight(W, down_weight), dtype=x.dtype, bias=down_bias)
+        h_t = None if not differentiated else _hidden(down, WGRAD_X, h, top) if pair is None else pair[1]
+        kept.append(h_t)
         tensors, ctx.kept = zip(*map(_packed, kept), strict=True)
         ctx.save_for_backward(
             gate_weight, up_weight, down_weight, gate, up, d, *(part for of in tensors for part in of)
@@ -286,6 +291,13 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     if slot in module.mode.column_of:
         amax = module.amax_for(slot, x.gate, tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax)
     return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard)
+
+
+def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
+    """The codes of h for fprop and for wgrad, where one read makes both."""
+    fprop, wgrad = call.spec.fprop, call.spec.wgrad
+    plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
+    return quantize_both(h, fprop.a) if plain and fprop.a is not None and fprop.a == wgrad.b else None
 
 
 def _gradients(calls: tuple[Call, Call], slot: int, gradients: Gradients) -> tuple[Quantized, Quantized]:

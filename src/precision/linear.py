@@ -343,6 +343,8 @@ class _Linear(torch.autograd.Function):
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
         call = Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
         module.note_unseen(stats, x=x, w=weight)
+        if differentiated:
+            call.make_both(x)
         a = call.operand(X, x, codes=differentiated and keeps_first(spec))
         w = call.weight(W, weight)
         y = call.product(0, a, w, dtype=x.dtype, bias=bias)
@@ -370,8 +372,9 @@ class _Linear(torch.autograd.Function):
         dx = dw = dbias = None
         dy_made: Operand = dy
         call.module.note_unseen(stats, dy=dy)
+        both = call.both(DGRAD_DY, WGRAD_DY, dy) if all(ctx.needs_input_grad[:2]) else None
         if ctx.needs_input_grad[0]:
-            dy_made = call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
+            dy_made = both[0] if both is not None else call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
             if _reuses(spec.dgrad.b):
                 w_t = call.reused(DGRAD_W, call.weight(W, weight, codes=True))
             else:
@@ -395,8 +398,10 @@ class _Linear(torch.autograd.Function):
                     transposed=transposed,
                 )
                 x_t = kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
-            if not isinstance(dy_made, Tensor) and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
-                dy_t: Operand = dy_made.t()
+            if both is not None:
+                dy_t: Operand = both[1]
+            elif not isinstance(dy_made, Tensor) and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
+                dy_t = dy_made.t()
             elif isinstance(dy_made, Quantized) and _reuses(spec.wgrad.a):
                 dy_t = call.reused(WGRAD_DY, dy_made)
             else:
@@ -447,6 +452,25 @@ class Call:
         if (key, codes) not in self.made:
             self.made[key, codes] = self._operand(slot, x, codes)
         return self.made[key, codes]
+
+    def both(self, slot: int, other: int, x: Tensor) -> tuple[Quantized, Quantized] | None:
+        """The operands of ``slot`` from x and of ``other`` from x.mT, where the backend makes both in one read."""
+        gemms = self.gemm(slot), self.gemm(other)
+        spec = gemms[0].a
+        alike = spec is not None and spec == (gemms[1].a if other % 2 == 0 else gemms[1].b)
+        plain = gemms[0].transform is None and gemms[1].transform is None and self.observer is None
+        if spec is None or not alike or not plain or spec.tile.outer == spec.tile.inner or is_random(spec):
+            return None
+        return self.module.backends[slot // 2].both(x, spec)
+
+    def make_both(self, x: Tensor) -> None:
+        """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
+        spec = self.spec.fprop.a
+        if self.made is None or spec is None or isinstance(spec.amax, Delayed):
+            return
+        keys = (self._key(X, x, self.spec.fprop, spec), False), (self._key(WGRAD_X, x, self.spec.wgrad, spec), True)
+        if keys[0] not in self.made and (pair := self.both(X, WGRAD_X, x)) is not None:
+            self.made.update(zip(keys, pair, strict=True))
 
     def weight(self, slot: int, weight: Tensor, *, codes: bool = False) -> Operand:
         """The slot's operand from the weight: W or DGRAD_W."""

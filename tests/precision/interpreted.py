@@ -24,7 +24,7 @@ from models.llama import Llama, LlamaConfig
 from precision.backends import REFERENCE, choose, scaled_mm
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
-from precision.backends.triton import Triton, hadamard, quantize_fused, recording, swizzled, tile_amax
+from precision.backends.triton import Triton, hadamard, quantize_both, quantize_fused, recording, swizzled, tile_amax
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gradient_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
@@ -129,6 +129,30 @@ def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bo
             ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
             theirs = REFERENCE.quantize(transform.left(x.mT), spec, amax=None, noise=source)
             assert same_codes(ours, theirs), (str(spec), x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_columns_in_one_read(dtype: torch.dtype) -> None:
+    """Both directions of x, and of silu(gate) * up, as two reads have them."""
+    fp8 = OperandSpec(format=E4M3, tile=Tile(1, 128), scale=Fp32(pow2=True, input_max=True))
+    mxfp4 = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=PowerOfTwo(), rounding=Rounding.TRUNCATE)
+    for number, (spec, shape) in enumerate(
+        [(MXFP8, (130, 65)), (fp8, (33, 130)), (mxfp4, (70, 35)), (replace(MXFP8, tile=Tile(1, 16)), (17, 40))]
+    ):
+        samples = list(matrices(shape, dtype, number))
+        for x in (*samples[number::4], samples[6].mT):
+            pair = quantize_both(x, spec)
+            assert pair is not None
+            for ours, of in zip(pair, (x, x.mT), strict=True):
+                assert same_codes(ours, REFERENCE.quantize(of, spec, amax=None, noise=None)), (str(spec), x.stride())
+        hidden = Hidden(samples[0], samples[1], torch.rand(shape[0]) + 0.5, 0)
+        pair = quantize_both(hidden, spec)
+        assert pair is not None
+        for ours, h in zip(pair, (hidden, hidden.mT), strict=True):
+            assert same_codes(ours, REFERENCE.quantize(h.computed(), spec, amax=None, noise=None)), str(spec)
+    random = replace(MXFP8, rounding=Rounding.STOCHASTIC)
+    for spec in (NVFP4, OperandSpec(format=E4M3), random, replace(MXFP8, tile=Tile(1, -1))):
+        assert quantize_both(torch.ones(40, 40), spec) is None
 
 
 @pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4], ids=str)

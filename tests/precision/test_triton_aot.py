@@ -51,6 +51,8 @@ def test_aot(name: str, architecture: int) -> None:
             assert code.count(E4M3)  # of the blocks' scales
         if "fp4" in name:
             assert bool(code.count(E2M1)) == (architecture >= 100 and "sr" not in name)
+    if "quantize_both_kernel" in made:
+        assert made["quantize_both_kernel"].count(E4M3)
     if "swiglu_backward_kernel" in made:
         assert made["swiglu_backward_kernel"].count(E5M2 if "e5m2" in name else E4M3)
     if "gemm" in name:
@@ -90,11 +92,12 @@ def test_aot_reads_an_operand_once() -> None:
         "mxfp8, columns",
         "fp8 tensor, e5m2, amax given",
         "smooth swiglu to fp8 tensor, amax given",
-        "smooth swiglu to mxfp8, columns",
     ):
         assert numbers[name] == ["quantize_kernel"], name
     for name in ("fp8 tensor", "fp8 row, columns", "nvfp4", "nvfp4, columns, hadamard16, sr"):
         assert numbers[name] == ["amax_kernel", "quantize_kernel"], name
+    for name in ("mxfp8, rows and columns", "fp8 1x128, rows and columns", "smooth swiglu to mxfp8, rows and columns"):
+        assert numbers[name] == ["quantize_both_kernel"], name
     assert numbers["smooth swiglu backward to mxfp8"] == ["swiglu_backward_kernel"]
 
 

@@ -61,6 +61,9 @@ class Backend(Protocol):
     ) -> Quantized | Prepared:
         """What ``gemm`` reads of ``quantize(transformed(x))``; with ``codes`` that itself."""
 
+    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+        """``quantize`` of x and of x.mT where one read makes both; None elsewhere."""
+
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""
 

@@ -45,6 +45,9 @@ class Reference:
         x = x if transform is None else self.transformed(transform, x, left=left)
         return self.quantize(x, spec, amax=amax, noise=noise)
 
+    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+        return None
+
     def gemm(
         self,
         a: Quantized | Prepared | Tensor,

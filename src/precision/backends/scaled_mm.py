@@ -224,6 +224,9 @@ class ScaledMM:
         # A native product reads codes.
         return self.quantizer.prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True)
 
+    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+        return self.quantizer.both(x, spec)
+
     def gemm(
         self,
         a: Quantized | Prepared | Tensor,

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from precision.quantize import TORCH, Quantized, check, operand, quantize
 from precision.scaling import (
     FP32_MAX,
     TENSOR,
+    Delayed,
     Fp32,
     Fp32Decode,
     Power,
@@ -151,6 +152,9 @@ class Triton(Reference):
         if transform is None or (isinstance(transform, Hadamard) and x.dtype in DTYPES):
             return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform)
         return self.quantize(self.transformed(transform, x, left=left), spec, amax=amax, noise=noise)
+
+    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+        return quantize_both(x, spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +305,41 @@ def quantize_fused(
         num_warps=cut.num_warps,
     )
     return made.quantized
+
+
+def both_fit(spec: OperandSpec) -> bool:
+    """Whether ``quantize_both`` takes the spec: one level of scales, for parts of a row, made of the tensor itself."""
+    known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale) and spec.scale.levels == 1
+    own = not isinstance(spec.amax, Delayed) and spec.rounding is not Rounding.STOCHASTIC
+    return known and own and spec.tile.outer == 1 and 16 <= spec.tile.inner <= 128
+
+
+def quantize_both(x: Tensor | Hidden, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+    """``quantize_fused`` of x and of its transpose, bit for bit, in one read; None where that is not to be had."""
+    x = x.detach() if isinstance(x, Tensor) else x
+    of = _sources(x)[0]
+    if not both_fit(spec) or of.numel() == 0 or of.dtype not in DTYPES or not runs_on(of.device):
+        return None
+    from precision.backends.triton_kernels import quantize_both_kernel
+
+    (rows, cols), side = of.shape, max(64, spec.tile.inner)
+    cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
+    row, column = (
+        output(spec, torch.Size(shape), of.device, of.dtype, cut=cut) for shape in ((rows, cols), (cols, rows))
+    )
+    constexprs = {key: row.constexprs[key] for key in ("F", "R", "ROUNDING", "WIDE", "HARDWARE", "E2M1_HARDWARE")}
+    launch(
+        quantize_both_kernel,
+        cut.programs(rows, cols),
+        *(*_sources(x), row.codes, row.scales, column.codes, column.scales),
+        *(rows, cols, *of.stride()),
+        *(row.codes.shape[1], row.scales.shape[1], column.codes.shape[1], column.scales.shape[1]),
+        ALONG=_along(x),
+        BLOCK=side,
+        **constexprs,
+        num_warps=cut.num_warps,
+    )
+    return row.quantized, column.quantized
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from precision.backends.triton import PASSES, Launch, hadamard, quantize_fused, swizzled, tile_amax
+from precision.backends.triton import PASSES, Launch, hadamard, quantize_both, quantize_fused, swizzled, tile_amax
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import E2M1, E4M3, E5M2
@@ -40,6 +40,7 @@ ARCHITECTURES = (89, 90, 100, 120)
 WRITTEN = {
     "amax_kernel": {"out": False},
     "quantize_kernel": {"codes": False, "scales": False, "tensor_scale": False},
+    "quantize_both_kernel": dict.fromkeys(("codes", "scales", "codes_t", "scales_t"), False),
     "hadamard_kernel": {"out": False},
     "swizzle_kernel": {"out": False},
     "values_kernel": {"out": False},
@@ -161,6 +162,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "fp8 128x128": lambda: quantize_fused(x, replace(block, tile=Tile(128, 128))),
         "mxfp8": lambda: quantize_fused(x, mxfp8),
         "mxfp8, columns": lambda: quantize_fused(x.mT, mxfp8),
+        "mxfp8, rows and columns": lambda: quantize_both(x, mxfp8),
+        "fp8 1x128, rows and columns": lambda: quantize_both(x, block),
         "mxfp4, columns, hadamard32, sr": lambda: quantize_fused(x.mT, mxfp4, noise=columns, transform=seeded),
         "nvfp4": lambda: quantize_fused(x, nvfp4),
         "nvfp4 16x16": lambda: quantize_fused(x, replace(nvfp4, tile=Tile(16, 16))),
@@ -174,7 +177,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "adamw, e4m3 under one scale": lambda: _adamw(TENSOR),
         "smooth swiglu, channel amax": lambda: tile_amax(Hidden(x, x), Tile(-1, 1)),
         "smooth swiglu to fp8 tensor, amax given": lambda: quantize_fused(h, fp8, amax=top),
-        "smooth swiglu to mxfp8, columns": lambda: quantize_fused(h.mT, mxfp8),
+        "smooth swiglu to mxfp8, rows and columns": lambda: quantize_both(h, mxfp8),
         "smooth swiglu to nvfp4, columns, hadamard16": lambda: quantize_fused(h.mT, nvfp4, transform=te),
         "smooth swiglu backward to e5m2 tensor": lambda: quantize_gradients(gradients, e5m2),
         "smooth swiglu backward to mxfp8": lambda: quantize_gradients(gradients, mxfp8),

@@ -477,6 +477,35 @@ def quantize_kernel(
 
 
 @triton.jit
+def quantize_both_kernel(
+    x, up, d, codes, scales, codes_t, scales_t, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r,
+    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of x in tiles of 1 x WIDE, and of its transpose, in one read; x as in ``quantize_kernel``.
+
+    ``codes``: uint8 [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: uint8 [cols, bytes_r], ``scales_t`` [cols,
+    grid_r].
+    """
+    blocks_c = tl.cdiv(cols, BLOCK)
+    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
+    first_r, first_c = block_r * BLOCK, block_c * BLOCK
+    r, c = first_r + tl.arange(0, BLOCK)[:, None], first_c + tl.arange(0, BLOCK)[None, :]
+    y = _block(x, up, d, None, r, c, rows, cols, stride_r, stride_c, ALONG, 0, HARDWARE)
+    _emit(
+        y, codes, scales, None, None, None, None, None,
+        block_r, block_c, r, c, rows, cols, bytes_c, rows, grid_c,
+        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
+    )  # fmt: skip
+    r, c = first_c + tl.arange(0, BLOCK)[:, None], first_r + tl.arange(0, BLOCK)[None, :]
+    _emit(
+        tl.trans(y), codes_t, scales_t, None, None, None, None, None,
+        block_c, block_r, r, c, cols, rows, bytes_r, cols, grid_r,
+        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
+    )  # fmt: skip
+
+
+@triton.jit
 def hadamard_kernel(
     x, out, signs, rows, cols, stride_r, stride_c,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
