@@ -175,6 +175,10 @@ class SwiGLURow:
 
     module: FusedSwiGLU
 
+    @property
+    def path(self) -> str:
+        return self.module.path
+
     def __str__(self) -> str:
         reason, always = self.module.why_not(planned=True), self.module.always
         if reason is None:
