@@ -1,5 +1,5 @@
 """What emulation costs in time: python scripts/bench_precision.py [parts=elements,linear,step,start] [rounds=9]
-[threads=0: all] [clock=wall] [json=]
+[starts=nvfp4] [threads=0: all] [clock=wall] [json=]
 
 One process, every way in turn in every round; the minimum and the median over rounds, and their ratios to BF16.
 
@@ -9,12 +9,16 @@ linear      forward and backward of one linear 256 -> 704 at 8,192 rows against 
             emulated Float8Linear and MXFP8 linear where torchao is installed.
 step        a training step of this trainer: vocabulary 8,192, hidden 256, FFN 704, 8 layers, 8 heads, 16 sequences of
             512 tokens.
-start       from the start of the process to the end of the first step, with kernels in the cache and without.
+start       from the start of `python -m trainer` to the end of its first step, of BF16 and of every recipe in
+            ``starts=RECIPE,...``, with kernels built before and with an empty cache. Wall time of one run each, 10 to
+            30 s; ``rounds`` and ``clock`` are of the other parts.
 
 ``json=PATH`` writes the table there as well. On a machine that others use too, ``threads=1 clock=cpu`` counts the CPU
 seconds of one thread. Times are of emulation on this CPU: nothing about narrow hardware.
 """
 
+import gzip
+import itertools
 import json as jsonlib
 import os
 import statistics
@@ -22,12 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import native
 from models import LlamaConfig
 from precision.backends import choose
 from precision.formats import E2M1, E4M3
@@ -40,11 +45,13 @@ from precision.transforms import Hadamard
 from trainer import distributed
 from trainer.build import build_state
 from trainer.cli import script_main
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig, groups, load_config
 from trainer.data import Batch
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.kernels import KERNELS
 from trainer.loop import update_from
+from trainer.metrics import read_metrics
 
 try:  # a test-only dependency
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -241,27 +248,47 @@ def _step_way(config: TrainConfig, world: World) -> Way:
     return way
 
 
-def start(rounds: int, world: World) -> list[Row]:
-    """Processes of their own, one at a time: one round each, for they take seconds."""
-    rows: list[Row] = []
+def start(recipes: Sequence[str]) -> Iterator[Row]:
+    """Runs of one step, one at a time."""
     base: list[float] = []
-    for cache in ("built before", "empty"):
-        for name in ("bf16", *STEP_TARGETS):
+    with tempfile.TemporaryDirectory() as scratch:
+        text = _text(Path(scratch))
+        for name, cache in (("bf16", "built before"), *itertools.product(recipes, ("built before", "empty"))):
             with tempfile.TemporaryDirectory() as empty:
-                environment = dict(os.environ) | ({"XDG_CACHE_HOME": empty} if cache == "empty" else {})
-                started = time.perf_counter()
-                subprocess.run([sys.executable, __file__, "parts=first", f"recipe={name}"], check=True, env=environment)
-                seconds = [time.perf_counter() - started]
+                more = {"XDG_CACHE_HOME": empty} if cache == "empty" else {}
+                seconds = [_first_step(name, text, os.environ | more)]
             base = base or seconds
-            rows.append(_row(f"first step, kernels {cache}: {name}", seconds, base, 1.0, "s") | {"target": None})
-    return rows
+            yield _row(f"first step, kernels {cache}: {name}", seconds, base, 1.0, "s") | {"target": None}
 
 
-def _first(recipe: str) -> None:
-    config = _step_config(recipe)
-    world = distributed.start(config.parallel)
-    _step_way(config, world)()
-    distributed.finish()
+def _text(directory: Path) -> Path:
+    """Files of C4's layout with the bytes of a step."""
+    (directory / "en").mkdir()
+    line = jsonlib.dumps({"text": "Two rails, a narrow gauge apart. " * 64})
+    for split in ("train", "validation"):
+        file = directory / "en" / f"c4-{split}.00000-of-00001.json.gz"
+        file.write_bytes(gzip.compress(f"{line}\n".encode() * SEQUENCES))
+    return directory
+
+
+def _first_step(recipe: str, text: Path, environment: Mapping[str, str]) -> float:
+    """Seconds from the start of the process to what its ``metrics.jsonl`` says of step 1."""
+    run = text / "run"
+    command = [sys.executable, "-m", "trainer", *_first_step_overrides(recipe, text, run)]
+    started = time.time()
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise UserError(f"{recipe}: the run of one step failed: {ran.stderr.strip().splitlines()[-1]}")
+    return float(read_metrics(run / "metrics.jsonl", "train")[1]["time"]) - started
+
+
+def _first_step_overrides(recipe: str, text: Path, run: Path) -> list[str]:
+    model = [f"model.vocab_size={VOCAB}", f"model.num_layers={LAYERS}", f"model.num_heads={HEADS}"]
+    model += [f"model.num_kv_heads={HEADS}", f"model.hidden_size={INS}", f"model.intermediate_size={OUTS}"]
+    data = ["data=c4_stream", f"data.path={text}", "data.tokenizer=bytes", f"data.seq_len={POSITIONS}"]
+    data += [f"data.global_batch_size={SEQUENCES}", "eval.tokens=0", "sample.tokens=0"]
+    train = ["train.steps=1", "checkpoint.every=0", "run.resume=never", f"run.dir={run}"]
+    return [f"precision={recipe}", *model, *data, *train]
 
 
 def _row(name: str, seconds: list[float], base: list[float], scale: float, unit: str) -> Row:
@@ -276,15 +303,12 @@ def _row(name: str, seconds: list[float], base: list[float], scale: float, unit:
     }
 
 
-def _print(rows: list[Row]) -> None:
-    previous = None
-    for row in rows:
-        if row["unit"] != previous:
-            print(f"\n{row['unit']:58} {'min':>9} {'median':>9} {'times min':>10} {'times med':>10} {'target':>7}")
-            previous = row["unit"]
-        target = "" if row["target"] is None else f"{row['target']:.2f}"
-        figures = f"{row['min']:9.3f} {row['median']:9.3f} {row['ratio_min']:10.2f} {row['ratio_median']:10.2f}"
-        print(f"{row['name']:58} {figures} {target:>7}")
+def _print(row: Row, previous: Row | None) -> None:
+    if previous is None or row["unit"] != previous["unit"]:
+        print(f"\n{row['unit']:58} {'min':>9} {'median':>9} {'times min':>10} {'times med':>10} {'target':>7}")
+    target = "" if row["target"] is None else f"{row['target']:.2f}"
+    figures = f"{row['min']:9.3f} {row['median']:9.3f} {row['ratio_min']:10.2f} {row['ratio_median']:10.2f}"
+    print(f"{row['name']:58} {figures} {target:>7}", flush=True)
 
 
 def main(
@@ -292,30 +316,38 @@ def main(
     *,
     parts: str = ",".join(PARTS),
     rounds: int = 9,
+    starts: str = "nvfp4",
     threads: int = 0,
     clock: str = "wall",
     json: str = "",
-    recipe: str = "bf16",
 ) -> None:
     global _clock
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; --help shows the ones there are")
-    if parts == "first":
-        return _first(recipe)
     wanted = parts.split(",")
     if unknown := [part for part in wanted if part not in PARTS]:
         raise UserError(f"parts={unknown[0]}: one of {', '.join(PARTS)}")
+    recipes = [name for name in starts.split(",") if name]
+    if unknown := [name for name in recipes if name not in groups()["precision"]]:
+        raise UserError(f"starts={unknown[0]}: of {', '.join(groups()['precision'])}")
     if clock not in ("wall", "cpu"):
         raise UserError(f"clock={clock}: wall or cpu")
     _clock = time.process_time if clock == "cpu" else time.perf_counter
-    measure = {"elements": elements, "linear": linear, "step": step, "start": start}
+    measure: Mapping[str, Callable[[World], Iterable[Row]]] = {
+        "elements": lambda world: elements(rounds, world),
+        "linear": lambda world: linear(rounds, world),
+        "step": lambda world: step(rounds, world),
+        "start": lambda world: start(recipes),
+    }
     world = distributed.start(_step_config("bf16", threads).parallel)  # it sets the threads and the allocator
+    for kernels in KERNELS:
+        native.library(kernels)
     print(f"{torch.get_num_threads()} threads, {clock} time, {rounds} rounds")
     rows: list[Row] = []
     for part in wanted:
-        made = measure[part](rounds, world)
-        _print(made)
-        rows += made
+        for row in measure[part](world):
+            _print(row, rows[-1] if rows else None)
+            rows.append(row)
     distributed.finish()
     if json:
         Path(json).write_text(jsonlib.dumps(rows, indent=1) + "\n")

@@ -1,44 +1,83 @@
 """C++ kernels for CPUs: built once by the system's compiler, cached by source, compiler and CPU, called by ctypes.
 
 A package of its own because ``models`` and ``precision`` both have such kernels and neither may know the other. Nothing
-is built or loaded at import.
+is built or loaded at import, and torch is not imported: ``begin`` can start the compilers before it is.
+
+What a source wants of the compiler beside the common flags stands in a line of its own, ``// flags: -f...``.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-# A forked child has none of its parent's threads, and an OpenMP region would wait for them: ours, and torch's.
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # No fast-math: float32 operations are what they say. libgomp is the one torch has loaded: one pool of threads.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS_OF_A_SOURCE = "// flags: "
+
+_begun: dict[Path, tuple[Thread, Future[Path]]] = {}
+_compilers: set[subprocess.Popen[str]] = set()
+_ending = Event()
+
+
+def _in_forked_child() -> None:
+    _begun.clear()  # threads stay with the parent
+    _compilers.clear()
+    if "torch" in sys.modules:  # an OpenMP region would wait for the parent's threads: ours, and torch's
+        sys.modules["torch"].set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def begin(*sources: Path) -> None:
+    """Build, beside what this process does, what the cache does not hold; ``library`` waits for it.
+
+    A process that ends before ends the compilers.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        return
+    for source in sources:
+        future: Future[Path] = Future()
+        thread = Thread(target=_fulfil, args=(future, compiler, source), daemon=True)
+        _begun[source] = thread, future
+        thread.start()
 
 
 @functools.cache
-def library(source: Path, *flags: str) -> ctypes.CDLL | None:
+def library(source: Path) -> ctypes.CDLL | None:
     """The loaded kernels of ``source``, or None, where plain torch has to serve.
 
     None without a compiler, with NARROWGAUGE_NATIVE=0, and where the build fails: that warns once, with the compiler's
     first line.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None or os.environ.get("NARROWGAUGE_NATIVE") == "0" or platform.system() != "Linux":
+    compiler = _compiler()
+    if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, source, (*_FLAGS, *flags))))
+        begun = _begun.pop(source, None)
+        return ctypes.CDLL(str(begun[1].result() if begun else _built(compiler, source)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
@@ -47,18 +86,80 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
         return None
 
 
-def _built(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
+def _compiler() -> str | None:
+    if os.environ.get("NARROWGAUGE_NATIVE") == "0" or platform.system() != "Linux":
+        return None
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def _fulfil(future: Future[Path], compiler: str, source: Path) -> None:
+    try:
+        future.set_result(_built(compiler, source))
+    except BaseException as error:  # for whoever asks for the kernels
+        future.set_exception(error)
+
+
+def _built(compiler: str, source: Path) -> Path:
+    flags = (*_FLAGS, *_own_flags(source))
     target = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
-    if not target.exists():
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".incomplete", delete=False) as partial:
-            pass
-        try:
-            command = [compiler, *flags, "-o", partial.name, str(source)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(partial.name, target)  # ranks that build at once put the same file there
-        finally:
-            Path(partial.name).unlink(missing_ok=True)
+    if target.exists():
+        return target
+    with _one_at_a_time(target.with_suffix(".lock")):
+        if not target.exists():  # another rank may have built it meanwhile
+            with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".incomplete", delete=False) as partial:
+                pass
+            try:
+                _compile([compiler, *flags, "-o", partial.name, str(source)])
+                os.replace(partial.name, target)  # where locks do not hold, several put the same file there
+            finally:
+                Path(partial.name).unlink(missing_ok=True)
     return target
+
+
+def _own_flags(source: Path) -> list[str]:
+    lines = [line for line in source.read_text().splitlines() if line.startswith(_FLAGS_OF_A_SOURCE)]
+    return [flag for line in lines for flag in line.removeprefix(_FLAGS_OF_A_SOURCE).split()]
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Processes in turn, where the file system has locks. One that dies gives its lock back."""
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock's, not held on by forked children
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who comes later finds what was built
+
+
+def _compile(command: list[str]) -> None:
+    # A process group of its own: Ctrl-C is for the trainer, and g++ ends with all that it has started.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        _compilers.add(process)
+        if _ending.is_set():
+            _end(process)
+        try:
+            _, errors = process.communicate()
+        finally:
+            _compilers.discard(process)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+
+
+@atexit.register
+def _end_compilers() -> None:
+    """Ends what nobody waits for any more; their threads then tidy up."""
+    _ending.set()
+    for process in tuple(_compilers):
+        _end(process)
+    for thread, _ in _begun.values():
+        thread.join(timeout=5)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _cache_directory() -> Path:

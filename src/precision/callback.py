@@ -41,9 +41,12 @@ class PrecisionCallback(TrainerCallback):
         self._plan = plan
         self._resume_from = resume_from
         self._micro = 0
-        if hasattr(plan.model, "_keys_to_ignore_on_save"):
-            model: Any = plan.model
+        model: Any = plan.model
+        if hasattr(model, "_keys_to_ignore_on_save"):
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *_state(plan)}
+        if self._differs_by_rank:  # or DDP would put rank 0's into all before every step
+            theirs = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+            model._ddp_params_and_buffers_to_ignore = {*theirs, *plan.buffers()}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

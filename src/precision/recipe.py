@@ -290,13 +290,17 @@ class Plan:
 
         Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
         """
-        saved = self.model.state_dict().keys()
-        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+        buffers = self.buffers()
         scaling = {"loss_scale": self._scale, "loss_scale_clean_steps": self._clean_steps}
         if self._ranks is not None:
             ranks = self._ranks
             buffers = {name: DTensor.from_local(buffer[None], ranks, [Shard(0)]) for name, buffer in buffers.items()}
         return buffers | (scaling if self.recipe.loss_scale is not None else {})
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers by name, alive: of ``state_tensors`` what this rank holds."""
+        saved = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
 
     @functools.cached_property
     def _ranks(self) -> DeviceMesh | None:
@@ -518,7 +522,7 @@ def apply(
             rows.append(row)
     plan = Plan(recipe, model, rows, clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
-        for name, buffer in plan.state_tensors().items():
+        for name, buffer in plan.buffers().items():
             if buffer.is_meta:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, torch.empty_like(buffer, device=device))

@@ -7,6 +7,12 @@ import signal
 import sys
 import time
 
+import native
+from trainer.kernels import KERNELS
+
+if __name__ == "__main__":  # compilers work while this process imports torch
+    native.begin(*KERNELS)
+
 import hydra
 from hydra._internal.utils import get_args_parser
 
@@ -14,7 +20,6 @@ from trainer.config import CONFIG_DIR, load_config
 from trainer.distributed import launched_by_torchrun
 from trainer.errors import ExitCode, UserError
 from trainer.run import run
-from trainer.sweep import sweep
 
 
 def main() -> int:
@@ -43,6 +48,8 @@ def _sweep(overrides: list[str]) -> ExitCode:
             "--multirun starts a torchrun for each job: call it as python -m trainer --multirun "
             f"hydra.launcher.processes={os.environ.get('LOCAL_WORLD_SIZE', '2')} {' '.join(overrides)}"
         )
+    from trainer.sweep import sweep  # what starts and judges runs; a run itself starts a second faster without
+
     return sweep(overrides)
 
 

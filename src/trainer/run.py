@@ -28,7 +28,6 @@ from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, ProbeConfig, Status, train
 from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
-from trainer.plot import plot_losses
 from trainer.rundir import Resume, RunDirectory, environment
 from trainer.stream import TextStream
 
@@ -275,6 +274,8 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     if job.console is not None:
         job.console.close()
         job.console = None
+    from trainer.plot import plot_losses  # matplotlib: not before the first step
+
     try:
         plot_losses(directory.path, directory.path / "loss.png")
         if text is not None:

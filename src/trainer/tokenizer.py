@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import transformers  # lazy: its parts load when named, and a worker that needs none starts seconds faster
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import UserError, one_line
@@ -107,9 +106,7 @@ def save_for_transformers(name: str, eot_token: str | None, directory: Path) -> 
         tokenizer, eot_token = _bytes_as_bpe(), END_OF_TEXT
     else:
         tokenizer, eot_token = _load_fast(name, eot_token)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eot_token, bos_token=eot_token, clean_up_tokenization_spaces=False
-    ).save_pretrained(directory)
+    _save(tokenizer, eot_token, directory)
 
 
 def _bytes_as_bpe() -> Tokenizer:
@@ -134,7 +131,9 @@ def _load_fast(name: str, eot_token: str | None) -> tuple[Tokenizer, str]:
         if file.exists():
             tokenizer = Tokenizer.from_file(str(file))
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True).backend_tokenizer
+            from transformers import AutoTokenizer  # only for what `tokenizers` cannot read by itself
+
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True).backend_tokenizer
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError ...
         raise UserError(f"data.tokenizer={name}: not a tokenizer that can be read: {one_line(error)}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
@@ -170,6 +169,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
     )
     tokenizer.train_from_iterator(texts, trainer)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    _save(tokenizer, END_OF_TEXT, directory)
+
+
+def _save(tokenizer: Tokenizer, eot_token: str, directory: Path) -> None:
+    from transformers import PreTrainedTokenizerFast  # a second that only those wait who write a tokenizer
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eot_token, bos_token=eot_token, clean_up_tokenization_spaces=False
     ).save_pretrained(directory)

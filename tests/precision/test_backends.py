@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -234,37 +232,6 @@ def test_forked_and_spawned_workers_give_the_same_bits(tmp_path: Path) -> None:
     script.write_text(FORKS)
     ran = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=200)
     assert ran.stdout.strip() == "same", ran.stderr
-
-
-def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
-    source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int answer() { return 42; }')
-    code = f"import native, pathlib; print(native.library(pathlib.Path({str(source)!r})).answer())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    if native.shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=100)[0].strip() for process in both] == ["42", "42"]
-    assert [path.suffix for path in (tmp_path / "narrowgauge").iterdir()] == [".so"]
-
-
-@pytest.mark.parametrize("home", ["file", "missing"])
-def test_a_cache_that_cannot_be_written_is_replaced(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int answer() { return 42; }')
-    place = tmp_path / "cache" / "deep"
-    if home == "file":  # a directory cannot be made here, whoever asks
-        place.parent.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    if native.shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    library = native.library(source)
-    assert library is not None
-    assert library.answer() == 42
-    wanted = place / "narrowgauge" if home == "missing" else tmp_path / f"narrowgauge-{os.getuid()}"
-    assert len(list(wanted.glob("small-*.so"))) == 1
 
 
 def test_kernels_stay_inside_their_buffers(tmp_path: Path) -> None:

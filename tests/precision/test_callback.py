@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -63,14 +67,20 @@ class Heard(PrecisionCallback):
 
     def on_step_end(self, *arguments: Any, **more: Any) -> None:
         super().on_step_end(*arguments, **more)
-        self.states.append({name: tensor.clone() for name, tensor in self._plan.state_tensors().items()})
+        self.states.append({name: tensor.clone() for name, tensor in self._plan.buffers().items()})
 
 
 def train(
-    recipe: str, out: Path, steps: int = 4, resume: Path | None = None, told: Path | None = None, **more: Any
+    recipe: str,
+    out: Path,
+    steps: int = 4,
+    resume: Path | None = None,
+    told: Path | None = None,
+    recipe_args: dict[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[Trainer, Heard]:
     model = llama()
-    callback = Heard(apply(load(recipe, {}), model), resume_from=told)
+    callback = Heard(apply(load(recipe, recipe_args or {}), model), resume_from=told)
     options = {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=4, report_to="none", **options | more
@@ -191,3 +201,56 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(example, space)
     found = [row["loss"] for row in space["trainer"].state.log_history if "loss" in row]
     assert found[-1] < found[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes saw under torchrun: the Trainer wraps the model in DDP."""
+    out = tmp_path_factory.mktemp("ranks")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(Path(__file__).with_name("callback_ranks.py")), str(out)]
+    ran = subprocess.run([*launcher, *script], check=False, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return out
+
+
+@pytest.mark.parametrize("name", ["shared", "own", "resumed", "noise"])
+def test_two_processes_train_one_model(ranks: Path, name: str) -> None:
+    for rank in (0, 1):
+        seen = json.loads((ranks / f"{rank}.json").read_text())[name]
+        assert seen["wrapped"]
+        assert seen["steps"] == ([2, 3] if name == "resumed" else [0, 1, 2, 3])
+        assert seen["samples"] == [4 * micro + 4 * rank for micro in range(8 if name == "resumed" else 0, 16, 2)]
+        if rank == 0:  # who logs
+            assert name == "resumed" or seen["losses"][-1] < seen["losses"][0] - 0.5
+    one, other = (load_file(ranks / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[key], other[key]) for key in one if key.startswith("weight."))
+
+
+def test_two_processes_share_their_amaxes_or_not(ranks: Path) -> None:
+    """DDP sends rank 0's buffers to all before a step: what a rank remembers for itself must survive that."""
+    name = "model.layers.0.mlp.up_proj.amax_history"
+    one, other = (load_file(ranks / f"shared-{rank}.safetensors") for rank in (0, 1))
+    histories = [key for key in one if "amax" in key]
+    assert len(histories) == 4 * 14 * 2
+    assert all(torch.equal(one[key], other[key]) for key in histories)
+    assert [int((one[f"{step}.{name}"].amax(1) > 0).sum()) for step in range(4)] == [1, 2, 3, 4]
+
+    one, other = (load_file(ranks / f"own-{rank}.safetensors") for rank in (0, 1))
+    for step in range(4):
+        mine, theirs = one[f"{step}.{name}"], other[f"{step}.{name}"]
+        filled = mine.amax(1) > 0
+        assert int(filled.sum()) == step + 1
+        assert bool((mine != theirs)[filled].any(1).all())  # in every step that either remembers
+    for rank in (0, 1):
+        whole, rest = (load_file(ranks / f"{run}-{rank}.safetensors") for run in ("own", "resumed"))
+        assert all(torch.equal(rest[key], whole[key]) for key in rest if key.startswith("weight."))
+        assert all(torch.equal(rest[f"1.{key[2:]}"], whole[key]) for key in whole if key.startswith("3."))
+
+
+def test_two_processes_have_noise_of_their_own(ranks: Path) -> None:
+    first, second = (load_file(ranks / f"gradients-{rank}.safetensors") for rank in (0, 1))
+    for mine in (first, second):
+        assert torch.equal(mine["0"], mine["2"])
+        assert not torch.equal(mine["0"], mine["1"])
+    assert not torch.equal(first["0"], second["0"])

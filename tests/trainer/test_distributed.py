@@ -16,6 +16,7 @@ import torch
 from conftest import launch, tiny_overrides, train_here
 
 from trainer import distributed
+from trainer.__main__ import main
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import load_config
 from trainer.errors import ExitCode, UserError
@@ -40,7 +41,7 @@ def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tenso
 
 
 # A vocabulary of 257 does not divide into two shards.
-TRAIN = ("precision=fp32", "train.steps=20", "checkpoint.every=1", "checkpoint.keep_last=20", "eval.every=5")
+TRAIN = ("precision=fp32", "train.steps=12", "checkpoint.every=1", "checkpoint.keep_last=12", "eval.every=4")
 # A rate too small to move a float32 weight: what is saved is what was drawn.
 STILL = ("train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "eval.tokens=0", "sample.tokens=0")
 KILLED = ("train.steps=40", "checkpoint.every=3", "eval.every=7", "train.micro_batch_size=2")
@@ -71,7 +72,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("llama-1", *TRAIN),
             overrides("gpt-1", *TRAIN, gpt=True),
             overrides("still-1", *STILL),
-            overrides("alone-1", *KILLED),
             *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4", "fp16")),
         ],
         2: [
@@ -183,16 +183,14 @@ def test_one_process_goes_on_from_what_two_saved(runs: Path, corpus: Path, tmp_p
     assert losses(tmp_path / "run") == pytest.approx(losses(runs / "llama-1"), rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("processes", "target", "step"), [(1, "all", 19), (2, "all", 11), (2, "launcher", 23), (2, "worker", 30)]
-)
-def test_a_killed_run_ends_like_one_left_alone(
-    runs: Path, corpus: Path, tmp_path: Path, processes: int, target: str, step: int
-) -> None:
+def test_a_run_killed_in_every_way_ends_like_one_left_alone(runs: Path, corpus: Path, tmp_path: Path) -> None:
+    """Of two processes; ``test_verify_resume_as_a_user_calls_it`` kills one."""
     overrides = tiny_overrides(corpus, tmp_path / "killed", *KILLED)
-    run_killed(overrides, processes, step, target)
-    run_to_end(overrides, processes)
-    assert compare_runs(runs / f"alone-{processes}", tmp_path / "killed") == []
+    for target, step in (("all", 11), ("launcher", 20), ("worker", 29)):
+        run_killed(overrides, 2, step, target)
+    run_to_end(overrides, 2)
+    assert json.loads((tmp_path / "killed" / "env.json").read_text())["started_at_step"] >= 24
+    assert compare_runs(runs / "alone-2", tmp_path / "killed") == []
 
 
 def start(overrides: list[str], processes: int) -> subprocess.Popen[str]:
@@ -228,13 +226,21 @@ def test_orphans_checkpoint_and_leave(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_run_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path, processes: int) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(
+    corpus: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "run", "train.steps=100000", "checkpoint.every=0")
     process = start(overrides, processes)
     wait_for_step(tmp_path / "run", 3, process)
-    second = launch(overrides, processes, timeout=60)
-    assert second.returncode == (2 if processes == 1 else 1)
-    errors = [line for line in second.stderr.splitlines() if line.startswith("error:")]
+    if processes == 1:
+        monkeypatch.setattr(sys, "argv", ["trainer", *overrides])
+        assert main() == 2
+        told = capsys.readouterr().err
+    else:
+        second = launch(overrides, processes, timeout=60)
+        assert second.returncode == 1
+        told = second.stderr
+    errors = [line for line in told.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert f"run.dir={tmp_path / 'run'} is in use by process" in errors[0]
     process.send_signal(signal.SIGTERM)

@@ -30,7 +30,7 @@ _LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
 
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
-    return native.library(SOURCE, "-O2", "-fvect-cost-model=dynamic", "-ffp-contract=off")
+    return native.library(SOURCE)
 
 
 class Cpu(Reference):

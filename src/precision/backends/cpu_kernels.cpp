@@ -2,6 +2,7 @@
 //
 // Plain C symbols, called through ctypes; every shape is checked by the caller. Matrices are [rows, cols], contiguous,
 // with the contraction last. Compiled without contraction of a * b + c: every float operation rounds once.
+// flags: -O2 -fvect-cost-model=dynamic -ffp-contract=off
 //
 // No result depends on the number of threads.
 
