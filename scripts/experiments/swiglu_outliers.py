@@ -284,7 +284,7 @@ def _plot(results: list[dict[str, Any]], target: Path) -> None:
         axes.set(title=title, xlabel="strength of the aligned rows", ylabel="loss over BF16 (nats per token)")
         axes.axhline(0.0, color="black", linewidth=0.5)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small", loc="upper left")
     figure.savefig(target, metadata={"Software": None})
 
 

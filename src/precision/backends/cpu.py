@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,34 +158,51 @@ class _Compiled:
         None where that is not to be had: rules and tiles that have no kernel, and tensors with an amax that is not
         finite.
         """
-        rule = _rule(spec, x.dtype)
-        if rule is None or x.dtype not in _DTYPES or x.numel() == 0 or (amax is not None and rule.kind == _RCEIL):
+        ready = _ready(spec, x.dtype)
+        if ready is None or x.numel() == 0 or (amax is not None and ready.kind == _RCEIL):
             return None
-        x = self._readable(x.detach(), spec.tile)
-        wide = spec.tile.extent(*x.shape)[1]
-        if not _in_vectors(x, spec.tile) or self._butterflies.size not in (0, 16):
+        if not x.is_cpu or not (amax is None or amax.is_cpu):  # an address elsewhere means nothing here
             return None
-        if _in_columns(x, spec.tile) and _DEPTH % wide != 0:
-            return None
+        x = x.detach()
+        if not x.is_contiguous():
+            x = self._readable(x, spec.tile)
         outer, inner = x.shape
+        tall, wide = spec.tile.extent(outer, inner)
+        columns = _in_columns(x, spec.tile)
+        if self._butterflies.size not in (0, 16):
+            return None
+        if _DEPTH % wide != 0 if columns else wide % _LANES != 0 and wide < inner:
+            return None
         grid = spec.tile.grid(outer, inner)
-        stored = torch.empty(grid, dtype=torch.uint8) if codes and rule.kind != _TENSOR else None
+        stored = torch.empty(grid, dtype=torch.uint8) if codes and ready.kind != _TENSOR else None
         if not codes:
             out = torch.empty(outer, inner, dtype=torch.bfloat16)
         else:
             out = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
         result = torch.empty(2)
         given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
-        source, format, random = self._source(x, spec.tile), c_format(spec.format), _noise(noise)
-        pointers = map(native.pointer, (given, out, stored, result))
-        structures = (ctypes.byref(format), ctypes.byref(random))
-        if _kernels().quantize_source(ctypes.byref(source), ctypes.byref(rule), *pointers, *structures, int(not codes)):
+        # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
+        rows, cols = (inner, outer) if columns else (outer, inner)
+        bf16 = int(x.dtype == torch.bfloat16)
+        source = _Source(x.data_ptr(), rows, cols, tall, wide, bf16, int(columns), self._butterflies)
+        failed = _quantize_source()(
+            ctypes.byref(source),
+            ready.rule,
+            None if given is None else given.data_ptr(),
+            out.data_ptr(),
+            None if stored is None else stored.data_ptr(),
+            result.data_ptr(),
+            ready.format,
+            _NO_NOISE if noise is None else ctypes.byref(_noise(noise)),
+            not codes,
+        )
+        if failed:
             return None
         factor = result[1]
         if not codes:
             return Prepared(matrix=out, factor=factor)
         scales = factor.reshape(grid) if stored is None else stored
-        tensor = factor if rule.kind == _TWO_LEVEL else None
+        tensor = factor if ready.kind == _TWO_LEVEL else None
         return Quantized(codes=out, scales=scales, tensor_scale=tensor, shape=(outer, inner), spec=spec)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
@@ -315,12 +334,35 @@ _TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of cpu_kernels.cpp
 PASSES = _Compiled()
 
 
+_NO_NOISE = ctypes.byref(_Noise())
+
+
+class _Ready(NamedTuple):
+    """What a spec is to ``quantize_source``: pointers to its rule and its format."""
+
+    kind: int
+    rule: Any
+    format: Any
+
+
+@functools.cache
+def _ready(spec: OperandSpec, dtype: torch.dtype) -> _Ready | None:
+    rule = _rule(spec, dtype) if dtype in _DTYPES else None
+    return None if rule is None else _Ready(rule.kind, ctypes.byref(rule), ctypes.byref(c_format(spec.format)))
+
+
+@functools.cache
+def _quantize_source() -> Callable[..., int]:
+    function = _kernels().quantize_source
+    function.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int32]
+    return function
+
+
 @functools.cache
 def _after(transform: Hadamard) -> _Compiled:
     return _Compiled(transform)
 
 
-@functools.cache
 def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
     """The spec's rule, if kernels know how its scales come from amaxes, and operands are BF16."""
     rule, element = spec.scale, spec.format
@@ -385,9 +427,10 @@ def _rounds(spec: OperandSpec) -> bool:
 
 def _in_columns(x: Tensor, tile: Tile) -> bool:
     """Whether x is the transpose of what lies in memory, in tiles that kernels can read so."""
+    if x.is_contiguous() or tile.outer != 1 or x.dtype not in _DTYPES or x.numel() == 0 or not x.mT.is_contiguous():
+        return False
     wide = tile.extent(*x.shape)[1]
-    lies = x.dtype in _DTYPES and x.numel() > 0 and not x.is_contiguous() and x.mT.is_contiguous()
-    return lies and tile.outer == 1 and (_DEPTH % wide == 0 or wide % _DEPTH == 0)
+    return _DEPTH % wide == 0 or wide % _DEPTH == 0
 
 
 def _in_vectors(x: Tensor, tile: Tile) -> bool:

@@ -395,8 +395,9 @@ inline Ints ceiling(Floats x) {  // of numbers from 0 to 2^31
 #endif
 }
 
-// Codes, or the bits of value * factor. `hash` is read if STOCHASTIC: its upper 24 bits are the noise. A NaN comes out
-// as anything, and shows in `seen`, the largest magnitude so far: `mend` then writes what it should have been.
+// Codes without their signs, of which `code_offset` is still to be taken; or the bits of value * factor. `hash` is read
+// if STOCHASTIC: its upper 24 bits are the noise. A NaN comes out as anything, and shows in `seen`, the largest magnitude
+// so far: `mend` then writes what it should have been.
 template <bool STOCHASTIC, bool CODES>
 inline Words rounded(Floats y, const Rounder& r, Words hash, Floats factor, Ints& seen) {
     const Words bits = Words(y);
@@ -417,9 +418,12 @@ inline Words rounded(Floats y, const Rounder& r, Words hash, Floats factor, Ints
         q = Ints(sum) - Ints(c);
         if (!CODES) value = sum - c;
     }
-    const Words sign = bits & 0x80000000u;
-    if (CODES) return Words(q + (e >> (23 - r.m)) - r.code_offset) | sign >> r.sign_right;
-    return Words(Floats(Words(value) | sign) * factor);
+    if (CODES) return Words(q + (e >> (23 - r.m)));
+    return Words(Floats(Words(value) | (bits & 0x80000000u)) * factor);
+}
+
+inline Words finished_code(Words code, Floats y, const Rounder& r) {
+    return (code - uint32_t(r.code_offset)) | (Words(y) & 0x80000000u) >> r.sign_right;
 }
 
 inline bool has_nan(Ints seen) {
@@ -465,18 +469,26 @@ enum Kind { VALUES, BYTES, NIBBLES };  // what is written: BF16, codes of 8 bits
 // Bytes that n elements take.
 inline int64_t bytes_of(Kind kind, int64_t n) { return kind == VALUES ? 2 * n : kind == BYTES ? n : (n + 1) / 2; }
 
+// What `rounded` made of a pair of vectors.
 template <Kind KIND>
-inline void put(Words even, Words odd, char* target) {
+inline void put(Words even, Words odd, const Pair& y, const Rounder& r, char* target) {
     using Bytes = uint8_t __attribute__((vector_size(16)));
+    constexpr int SHIFT = KIND == BYTES ? 8 : 4;
     if (KIND == VALUES) {
         const Words both = even >> 16 | (odd & 0xffff0000u);
         std::memcpy(target, &both, sizeof both);
-    } else if (KIND == BYTES) {
-        const Halves both = __builtin_convertvector(even | odd << 8, Halves);
-        std::memcpy(target, &both, sizeof both);
+        return;
+    }
+    const uint32_t offset = uint32_t(r.code_offset), sign = 0x80000000u >> r.sign_right;
+    Words both = even + (odd << SHIFT) - (offset + (offset << SHIFT));
+    both |= Words(y.even) >> r.sign_right & sign;
+    both |= Words(y.odd) >> (r.sign_right - SHIFT) & sign << SHIFT;
+    if (KIND == BYTES) {
+        const Halves halves = __builtin_convertvector(both, Halves);
+        std::memcpy(target, &halves, sizeof halves);
     } else {
-        const Bytes both = __builtin_convertvector(even | odd << 4, Bytes);
-        std::memcpy(target, &both, sizeof both);
+        const Bytes bytes = __builtin_convertvector(both, Bytes);
+        std::memcpy(target, &bytes, sizeof bytes);
     }
 }
 
@@ -524,13 +536,14 @@ void round_line(const T* line, const float* scales, const float* factors, char* 
         const Floats factor = KIND == VALUES ? of_sixteens(factors + k / LANES) : Floats{};
         const Words noise[] = {STOCHASTIC ? Hashes::of(hash, hash_cols + k, key) : Words{},
                                STOCHASTIC ? Hashes::of(hash, hash_cols + k + LANES, key) : Words{}};
-        const Words even = rounded<STOCHASTIC, KIND != VALUES>(x.even * scale, local, noise[0], factor, seen);
-        const Words odd = rounded<STOCHASTIC, KIND != VALUES>(x.odd * scale, local, noise[1], factor, seen);
+        const Pair y = {x.even * scale, x.odd * scale};
+        const Words even = rounded<STOCHASTIC, KIND != VALUES>(y.even, local, noise[0], factor, seen);
+        const Words odd = rounded<STOCHASTIC, KIND != VALUES>(y.odd, local, noise[1], factor, seen);
         if (cols - k >= PAIR) {
-            put<KIND>(even, odd, target + bytes_of(KIND, k));
+            put<KIND>(even, odd, y, local, target + bytes_of(KIND, k));
         } else {
             char buffer[64];
-            put<KIND>(even, odd, buffer);
+            put<KIND>(even, odd, y, local, buffer);
             if (KIND == NIBBLES && cols % 2) buffer[(cols - k) / 2] &= 0xf;
             std::memcpy(target + bytes_of(KIND, k), buffer, bytes_of(KIND, cols - k));
         }
@@ -1094,7 +1107,9 @@ void round_columns(const T* x, const Given given, const Level* level, char* out,
                     for (int64_t k = 0; k < end; ++k) {
                         const Words noise =
                             STOCHASTIC ? Hashes::of(hash_rows[row + k], hash_cols + half * LANES, key) : Words{};
-                        to[k] = rounded<STOCHASTIC, KIND != VALUES>(block[k] * scale, local, noise, factor, seen);
+                        const Floats y = block[k] * scale;
+                        const Words made = rounded<STOCHASTIC, KIND != VALUES>(y, local, noise, factor, seen);
+                        to[k] = KIND == VALUES ? made : finished_code(made, y, local);
                     }
                     if (has_nan(seen))
                         for (int64_t k = 0; k < end; ++k) {
