@@ -963,7 +963,7 @@ struct Level {
     }
 
     // For the amaxes of n tiles: codes of their scales (null: not wanted), what elements are multiplied by before and
-    // after rounding. All but the codes have room for, and are of, whole vectors.
+    // after rounding (null: not wanted of powers of two). All but the codes have room for, and are of, whole vectors.
     [[gnu::noinline]] void scales(const float* amax, int64_t n, uint8_t* codes, float* encode, float* factor) const {
         uint8_t stored[SEGMENT];
         for (int64_t start = 0; start < n; start += SEGMENT) {
@@ -972,7 +972,7 @@ struct Level {
                 two_level(amax + start, stored, encode + start, factor + start, count);
             } else {
                 powers(amax + start, stored, encode + start, count, rule.inverse_max);
-                relative_powers(stored, factor + start, count, centre, rule.tiny_exponent);
+                if (factor) relative_powers(stored, factor + start, count, centre, rule.tiny_exponent);
             }
             if (codes) std::memcpy(codes + start, stored, wanted);
         }
@@ -1028,7 +1028,7 @@ void round_rows(const T* x, const Given given, const Level* level, char* out, ui
                     amax_line(x + (first + i) * cols, amax.data() + i * grid_cols, cols, wide);
                 if (!single) amax_band(x, cols, first, last, top.data(), amax.data(), wide);
                 level->scales(amax.data(), lines * grid_cols, stored ? stored + start : nullptr, encode.data(),
-                              factor.data());
+                              KIND == VALUES || level->rule.kind == TWO_LEVEL ? factor.data() : nullptr);
                 before = encode.data(), after = factor.data();
             }
             const bool multiplies = KIND == VALUES && (level ? !whole : given.factors != nullptr);
