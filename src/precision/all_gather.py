@@ -168,7 +168,7 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
     all_codes = codes.reshape(ranks * segment.rows, -1)
     every = Quantized(
         codes=all_codes,
-        scales=torch.ones(1, 1, device=codes.device),
+        scales=torch.ones(1, 1, dtype=torch.float32, device=codes.device),
         tensor_scale=None,
         shape=(ranks * segment.rows, segment.columns),
         spec=OperandSpec(format=q.spec.format, scale=Unit()),

@@ -270,7 +270,9 @@ def _noted(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | N
     finite = x.isfinite()
     both = finite & q.isfinite()
     size = torch.where(finite, x, 0.0).abs()
-    saturated = torch.zeros((), device=x.device) if limit is None else (x.abs() > limit * _SLACK).sum()
+    saturated = (
+        torch.zeros((), dtype=torch.float32, device=x.device) if limit is None else (x.abs() > limit * _SLACK).sum()
+    )
     sums = (
         torch.tensor(x.numel(), device=x.device),
         x.numel() - finite.sum(),
@@ -280,8 +282,8 @@ def _noted(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | N
         _square(torch.where(both, x, 0.0)),
         _square(torch.where(both, q - x, 0.0)),
     )
-    amax = size.max() if size.numel() else torch.zeros((), device=x.device)
-    extremes = [amax, *(torch.full((), -math.inf, device=x.device) for _ in range(2))]
+    amax = size.max() if size.numel() else torch.zeros((), dtype=torch.float32, device=x.device)
+    extremes = [amax, *(torch.full((), -math.inf, dtype=torch.float32, device=x.device) for _ in range(2))]
     if scales is not None and scales.numel():
         known = scales.isfinite()
         extremes[1] = torch.where(known, scales, -math.inf).max()

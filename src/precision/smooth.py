@@ -83,6 +83,8 @@ class ChannelScales:
     pow2: bool
 
     def __call__(self, h: Tensor) -> Tensor:
+        if not len(h):  # an expert that no token has chosen
+            return h.new_ones(h.shape[-1], dtype=torch.float32)
         return scales_of(h.detach().abs().amax(0), pow2=self.pow2)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import native
 from precision.backends import ORDER, QUANTIZERS, REFERENCE, Backend, choose
@@ -20,6 +20,7 @@ from precision.backends.cpu import PASSES, SOURCE, _Compiled
 from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
 from precision.noise import Noise, base_key, step_key
 from precision.quantize import Prepared, Quantized
+from precision.recipe import apply, load
 from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
@@ -169,6 +170,42 @@ def test_an_amax_from_elsewhere(backend: Backend) -> None:
             assert isinstance(made, Prepared)
             assert same_codes(mine, theirs), (str(spec), value, x.dtype, x.shape)
             assert all(map(equal, (made.matrix, made.factor), REFERENCE.operand(theirs))), (str(spec), value, x.dtype)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    x = torch.randn(64, 48).bfloat16()
+    specs = [OperandSpec(format=E4M3), OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())]
+    specs += [OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())]
+    expected = [REFERENCE.quantize(x, spec, amax=None, noise=None) for spec in specs]
+    operands = [REFERENCE.operand(q) for q in expected]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for backend in (REFERENCE, choose(GemmSpec(a=SPEC, b=SPEC), (None, 8, 8), CPU).backend):
+            for spec, q, operand in zip(specs, expected, operands, strict=True):
+                made = backend.quantize(x, spec, amax=None, noise=None)
+                assert same_codes(made, q), (backend.name, str(spec))
+                assert all(map(equal, backend.operand(made), operand)), (backend.name, str(spec))
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "nvfp4", "fp8_current"])
+def test_gradients_that_are_not_finite_reach_the_loop(recipe: str) -> None:
+    """Which skips the step: nothing is raised on the way, however large the factors of a product."""
+    args = {"keep_last": 0, "bf16_forward": 0} if recipe == "nvfp4" else {}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(32, 64, bias=False)})])})
+    plan = apply(load(recipe, args), model.bfloat16())
+    plan.begin_step(1, 0)
+    for value in (torch.inf, 1e38):
+        x = (torch.randn(2, 16, 32) * 1000).bfloat16().requires_grad_()
+        y = model.get_submodule("layers.0.up_proj")(x)
+        dy = torch.randn_like(y)
+        dy[0, 0, 0] = value
+        y.backward(dy)
+        assert x.grad is not None
+        assert x.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", OTHERS)

@@ -144,7 +144,7 @@ class ReferenceAdam:
         return None
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
-        result = torch.zeros(len(updates), 3, device=updates[0].grad.device)
+        result = torch.zeros(len(updates), 3, dtype=torch.float32, device=updates[0].grad.device)
         for row, u in zip(result, updates, strict=True):
             if u.whole:
                 for place, (kept, value) in enumerate(zip(u.kept, new_values(u), strict=True)):
@@ -177,7 +177,7 @@ class CpuAdam:
         return None if _root() is not None else "torch's square roots are neither IEEE's nor those of MKL's vmsSqrt"
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
-        result = torch.zeros(len(updates), 3)
+        result = torch.zeros(len(updates), 3, dtype=torch.float32, device="cpu")
         _kernels().adam_amaxes(_array(updates, None), native.size(len(updates)), native.pointer(result), _root())
         return result
 
@@ -230,7 +230,7 @@ class TritonAdam:
         return f"no kernel for {' or '.join(lacking)}" if lacking else None
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
-        result = torch.zeros(len(updates), 3, device=updates[0].grad.device)
+        result = torch.zeros(len(updates), 3, dtype=torch.float32, device=updates[0].grad.device)
         for row, u in zip(result, updates, strict=True):
             if u.whole and u.grad.numel():
                 m, v, w = map(_state, u.kept)

@@ -88,8 +88,8 @@ class Cpu(Reference):
             return super().transformed(transform, x, left=left)
         columns = not x.is_contiguous() and x.mT.is_contiguous()
         x = x if columns else contiguous(x)
-        y = torch.empty(x.shape, dtype=x.dtype)
-        signs = torch.tensor(transform.vector(), dtype=torch.float32)
+        y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
         factor = native.real(1 / math.sqrt(transform.size))
         sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
         arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
@@ -146,7 +146,7 @@ class _Compiled:
     def __init__(self, transform: Hadamard | None = None) -> None:
         self._butterflies = _Butterflies()
         if transform is not None:
-            self._signs = torch.tensor(transform.vector(), dtype=torch.float32)
+            self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
             pointer = native.pointer(self._signs)
             self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
 
@@ -174,12 +174,14 @@ class _Compiled:
         if _DEPTH % wide != 0 if columns else wide % _LANES != 0 and wide < inner:
             return None
         grid = spec.tile.grid(outer, inner)
-        stored = torch.empty(grid, dtype=torch.uint8) if codes and ready.kind != _TENSOR else None
+        stored = torch.empty(grid, dtype=torch.uint8, device="cpu") if codes and ready.kind != _TENSOR else None
         if not codes:
-            out = torch.empty(outer, inner, dtype=torch.bfloat16)
+            out = torch.empty(outer, inner, dtype=torch.bfloat16, device="cpu")
         else:
-            out = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
-        result = torch.empty(2)
+            out = torch.empty(
+                outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
+            )
+        result = torch.empty(2, dtype=torch.float32, device="cpu")
         given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
         # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
         rows, cols = (inner, outer) if columns else (outer, inner)
@@ -213,7 +215,7 @@ class _Compiled:
             return self.amax(x.mT, tile).mT.contiguous()  # square tiles of a transpose: no copy is needed
         x = x if _in_columns(x, tile) else contiguous(x)
         part = Tile(min(x.shape[0], _ROWS_OF_A_PART), tile.inner) if tile.outer < 0 else tile
-        out = torch.empty(part.grid(*x.shape), dtype=torch.float32)
+        out = torch.empty(part.grid(*x.shape), dtype=torch.float32, device="cpu")
         _kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
 
@@ -223,7 +225,7 @@ class _Compiled:
         if not two_level and not (isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL):
             return TORCH.scales(spec, amax, tensor_amax, dtype)
         amax = amax.contiguous()
-        codes, encode = torch.empty(amax.shape, dtype=torch.uint8), torch.empty_like(amax)
+        codes, encode = torch.empty(amax.shape, dtype=torch.uint8, device="cpu"), torch.empty_like(amax)
         pointers = map(native.pointer, (amax, codes, encode))
         inverse = native.real(_inverse(spec.format.max))
         if isinstance(rule, TwoLevel):
@@ -238,17 +240,19 @@ class _Compiled:
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         codes = codes.contiguous()
-        factors = torch.empty(codes.shape, dtype=torch.float32)
+        factors = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         pointers = map(native.pointer, (codes, factors))
         centre = _kernels().centred_factors(*pointers, native.size(codes.numel()), ctypes.c_int32(tiny_exponent))
-        return factors, encode_power(torch.tensor(254 - centre))
+        return factors, encode_power(torch.tensor(254 - centre, device="cpu"))
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         if not _rounds(spec) or x.numel() == 0:
             return TORCH.encode(x, scales, spec, noise)
         _require_grid(scales, spec.tile, x.shape)
         outer, inner = x.shape
-        codes = torch.empty(outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8)
+        codes = torch.empty(
+            outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
+        )
         x = self._readable(x, spec.tile)
         if _in_vectors(x, spec.tile):
             self._round(x, scales, None, spec, noise, codes)
@@ -276,7 +280,7 @@ class _Compiled:
         _require_grid(scales, spec.tile, x.shape)
         if factors is not None:
             _require_grid(factors, spec.tile, x.shape)
-        out = torch.empty(x.shape, dtype=dtype)
+        out = torch.empty(x.shape, dtype=dtype, device="cpu")
         self._round(readable, scales, factors, spec, noise, out)
         return out
 
@@ -321,8 +325,9 @@ class _Compiled:
             )
         if factors is not None:
             _require_grid(factors, q.spec.tile, q.stored_shape)
-        factors = torch.ones(q.spec.tile.grid(outer, inner)) if factors is None else factors
-        out = torch.empty(outer, inner, dtype=dtype)
+        if factors is None:
+            factors = torch.ones(q.spec.tile.grid(outer, inner), dtype=torch.float32, device="cpu")
+        out = torch.empty(outer, inner, dtype=dtype, device="cpu")
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
         pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
         _kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
@@ -388,7 +393,7 @@ def contiguous(x: Tensor) -> Tensor:
     """``x.contiguous()`` of a matrix, fast where it is a transpose."""
     if x.is_contiguous() or x.numel() == 0 or not x.mT.is_contiguous() or x.element_size() not in (1, 2, 4):
         return x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     sizes = (native.size(x.shape[1]), native.size(x.shape[0]), ctypes.c_int32(x.element_size()))
     _kernels().transpose(native.pointer(x.mT), native.pointer(y), *sizes)
     return y
@@ -418,7 +423,7 @@ def c_format(format: NumberFormat) -> Format:
 @functools.cache
 def _inverse(value: float) -> float:
     """1 / value in float32."""
-    return float(1.0 / torch.tensor([value]))
+    return float(1.0 / torch.tensor([value], dtype=torch.float32, device="cpu"))
 
 
 def _rounds(spec: OperandSpec) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from precision.noise import Noise
 from precision.quantize import Prepared, Quantized, amax, operand, quantize
-from precision.scaling import TENSOR, Tile, TwoLevel
+from precision.scaling import FP32_MAX, TENSOR, Tile, TwoLevel
 from precision.spec import GemmSpec, OperandSpec, Transform
 
 
@@ -86,14 +88,15 @@ def scaled_product(
     factors = [factor for factor in (a_factor, b_factor) if factor is not None]
     if not factors:
         return a @ b.mT if bias is None else torch.addmm(bias.to(a.dtype), a, b.mT)
-    if a.device.type == "cpu":
-        alpha = 1.0
-        for factor in factors:
-            alpha *= float(factor)
+    alpha = math.prod(map(float, factors)) if a.device.type == "cpu" else math.inf
+    if abs(alpha) <= FP32_MAX:
         beta, start = (0, a.new_empty(())) if bias is None else (1, bias.to(a.dtype))
         return torch.addmm(start, a, b.mT, beta=beta, alpha=alpha)
-    # The factors stay on the device: reading them would stop it.
-    y = torch.mm(a, b.mT, out_dtype=torch.float32) if a.dtype != torch.float32 else a @ b.mT
+    # On a GPU the factors stay there: reading them would stop it. A CPU comes here with one that no float32 holds.
+    if a.device.type == "cpu":
+        y = a.float() @ b.float().mT
+    else:
+        y = torch.mm(a, b.mT, out_dtype=torch.float32) if a.dtype != torch.float32 else a @ b.mT
     for factor in factors:
         y = y * factor
     return (y if bias is None else y + bias).to(a.dtype)

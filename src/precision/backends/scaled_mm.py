@@ -383,7 +383,7 @@ def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
             scale = _decode_scales(q).reshape(1)
             return _Side(codes=codes, scales=[scale], recipes=[ScalingType.TensorWise], swizzles=[flat])
         case Scales.ROW_AFTERWARDS:
-            one = torch.ones(1, device=codes.device)
+            one = torch.ones(1, dtype=torch.float32, device=codes.device)
             return _Side(codes=codes, scales=[one], recipes=[ScalingType.TensorWise], swizzles=[flat])
         case Scales.ROW:
             return _Side(codes=codes, scales=[_row_scales(q, rows)], recipes=[ScalingType.RowWise], swizzles=[flat])

@@ -415,7 +415,7 @@ def output(
         scales=torch.empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8, device=device),
         given=amax.float().reshape(grid).contiguous() if amax is not None else None,
         tensor_amax=tensor_amax.float().reshape(1) if tensor_amax is not None else None,
-        tensor_scale=torch.empty(1, device=device) if tensor_amax is not None else None,
+        tensor_scale=torch.empty(1, dtype=torch.float32, device=device) if tensor_amax is not None else None,
         key=noise.key.contiguous() if noise is not None else None,
         row_offset=offset,
         constexprs={
