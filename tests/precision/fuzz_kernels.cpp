@@ -70,14 +70,14 @@ void one(int64_t rows, int64_t cols) {
                     if (columns ? rule.kind == TENSOR || 128 % wide || wide % 16 : wide % 16 && wide < cols) continue;
                     const int64_t outer = columns ? cols : rows, inner = columns ? rows : cols;
                     const float given = 3.0f;
-                    Buffer out(packed(outer, inner)), narrow(rows * cols * 2), result(8);
+                    Buffer out(packed(outer, inner)), narrow(rows * cols * 2), factor(4);
                     Buffer stored((outer + tall - 1) / tall * ((inner + wide - 1) / wide));
                     const Source source = {x.as<void>(), rows, cols, tall, wide, dtype, columns,
                                            {columns ? int32_t(among(0, 1) * 16) : 0, 0.5f, signs.as<float>()}};
                     const float* known = rule.kind != RCEIL && among(0, 1) ? &given : nullptr;
-                    quantize_source(&source, &rule, known, out.as<void>(), stored.as<uint8_t>(), result.as<float>(),
+                    quantize_source(&source, &rule, known, out.as<void>(), stored.as<uint8_t>(), factor.as<float>(),
                                     &format, &noise, 0);
-                    quantize_source(&source, &rule, known, narrow.as<void>(), nullptr, result.as<float>(), &format,
+                    quantize_source(&source, &rule, known, narrow.as<void>(), nullptr, factor.as<float>(), &format,
                                     &noise, 1);
                 }
     }

@@ -181,7 +181,7 @@ class _Compiled:
             out = torch.empty(
                 outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
             )
-        result = torch.empty(2, dtype=torch.float32, device="cpu")
+        factor = torch.empty((), dtype=torch.float32, device="cpu")
         given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
         # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
         rows, cols = (inner, outer) if columns else (outer, inner)
@@ -193,14 +193,13 @@ class _Compiled:
             None if given is None else given.data_ptr(),
             out.data_ptr(),
             None if stored is None else stored.data_ptr(),
-            result.data_ptr(),
+            factor.data_ptr(),
             ready.format,
             _NO_NOISE if noise is None else ctypes.byref(_noise(noise)),
             not codes,
         )
         if failed:
             return None
-        factor = result[1]
         if not codes:
             return Prepared(matrix=out, factor=factor)
         scales = factor.reshape(grid) if stored is None else stored

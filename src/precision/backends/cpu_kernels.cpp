@@ -922,11 +922,7 @@ struct Source {
     const void* x;
     int64_t rows, cols, tall, wide;
     int32_t dtype, columns;
-    struct {
-        int32_t size;
-        float factor;
-        const float* signs;
-    } butterflies;
+    Butterflies butterflies;
 };
 
 }  // extern "C"
@@ -1058,7 +1054,7 @@ void round_columns(const T* x, const Given given, const Level* level, char* out,
     constexpr int64_t IN_A_WORD = KIND == VALUES ? 2 : KIND == BYTES ? 4 : 8, BITS = 32 / IN_A_WORD;
     const int64_t rows = s.rows, cols = s.cols, wide = s.wide;
     const int64_t grid_cols = (rows + wide - 1) / wide, pitch = bytes_of(KIND, rows), step = std::min(wide, DEPTH);
-    const Butterflies butterflies = {s.butterflies.size, s.butterflies.factor, s.butterflies.signs};
+    const Butterflies butterflies = s.butterflies;
     const int64_t depth = std::max<int64_t>(step, butterflies.size);  // powers of two
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < rows; first += DEPTH)
@@ -1202,13 +1198,12 @@ void tile_amax(const void* x, float* out, int64_t rows, int64_t cols, int64_t ta
 void source_amax(const Source* s, float* out) {
     const bf16* narrow = static_cast<const bf16*>(s->x);
     const float* wide = static_cast<const float*>(s->x);
-    const Butterflies butterflies = {s->butterflies.size, s->butterflies.factor, s->butterflies.signs};
     if (!s->columns)
         tile_amax(s->x, out, s->rows, s->cols, s->tall, s->wide, s->dtype);
     else if (s->butterflies.size && s->dtype)
-        amax_butterflies(narrow, out, s->rows, s->cols, s->wide, butterflies);
+        amax_butterflies(narrow, out, s->rows, s->cols, s->wide, s->butterflies);
     else if (s->butterflies.size)
-        amax_butterflies(wide, out, s->rows, s->cols, s->wide, butterflies);
+        amax_butterflies(wide, out, s->rows, s->cols, s->wide, s->butterflies);
     else if (s->dtype)
         amax_columns(narrow, out, s->rows, s->cols, s->wide);
     else
@@ -1222,10 +1217,10 @@ void round_source(const Source* s, const float* scales, const float* factors, vo
 }
 
 // The same with scales by a rule, all of them written to `stored` (null: not wanted); butterflies are of size 16, tiles
-// in columns divide 128. tensor_amax: null for that of x. result: the tensor's amax, if somebody asked for it, and the
-// factor that is left to the tensor. Returns 1, with nothing done, where a tensor's amax is not finite.
+// in columns divide 128. tensor_amax: null for that of x. factor: what is left to the tensor. Returns 1, with nothing
+// done, where a tensor's amax is not finite.
 int32_t quantize_source(const Source* s, const Rule* rule, const float* tensor_amax, void* out, uint8_t* stored,
-                        float* result, const Format* format, const Noise* noise, int32_t values) {
+                        float* factor, const Format* format, const Noise* noise, int32_t values) {
     float amax = tensor_amax ? *tensor_amax : 0;
     if (s->butterflies.size || (!tensor_amax && (rule->kind != RCEIL || values))) {
         const float now = s->dtype ? measured<bf16>(*s) : measured<float>(*s);
@@ -1234,7 +1229,7 @@ int32_t quantize_source(const Source* s, const Rule* rule, const float* tensor_a
     }
     if (rule->kind == TWO_LEVEL && !(amax < INFINITY)) return 1;
     const Level level(*rule, amax);
-    result[0] = amax, result[1] = level.decode;
+    *factor = level.decode;
     round_any(*s, {{nullptr, nullptr}, &level, out, stored, format, noise}, values);
     return 0;
 }
