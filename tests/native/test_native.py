@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SOURCE = 'extern "C" int answer() { return ANSWER; }\n// flags: -DANSWER=42 -w\n
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """In a place of its own, as the cache is; every run of the compiler leaves its process id in ``runs``."""
     compiler = tmp_path / "compiler"
     compiler.write_text(
@@ -39,7 +40,10 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "small.cpp"
     file.write_text(SOURCE)
-    return file
+    yield file
+    for pid in living(tmp_path):  # of a test that failed
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def runs(place: Path) -> list[str]:
