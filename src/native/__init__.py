@@ -20,13 +20,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _FLAGS_OF_A_SOURCE = "// flags: "
 
+# A compiler ends with this process, however that ends: then the pipe at standard input does too, and the process group
+# is killed. A signal at the parent's death would reach g++ alone, not the cc1plus that works for it.
+_WITH_ITS_PARENT = """
+exec 3<&0
+{ read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
+"$@" </dev/null 3<&-
+status=$?
+{ kill -KILL $!; wait $!; } >/dev/null 2>&1
+exit $status
+"""
+_STALE_SECONDS = 600  # far longer than any source takes
+
 _begun: dict[Path, tuple[Thread, Future[Path]]] = {}
 _compilers: set[subprocess.Popen[str]] = set()
 _ending = Event()
@@ -42,6 +55,9 @@ _ending = Event()
 
 def _in_forked_child() -> None:
     _begun.clear()  # threads stay with the parent
+    for process in _compilers:
+        if process.stdin is not None:
+            process.stdin.close()  # a pipe held on to here would hide the parent's end from its compiler
     _compilers.clear()
     if "torch" in sys.modules:  # an OpenMP region would wait for the parent's threads: ours, and torch's
         sys.modules["torch"].set_num_threads(1)
@@ -76,8 +92,10 @@ def library(source: Path) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        begun = _begun.pop(source, None)
-        return ctypes.CDLL(str(begun[1].result() if begun else _built(compiler, source)))
+        begun = _begun.get(source)
+        built = begun[1].result() if begun else _built(compiler, source)
+        _begun.pop(source, None)  # not before: the end of a process that Ctrl-C stops here waits for the thread
+        return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
@@ -104,9 +122,12 @@ def _built(compiler: str, source: Path) -> Path:
     target = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
     if target.exists():
         return target
-    with _one_at_a_time(target.with_suffix(".lock")):
+    with _one_at_a_time(target.with_suffix(".lock")) as alone:
         if not target.exists():  # another rank may have built it meanwhile
-            with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".incomplete", delete=False) as partial:
+            _sweep(target, alone)
+            with tempfile.NamedTemporaryFile(
+                dir=target.parent, prefix=f"{target.stem}-", suffix=".incomplete", delete=False
+            ) as partial:
                 pass
             try:
                 _compile([compiler, *flags, "-o", partial.name, str(source)])
@@ -121,26 +142,62 @@ def _own_flags(source: Path) -> list[str]:
     return [flag for line in lines for flag in line.removeprefix(_FLAGS_OF_A_SOURCE).split()]
 
 
+def _sweep(target: Path, alone: bool) -> None:
+    """Removes what killed processes have left: the same target's where nobody else builds it, others' by their age."""
+    for path in (*target.parent.glob("*.incomplete"), *target.parent.glob("*.lock")):
+        with suppress(OSError):  # another may be sweeping
+            same = path.suffix == ".incomplete" and path.name.startswith(target.stem)
+            if (alone and same) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Processes in turn, where the file system has locks. One that dies gives its lock back."""
+def _one_at_a_time(path: Path) -> Iterator[bool]:
+    """Processes in turn, where the file system has locks (yields whether). One that dies gives its lock back.
+
+    Raises InterruptedError when this process ends before its turn.
+    """
     with path.open("w") as file:
-        with suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock's, not held on by forked children
+        alone = _locked(file)
         try:
-            yield
+            yield alone
         finally:
             path.unlink(missing_ok=True)  # who comes later finds what was built
 
 
+def _locked(file: IO[str]) -> bool:
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by forked children
+            return True
+        except BlockingIOError:
+            if _ending.is_set():
+                raise InterruptedError("the process ends") from None
+            time.sleep(0.05)
+        except OSError:
+            return False
+
+
 def _compile(command: list[str]) -> None:
     # A process group of its own: Ctrl-C is for the trainer, and g++ ends with all that it has started.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    with subprocess.Popen(
+        ["/bin/sh", "-c", _WITH_ITS_PARENT, "sh", *command],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        assert process.stderr is not None
         _compilers.add(process)
-        if _ending.is_set():
-            _end(process)
         try:
-            _, errors = process.communicate()
+            if _ending.is_set():
+                _end(process)
+            errors = process.stderr.read()  # communicate() would close the pipe at standard input
+            process.wait()
+        except BaseException:  # Ctrl-C: what lived on would write again what the caller removes
+            _end(process)
+            process.wait()
+            raise
         finally:
             _compilers.discard(process)
     if process.returncode:
