@@ -8,6 +8,7 @@ calls, noise and amaxes. The result is that of ``precision.swiglu`` in plain tor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
+from torch.nn.modules.module import _has_any_global_hook
 
 from precision.backends import Backend, Operand
 from precision.backends.scaled_mm import ScaledMM
@@ -61,8 +63,16 @@ class Smoothing:
         return d, (amaxes / d).to(up.dtype).float().amax()
 
 
-class FusedSwiGLU(nn.Module):
-    """Stands for a module that computes down_proj(silu(gate_proj(x)) * up_proj(x)), with its children.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_ANY_MODULE = frozenset(vars(nn.Module())) | {"forward", "plan_row"}
+
+
+class FusedSwiGLU:
+    """The forward pass of a module that computes down_proj(silu(gate_proj(x)) * up_proj(x)).
+
+    ``put_in`` sets it in place of the module's own. All else stays the module's: its children, mode, attributes, hooks
+    and copies.
 
     Args:
         mlp: that module.
@@ -74,36 +84,55 @@ class FusedSwiGLU(nn.Module):
     """
 
     def __init__(self, mlp: nn.Module, path: str, smoothing: Smoothing, *, always: bool) -> None:
-        super().__init__()
-        self._modules = mlp._modules  # one dictionary: who replaces a child does so for both
-        self.training = mlp.training
-        self.path, self.smoothing, self.always = path, smoothing, always
-        self._plain = (mlp,)  # no child
-        self._is_swiglu = is_swiglu(mlp)
+        self.mlp, self.path, self.smoothing, self.always = mlp, path, smoothing, always
+        self._own: Callable[..., Tensor] = mlp.forward
+        self._other = why_no_swiglu(mlp)
+        self._known = _attributes(mlp)
+        self._hooks = self._hooks_of_projections()  # the recipe's
         self._reasons: dict[tuple[tuple[LinearSpec, Backends], ...], str | None] = {}
-        if always and not self._is_swiglu:
-            raise ValueError(f"{path}: {self._other()}")
+        if always and self._other is not None:
+            raise ValueError(f"{path}: {self._other}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        own, kernels = self._way(x)
-        gate, up, down = self._linears()
-        y: Tensor = self._plain[0](x) if own else self._fused(x) if kernels else down(_swiglu(gate(x), up(x)))
+    def put_in(self) -> None:
+        """Have the module compute so, if it is such a SwiGLU, and plan.txt tell how, or why not."""
+        self.mlp.plan_row = SwiGLURow(self)  # type: ignore[assignment]
+        if self._other is None:
+            self.mlp.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        own, kernels = (True, False) if kwargs or len(args) != 1 else self._way(args[0])
+        y: Tensor
+        if own:
+            y = self._own(*args, **kwargs)
+        elif kernels:
+            y = self._fused(args[0])
+        else:
+            gate, up, down = self._linears()
+            y = down(_swiglu(gate(args[0]), up(args[0])))
         return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _way(self, x: Tensor) -> tuple[bool, bool]:
-        """Whether to compute as the module it stands for, and if not, whether by the kernels."""
+        """Whether to compute as the module itself does, and if not, whether by the kernels."""
+        if self._changed() is not None:
+            return True, False
         linears = self._linears()
-        planned = self.always or self.why_not(planned=True) is None
-        if linears[0].clock.high_precision or not self._is_swiglu or not planned:
+        planned = self.always or self._why_not(planned=True) is None
+        if linears[0].clock.high_precision or not planned:
             return True, False
         watched = any(linear.observer is not None or linear.mode.unseen for linear in linears)
         fits = x.dtype in DTYPES and x.numel() > 0 and runs_on(x.device)
         autocast = torch.is_autocast_enabled(x.device.type)
-        return False, fits and not watched and not autocast and self.why_not() is None
+        return False, fits and not watched and not autocast and self._why_not() is None
 
     def why_not(self, *, planned: bool = False) -> str | None:
         """Why the kernels do not serve in this step, or, if ``planned``, wherever no schedule says otherwise."""
+        return self._changed() or self._why_not(planned=planned)
+
+    def _why_not(self, *, planned: bool = False) -> str | None:
+        """The same of a module that has not changed."""
+        if not planned and (_has_any_global_hook() or self._hooks_of_projections() != self._hooks):  # type: ignore[no-untyped-call]
+            return "hooks of its linears are to be called"
         key = tuple(
             (linear.spec, linear.backends_of[0]) if planned else (linear.active, linear.backends)
             for linear in self._linears()
@@ -112,25 +141,39 @@ class FusedSwiGLU(nn.Module):
             self._reasons[key] = self._reason(*key)
         return self._reasons[key]
 
-    @property
-    def plan_row(self) -> SwiGLURow:
-        return SwiGLURow(self)
-
     def _linears(self) -> tuple[QuantLinear, QuantLinear, QuantLinear]:
-        gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        """Of a module that has not changed."""
+        gate, up, down = (self.mlp.get_submodule(name) for name in PROJECTIONS)
         assert isinstance(gate, QuantLinear)
         assert isinstance(up, QuantLinear)
         assert isinstance(down, QuantLinear)
         return gate, up, down
 
-    def _other(self) -> str:
-        return f"{type(self._plain[0]).__name__} does not compute down_proj(silu(gate_proj(x)) * up_proj(x))"
+    def _hooks_of_projections(self) -> list[int]:
+        modules = [self.mlp._modules.get(name) for name in PROJECTIONS]
+        return [len(getattr(module, hooks)) for module in modules if module is not None for hooks in _HOOKS]
+
+    def _changed(self) -> str | None:
+        """Why only the module's own forward pass can be right: it is no such SwiGLU, or was changed since."""
+        if self._other is not None:
+            return self._other
+        for name in PROJECTIONS:
+            if not isinstance(linear := self.mlp._modules.get(name), QuantLinear):
+                return f"{name} became a {type(linear).__name__}"
+        down = self.mlp._modules[PROJECTIONS[2]]
+        if isinstance(down, QuantLinear) and down.statistics is None:
+            return f"{PROJECTIONS[2]} is no longer smoothed"
+        if (owned := _owned(self.mlp)) is not None:
+            return owned
+        now = _attributes(self.mlp)
+        for (path, name), value in self._known.items():
+            if now.get((path, name), _MISSING) is not value:
+                return f"its {'.'.join(filter(None, (path, name)))} was changed"
+        return None
 
     def _reason(
         self, gate: tuple[LinearSpec, Backends], up: tuple[LinearSpec, Backends], down: tuple[LinearSpec, Backends]
     ) -> str | None:
-        if not self._is_swiglu:
-            return self._other()
         for name, (_, backends) in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             for backend in backends:
                 quantizer = backend.quantizer if isinstance(backend, ScaledMM) else backend
@@ -158,7 +201,7 @@ class FusedSwiGLU(nn.Module):
         gate, up, down = linears = self._linears()
         rows = x.reshape(-1, gate.in_features)
         first_row = gate.clock.first_sample * gate.clock.rows_of_a_sample(x, len(rows))
-        differentiated = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+        differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
         made = gate.clock.recent.of(x)
         calls = tuple(
             Call(linear, linear.active, first_row, of_x, None, None)
@@ -173,19 +216,19 @@ class FusedSwiGLU(nn.Module):
 class SwiGLURow:
     """The line of plan.txt for a SwiGLU."""
 
-    module: FusedSwiGLU
+    swiglu: FusedSwiGLU
 
     @property
     def path(self) -> str:
-        return self.module.path
+        return self.swiglu.path
 
     def __str__(self) -> str:
-        reason, always = self.module.why_not(planned=True), self.module.always
+        reason, always = self.swiglu.why_not(planned=True), self.swiglu.always
         if reason is None:
             told = "[triton, fused with the quantization of h, dgate and dup]"
         else:
             told = f"[{'plain torch, as kernels would' if always else 'as the model has it'} (not fused: {reason})]"
-        return f"{self.module.path:44} silu(gate) * up: {told}"
+        return f"{self.path:44} silu(gate) * up: {told}"
 
 
 class _Fused(torch.autograd.Function):
@@ -201,23 +244,24 @@ class _Fused(torch.autograd.Function):
         down_bias: Tensor | None,
         calls: tuple[Call, Call, Call],
         smoothing: Smoothing,
-        differentiated: bool,
+        differentiated: tuple[bool, bool, bool],
     ) -> Tensor:
+        """``differentiated``: which of the weights are to have gradients, if any are taken."""
         outputs: list[Tensor] = []
         kept: list[Operand | None] = []
-        for call, weight in zip(calls[:2], (gate_weight, up_weight), strict=True):
-            if differentiated:
+        for call, weight, trained in zip(calls[:2], (gate_weight, up_weight), differentiated[:2], strict=True):
+            if trained:
                 call.make_both(x)
-            a = call.operand(X, x, codes=differentiated and keeps_first(call.spec))
+            a = call.operand(X, x, codes=trained and keeps_first(call.spec))
             outputs.append(call.product(0, a, call.weight(W, weight), dtype=x.dtype))
-            kept.append(kept_of(call, x, a) if differentiated else None)
+            kept.append(kept_of(call, x, a) if trained else None)
         gate, up = outputs
         d, top = smoothing.of(gate, up)
         h, down = Hidden(gate, up, d, smoothing.along), calls[2].with_stats(d)
-        pair = _both(down, h) if differentiated else None
+        pair = _both(down, h) if differentiated[2] else None
         a = _hidden(down, X, h, top) if pair is None else pair[0]
         y = down.product(0, a, down.weight(W, down_weight), dtype=x.dtype, bias=down_bias)
-        h_t = None if not differentiated else _hidden(down, WGRAD_X, h, top) if pair is None else pair[1]
+        h_t = None if not differentiated[2] else _hidden(down, WGRAD_X, h, top) if pair is None else pair[1]
         kept.append(h_t)
         tensors, ctx.kept = zip(*map(_packed, kept), strict=True)
         ctx.save_for_backward(
@@ -241,14 +285,20 @@ class _Fused(torch.autograd.Function):
         dx = None
         weights: dict[str, Tensor | None] = {"gate": None, "up": None, "down": None}
 
-        dy_made = down.operand(DGRAD_DY, dy)
+        dy_made: Operand = dy
         dgrad = down.spec.dgrad
         divides = _rescale(dgrad.transform) is not None  # which is then done where dh is read
-        dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
+        dh = None
+        if needed["x"] or needed["gate"] or needed["up"]:
+            dy_made = down.operand(DGRAD_DY, dy)
+            dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
         if needed["down"]:
             same = not isinstance(dy_made, Tensor) and transposes(dgrad, dgrad.a, down.spec.wgrad, down.spec.wgrad.a)
             dy_t = dy_made.t() if same else down.operand(WGRAD_DY, dy.mT)
             weights["down"] = down.product(2, dy_t, h_t, dtype=down_weight.dtype)
+        dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
+        if dh is None:
+            return None, None, None, weights["down"], dbias, None, None, None
 
         gradients = Gradients(dh, gate, up, d if divides else None, ctx.along)
         calls, spec = (gate_call, up_call), gate_call.spec
@@ -263,13 +313,12 @@ class _Fused(torch.autograd.Function):
             if made is not None and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
                 columns = made[0].t(), made[1].t()
             else:
-                columns = _gradients(calls, WGRAD_DY, gradients)
+                columns = _gradients(calls, WGRAD_DY, gradients, noted=(needed["gate"], needed["up"]))
             for name, call, codes, x, weight in zip(
                 ("gate", "up"), calls, columns, (gate_x, up_x), (gate_weight, up_weight), strict=True
             ):
                 if needed[name]:
                     weights[name] = call.product(2, codes, _x_columns(call, x), dtype=weight.dtype)
-        dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
         return dx, weights["gate"], weights["up"], weights["down"], dbias, None, None, None
 
 
@@ -304,8 +353,13 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     return quantize_both(h, fprop.a) if plain and fprop.a is not None and fprop.a == wgrad.b else None
 
 
-def _gradients(calls: tuple[Call, Call], slot: int, gradients: Gradients) -> tuple[Quantized, Quantized]:
-    """The slot's codes of the gradients of gate and up, by their calls. As ``Call.operand`` would have them."""
+def _gradients(
+    calls: tuple[Call, Call], slot: int, gradients: Gradients, *, noted: tuple[bool, bool] = (True, True)
+) -> tuple[Quantized, Quantized]:
+    """The slot's codes of the gradients of gate and up, by their calls. As ``Call.operand`` would have them.
+
+    ``noted``: whose amaxes are remembered, as they are of what a plain linear reads.
+    """
     gemm = calls[0].gemm(slot)
     spec, hadamard, transposed = gemm.a, gemm.transform, slot in TRANSPOSED
     assert spec is not None
@@ -319,7 +373,8 @@ def _gradients(calls: tuple[Call, Call], slot: int, gradients: Gradients) -> tup
     if slot in calls[0].module.mode.column_of:
         tops = gradient_amaxes(source, TENSOR, hadamard)
         held = [
-            call.module.amax_for(slot, gradients.dh, top.reshape(())) for call, top in zip(calls, tops, strict=True)
+            call.module.amax_for(slot, gradients.dh, top.reshape(())) if note else top.reshape(())
+            for call, top, note in zip(calls, tops, noted, strict=True)
         ]
         assert held[0] is not None
         assert held[1] is not None
@@ -385,23 +440,89 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return h
 
 
-class _Asked:
-    """In place of an MLP's self: its projections give what they are told; all else is the MLP's own."""
-
-    def __init__(self, mlp: nn.Module, gate: Tensor, up: Tensor) -> None:
-        self._mlp = mlp
-        self.gate_proj, self.up_proj, self.down_proj = (lambda x: gate), (lambda x: up), (lambda h: h)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._mlp, name)
+_MISSING = object()
 
 
-def is_swiglu(mlp: nn.Module) -> bool:
-    """Whether a module with these three projections puts silu(gate) * up between them: its forward pass is asked."""
-    gate, up = torch.linspace(-9, 9, 64, device="cpu"), torch.linspace(3, -2, 64, device="cpu")
+def _others(mlp: nn.Module) -> dict[str, nn.Module]:
+    """The module itself and all in it but its projections, by path."""
+    return {path: module for path, module in mlp.named_modules() if path.partition(".")[0] not in PROJECTIONS}
+
+
+def _attributes(mlp: nn.Module) -> dict[tuple[str, str], object]:
+    """What the result may depend on beside the projections: other modules, and what they keep, by path and name."""
+    found: dict[tuple[str, str], object] = {}
+    for path, module in _others(mlp).items():
+        found[path, ""] = module
+        found |= {(path, name): value for name, value in vars(module).items() if name not in _OF_ANY_MODULE}
+    return found
+
+
+def _owned(mlp: nn.Module) -> str | None:
+    """What nobody would see to if the projections alone were computed."""
+    for path, module in _others(mlp).items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                return f"{type(mlp).__name__} has a {'.'.join(filter(None, (path, name)))} of its own"
+        if path and any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"hooks of its {path} are to be called"
+    return None
+
+
+class _Stub(nn.Module):
+    """In place of a projection: gives what it is told, and notes what it is given."""
+
+    def __init__(self, told: Tensor | None) -> None:
+        super().__init__()
+        self.told = told
+        self.given: list[Tensor] = []
+        self.copies: list[Tensor] = []  # of then
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(x)
+        self.copies.append(x.clone())
+        return x.clone() if self.told is None else self.told.clone()
+
+
+def why_no_swiglu(mlp: nn.Module) -> str | None:
+    """Why a module with these three projections is not known to put silu(gate) * up between them, and nothing else.
+
+    It must have no parameters or buffers beside theirs, and its forward pass is asked, on the CPU, in both modes,
+    twice: gate and up get the very input and the output is the very one of down.
+    """
+    if "forward" in vars(mlp):
+        return f"the forward pass of this {type(mlp).__name__} was replaced"
+    if (owned := _owned(mlp)) is not None:
+        return owned
     try:
-        with torch.no_grad():
-            h = type(mlp).forward(_Asked(mlp, gate, up), torch.ones(64, device="cpu"))
-    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            alike = all(_answers(mlp, training, shape) for training in (True, False) for shape in ((7, 7), (49,)))
+    except Exception:  # whatever it needs is not there
+        alike = False
+    return None if alike else f"{type(mlp).__name__} does not compute down_proj(silu(gate_proj(x)) * up_proj(x))"
+
+
+def _answers(mlp: nn.Module, training: bool, shape: tuple[int, ...]) -> bool:
+    """Whether the forward pass is that of a SwiGLU for gates and ups from 1e-6 to 1e4 and of both signs."""
+    sizes = torch.logspace(-6, 4, 24, dtype=torch.float32, device="cpu")
+    values = torch.cat([-sizes, torch.zeros(1, device="cpu", dtype=torch.float32), sizes])
+    gate, up = (x.reshape(*shape, 49) for x in torch.meshgrid(values, values, indexing="ij"))
+    x = torch.ones(*shape, 8, dtype=torch.float32, device="cpu") * 0.5
+    stubs = _Stub(gate), _Stub(up), _Stub(None)
+    asked = copy.copy(mlp)
+    rest = {name: module for name, module in mlp._modules.items() if name not in PROJECTIONS}
+    asked._modules = copy.deepcopy(rest) | dict(zip(PROJECTIONS, stubs, strict=True))
+    asked.train(training)
+    before = dict(vars(asked))
+    outputs: list[Tensor] = []
+    stubs[2].register_forward_hook(lambda module, inputs, y: outputs.append(y))
+    with torch.set_grad_enabled(training):
+        y = type(mlp).forward(asked, x)
+    of_gate, of_up, of_down = (stub.given for stub in stubs)
+    if not len(of_gate) == len(of_up) == len(of_down) == 1:
         return False
-    return isinstance(h, Tensor) and h.shape == gate.shape and torch.allclose(h, silu(gate) * up, rtol=1e-5, atol=1e-6)
+    same = of_gate[0] is x and of_up[0] is x and y is outputs[0]
+    h = stubs[2].copies[0]
+    untouched = bool((x == 0.5).all()) and torch.equal(y, h)
+    silent = vars(asked).keys() == before.keys() and all(vars(asked)[name] is before[name] for name in before)
+    right = h.shape == gate.shape and torch.allclose(h, silu(gate) * up, rtol=1e-5, atol=1e-20)
+    return same and untouched and silent and right

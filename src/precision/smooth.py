@@ -127,7 +127,7 @@ def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
 
 
 def fused(*, always: bool) -> Callable[[nn.Module, str], nn.Module]:
-    """The ``make`` of a rule for the modules whose down-projections ``smooth`` has made; others stay as they are."""
+    """The ``make`` of a rule for the SwiGLUs whose down-projections ``smooth`` has made; all else stays as it is."""
 
     def make(mlp: nn.Module, path: str) -> nn.Module:
         gate, up, down = (mlp.get_submodule(name) for name in (GATE, UP, DOWN))
@@ -138,7 +138,8 @@ def fused(*, always: bool) -> Callable[[nn.Module, str], nn.Module]:
             return mlp
         scales = functools.partial(scales_of, pow2=down.statistics.pow2)
         along = 1 if isinstance(down.statistics, ChannelScales) else 0
-        return FusedSwiGLU(mlp, path, Smoothing(along, scales), always=always)
+        FusedSwiGLU(mlp, path, Smoothing(along, scales), always=always).put_in()
+        return mlp
 
     return make
 

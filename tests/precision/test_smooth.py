@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import precision.fused
+from precision.backends import Reference
 from precision.formats import E4M3
 from precision.linear import QuantLinear, quantized
 from precision.probe import Probe
@@ -375,3 +377,222 @@ def test_the_probe_sees_what_is_quantized_and_changes_nothing(form: str) -> None
     rows = {row.slot: row for row in probe.rows() if row.module.endswith("down_proj")}
     assert 1 <= rows["fprop.x"].amax < (2 if form == "channel" else 100)
     assert all(rows[slot].sqnr_db > 20 for slot in ("fprop.x", "fprop.w", "dgrad.dy", "wgrad.dy", "wgrad.x"))
+
+
+@pytest.fixture
+def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the fused function run on a CPU: what it calls is plain torch there."""
+    monkeypatch.setattr(precision.fused, "Triton", Reference)
+    monkeypatch.setattr(precision.fused, "runs_on", lambda device: True)
+
+
+def block_of(mlp: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": mlp})])})
+
+
+def calls_of_fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Grows by the inputs of the fused function."""
+    calls: list[Tensor] = []
+    apply_ = precision.fused._Fused.apply
+    monkeypatch.setattr(precision.fused._Fused, "apply", lambda x, *rest: calls.append(x) or apply_(x, *rest))
+    return calls
+
+
+class Scaled(SwiGLU):
+    """One parameter and one buffer of its own, that nothing of the projections tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+class Counting(SwiGLU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return super().forward(x)
+
+
+class Variant(SwiGLU):
+    """Almost a SwiGLU."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.calls = way, 0
+        self.act_fn, self.drop = nn.SiLU(), nn.Dropout(0.5)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        match self.way:
+            case "clamp gate":
+                gate = gate.clamp(max=10)
+            case "clamp up":
+                up = up.clamp(-7, 7)
+            case "clamp h":
+                return (F.silu(gate) * up).clamp(-1e5, 1e5)
+            case "eps":
+                gate = gate + 1e-6
+            case "dropout":
+                return self.drop(F.silu(gate) * up)
+            case "functional dropout":
+                return F.dropout(F.silu(gate) * up, 0.1, self.training)
+            case "gelu in eval":
+                return (F.silu(gate) if self.training else F.gelu(gate)) * up
+            case "every other":
+                self.calls += 1
+                return (F.silu(gate) if self.calls % 2 else gate) * up
+        return self.act_fn(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = up = x
+        match self.way:
+            case "norm":
+                gate = up = F.rms_norm(x, x.shape[-1:])
+            case "scale":
+                gate = up = x * 1.0
+            case "flip":
+                up = x.flip(0)
+            case "in place":
+                x.mul_(2)
+        y = self.down_proj(self.gated(self.gate_proj(gate), self.up_proj(up)))
+        return y.mul_(2) if self.way == "twice" else y + x if self.way == "residual" else y
+
+
+VARIANTS = ["norm", "scale", "flip", "in place", "clamp gate", "clamp up", "clamp h", "eps", "dropout"]
+VARIANTS += ["functional dropout", "gelu in eval", "every other", "twice", "residual"]
+
+
+@pytest.mark.parametrize("way", VARIANTS)
+def test_what_is_almost_a_swiglu_is_left_alone(way: str, fusing: None) -> None:
+    state = torch.get_rng_state()
+    mlp = Variant(way)
+    own = vars(mlp).copy()
+    torch.set_rng_state(state)
+    plan = apply(load("smooth_swiglu", {}), block_of(mlp))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "forward" not in vars(mlp)
+    assert all(vars(mlp)[name] is value for name, value in own.items())
+    assert "(not fused: Variant does not compute down_proj(silu(gate_proj(x)) * up_proj(x)))" in str(plan)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp: Variant does not compute"):
+        apply(load("smooth_swiglu", {"fuse": "always"}), block_of(Variant(way)))
+
+
+@pytest.mark.parametrize("make", [SwiGLU, lambda: Variant("plain")])
+def test_a_swiglu_is_known(make: Any, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block_of(make())
+    plan = apply(load("smooth_swiglu", {}), model)
+    assert "[triton, fused with" in str(plan)
+    calls = calls_of_fused(monkeypatch)
+    mlp_of(copy.deepcopy(model))(samples(4, HIDDEN))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Scaled, "scale"), (Counting, "seen")])
+def test_what_an_mlp_owns_stays(kind: type[SwiGLU], name: str, fusing: None) -> None:
+    model, plain = block_of(kind()), block_of(kind())
+    plain.load_state_dict(model.state_dict())
+    plan = apply(load("smooth_swiglu", {}), model)
+    apply(load("smooth_swiglu", {"fuse": "never"}), plain)
+    assert f"(not fused: {kind.__name__} has a {name} of its own)" in str(plan)
+    assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x, dy = samples(5, HIDDEN), samples(5, HIDDEN, seed=2)
+    assert all(map(torch.equal, run(mlp_of(model), x, dy), run(mlp_of(plain), x, dy)))
+    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+
+
+def test_a_fused_mlp_is_still_itself(fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attributes, its mode and that of its children, and its hooks, which see what goes in and comes out."""
+    mlp = Variant("plain")
+    model = block_of(mlp)
+    apply(load("smooth_swiglu", {}), model)
+    calls, x, seen = calls_of_fused(monkeypatch), samples(5, HIDDEN), []
+    model.eval()
+    assert mlp_of(model) is mlp
+    assert mlp.way == "plain"
+    assert not mlp.training
+    assert not mlp.drop.training
+    mlp.register_forward_hook(lambda module, inputs, y: seen.append((module, inputs[0], y)))
+    y = mlp(x)
+    assert len(calls) == 1
+    assert seen[0][0] is mlp
+    assert seen[0][1] is x
+    assert seen[0][2] is y
+
+
+@pytest.mark.parametrize("what", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+def test_hooks_within_are_called(what: str, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = Variant("plain")
+    apply(load("smooth_swiglu", {"form": "token"}), block_of(mlp))
+    calls, x, seen = calls_of_fused(monkeypatch), samples(5, HIDDEN), []
+    with torch.no_grad():
+        fused = mlp(x)
+        handle = mlp.get_submodule(what).register_forward_hook(lambda module, inputs, y: seen.append(y))
+        torch.testing.assert_close(mlp(x), fused, rtol=1e-2, atol=1e-2)
+        assert (len(calls), len(seen)) == (1, 1)
+        handle.remove()
+        assert torch.equal(mlp(x), fused)
+    assert (len(calls), len(seen)) == (2, 1)
+
+
+class Lora(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x.sum()
+
+
+@pytest.mark.parametrize("fuse", ["auto", "always"])
+def test_an_mlp_that_is_changed_later_computes_as_it_does_itself(
+    fuse: str, fusing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, x = calls_of_fused(monkeypatch), samples(5, HIDDEN)
+    for reason in ("gate_proj became a Lora", "its act_fn was changed", "its way was changed", "has a more of its own"):
+        mlp = Variant("plain")
+        plan = apply(load("smooth_swiglu", {"fuse": fuse}), block_of(mlp))
+        if "Lora" in reason:
+            mlp.gate_proj = Lora(mlp.gate_proj)
+        elif "act_fn" in reason:
+            mlp.act_fn = nn.GELU()
+        elif "way" in reason:
+            mlp.way = "clamp up"
+        else:
+            mlp.more = nn.Parameter(torch.zeros(()))
+        assert torch.equal(mlp(x), Variant.forward(mlp, x))
+        assert reason in str(plan)
+    assert calls == []
+
+
+@pytest.mark.parametrize("base", ["fp8_delayed", "mxfp8"])
+@pytest.mark.parametrize("frozen", ["gate up x", "down x", "gate x", "up x", "gate up down", "gate", "x"])
+def test_frozen_weights_have_the_state_of_plain_torch(
+    base: str, frozen: str, fusing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with what is remembered: of the gradients that nobody needs, nothing is."""
+    calls, results = calls_of_fused(monkeypatch), []
+    for kernels in (True, False):
+        model = model_of(dtype=torch.bfloat16)
+        mlp = mlp_of(model)
+        for name in frozen.replace("x", "").split():
+            mlp.get_submodule(f"{name}_proj").requires_grad_(False)
+        plan = apply(load("smooth_swiglu", {"base": base, "fuse": "always"}), model)
+        monkeypatch.setattr(precision.fused, "runs_on", lambda device, kernels=kernels: kernels)
+        x, dy = (samples(4, 32, HIDDEN, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+        x.requires_grad_("x" not in frozen)
+        for step in range(2):
+            plan.begin_step(step, 0)
+            mlp(x).backward(dy)
+            plan.end_step()
+        tensors = [x.grad, *(parameter.grad for parameter in mlp.parameters())]
+        results.append([tensor is None or tensor for tensor in tensors] + [*plan.state_tensors().values()])
+    assert len(calls) == 2
+    for one, other in zip(*results, strict=True):
+        assert one is other or torch.equal(one, other)

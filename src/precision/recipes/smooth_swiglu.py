@@ -49,9 +49,8 @@ def recipe(
         raise ValueError(f"the base {base} quantizes no linear: there is nothing to smooth")
     make = smooth(one_of("form", form, FORMS), pow2=pow2)
     rule = Rule(kind=QuantLinear, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP))
-    fusing = one_of("fuse", fuse, {"auto": (False,), "always": (True,), "never": ()})
-    rules = (
-        Rule(kind=nn.Module, path=".+", make=fused(always=always), children=(GATE, UP, DOWN), optional=True)
-        for always in fusing
-    )
-    return replace(inner, rules=(*inner.rules, rule, *rules))
+    rules = (*inner.rules, rule)
+    if one_of("fuse", fuse, {"auto": "auto", "always": "always", "never": "never"}) != "never":
+        into = fused(always=fuse == "always")
+        rules += (Rule(kind=nn.Module, path=".+", make=into, children=(GATE, UP, DOWN), optional=True),)
+    return replace(inner, rules=rules)
