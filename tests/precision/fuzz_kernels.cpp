@@ -99,6 +99,6 @@ int main() {
         one(size, 1);
         one(size, size);
     }
-    for (int i = 0; i < 60; ++i) one(among(1, 300), among(1, 300));
+    for (int i = 0; i < 40; ++i) one(among(1, 300), among(1, 300));
     std::puts("clean");
 }
