@@ -85,9 +85,7 @@ void one(int64_t rows, int64_t cols) {
     transpose(x.as<void>(), turned.as<void>(), rows, cols, width);
     for (const int32_t columns : {0, 1})
         hadamard(x.as<void>(), turned.as<void>(), rows, cols, signs.as<float>(), 16, 0.25f, dtype, columns);
-    Buffer amax(rows * 4), codes(rows), scales(rows * 4);
-    two_level_scales(amax.as<float>(), codes.as<uint8_t>(), scales.as<float>(), rows, 2.0f, 0.5f, 0.2f, &formats[0]);
-    rceil_scales(amax.as<float>(), codes.as<uint8_t>(), scales.as<float>(), rows, 0.2f);
+    Buffer codes(rows), scales(rows * 4);
     centred_factors(codes.as<uint8_t>(), scales.as<float>(), rows, -9);
 }
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import precision.fused
 from precision.backends import Reference
@@ -596,3 +598,14 @@ def test_frozen_weights_have_the_state_of_plain_torch(
     assert len(calls) == 2
     for one, other in zip(*results, strict=True):
         assert one is other or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", ["channel", "token"])
+def test_no_tokens_at_all(form: str) -> None:
+    """As an expert has that none has chosen."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=64))])})
+    plan = apply(load("smooth_swiglu", {"form": form}), model)
+    plan.begin_step(1, 0)
+    y = model.get_submodule("layers.0")(torch.randn(0, 32, requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (0, 32)

@@ -219,23 +219,7 @@ class _Compiled:
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
 
     def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
-        rule = spec.scale
-        two_level = isinstance(rule, TwoLevel) and _fits(rule.block) and not rule.rows
-        if not two_level and not (isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL):
-            return TORCH.scales(spec, amax, tensor_amax, dtype)
-        amax = amax.contiguous()
-        codes, encode = torch.empty(amax.shape, dtype=torch.uint8, device="cpu"), torch.empty_like(amax)
-        pointers = map(native.pointer, (amax, codes, encode))
-        inverse = native.real(_inverse(spec.format.max))
-        if isinstance(rule, TwoLevel):
-            assert tensor_amax is not None
-            top, tensor = rule.tensor_level(tensor_amax, spec.format)
-            block = ctypes.byref(c_format(rule.block))
-            levels = (native.real(float(top)), native.real(float(1.0 / top)), inverse)
-            _kernels().two_level_scales(*pointers, native.size(amax.numel()), *levels, block)
-            return Scales(encode, codes, tensor)
-        _kernels().rceil_scales(*pointers, native.size(amax.numel()), inverse)
-        return Scales(encode, codes)
+        return TORCH.scales(spec, amax, tensor_amax, dtype)
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         codes = codes.contiguous()

@@ -974,6 +974,7 @@ struct Level {
         }
     }
 
+    // TwoLevel, steps 2 and 3.
     void two_level(const float* amax, uint8_t* codes, float* encode, float* factor, int64_t count) const {
         const Grid grid(rule.block);
         const float c = scale * rule.inverse_max, inverse = 1.0f / scale, most = rule.block.max;
@@ -1271,28 +1272,6 @@ void hadamard(const void* x, void* out, int64_t rows, int64_t cols, const float*
         hadamard_rows(static_cast<const bf16*>(x), static_cast<bf16*>(out), rows, cols, signs, size, factor);
     else
         hadamard_rows(static_cast<const float*>(x), static_cast<float*>(out), rows, cols, signs, size, factor);
-}
-
-// precision.scaling.TwoLevel, steps 2 and 3: block codes and encode scales from the amaxes of tiles. `top` is S,
-// `inverse_top` is 1 / S, `inverse_max` is 1 / max of the elements.
-void two_level_scales(const float* amax, uint8_t* codes, float* encode, int64_t count, float top, float inverse_top,
-                      float inverse_max, const Format* block) {
-    const Grid grid(*block);
-    const float c = top * inverse_max;
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
-        const float scaled = amax[i] * c;
-        const float clamped = scaled > block->max ? block->max : scaled;  // a NaN stays one
-        const int32_t code = code_of<false>(clamped, grid, 0.0f);
-        const float e = 1.0f / (value_of(code, grid) * inverse_top);
-        codes[i] = uint8_t(code);
-        encode[i] = e > 3.40282346638528859812e+38f ? 3.40282346638528859812e+38f : e;
-    }
-}
-
-// precision.scaling.PowerOfTwo in mode RCEIL; inverse_max is 1 / max of the elements.
-void rceil_scales(const float* amax, uint8_t* codes, float* encode, int64_t count, float inverse_max) {
-    powers(amax, codes, encode, count, inverse_max);
 }
 
 // precision.quantize.operand for powers of two: the factor of each tile relative to the largest, 0 where its smallest
