@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -182,7 +182,7 @@ def environment(world: World, restored_step: int) -> dict[str, Any]:
         "command": sys.argv,
         "revision": _revision(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
@@ -192,6 +192,13 @@ def environment(world: World, restored_step: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "started_at_step": restored_step,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _revision() -> str | None:

@@ -71,25 +71,28 @@ def _narrow(y, uniform, ROUNDING: tl.constexpr):
 @_inlined
 def _kept_values(state, scales, r, c, rows, cols, K: tl.constexpr):
     """What a block of a state stands for, in FP32."""
+    grid: tl.constexpr = K.grid
     place, mask = r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
     stored = tl.load(state + place, mask=mask, other=0)
     if K.kind != KEPT_SCALED:
         value = stored if K.kind == KEPT_FP32 else _float(stored.to(tl.int32) << 16)
     elif K.block == 0:
-        value = _value(stored.to(tl.int32), K.grid) * tl.load(scales)
+        value = _value(stored.to(tl.int32), grid) * tl.load(scales)
     else:
         R: tl.constexpr = r.shape[0]
         C: tl.constexpr = c.shape[1]
         grid_cols = tl.cdiv(cols, K.block)
         j = tl.min(c, 1)[:, None] // K.block + tl.arange(0, C // K.block)[None, :]
         scale = tl.load(scales + r.to(tl.int64) * grid_cols + j, mask=(r < rows) & (j < grid_cols), other=1.0)
-        value = _value(stored.to(tl.int32), K.grid) * _each(scale, R, C, 1, K.block)
+        value = _value(stored.to(tl.int32), grid) * _each(scale, R, C, 1, K.block)
     return value
 
 
 @_inlined
 def _keep(value, state, scales, amax, key, row_offset, r, c, rows, cols, K: tl.constexpr, HARDWARE: tl.constexpr):
     """Write a block of a state; gives what it now stands for. ``amax`` FP32 [1]: of the tensor, under one scale."""
+    grid: tl.constexpr = K.grid
+    rule: tl.constexpr = K.rule
     place, mask = r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
     R: tl.constexpr = value.shape[0]
     C: tl.constexpr = value.shape[1]
@@ -105,21 +108,21 @@ def _keep(value, state, scales, amax, key, row_offset, r, c, rows, cols, K: tl.c
         result = _float(bits.to(tl.int32) << 16)
     else:
         if K.block == 0:
-            encode, stored = _scales(tl.load(amax + tl.arange(0, 1)), value, K.rule, HARDWARE)
+            encode, stored = _scales(tl.load(amax + tl.arange(0, 1)), value, rule, HARDWARE)
             if tl.program_id(0) == 0:
                 tl.store(scales + tl.arange(0, 1), stored)
             encode, stored = encode[:, None], stored[:, None]
         else:
             top = _float(_tile_amax(tl.where(mask, value, 0.0), 1, K.block))
-            block_encode, block_stored = _scales(top, value, K.rule, HARDWARE)
+            block_encode, block_stored = _scales(top, value, rule, HARDWARE)
             grid_cols = tl.cdiv(cols, K.block)
             j = tl.min(c, 1)[:, None] // K.block + tl.arange(0, C // K.block)[None, :]
             where = (r < rows) & (j < grid_cols)
             tl.store(scales + r.to(tl.int64) * grid_cols + j, block_stored, mask=where)
             encode, stored = _each(block_encode, R, C, 1, K.block), _each(block_stored, R, C, 1, K.block)
-        code = _codes(value * encode, uniform, K.grid, K.rounding, HARDWARE)
+        code = _codes(value * encode, uniform, grid, K.rounding, HARDWARE)
         tl.store(state + place, code.to(tl.uint8), mask=mask)
-        result = _value(code, K.grid) * stored
+        result = _value(code, grid) * stored
     return result
 
 

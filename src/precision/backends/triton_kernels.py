@@ -253,9 +253,10 @@ def _scales(amax, s, R: tl.constexpr, HARDWARE: tl.constexpr):
     else:
         c = s * R.inverse_max
         scaled = amax * c
-        stored = _codes(scaled, scaled, R.block, 0, HARDWARE)
+        block: tl.constexpr = R.block
+        stored = _codes(scaled, scaled, block, 0, HARDWARE)
         inverse = tl.math.div_rn(tl.full([1], 1.0, tl.float32), s)
-        encode = tl.math.div_rn(one, _value(stored, R.block) * inverse)
+        encode = tl.math.div_rn(one, _value(stored, block) * inverse)
         encode = tl.where(encode > R.limit, R.limit, encode)
     return encode, stored
 
