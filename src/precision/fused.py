@@ -36,7 +36,6 @@ from precision.linear import (
     is_random,
     keeps_first,
     kept_of,
-    transposes,
 )
 from precision.quantize import Quantized
 from precision.scaling import TENSOR, Tile
@@ -293,7 +292,7 @@ class _Fused(torch.autograd.Function):
             dy_made = down.operand(DGRAD_DY, dy)
             dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
         if needed["down"]:
-            same = not isinstance(dy_made, Tensor) and transposes(dgrad, dgrad.a, down.spec.wgrad, down.spec.wgrad.a)
+            same = not isinstance(dy_made, Tensor) and down.resolved.dy_transposes
             dy_t = dy_made.t() if same else down.operand(WGRAD_DY, dy.mT)
             weights["down"] = down.product(2, dy_t, h_t, dtype=down_weight.dtype)
         dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
@@ -301,7 +300,7 @@ class _Fused(torch.autograd.Function):
             return None, None, None, weights["down"], dbias, None, None, None
 
         gradients = Gradients(dh, gate, up, d if divides else None, ctx.along)
-        calls, spec = (gate_call, up_call), gate_call.spec
+        calls = gate_call, up_call
         made = _gradients(calls, DGRAD_DY, gradients) if needed["x"] else None
         if made is not None:
             dx_gate, dx_up = (
@@ -310,7 +309,7 @@ class _Fused(torch.autograd.Function):
             )
             dx = dx_gate + dx_up
         if needed["gate"] or needed["up"]:
-            if made is not None and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
+            if made is not None and gate_call.resolved.dy_transposes:
                 columns = made[0].t(), made[1].t()
             else:
                 columns = _gradients(calls, WGRAD_DY, gradients, noted=(needed["gate"], needed["up"]))
@@ -318,16 +317,8 @@ class _Fused(torch.autograd.Function):
                 ("gate", "up"), calls, columns, (gate_x, up_x), (gate_weight, up_weight), strict=True
             ):
                 if needed[name]:
-                    weights[name] = call.product(2, codes, _x_columns(call, x), dtype=weight.dtype)
+                    weights[name] = call.product(2, codes, call.kept_columns(x), dtype=weight.dtype)
         return dx, weights["gate"], weights["up"], weights["down"], dbias, None, None, None
-
-
-def _x_columns(call: Call, kept: Operand) -> Operand:
-    """What wgrad reads of x, from what was kept of it."""
-    spec = call.spec
-    if isinstance(kept, Tensor):
-        return call.operand(WGRAD_X, kept.mT)
-    return kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
 
 
 def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:

@@ -505,7 +505,7 @@ def apply(
             setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
     if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
-    clock = Clock(seed=seed)
+    clock = Clock(seed=seed, device=None if device.type == "meta" else device)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
@@ -601,3 +601,8 @@ def one_of(name: str, value: str, choices: Mapping[str, _T]) -> _T:
     if value not in choices:
         raise ValueError(f"{name}={value}: one of {', '.join(choices)}{close(str(value), choices)}")
     return choices[value]
+
+
+def fast_sums(value: bool | str) -> bool | None:
+    """``GemmSpec.fast_accum`` of a recipe's argument: true, false or auto. Raises ValueError for another word."""
+    return value if isinstance(value, bool) else one_of("fast_accum", value, {"auto": None})
