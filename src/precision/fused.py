@@ -199,11 +199,11 @@ class FusedSwiGLU:
     def _fused(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self._linears()
         rows = x.reshape(-1, gate.in_features)
-        first_row = gate.clock.first_sample * gate.clock.rows_of_a_sample(x, len(rows))
+        place = gate.clock.first_sample, gate.clock.rows_of_a_sample(x, len(rows))
         differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
         made = gate.clock.recent.of(x)
         calls = tuple(
-            Call(linear, linear.active, first_row, of_x, None, None)
+            Call(linear, linear.active, *place, of_x, None, None)
             for linear, of_x in zip(linears, (made, made, None), strict=True)
         )
         weights = (gate.weight, up.weight, down.weight)
@@ -328,8 +328,8 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     assert spec is not None
     hadamard = _beside(gemm.transform)
     assert isinstance(hadamard, Hadamard | None)
-    x, transposed = (h.mT, True) if slot in TRANSPOSED else (h, False)
-    noise = module.noise(slot, call.first_row, transposed=transposed) if is_random(spec) else None
+    x = h.mT if slot in TRANSPOSED else h
+    noise = module.noise(slot, call) if is_random(spec) else None
     of_tensor = spec.scale.levels == 2 or (spec.scale.levels == 1 and spec.tile == TENSOR)
     amax = top if hadamard is None and of_tensor else None
     if slot in module.mode.column_of:
@@ -359,7 +359,7 @@ def _gradients(
     source = gradients.mT if transposed and not square else gradients
     noises = amaxes = None
     if is_random(spec):
-        first, second = (call.module.noise(slot, call.first_row, transposed=transposed) for call in calls)
+        first, second = (call.module.noise(slot, call) for call in calls)
         noises = first, second
     if slot in calls[0].module.mode.column_of:
         tops = gradient_amaxes(source, TENSOR, hadamard)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from precision import traced
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
-from precision.noise import Noise, base_key, step_key
+from precision.noise import Noise, base_key
 from precision.quantize import Prepared, Quantized, dequantize
 from precision.scaling import TENSOR, Delayed, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
@@ -445,14 +445,20 @@ class QuantLinear(nn.Module):
     def _call(self, x: Tensor, made: dict[Hashable, Operand] | None) -> Call:
         """``x``: the input or the gradient of the output, with the dimensions that they share."""
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        first_row = self.clock.first_sample * self.clock.rows_of_a_sample(x, rows)
-        return Call(self, self.active, first_row, made, None, None)
+        clock = self.clock
+        return Call(self, self.active, clock.first_sample, clock.rows_of_a_sample(x, rows), made, None, None)
 
-    def noise(self, slot: int, first_row: Tensor, *, transposed: bool) -> Noise:
+    def noise(self, slot: int, call: Call) -> Noise:
+        """Of the slot's tensor where ``call`` stands in the data; that of a weight is the same everywhere."""
         if slot not in self._base_keys:
             self._base_keys[slot] = base_key(self.clock.seed, self.path, slot, device=self.weight.device)
-        key = step_key(self._base_keys[slot], self.clock.step)
-        return Noise(key=key, row_offset=first_row, transposed=transposed)
+        return Noise.of(
+            base=self._base_keys[slot],
+            step=self.clock.step,
+            first_sample=call.first_sample,
+            rows_of_a_sample=0 if _TENSORS[slot] == "w" else call.rows_of_a_sample,
+            transposed=slot in TRANSPOSED,
+        )
 
     def transformed(self, gemm: int, transform: Transform, x: Tensor, stats: Tensor | None, *, left: bool) -> Tensor:
         """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
@@ -547,7 +553,7 @@ class _Linear(torch.autograd.Function):
         stats = module.statistics(x) if module.statistics is not None else None
         # One that computes plainly is measured from outside.
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
-        call = Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
+        call = Call(module, spec, module.clock.first_sample, rows_of_a_sample, made, stats, observer)
         y, kept, ctx.noted = forward_pass(call, x, weight, bias, differentiated)
         seen = (x,) if observer is not None else ()
         if isinstance(kept, Quantized):
@@ -643,7 +649,8 @@ class Call:
 
     module: QuantLinear
     spec: LinearSpec
-    first_row: Tensor
+    first_sample: Tensor
+    rows_of_a_sample: int
     made: dict[Hashable, Operand] | None  # of x, in the forward pass
     stats: Tensor | None  # what transforms read
     observer: Observer | None
@@ -653,7 +660,7 @@ class Call:
 
     def without_input(self) -> Call:
         """What backward keeps of it: what it reads alone."""
-        return Call(self.module, self.spec, self.first_row, None, None, self.observer)
+        return Call(self.module, self.spec, self.first_sample, self.rows_of_a_sample, None, None, self.observer)
 
     @property
     def resolved(self) -> Resolved:
@@ -755,14 +762,11 @@ class Call:
             x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=it.left), None
         if spec is None:
             return x
-        noise = None
         # The same codes, read along the tensor's own rows; but products that read rows would copy them.
         turned = it.transposed and it.square and not backend.reads_rows
         if turned:
             x = x.mT
-        if it.random:
-            first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
-            noise = self.module.noise(slot, first_row, transposed=it.transposed)
+        noise = self.module.noise(slot, self) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
         made = backend.prepare(
             x, spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note
