@@ -103,10 +103,10 @@ class Step:
         return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
 
 
-def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step) -> Tensor:
+def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
     """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
     tops = torch.zeros(3, dtype=torch.int32, device=grad.device)
-    _adamw(grad, m, v, w, None, step, tops, 0, amax_only=True)
+    _adamw(grad, m, v, w, None, step, tops, 0, gate, amax_only=True)
     return tops.view(torch.float32)
 
 
@@ -120,6 +120,7 @@ def adamw(
     weight: Tensor | None = None,
     amaxes: Tensor | None = None,
     row_offset: Tensor | int = 0,
+    gate: Tensor | None = None,
 ) -> None:
     """One update of a parameter [rows, cols], in place, in one read and one write of everything.
 
@@ -128,9 +129,10 @@ def adamw(
         weight: the parameter, where ``w`` is kept beside it; else None.
         amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
         row_offset: index of the first row in the whole parameter, for rounding noise.
+        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
     """
     assert amaxes is not None or not any(state.whole for state in (m, v, w)), "a scale of the tensor wants its amax"
-    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, amax_only=False)
+    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, gate, amax_only=False)
 
 
 def _adamw(
@@ -142,6 +144,7 @@ def _adamw(
     step: Step,
     amaxes: Tensor | None,
     row_offset: Tensor | int,
+    gate: Tensor | None,
     *,
     amax_only: bool,
 ) -> None:
@@ -169,6 +172,7 @@ def _adamw(
         amaxes,
         *keys,
         offset,
+        gate,
         rows,
         cols,
         **step.scalars(),

@@ -129,7 +129,7 @@ def _keep(value, state, scales, amax, key, row_offset, r, c, rows, cols, K: tl.c
 @triton.jit
 def adamw_kernel(
     grad, m, m_scales, m_new, v, v_scales, v_new, w, w_scales, w_new, weight, amaxes, m_key, v_key, w_key, row_offset,
-    rows, cols, lerp, beta2, square, correction, eps, step, decay,
+    gate, rows, cols, lerp, beta2, square, correction, eps, step, decay,
     M: tl.constexpr, V: tl.constexpr, W: tl.constexpr, AMAX_ONLY: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -141,14 +141,22 @@ def adamw_kernel(
     ``amaxes`` FP32 [3]: of the new m, v and w over all ranks, read for states under one scale; with AMAX_ONLY they are
     what is made, as bits, and nothing else is written. ``weight``: the parameter, where w is kept beside it, or None.
     New scales go to ``m_new`` and so on: those of blocks may be the old ones' place, that of a tensor, which other
-    programs have yet to read, may not.
+    programs have yet to read, may not. ``gate`` FP32 [2] or None: what g is multiplied by, rounded as g is, and 0 where
+    nothing is to be written.
     """
+    if gate is not None:
+        applied = tl.load(gate + 1)
+        if applied == 0.0:
+            return
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     place, mask = r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
-    g = _widened(tl.load(grad + place, mask=mask, other=0.0))
+    loaded = tl.load(grad + place, mask=mask, other=0.0)
+    g = _widened(loaded)
+    if gate is not None:
+        g = _rounded(g * tl.load(gate), loaded, HARDWARE)
     new_m = _kept_values(m, m_scales, r, c, rows, cols, M)
     new_v = _kept_values(v, v_scales, r, c, rows, cols, V)
     new_w = _kept_values(w, w_scales, r, c, rows, cols, W) * decay
