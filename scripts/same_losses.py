@@ -19,7 +19,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from trainer.cli import script_main
 from trainer.config import groups, load_config
 from trainer.data import MANIFEST
 from trainer.errors import ExitCode, UserError
-from trainer.verify import command, compare_runs
+from trainer.verify import check_out, command, compare_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Six steps: a schedule by parts of a run has steps on both sides, and a history of three is full.
@@ -197,7 +196,7 @@ def main(overrides: list[str], *, short: str = "false", only: str = "", jobs: in
     _require_data(more)
     root = Path(out or tempfile.mkdtemp(prefix="same_losses_")).resolve()
     try:
-        check_out(revisions[0], root / "revision")
+        check_out(ROOT, revisions[0], root / "revision")
         trees = (root / "revision", ROOT)
         for tree in trees:
             _require_import(tree)
@@ -214,23 +213,6 @@ def main(overrides: list[str], *, short: str = "false", only: str = "", jobs: in
         + (f"; the runs that differ are in {root}" if differing else "")
     )
     return ExitCode.FINISHED if same and not differing else ExitCode.FAILED
-
-
-def check_out(revision: str, place: Path) -> None:
-    """Write the files of ``revision`` to ``place``. Raises UserError where there is no such revision, or no history."""
-    git = ["git", "-C", str(ROOT)]
-    if subprocess.run([*git, "rev-parse", "--git-dir"], capture_output=True, check=False).returncode:
-        raise UserError(f"{ROOT} has no git history to take a revision from")
-    place.mkdir(parents=True)
-    archive = place / "revision.tar"  # a worktree of git's would stay registered if this process were killed
-    result = subprocess.run(
-        [*git, "archive", "-o", str(archive), revision], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        raise UserError(f"{revision}: no such revision ({result.stderr.strip().splitlines()[-1]})")
-    with tarfile.open(archive) as files:
-        files.extractall(place, filter="data")
-    archive.unlink()
 
 
 def _require_data(more: list[str]) -> None:

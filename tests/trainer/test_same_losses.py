@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from trainer.errors import ExitCode, UserError
+from trainer.verify import check_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +43,9 @@ def test_nothing_has_changed_since_head_but_what_is_planted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A change of digits fails here until it is committed: the commit says which, and why."""
-    check_out = script.check_out
 
-    def planted(revision: str, place: Path) -> None:
-        check_out(revision, place)
+    def planted(root: Path, revision: str, place: Path) -> None:
+        check_out(root, revision, place)
         file = place / "configs" / "precision" / "fp8_delayed.yaml"
         assert "margin: 0 " in file.read_text()
         file.write_text(file.read_text().replace("margin: 0 ", "margin: 1 "))
@@ -91,11 +91,12 @@ def test_mistakes_are_one_line(script: ModuleType, arguments: list[str], options
         script.main(arguments, **options)
 
 
-def test_a_revision_that_is_not_there(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+def test_a_revision_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     with pytest.raises(UserError, match="has no git history to take a revision from"):
-        script.check_out("HEAD", tmp_path / "a")
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        check_out(root, "HEAD", tmp_path / "a")
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
     with pytest.raises(UserError, match="nonesuch: no such revision"):
-        script.check_out("nonesuch", tmp_path / "b")
+        check_out(root, "nonesuch", tmp_path / "b")
