@@ -297,6 +297,9 @@ class Plan:
 
         Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
         """
+        for linear in self.model.modules():  # who asks for them may write them
+            if isinstance(linear, QuantLinear):
+                linear.ask_again()
         buffers = self.buffers()
         scaling = {"loss_scale": self._scale, "loss_scale_clean_steps": self._clean_steps}
         if self._ranks is not None:
