@@ -341,7 +341,9 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     """The codes of h for fprop and for wgrad, where one read makes both."""
     fprop, wgrad = call.spec.fprop, call.spec.wgrad
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
-    return quantize_both(h, fprop.a) if plain and fprop.a is not None and fprop.a == wgrad.b else None
+    if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
+        return None
+    return quantize_both(h, fprop.a)  # type: ignore[return-value]
 
 
 def _gradients(
