@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,16 @@ from models.llama import Llama, LlamaConfig
 from precision.backends import REFERENCE, choose, scaled_mm
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
-from precision.backends.triton import Triton, hadamard, quantize_both, quantize_fused, recording, swizzled, tile_amax
+from precision.backends.triton import (
+    Triton,
+    hadamard,
+    quantize_both,
+    quantize_fused,
+    recording,
+    scaled_output,
+    swizzled,
+    tile_amax,
+)
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gradient_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
@@ -180,6 +190,22 @@ def test_rows_of_the_benchmarked_shape(spec: OperandSpec) -> None:
         ours, theirs = (b.quantize(part, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
         assert same_codes(ours, theirs)
         assert equal(tile_amax(part, spec.tile), REFERENCE.amax(part, spec.tile))
+
+
+def test_the_output_of_a_product_is_rounded_once() -> None:
+    """y * a * b + bias in FP32, in this order; odd sizes and values that are not finite included."""
+    generator = torch.Generator().manual_seed(5)
+    y = torch.randn(37, 129, generator=generator) * 10.0 ** torch.randint(-30, 30, (37, 1), generator=generator)
+    y[0, :4] = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
+    factors = torch.tensor(1 / 3), torch.tensor(0.7)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for used in (factors, factors[:1]):
+            for bias in (None, torch.randn(129, generator=generator).bfloat16()):
+                expected = y
+                for factor in used:
+                    expected = expected * factor
+                expected = (expected if bias is None else expected + bias).to(dtype)
+                assert torch.equal(scaled_output(y, used, bias, dtype).nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_swizzled_scales() -> None:

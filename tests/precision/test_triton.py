@@ -24,6 +24,7 @@ from precision.backends import (
     triton_fused_kernels,
     triton_gemm_kernels,
     triton_kernels,
+    triton_output_kernels,
 )
 from precision.backends.triton import recording
 from precision.formats import E4M3
@@ -74,6 +75,7 @@ WAYS = {
     "quantize_both_kernel": Way("mxfp8", "triton", "e4m3/1x32/e8m0-rceil  [triton]"),
     "amax_kernel": Way("fp8_delayed", "triton", "e4m3/tensor/delayed  [triton]"),
     "values_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
+    "scaled_output_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
     "hadamard_kernel": Way(
         "smooth_swiglu",
         "triton",
@@ -122,7 +124,7 @@ def launched(way: Way) -> tuple[str, set[str]]:
 
 def test_every_kernel_has_a_way_from_a_recipe() -> None:
     """A kernel that no line of plan.txt leads to does nothing for anyone."""
-    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels)
+    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels, triton_output_kernels)
     kernels = {name for module in modules for name, value in vars(module).items() if _is_kernel(name, value)}
     assert kernels == set(WAYS)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -106,6 +106,7 @@ class Triton(Reference):
     """
 
     name = "triton"
+    notes = True
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if not runs_on(device):
@@ -134,8 +135,8 @@ class Triton(Reference):
         rounded there, and a tile whose largest values exceed BF16's is infinite.
         """
         rule = q.spec.scale
-        if rule.power_of_two and not _one_factor(q.spec) and _values_fit(q.spec):
-            return PASSES.values(q, q.scales, torch.bfloat16), None
+        if (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec) and _values_fit(q.spec):
+            return PASSES.values(q, q.scales, torch.bfloat16), q.tensor_scale
         return operand(q, passes=PASSES)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
@@ -180,6 +181,26 @@ class Triton(Reference):
         values: bool = False,
     ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values)
+
+    def gemm(
+        self,
+        a: Quantized | Prepared | Tensor,
+        b: Quantized | Prepared | Tensor,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As the reference; the operands' factors, the bias and the rounding of the sums are one pass."""
+        (left, a_factor), (right, b_factor) = self._matrix(a), self._matrix(b)
+        factors = [factor for factor in (a_factor, b_factor) if factor is not None]
+        narrow = left.dtype == right.dtype == torch.bfloat16
+        if interpreted() or not factors or not narrow or not runs_on(left.device) or 0 in (*left.shape, len(right)):
+            return super().gemm(a, b, bias=bias, dtype=dtype)
+        if left.device.type == "cuda":
+            y = torch.mm(left, right.mT, out_dtype=torch.float32)
+        else:
+            y = left.float() @ right.float().mT
+        return scaled_output(y, factors, bias, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -872,6 +893,31 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
     return out
 
 
+def scaled_output(y: Tensor, factors: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [rows, cols] in FP32 times one or two factors (FP32 scalars), one after the other, plus bias [cols], rounded
+    once to ``dtype``: FP32, BF16 or FP16."""
+    from precision.backends.triton_output_kernels import scaled_output_kernel
+
+    out = torch.empty(y.shape, dtype=dtype, device=y.device)
+    first, second = factors[0], factors[1] if len(factors) > 1 else None
+    key = 6, y.shape, y.device, dtype, second is None, None if bias is None else bias.dtype
+    recorded = _recording.get() is not None
+    launcher = None if recorded else _PLANS.get(key)
+    if launcher is None:
+        launcher = Launcher(
+            kernel=scaled_output_kernel,
+            programs=-(-y.numel() // 4096),
+            numbers=(y.numel(), y.shape[1]),
+            constexprs={"BLOCK": 4096},
+            num_warps=8,
+            device=y.get_device(),
+        )
+        if not recorded:
+            _remember(key, launcher)
+    start(launcher, y, first, second, bias, out)
+    return out
+
+
 def swizzled(scales: Tensor) -> Tensor:
     """Scale codes uint8 [rows, cols] as tensor cores of Blackwell read them: uint8 [128 * R * 4 * C], flat.
 
@@ -985,11 +1031,15 @@ class Launcher:
     constexprs: dict[str, Any]
     num_warps: int
     device: int
-    compiled: dict[int, _Compiled] = field(default_factory=dict)  # by the current device
+    known: bool = field(init=False)  # whether its compiled kernels may be kept
+    compiled: dict[tuple[int, int], _Compiled] = field(default_factory=dict)  # by device and alignment
+
+    def __post_init__(self) -> None:
+        self.known = _launchers_known(self.kernel)
 
 
 class _Compiled(NamedTuple):
-    """What is launched where every pointer is a multiple of 16, without triton's own way of finding it."""
+    """What is launched, without triton's own way of finding it."""
 
     run: Any
     function: Any
@@ -1003,27 +1053,32 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 
     Triton binds some 30 arguments anew at each launch, which takes tens of microseconds. What it compiles depends on
     dtypes, on constants, and on which pointers and integers are multiples of 16 or 1: of a ``Launcher`` all is fixed
-    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16, and
-    taken for others of that kind; the rest, kernels with hooks, and versions of triton whose launchers are not known
-    to take the same arguments go triton's way.
+    but the pointers. So a compiled kernel is kept for every set of pointers that are multiples of 16; kernels with
+    hooks, and versions of triton whose launchers are not known to take the same arguments, go triton's way.
     """
     compiled = None
-    if launcher.compiled and _recording.get() is None:
-        runtime, active = _runtime()
-        device = active.get_current_device()
-        compiled = launcher.compiled.get(device)
+    known = launcher.known
+    if known:
+        if _recording.get() is not None:
+            known = False
+        else:
+            runtime, active = _runtime()
+            device = active.get_current_device()
+            pointers: list[int | None] = []
+            odd, bit, elsewhere, at = 0, 1, False, launcher.device
+            for tensor in tensors:
+                if tensor is None:
+                    pointers.append(None)
+                else:
+                    pointer = tensor.data_ptr()
+                    if pointer & 15:
+                        odd |= bit
+                    elsewhere |= tensor.get_device() != at
+                    pointers.append(pointer)
+                bit += bit
+            compiled = None if elsewhere else launcher.compiled.get((device, odd))
     if compiled is not None:
-        pointers: list[int | None] = []
-        bits, elsewhere, at = 0, False, launcher.device
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                continue
-            pointer = tensor.data_ptr()
-            bits |= pointer
-            elsewhere |= tensor.get_device() != at
-            pointers.append(pointer)
-        alike = not (bits & 15 or elsewhere) and pointers.count(None) == compiled.missing
+        alike = pointers.count(None) == compiled.missing
         if alike and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
             stream = active.get_current_stream(device)
             compiled.run(
@@ -1040,17 +1095,15 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
         **launcher.constexprs,
         num_warps=launcher.num_warps,
     )
-    if _recording.get() is None and compiled is None and _launchers_known(launcher.kernel):
-        if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
-            names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
-            _, active = _runtime()
-            launcher.compiled[active.get_current_device()] = _Compiled(
-                run=kernel.run,
-                function=kernel.function,
-                metadata=kernel.packed_metadata,
-                missing=tensors.count(None),
-                rest=(*launcher.numbers, *(launcher.constexprs[name] for name in names)),
-            )
+    if known and compiled is None and not elsewhere:
+        names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
+        launcher.compiled[device, odd] = _Compiled(
+            run=kernel.run,
+            function=kernel.function,
+            metadata=kernel.packed_metadata,
+            missing=tensors.count(None),
+            rest=(*launcher.numbers, *(launcher.constexprs[name] for name in names)),
+        )
 
 
 @functools.cache

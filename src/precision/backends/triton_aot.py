@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from precision.backends.triton import PASSES, Launch, hadamard, quantize_both, quantize_fused, swizzled, tile_amax
+from precision.backends.triton import PASSES, Launch, hadamard, quantize_both, quantize_fused, scaled_output, swizzled, tile_amax
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import E2M1, E4M3, E5M2
@@ -189,6 +189,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "gemm mxfp8": lambda: product(_codes(mxfp8), _codes(mxfp8)),
         "gemm nvfp4": lambda: product(_codes(nvfp4), _codes(nvfp4)),
         "mxfp8 to bf16": lambda: PASSES.values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
+        "output of two factors": lambda: scaled_output(x.float(), (top, top), None, torch.bfloat16),
         "nvfp4 to bf16": lambda: PASSES.values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
     }
     return made
