@@ -214,6 +214,7 @@ class Blocks:
     block_r: int
     block_c: int
     fused: bool  # every tile lies in one block
+    warps: int = 0  # 0: by the number of elements
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class Blocks:
 
     @property
     def num_warps(self) -> int:
-        return min(16, max(4, self.block_r * self.block_c // 1024))
+        return self.warps or min(16, max(4, self.block_r * self.block_c // 1024))
 
     def programs(self, rows: int, cols: int) -> int:
         return -(-rows // self.block_r) * -(-cols // self.block_c)
@@ -247,6 +248,11 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
     else:
         block_c = min(high_c, max(low_c, 64 if rows_adjoin else 128))
         block_r = min(high_r, max(low_r, 4096 // block_c))
+    warps = 0
+    if rows_adjoin and group > 1:
+        # A load gives a thread 8 elements of a column, and a warp 8 columns: with few rows the columns of a group meet
+        # in few warps, so that a transform's stages are shuffles and not trips through shared memory.
+        block_r, warps = min(high_r, max(low_r, 32)), 2 if block_c <= 64 else 4
     whole_r, whole_c = tall < 0, wide < 0
     fused = (not whole_r or block_r >= rows) and (not whole_c or block_c >= cols)
     return Blocks(
@@ -257,6 +263,7 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
         block_r=block_r,
         block_c=block_c,
         fused=fused,
+        warps=warps,
     )
 
 
@@ -724,7 +731,8 @@ def quantize_both(
             return None
         if not recorded:
             _remember(key, plan)
-    return plan.made(of, up, d, amax, parts, note)  # type: ignore[no-any-return]
+    pair: tuple[Quantized, Quantized] | tuple[Prepared, Prepared] = plan.made(of, up, d, amax, parts, note)
+    return pair
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -793,13 +801,11 @@ def _both_plan(
         return None
     if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):
         return None
-    if amax is not None:
-        if not _of_tensor(spec) or amax.numel() != 1:
-            raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
+    if amax is not None and (not _of_tensor(spec) or amax.numel() != 1):
+        raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
     if noise is not None:
         first, second = noise
-        alike = replace(first, key=second.key, transposed=second.transposed).kind == second.kind
-        assert alike and first.transposed != second.transposed, "the noise of both directions"
+        assert replace(first, transposed=not first.transposed).kind == second.kind, "the noise of both directions"
     (rows, cols), side = of.shape, max(BOTH_SIDE, spec.tile.inner)
     cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
     whole = spec.tile == TENSOR
@@ -1109,8 +1115,8 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 @functools.cache
 def _runtime() -> tuple[Any, Any]:
     """Triton's settings at run time, and its driver."""
-    import triton
-    from triton.runtime import driver
+    import triton  # type: ignore[import-untyped]
+    from triton.runtime import driver  # type: ignore[import-untyped]
 
     return triton.knobs.runtime, driver.active
 
@@ -1119,7 +1125,7 @@ def _runtime() -> tuple[Any, Any]:
 def _launchers_known(kernel: Any) -> bool:
     """Whether this triton's compiled kernels are run as ``start`` runs them."""
     import triton
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return isinstance(kernel, JITFunction) and (3, 6) <= version <= (3, 9) and not kernel.pre_run_hooks
