@@ -171,7 +171,8 @@ class FakeKernel:
 
 
 def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its next launch is direct and gives it the same arguments; other alignments, devices and hooks go triton's way."""
+    """Its next launch is direct and gives it the same arguments; other alignments are another kernel; other devices
+    and hooks go triton's way."""
     hooks = SimpleNamespace(calls=[])
     runtime = SimpleNamespace(launch_enter_hook=hooks, launch_exit_hook=SimpleNamespace(calls=[]))
     device = SimpleNamespace(number=0)
@@ -203,11 +204,12 @@ def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.
         assert seen[5:] == (5, 64)
         return False
 
-    assert not direct(x[1:], out, None)  # not aligned: nothing is kept of it
     assert not direct(x, out, None)
     assert direct(x, out, None)
     assert direct(out, x[4:], None)
-    assert not direct(x[1:], out, None)
+    assert not direct(x[1:], out, None)  # aligned otherwise: another kernel
+    assert not direct(x, out[1:], None)
+    assert direct(x[2:], out, None)
     assert not direct(x, out, out)
     hooks.calls.append(print)
     assert not direct(x, out, None)

@@ -493,7 +493,7 @@ def _tensor_scales(
         if R.kind != UNIT:
             encode = _top(amaxes, PARTS)
         encode, stored = _scales(encode, encode, R, HARDWARE)
-        if scales is not None:
+        if scales is not None:  # noqa: SIM102 - known when compiled
             if tl.program_id(0) == 0:
                 tl.store(scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty))
         decode = _decoded(stored, R)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from precision.backends.triton_kernels import _store_bf16, _widened
+from precision.backends.triton_kernels import _bf16_bits, _widened
 
 
 @triton.jit
@@ -25,6 +25,6 @@ def scaled_output_kernel(y, a, b, bias, out, size, cols, BLOCK: tl.constexpr):
     if bias is not None:
         value = value + _widened(tl.load(bias + place % cols, mask=inside, other=0.0))
     if out.dtype.element_ty == tl.bfloat16:
-        _store_bf16(out, place, value, inside)
+        tl.store(out.to(tl.pointer_type(tl.int16)) + place, _bf16_bits(value), mask=inside)
     else:
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
