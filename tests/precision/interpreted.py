@@ -449,14 +449,15 @@ UPDATED: list[tuple[object, torch.dtype]] = [
 
 @pytest.mark.parametrize(("variant", "dtype"), UPDATED, ids=str)
 def test_updates_are_those_of_plain_torch(variant: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an optimizer: uneven rows, a vector, a rank without rows; then a gradient that overflows."""
+    """Uneven rows, a vector, a rank without rows; gradients that overflow, that are multiplied, that are left out."""
     monkeypatch.setattr(test_updates, "SHAPES", [(5, 150), (3,), (0, 9)])
     both = [make(variant, dtype, backend) for backend in ("triton", "reference")]
     assert [str(optimizer.choice) for optimizer in both] == ["triton", "reference"]
-    for step, bad in enumerate((None, 3e38)):
+    nan = torch.nan
+    for step, (bad, gate) in enumerate([(None, None), (3e38, None), (None, [0.37, 1.0]), (nan, [nan, 0.0])]):
         for optimizer in both:
             set_grads(params_of(optimizer), step, bad)
-            optimizer.step()
+            optimizer.step(gate=None if gate is None else torch.tensor(gate))
         assert same_states(*map(state_of, both)) == [], step
 
 

@@ -223,7 +223,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def _adamw(tile: Tile | None) -> None:
-    """FP32 weights and a BF16 gradient; moments in E4M3, or FP32."""
+    """FP32 weights and a BF16 gradient; moments in E4M3 under a gate, or FP32."""
     step = Step(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, t=1)
     grad = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
     w = State(values=torch.empty(8192, 8192, device="meta"))
@@ -234,7 +234,8 @@ def _adamw(tile: Tile | None) -> None:
         return
     spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
     m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
-    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step) if m.whole else None)
+    gate = torch.empty(2, device="meta")
+    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step, gate=gate) if m.whole else None, gate=gate)
 
 
 def _factors(spec: OperandSpec) -> Tensor:
