@@ -8,7 +8,7 @@ refuse() {
     exit 2
 }
 
-torch='' venv='' workers=2 only='tests'
+torch='' venv='' workers=2 only=''
 for argument in "$@"; do
     case $argument in
         torch=*) torch=${argument#*=} ;;
@@ -26,7 +26,7 @@ case $torch in
 esac
 [[ $workers =~ ^[1-9][0-9]*$ ]] || refuse "workers=$workers is not a number of processes"
 cd "$(dirname "$0")/.."
-[ -e "$only" ] || refuse "only=$only is not there"
+[ -z "$only" ] || [ -e "$only" ] || refuse "only=$only is not there"
 venv=${venv:-.venv-$torch}
 python=$venv/bin/python
 
@@ -52,6 +52,6 @@ for package in torch triton transformers numpy; do echo "$package $(version $pac
 "$python" --version
 export PYTHONPATH=$PWD/src PYTEST_ADDOPTS="--known-skips"
 start=$SECONDS status=0
-OMP_WAIT_POLICY=passive "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m 'not slow' "$only" || status=$?
+OMP_WAIT_POLICY=passive "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m 'not slow' ${only:+"$only"} || status=$?
 echo "$((SECONDS - start)) s"
 exit $status

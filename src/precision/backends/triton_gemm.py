@@ -35,8 +35,8 @@ class TritonDot(Triton):
             return f"no narrow product of {gemm.a} x {gemm.b}"
         if reason := super().why_not(gemm, shape, device):
             return reason
-        if kinds[0] == "nvfp4" and (0, 0) < capability(device) < (10, 0) and version() < (3, 9):
-            return "triton before 3.9 does not compile products of blocks with E4M3 scales for GPUs before Blackwell"
+        if kinds[0] == "nvfp4" and (0, 0) < capability(device) < (10, 0) and version() < (3, 8):
+            return "triton before 3.8 does not compile products of blocks with E4M3 scales for GPUs before Blackwell"
         return None
 
     def gemm(
