@@ -144,6 +144,9 @@ def start(config: ParallelConfig) -> World:
     """Join the process group that torchrun announces in the environment, or form one of a single process."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
+    # cuBLAS may otherwise add up the parts of a long sum in the narrow type: no longer FP32 sums, rounded once.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     # torchrun sets OMP_NUM_THREADS=1 for more than one process, which idles all cores but one each.
     if not cuda:
         _keep_freed_memory()

@@ -112,6 +112,14 @@ def test_three_and_three_steps_are_six(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert compare_runs(Path(alone.run.dir), Path(config.run.dir)) == []
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_partial_sums_of_products_are_not_narrow(dtype: str, request: pytest.FixtureRequest) -> None:
+    matmul, name = torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction"
+    setattr(matmul, name, True)
+    request.getfixturevalue("world")
+    assert getattr(matmul, name) is False
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_signals_finish_the_step_and_checkpoint(

@@ -62,6 +62,15 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Major and minor version of triton, which must be installed."""
+    import triton  # type: ignore[import-untyped]
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What a kernel would be launched with: its arguments by name, tensors for pointers."""
@@ -1009,8 +1018,12 @@ def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, f
 
 
 def hardware(device: torch.device) -> dict[str, bool]:
-    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
-    return {"HARDWARE": capability(device) >= (8, 9), "E2M1_HARDWARE": capability(device) >= (10, 0)}
+    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on.
+
+    Before triton 3.9 not FP8 on Ada, where it casts to FP16 on the way: values would be rounded twice.
+    """
+    fp8 = (8, 9) if version() >= (3, 9) else (9, 0)
+    return {"HARDWARE": capability(device) >= fp8, "E2M1_HARDWARE": capability(device) >= (10, 0)}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
