@@ -263,18 +263,19 @@ def execution_notes(model: nn.Module, dtype: torch.dtype, parallel: ParallelConf
 
 
 def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """A warning for every width of a linear whose rows no bulk copy of a GPU (TMA) takes: not a multiple of 16 bytes."""
+    """A warning for every width whose rows no bulk copy of a GPU (TMA) takes: 16 does not divide their bytes."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             for width in {module.in_features, module.out_features}:
-                if width * dtype.itemsize % 16:
-                    paths.setdefault(width, []).append(path)
-    return [
-        f"warning: width {width:,} ({found[0]}{' and others' if len(found) > 1 else ''}): a row of "
-        f"{width * dtype.itemsize:,} bytes is no multiple of 16, so no bulk copy (TMA) takes it and its products are slow"
-        for width, found in sorted(paths.items())
-    ]
+                paths.setdefault(width, []).append(path)
+    lines = []
+    for width, (first, *others) in sorted(paths.items()):
+        if (size := width * dtype.itemsize) % 16:
+            where = f"{first}{' and others' if others else ''}"
+            why = f"a row of {size:,} bytes is no multiple of 16, so no bulk copy (TMA) takes it and products are slow"
+            lines.append(f"warning: width {width:,} ({where}): {why}")
+    return lines
 
 
 @torch.no_grad()
