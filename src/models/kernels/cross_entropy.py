@@ -65,7 +65,7 @@ def overwriting_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 class _OverwritingCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        parts = [_on(logits, _losses)(*part) for part in _chunks(logits, targets)]
+        parts = [_on(logits, _losses)(*part) for part in _chunks(logits.detach(), targets)]
         losses, log_sums = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(logits, targets, log_sums)
         ctx.spent = False
@@ -78,16 +78,21 @@ class _OverwritingCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the first backward overwrote the logits: compute the losses anew for a second one")
         ctx.spent = True
         logits, targets, log_sums = ctx.saved_tensors
-        for part in _chunks(logits.detach(), targets, log_sums, dlosses):
+        dlogits = logits.detach()
+        for part in _chunks(dlogits, targets, log_sums, dlosses):
             _on(logits, _overwrite)(*part)
-        return logits, None
+        return dlogits, None
 
 
 def _chunks(logits: Tensor, *of_rows: Tensor) -> zip[tuple[Tensor, ...]]:
-    """Views of equally many rows each, but for the last: another shape would be compiled for."""
+    """Views of equally many rows each, as nearly as can be: each number of them is compiled for.
+
+    Rows come in sixteens, so that no chunk begins within 16 bytes, and is copied for it.
+    """
     rows, width = logits.shape
     number = max(1, -(-rows * width // _GPU_CHUNK_ELEMENTS))
-    return zip(*(x.split(max(1, -(-rows // number))) for x in (logits, *of_rows)), strict=True)
+    size = max(1, -(-rows // (16 * number))) * 16
+    return zip(*(x.split(size) for x in (logits, *of_rows)), strict=True)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
