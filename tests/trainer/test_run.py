@@ -353,7 +353,7 @@ def test_accumulation_is_one_batch_to_the_order_of_sums(tiny: Tiny, tmp_path: Pa
 def test_recompute_and_resharding_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
     curves = []
     for index, override in enumerate(
-        ("seed=0", "parallel.activation_checkpointing=true", "parallel.reshard_after_forward=false", "eval.every=1")
+        ("seed=0", "parallel.activation_checkpointing=true", "parallel.reshard_after_forward=true", "eval.every=1")
     ):
         config = tiny(override, f"run.dir={tmp_path / str(index)}")
         train_here(config)
