@@ -96,15 +96,19 @@ def torchrun_twice(folder: Path, overrides: Sequence[str], *, seconds: float) ->
     until = time.monotonic() + seconds
     for name, steps in (("start s", 4), ("resume s", 8)):
         begun = time.monotonic()
-        result = subprocess.run(
-            [*command, f"train.steps={steps}"],
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, until - begun),
-            env=os.environ | {"NCCL_DEBUG": "VERSION"},
-            check=False,
-            cwd=ROOT,
-        )
+        try:
+            result = subprocess.run(
+                [*command, f"train.steps={steps}"],
+                capture_output=True,
+                text=True,
+                timeout=max(1.0, until - begun),
+                env=os.environ | {"NCCL_DEBUG": "VERSION"},
+                check=False,
+                cwd=ROOT,
+            )
+        except subprocess.TimeoutExpired as error:
+            print(error.stdout, error.stderr, sep="\n", flush=True)
+            return row | {"error": f"no end after {error.timeout:.0f} s: {steps} steps"}
         text += result.stdout + result.stderr
         print(result.stdout, result.stderr, sep="\n", flush=True)
         if result.returncode:
@@ -114,7 +118,7 @@ def torchrun_twice(folder: Path, overrides: Sequence[str], *, seconds: float) ->
     rows = read_metrics(folder / "metrics.jsonl", "train")
     checkpoint = newest(folder / "checkpoints")
     row |= {"steps": len(rows), "loss": f"{rows[1]['loss']:.3f}>{rows[8]['loss']:.3f}"}
-    row["checkpoint"] = checkpoint.step if checkpoint is not None else "none"
+    row["checkpoint"] = checkpoint.path.name if checkpoint is not None else "none"
     version = re.search(r"NCCL version ([\d.]+)", text)
     return row | ({"nccl": version.group(1)} if version else {})
 

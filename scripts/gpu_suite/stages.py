@@ -5,18 +5,23 @@ Rows say ``what`` they are of and then numbers. Without a GPU all run at toy siz
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import torch
 import transformers
 from torch import Tensor, nn
@@ -158,11 +163,8 @@ def emulated(task: Task) -> Iterator[Row]:
 
 def check(task: Task) -> Iterator[Row]:
     """Every claim of ``gpu_check.py``: what fails, then how many hold."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import gpu_check
-
     counts = {"ok": 0, "FAIL": 0, "-": 0}
-    for row in gpu_check.results([] if cuda() else gpu_check.TOY, limit=60.0, until=task.until - 3):
+    for row in gpu_check.results([], limit=60.0, until=task.until - 6):
         counts[row["result"]] += 1
         yield {"what": row["check"], **row, "detail": row["result"] != "FAIL"}
     yield {"what": "claims", "hold": counts["ok"], "fail": counts["FAIL"], "not here": counts["-"]}
@@ -333,7 +335,7 @@ def _transformers(size: str, *, compiled_: bool) -> Row:
 
 def parity(task: Task) -> Iterator[Row]:
     """Ten losses of a small Llama on the CPU and on the GPU: sums of another order, and FP8's own products."""
-    found = parity_losses(task.folder, "fp32", "bf16", "fp8_current", "fp8_delayed", "nvfp4", seconds=task.left() - 3)
+    found = parity_losses(task.folder, "fp32", "bf16", "fp8_current", "fp8_delayed", "nvfp4", seconds=task.left() - 6)
     for recipe, (on_cpu, on_gpu) in found.items():
         if on_cpu is None:
             yield {"what": recipe, "error": "did not run on the CPU"}
@@ -386,8 +388,6 @@ def _apart(task: Task, what: str, words: list[str]) -> Iterator[Row]:
     except subprocess.SubprocessError as error:
         yield {"what": what, "error": one_line(error)}
     if rows.exists():
-        import json
-
         yield from (row for row in map(json.loads, rows.read_text().splitlines()) if "what" in row)
 
 
@@ -399,7 +399,7 @@ def one(task: Task, what: str, overrides: list[str]) -> Iterator[Row]:
 
 def nccl(task: Task) -> Iterator[Row]:
     """torchrun with one rank: some steps, a checkpoint, and the same command again with more of them."""
-    row = torchrun_twice(task.folder / "nccl", corpus_overrides(task.folder), seconds=task.left() - 3)
+    row = torchrun_twice(task.folder / "nccl", corpus_overrides(task.folder), seconds=task.left() - 6)
     yield {"what": "torchrun, one rank"} | row | ({} if cuda() else {"": f"gloo; nccl {UNPROVED}"})
 
 
@@ -462,14 +462,9 @@ def _profiled(what: str, averages: Any) -> Iterator[Row]:
 
 def machine() -> Row:
     """The machine that a stage runs on."""
-    import platform
-    from importlib.util import find_spec
-
     row: Row = {"device": "cuda" if cuda() else "cpu", "python": platform.python_version(), "torch": torch.__version__}
-    if find_spec("triton") is not None:
-        import triton
-
-        row["triton"] = triton.__version__
+    with suppress(PackageNotFoundError):
+        row["triton"] = version("triton")
     if cuda():
         properties = torch.cuda.get_device_properties(0)
         row |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
