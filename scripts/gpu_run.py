@@ -74,7 +74,7 @@ def run(out: Path, budget: float, wanted: Sequence[str], size: str) -> int:
         "stages": {},
     }
     with tempfile.TemporaryDirectory(prefix="gpu_run_") as scratch:
-        environment = environment_of(site, Path(scratch))
+        environment = environment_of(site)
         for index, text in enumerate(wanted):
             name, _, own = text.partition(":")
             label = f"{name} {own or size}" if name in SIZED else name
@@ -141,8 +141,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def environment_of(site: str, scratch: Path) -> dict[str, str]:
-    """Where packages are; names of interfaces, since a machine without a network may not know its own; caches."""
+def environment_of(site: str) -> dict[str, str]:
+    """Where packages are; names of interfaces, since a machine without a network may not know its own; caches.
+
+    What compilers made is kept for the next call, which so begins to measure earlier.
+    """
+    caches = Path(tempfile.gettempdir()) / f"gpu_run_{os.getuid()}"
     paths = [str(ROOT / part) for part in ("scripts", "src", "tests")]
     paths += [part for part in (site, os.environ.get("PYTHONPATH", "")) if part]
     return os.environ | {
@@ -151,8 +155,8 @@ def environment_of(site: str, scratch: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "TRITON_CACHE_DIR": str(scratch / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -200,6 +204,7 @@ def main(arguments: list[str]) -> int:
             return complain(f"size={own or size}: one of {', '.join(SIZES)}")
     if "out" not in words:
         return complain("out=DIR is missing")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ending what runs
     return run(Path(words["out"]).resolve(), float(words.get("budget", 330)), wanted, size)
 
 

@@ -32,10 +32,18 @@ class Goal:
 
 
 def merged(parts: Sequence[Results]) -> Results:
-    """Several passes as one result; of a stage that stands in two, the later."""
+    """Several passes as one result; of a stage that stands in two, the later.
+
+    Where cards differ, or dates and revisions, all are named: the goals are ratios between stages.
+    """
     whole: Results = {**parts[-1], "stages": {}}
     for part in parts:
         whole["stages"] |= part["stages"]
+    for key in ("date", "revision"):
+        whole[key] = " and ".join(dict.fromkeys(str(part.get(key, "unknown")) for part in parts))
+    cards = dict.fromkeys(str(part.get("machine", {}).get("card")) for part in parts)
+    if len(cards) > 1:
+        whole["machine"] = {**whole["machine"], "card": f"{' and '.join(cards)} (ratios between them say nothing)"}
     return whole
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import gpu_check
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
@@ -260,19 +259,19 @@ def products(task: Task) -> Iterator[Row]:
 
 def peers(task: Task) -> Iterator[Row]:
     """The same shape in `transformers`, and our model with torchao's linears in place of ours."""
-    yield _or_error("transformers compiled", partial(_transformers, task.size, compiled_=True))
+    yield within_memory("transformers compiled", partial(_transformers, task.size, True))
     world = _world()
     for recipe in ("tensorwise", "rowwise"):
         what = f"torchao {recipe}"
         if task.left() < 20:
             yield {"what": what, "": f"left out: {task.left():.0f} s left"}
             continue
-        yield _or_error(what, partial(_torchao, what, recipe, task.size, world))
+        yield within_memory(what, partial(_torchao, what, recipe, task.size, world))
     if task.left() > 25:
-        yield _or_error("transformers eager", partial(_transformers, task.size, compiled_=False))
+        yield within_memory("transformers eager", partial(_transformers, task.size, False))
 
 
-def _torchao(what: str, recipe: str, size: str, world: World) -> Row:
+def _torchao(what: str, recipe: str, size: str, world: World, divide: int) -> Row:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # a peer, carried along
 
     def convert(model: nn.Module) -> None:
@@ -280,13 +279,16 @@ def _torchao(what: str, recipe: str, size: str, world: World) -> Row:
         # Without FP8 instructions torchao emulates: for the toy's sake alone.
         convert_to_float8_training(model.layers, config=config if cuda() else replace(config, emulate=True))
 
-    row = measured(what, size, world, ["precision=bf16", *compiled()], convert=convert)
+    row = measured(what, size, world, ["precision=bf16", *compiled()], convert=convert, divide=divide)
     return {key: v for key, v in row.items() if key != "native"} | ({} if cuda() else {"": f"compiled {UNPROVED}"})
 
 
-def _transformers(size: str, *, compiled_: bool) -> Row:
+def _transformers(size: str, compiled_: bool, divide: int) -> Row:
     """AdamW, fused, over float32 weights under BF16 autocast: what our BF16 keeps and computes."""
+    import transformers  # a peer; every other stage starts seconds earlier without it
+
     ours, sequences, positions = shape_of(size)
+    sequences = max(1, sequences // divide)
     here, tokens = device(), sequences * positions
     forget()
     config = transformers.LlamaConfig(
@@ -325,12 +327,15 @@ def _transformers(size: str, *, compiled_: bool) -> Row:
     some(count)
     mean = (time.perf_counter() - begun) / count
     return {
+        "what": f"transformers {'compiled' if compiled_ else 'eager'}",
         "tok/s": round(tokens / mean),
         "ms": 1e3 * mean,
         "MFU%": round(100 * flops(ours, tokens, positions) / mean / PEAK_FLOPS, 1),
         "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda() else 0.0,
         "loss": f"{float(losses[0]):.3f}>{float(losses[-1]):.3f}",
-    } | ({"": f"compiled {UNPROVED}"} if compiled_ and not cuda() else {})
+        **({"batch": sequences} if divide > 1 else {}),
+        **({"": f"compiled {UNPROVED}"} if compiled_ and not cuda() else {}),
+    }
 
 
 def parity(task: Task) -> Iterator[Row]:
