@@ -63,6 +63,7 @@ class World:
     device: torch.device
     control: Any  # gloo group for small messages, of the main thread
     checkpoint: Any  # gloo group of the checkpoint thread: two threads must not share one
+    deferred: bool = False  # decide on the device about a step, and read its numbers while the next one is computed
 
     @property
     def is_main(self) -> bool:
@@ -76,13 +77,22 @@ class World:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
+        if self.size == 1:
+            return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` summed over ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+        """``tensor`` [of the host] summed over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+        return tensor
+
+    def add_up_there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` [of this rank's device] summed over ranks, in place, without waiting for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -151,7 +161,9 @@ def start(config: ParallelConfig) -> World:
         warnings.simplefilter("ignore")
         device = PartialState(cpu=not cuda).device
     control, checkpoint = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint)
+    # A CPU has no queue that runs on while a number is read, and is the reference: its norm is summed tensor by tensor.
+    deferred = device.type != "cpu"
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint, deferred)
 
 
 def _keep_freed_memory() -> None:

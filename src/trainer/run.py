@@ -23,6 +23,7 @@ from trainer.build import (
 )
 from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, newest
 from trainer.config import TrainConfig, differences, load_run_config
+from trainer.data import Ahead
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
@@ -197,13 +198,16 @@ def _build(
         if checkpoint is not None:
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
     end = documents_end(config.data, data.tokenizer)
+    batches = kept_apart(source, end)
+    if world.deferred:
+        batches = Ahead(batches, threaded=source.position is None, pin=world.device.type == "cuda")
     validation, validation_bytes = validation_source(
         data.validation, config.eval, world, micro_batch, documents_end=end
     )
     job = Job(
         world=world,
         state=state,
-        source=kept_apart(source, end),
+        source=batches,
         validation=validation,
         validation_bytes=validation_bytes,
         tokens_per_step=config.data.global_batch_size * config.data.seq_len,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +105,24 @@ def compare_runs(first: Path, second: Path) -> list[str]:
         if not torch.equal(one, other):
             problems.append(f"final {name}")
     return problems
+
+
+def check_out(root: Path, revision: str, place: Path) -> None:
+    """Write the files of a revision of the checkout ``root`` to the new directory ``place``.
+
+    Raises UserError where there is no such revision, or no history at all.
+    """
+    git = ["git", "-C", str(root)]
+    if shutil.which("git") is None or subprocess.run([*git, "rev-parse"], capture_output=True, check=False).returncode:
+        raise UserError(f"{root} has no git history to take a revision from")
+    place.mkdir(parents=True)
+    archive = place / "revision.tar"  # a worktree of git's would stay registered if this process were killed
+    made = subprocess.run([*git, "archive", "-o", str(archive), revision], capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise UserError(f"{revision}: no such revision ({made.stderr.strip().splitlines()[-1]})")
+    with tarfile.open(archive) as files:
+        files.extractall(place, filter="data")
+    archive.unlink()
 
 
 def _span(rows: dict[int, object]) -> str:

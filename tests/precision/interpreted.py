@@ -30,7 +30,7 @@ from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
 from precision.probe import Probe
-from precision.quantize import Quantized, dequantize
+from precision.quantize import Prepared, Quantized, dequantize
 from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
@@ -58,7 +58,22 @@ def assert_same(spec: OperandSpec, x: Tensor, source: Noise | None) -> None:
     ours = BACKEND.quantize(x, spec, amax=None, noise=source)
     theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
     assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
-    assert all(map(equal, BACKEND.operand(ours), REFERENCE.operand(theirs))), (str(spec), x.dtype, x.shape)
+    assert same_operand(BACKEND.operand(ours), theirs), (str(spec), x.dtype, x.shape)
+    prepared = BACKEND.prepare(x, spec, amax=None, noise=source, transform=None, left=True, codes=False)
+    if isinstance(prepared, Prepared):
+        assert same_operand((prepared.matrix, prepared.factor), theirs), (str(spec), x.dtype, x.shape, x.stride())
+        assert prepared.matrix.is_contiguous()
+    else:
+        assert x.numel() == 0 or REFERENCE.operand(theirs)[0].dtype == torch.float32, str(spec)
+
+
+def same_operand(ours: tuple[Tensor, Tensor | None], q: Quantized) -> bool:
+    """That of the reference; powers of two per tile are applied where the reference takes them relative to one."""
+    theirs = REFERENCE.operand(q)
+    of_tiles = q.spec.scale.levels == 1 and (q.spec.tile != TENSOR or q.spec.scale.format is not None)
+    if of_tiles and theirs[1] is not None:
+        return ours[1] is None and equal(ours[0], dequantize(q, torch.bfloat16))
+    return all(map(equal, ours, theirs))
 
 
 @pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
@@ -151,7 +166,8 @@ def test_rows_and_columns_in_one_read(dtype: torch.dtype) -> None:
         for ours, h in zip(pair, (hidden, hidden.mT), strict=True):
             assert same_codes(ours, REFERENCE.quantize(h.computed(), spec, amax=None, noise=None)), str(spec)
     random = replace(MXFP8, rounding=Rounding.STOCHASTIC)
-    for spec in (NVFP4, OperandSpec(format=E4M3), random, replace(MXFP8, tile=Tile(1, -1))):
+    delayed = OperandSpec(format=E4M3, amax=Delayed())
+    for spec in (random, delayed, replace(MXFP8, tile=Tile(32, 32)), replace(NVFP4, tile=Tile(16, 16))):
         assert quantize_both(torch.ones(40, 40), spec) is None
 
 

@@ -31,7 +31,11 @@ def test_a_loss_that_is_not_finite_is_still_json(tmp_path: Path) -> None:
     assert lines(tmp_path / "m") == [row(1, loss=None, grad_norm=None)]
 
 
-@pytest.mark.parametrize("torn", [b'{"kind": "tr', b"\x00\x00\x00", b'{"kind": "train"}garbage\n', b"\n"])
+@pytest.mark.parametrize(
+    "torn",
+    [b'{"kind": "tr', b"\x00\x00\x00", b'{"kind": "train"}garbage\n', b"\n"],
+    ids=["cut", "zeros", "garbage", "an empty line"],
+)
 def test_a_torn_last_line_is_repaired(tmp_path: Path, torn: bytes) -> None:
     good = json.dumps(row(1)).encode() + b"\n"
     (tmp_path / "m").write_bytes(good + torn)

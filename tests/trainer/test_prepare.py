@@ -95,14 +95,14 @@ GOOD = json.dumps({"text": "fine"}).encode() + b"\n"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(GOOD * 1000)[:-20], "damaged or truncated gzip after line"),
-        (b"not gzip at all", "damaged or truncated gzip after line 0"),
-        (gzip.compress(GOOD + b"{nonsense\n"), "line 2 is not JSON"),
-        (gzip.compress(GOOD + b'{"url": "x"}\n'), "line 2 has no string field 'text'"),
-        (gzip.compress(GOOD + b'{"text": 3}\n'), "line 2 has no string field 'text'"),
-        (gzip.compress(GOOD + b"[1]\n"), "line 2 has no string field 'text'"),
-        (gzip.compress(GOOD + b'{"text": "\xff"}\n'), "line 2 is not valid UTF-8"),
-        (gzip.compress(GOOD + b'{"text": "\\ud800"}\n'), "line 2 is not valid UTF-8"),
+        pytest.param(gzip.compress(GOOD * 1000)[:-20], "damaged or truncated gzip after line", id="cut"),
+        pytest.param(b"not gzip at all", "damaged or truncated gzip after line 0", id="not gzip"),
+        pytest.param(gzip.compress(GOOD + b"{nonsense\n"), "line 2 is not JSON", id="not JSON"),
+        pytest.param(gzip.compress(GOOD + b'{"url": "x"}\n'), "line 2 has no string field 'text'", id="no text"),
+        pytest.param(gzip.compress(GOOD + b'{"text": 3}\n'), "line 2 has no string field 'text'", id="a number"),
+        pytest.param(gzip.compress(GOOD + b"[1]\n"), "line 2 has no string field 'text'", id="a list"),
+        pytest.param(gzip.compress(GOOD + b'{"text": "\xff"}\n'), "line 2 is not valid UTF-8", id="not UTF-8"),
+        pytest.param(gzip.compress(GOOD + b'{"text": "\\ud800"}\n'), "line 2 is not valid UTF-8", id="half a pair"),
     ],
 )
 def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
@@ -173,7 +173,11 @@ class TestTokenizers:
         train_bpe(make_texts(200, 0), 300, tmp_path / "bpe", progress=False)
         return tmp_path / "bpe"
 
-    @pytest.mark.parametrize("text", ["", "plain", " two  spaces\n\n", "é 東京 🚂", END_OF_TEXT, "\x00\x7f"])
+    @pytest.mark.parametrize(
+        "text",
+        ["", "plain", " two  spaces\n\n", "é 東京 🚂", END_OF_TEXT, "\x00\x7f"],
+        ids=["empty", "plain", "spaces", "beyond ASCII", "end of text", "control characters"],
+    )
     def test_text_comes_back(self, bpe: Path, text: str) -> None:
         for tokenizer in (ByteTokenizer(), load_tokenizer(str(bpe))):
             tokens = tokenizer.encode_batch([text])[0]

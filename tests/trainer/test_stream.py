@@ -169,11 +169,11 @@ def test_validation_is_the_beginning_with_its_bytes(texts: Path) -> None:
 
 
 BAD = [
-    (gzip.compress(b'{"text": "fine"}\n' * 9)[:-20], "damaged or truncated gzip after line"),
-    (gzip.compress(b'{"text": "fine"}\n{nonsense\n'), "line 2 is not JSON"),
-    (gzip.compress(b'{"text": "fine"}\n{"text": "\xff"}\n'), "line 2 is not valid UTF-8"),
-    (gzip.compress(b'{"text": ""}\n'), "no text in 1 files that are read in turn"),
-    (gzip.compress(b""), "no text in 1 files that are read in turn"),
+    pytest.param(gzip.compress(b'{"text": "fine"}\n' * 9)[:-20], "damaged or truncated gzip after line", id="cut"),
+    pytest.param(gzip.compress(b'{"text": "fine"}\n{nonsense\n'), "line 2 is not JSON", id="not JSON"),
+    pytest.param(gzip.compress(b'{"text": "fine"}\n{"text": "\xff"}\n'), "line 2 is not valid UTF-8", id="not UTF-8"),
+    pytest.param(gzip.compress(b'{"text": ""}\n'), "no text in 1 files that are read in turn", id="an empty text"),
+    pytest.param(gzip.compress(b""), "no text in 1 files that are read in turn", id="nothing"),
 ]
 
 

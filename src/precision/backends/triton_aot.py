@@ -140,7 +140,7 @@ def cases() -> dict[str, Callable[[], object]]:
     x = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
     key = torch.empty(2, dtype=torch.int32, device="meta")
     noise = Noise(key=key, row_offset=torch.empty((), dtype=torch.int64, device="meta"))
-    columns = replace(noise, transposed=True)
+    columns = Noise(key=key, row_offset=noise.row_offset, transposed=True)
     fp8, e5m2 = OperandSpec(format=E4M3), OperandSpec(format=E5M2)
     row = replace(fp8, tile=Tile(1, -1), scale=Fp32(pow2=True, eps=1e-12))
     block = replace(fp8, tile=Tile(1, 128), scale=Fp32(pow2=True, input_max=True))

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from precision.backends.triton import Triton, capability, interpreted, launch
 from precision.formats import E2M1, E4M3, E5M2, pack4, unpack4
+from precision.noise import Noise
 from precision.quantize import Prepared, Quantized
 from precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec
+from precision.spec import GemmSpec, OperandSpec, Transform
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -34,6 +35,21 @@ class TritonDot(Triton):
         if None in kinds or kinds[0] != kinds[1]:
             return f"no narrow product of {gemm.a} x {gemm.b}"
         return super().why_not(gemm, shape, device)
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+        note: Tensor | None = None,
+    ) -> Quantized | Prepared:
+        # Its products read codes.
+        return super().prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note)
 
     def gemm(
         self,

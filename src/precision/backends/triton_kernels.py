@@ -26,6 +26,7 @@ from precision.formats import NumberFormat
 NEAREST, STOCHASTIC, TRUNCATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 UNIT, FP32, FP32_DECODE, POWER, TWO_LEVEL = (tl.constexpr(kind) for kind in range(5))
 FLOOR, CEIL, EVEN, RCEIL = (tl.constexpr(mode) for mode in range(4))
+SCALED_VALUES = tl.constexpr(2)
 E4M3, E5M2, E2M1 = (tl.constexpr(kind) for kind in (1, 2, 3))
 INF_BITS = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -119,11 +120,27 @@ def _fmix32(h):
 
 
 @_inlined
-def _uniform(row, col, key, row_offset):
-    """precision.noise at places row x col (int32, broadcast against each other), counted from ``row_offset``."""
+def _words(key, step):
+    """The two words of a noise's key: those at ``key``, or with a step (int64), what it makes of them."""
     key0 = tl.load(key).to(tl.uint32, bitcast=True)
     key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    place = row.to(tl.int64) + tl.load(row_offset)
+    if step is not None:
+        number = tl.load(step)
+        low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
+        key0, key1 = _fmix32(_fmix32(key0 ^ low) + high), _fmix32(_fmix32(key1 ^ low) + high)
+    return key0, key1
+
+
+@_inlined
+def _uniform(row, col, key, step, first, rows_of_a_sample):
+    """precision.noise at places row x col (int32, broadcast against each other), of ``Noise.of``'s parts.
+
+    ``first`` int64: rows are counted from first * rows_of_a_sample; None: from 0.
+    """
+    key0, key1 = _words(key, step)
+    place = row.to(tl.int64)
+    if first is not None:
+        place = place + tl.load(first) * rows_of_a_sample
     row_hash = _fmix32(_fmix32((place & 0xFFFFFFFF).to(tl.uint32) ^ key0) + (place >> 32).to(tl.uint32))
     element = _fmix32((row_hash + col.to(tl.uint32) * 0x9E3779B9) ^ key1)
     return (element >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
@@ -371,68 +388,154 @@ def _tile_places(first, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.const
     return place * 0 if WHOLE else first + place
 
 
+@_inlined
+def _top(amaxes, PARTS: tl.constexpr):
+    """The largest of PARTS amaxes, FP32 [1]: compared as integers, a NaN is larger than everything."""
+    return _float(tl.max(_bits(tl.load(amaxes + tl.arange(0, PARTS))), 0, keep_dims=True))
+
+
+@_inlined
+def _largest(bits):
+    """Of a block of bits, as a scalar."""
+    return tl.max(tl.max(bits, 1), 0)
+
+
 @triton.jit
 def amax_kernel(
-    x, up, d, out, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    x, up, d, out, out_t, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    ALONG: tl.constexpr, PARTS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr,
+    WHOLE_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Amaxes of tiles of what ``quantize_kernel`` reads, as bits: out int32 [grid_rows, grid_cols].
+    """Amaxes of tiles of what ``quantize_kernel`` reads: out, their bits, int32 [grid_rows, grid_cols].
 
-    Zeros before, where a tile has many blocks.
+    Where a tile has many blocks, over what stands there (zeros); with PARTS, the amax of the whole matrix in as many
+    parts as there are programs: FP32. ``out_t`` int32 [cols], or None: those of columns beside, over zeros.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
-    top = _tile_amax(y, TALL, WIDE)
-    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-    mask = (i < grid_rows) & (j < grid_cols)
-    if WHOLE_R or WHOLE_C:
-        tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
+    most = tl.program_id(0) * 0
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
+        if WHOLE_R and WHOLE_C:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        else:
+            top = _tile_amax(y, TALL, WIDE)
+            i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+            j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+            mask = (i < grid_rows) & (j < grid_cols)
+            if WHOLE_R or WHOLE_C:
+                tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
+            else:
+                tl.store(out + i * grid_cols + j, top, mask=mask)
+            if out_t is not None:
+                tl.atomic_max(out_t + c, _tile_amax(y, BLOCK_R, 1), mask=c < cols, sem="relaxed")
+    if WHOLE_R and WHOLE_C:
+        if PARTS:
+            tl.store(out + tl.program_id(0), _float(most))
+        else:
+            tl.atomic_max(out, most, sem="relaxed")
+
+
+@_inlined
+def _decoded(stored, R: tl.constexpr):
+    """The FP32 decode scales of what ``_scales`` stores."""
+    if R.kind == POWER:
+        decode = tl.where(stored == 255, float("nan"), _power(254 - stored))
+    elif R.kind == TWO_LEVEL:
+        block: tl.constexpr = R.block
+        decode = _value(stored, block)
     else:
-        tl.store(out + i * grid_cols + j, top, mask=mask)
+        decode = stored
+    return decode
+
+
+@_inlined
+def _tensor_scales(
+    amaxes, scales, tensor_scale, R: tl.constexpr, GIVEN: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """What is the same for every block: encode and decode scale (FP32 [1]) of the tensor, or of a rule's tensor level.
+
+    The first program writes what is stored of it. ``amaxes``: PARTS, whose largest is the tensor's.
+    """
+    encode = tl.full([1], 1.0, tl.float32)
+    decode = encode
+    if R.kind == TWO_LEVEL:
+        encode, decode = _tensor_level(_top(amaxes, PARTS), R)
+        if tl.program_id(0) == 0:
+            tl.store(tensor_scale + tl.arange(0, 1), decode)
+    elif WHOLE_R and WHOLE_C and (GIVEN or R.kind == UNIT):
+        if R.kind != UNIT:
+            encode = _top(amaxes, PARTS)
+        encode, stored = _scales(encode, encode, R, HARDWARE)
+        if scales is not None:
+            if tl.program_id(0) == 0:
+                tl.store(scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty))
+        decode = _decoded(stored, R)
+    return encode, decode
+
+
+@_inlined
+def _store_bf16(out, place, value, mask):
+    """FP32 at places of ``out`` (BF16), to nearest even: by its bits, which the interpreter gets right."""
+    bits = _bits(value)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    narrow = tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16)
+    tl.store(out.to(tl.pointer_type(tl.int16)) + place, narrow, mask=mask)
 
 
 @_inlined
 def _emit(
-    y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-    block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+    y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+    grid_rows, grid_cols, rows_of_a_sample,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    VALUES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes and scales of a block y in FP32; arguments as in ``quantize_kernel``."""
-    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-    inside = (i < grid_rows) & (j < grid_cols)
-    if R.kind == UNIT:
-        amax = tl.zeros([BLOCK_R // TALL, BLOCK_C // WIDE], tl.float32)
-    elif GIVEN:
-        amax = tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0.0)
+    """Write the codes and scales of a block y in FP32, or its VALUES; arguments as in ``quantize_kernel``.
+
+    ``whole`` and ``whole_decode``: of ``_tensor_scales``.
+    """
+    ONE: tl.constexpr = R.kind == UNIT or (WHOLE_R and WHOLE_C and GIVEN)  # scale, and it is known
+    if ONE:
+        if R.kind != UNIT:
+            y = y * whole[:, None]
     else:
-        amax = _float(_tile_amax(y, TALL, WIDE))
-    s = amax
-    if R.kind == TWO_LEVEL:
-        s, t = _tensor_level(tl.load(tensor_amax + tl.arange(0, 1)), R)
-        if tl.program_id(0) == 0:
-            tl.store(tensor_scale + tl.arange(0, 1), t)
-        s = s[:, None]
-    encode, stored = _scales(amax, s, R, HARDWARE)
-    first = inside
-    if WHOLE_R:
-        first = first & (i + block_r < 1)
-    if WHOLE_C:
-        first = first & (j + block_c < 1)
-    tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=first)
-    if R.kind != UNIT:
+        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+        inside = (i < grid_rows) & (j < grid_cols)
+        if GIVEN:
+            amax = _float(_bits(tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0)))
+        else:
+            amax = _float(_tile_amax(y, TALL, WIDE))
+        encode, stored = _scales(amax, whole[:, None], R, HARDWARE)
+        if scales is not None:
+            mask = inside
+            if WHOLE_R:
+                mask = mask & (i + block_r < 1)
+            if WHOLE_C:
+                mask = mask & (j + block_c < 1)
+            tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=mask)
         y = y * _each(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
     uniform = y
     if ROUNDING == STOCHASTIC:
-        uniform = _uniform(c, r, key, row_offset) if TRANSPOSED_NOISE else _uniform(r, c, key, row_offset)
-    if F.bits == 4:
+        if TRANSPOSED_NOISE:
+            uniform = _uniform(c, r, key, step, first, rows_of_a_sample)
+        else:
+            uniform = _uniform(r, c, key, step, first, rows_of_a_sample)
+    line, mask = r.to(tl.int64) * bytes_c, (r < rows) & (c < cols)
+    if VALUES:
+        value = _value(_codes(y, uniform, F, ROUNDING, HARDWARE) & ((1 << F.bits) - 1), F)
+        if VALUES == SCALED_VALUES:
+            if ONE:
+                value = value * whole_decode[:, None]
+            else:
+                value = value * _each(_decoded(stored, R), BLOCK_R, BLOCK_C, TALL, WIDE)
+        _store_bf16(codes, line + c, value, mask)
+    elif F.bits == 4:
         half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
         if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
             low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [BLOCK_R, BLOCK_C // 2, 2]))
@@ -441,19 +544,18 @@ def _emit(
             code = tl.where(c < cols, _codes(y, uniform, F, ROUNDING, HARDWARE), 0)
             low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
             packed = low | (high << 4)
-        place = codes + r.to(tl.int64) * bytes_c + half
-        tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
+        tl.store(codes + line + half, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
     else:
         code = _codes(y, uniform, F, ROUNDING, HARDWARE)
-        tl.store(codes + r.to(tl.int64) * bytes_c + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+        tl.store(codes + line + c, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def quantize_kernel(
-    x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
-    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, note, signs, key, step, first,
+    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
@@ -461,49 +563,74 @@ def quantize_kernel(
     """Codes and scales of x in one read and one write; with ``up``, of silu(x) * up / d (precision.swiglu.Hidden).
 
     ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
-    must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
-    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
+    must lie in it as a whole. ``tensor_amax``, FP32 [PARTS], whose largest is the amax, is read instead where the tile
+    is the tensor, and always by a two-level rule, which writes ``tensor_scale`` FP32 [1]. ``scales``: FP32, or uint8
+    codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with VALUES BF16 [rows, cols],
+    of code values (1) or times their tile's scale (2), and ``scales`` is written for a tensor's, or None. ``note`` FP32
+    [1]: becomes the amax of x if that is larger. ``key``, ``step``, ``first``: as in ``_uniform``.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
-    _emit(
-        y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
-        HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
+    whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
+    most = tl.program_id(0) * 0
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
+        if note is not None:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        _emit(
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+            grid_rows, grid_cols, rows_of_a_sample,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+    if note is not None:
+        tl.atomic_max(note.to(tl.pointer_type(tl.int32)), most, sem="relaxed")
 
 
 @triton.jit
 def quantize_both_kernel(
-    x, up, d, codes, scales, codes_t, scales_t, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
+    x, up, d, codes, scales, codes_t, scales_t, tile_amax, tile_amax_t, tensor_amax, tensor_scale, note,
+    key, key_t, step, first, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r, rows_of_a_sample,
+    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of x in tiles of 1 x WIDE, and of its transpose, in one read; x as in ``quantize_kernel``.
+    """What ``quantize_kernel`` makes of x and of its transpose, in one read: tiles of 1 x WIDE, rows, or the tensor.
 
-    ``codes``: uint8 [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: uint8 [cols, bytes_r], ``scales_t`` [cols,
-    grid_r].
+    ``codes``: [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: [cols, bytes_r], ``scales_t`` [cols, grid_r];
+    that of the tensor is one for both. ``key_t`` is that of the transpose's noise, whose
+    rows are the columns of the transpose; TRANSPOSED_NOISE: x's own rows are columns of what is counted, and its
+    transpose's are not.
     """
+    TALL: tl.constexpr = BLOCK if WHOLE_R else 1
     blocks_c = tl.cdiv(cols, BLOCK)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    first_r, first_c = block_r * BLOCK, block_c * BLOCK
-    r, c = first_r + tl.arange(0, BLOCK)[:, None], first_c + tl.arange(0, BLOCK)[None, :]
-    y = _block(x, up, d, None, r, c, rows, cols, stride_r, stride_c, ALONG, 0, HARDWARE)
-    _emit(
-        y, codes, scales, None, None, None, None, None,
-        block_r, block_c, r, c, rows, cols, bytes_c, rows, grid_c,
-        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
-    r, c = first_c + tl.arange(0, BLOCK)[:, None], first_r + tl.arange(0, BLOCK)[None, :]
-    _emit(
-        tl.trans(y), codes_t, scales_t, None, None, None, None, None,
-        block_c, block_r, r, c, cols, rows, bytes_r, cols, grid_r,
-        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
+    whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
+    most = tl.program_id(0) * 0
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK) * blocks_c, tl.num_programs(0)):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        first_r, first_c = block_r * BLOCK, block_c * BLOCK
+        r, c = first_r + tl.arange(0, BLOCK)[:, None], first_c + tl.arange(0, BLOCK)[None, :]
+        y = _block(x, up, d, None, r, c, rows, cols, stride_r, stride_c, ALONG, 0, HARDWARE)
+        if note is not None:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        _emit(
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+            rows, grid_c, rows_of_a_sample,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+        r, c = first_c + tl.arange(0, BLOCK)[:, None], first_r + tl.arange(0, BLOCK)[None, :]
+        _emit(
+            tl.trans(y), whole, whole_decode, codes_t, scales_t, tile_amax_t, key_t, step, first, block_c, block_r, r, c,
+            cols, rows, bytes_r, cols, grid_r, rows_of_a_sample,
+            F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+    if note is not None:
+        tl.atomic_max(note.to(tl.pointer_type(tl.int32)), most, sem="relaxed")
 
 
 @triton.jit
@@ -554,36 +681,37 @@ def _packed_e2m1(low, high):
 @triton.jit
 def values_kernel(
     codes, factors, out, rows, cols, bytes_c, grid_rows, grid_cols,
-    F: tl.constexpr, SCALED: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SCALED: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Code value * factor of its tile (FP32 [grid_rows, grid_cols], read if SCALED).
+    """Code value * factor of its tile ([grid_rows, grid_cols], read if SCALED): FP32, or the scale codes of rule R.
 
-    out [rows, cols]: FP32; or BF16, whose bits are stored as int16.
+    out [rows, cols]: FP32 or BF16.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (r < rows) & (c < cols)
-    if F.bits == 4:
-        half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-        place = codes + r.to(tl.int64) * bytes_c + half
-        packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
-        code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
-    else:
-        code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
-    value = _value(code & ((1 << F.bits) - 1), F)
-    if SCALED:
-        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-        factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0.0)
-        value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
-    place = out + r.to(tl.int64) * cols + c
-    if out.dtype.element_ty == tl.int16:
-        bits = _bits(value)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(place, tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16), mask=mask)
-    else:
-        tl.store(place, value, mask=mask)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        mask = (r < rows) & (c < cols)
+        if F.bits == 4:
+            half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
+            place = codes + r.to(tl.int64) * bytes_c + half
+            packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
+            code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
+        else:
+            code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
+        value = _value(code & ((1 << F.bits) - 1), F)
+        if SCALED:
+            i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+            j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+            factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0)
+            if factors.dtype.element_ty == tl.uint8:
+                factor = _decoded(factor.to(tl.int32), R)
+            value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
+        place = r.to(tl.int64) * cols + c
+        if out.dtype.element_ty == tl.bfloat16:
+            _store_bf16(out, place, value, mask)
+        else:
+            tl.store(out + place, value, mask=mask)
