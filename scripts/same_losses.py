@@ -154,7 +154,6 @@ def whole() -> Iterator[Case]:
     yield from _of("high-precision validation", "precision=mxfp4", "eval.precision=high", "eval.every=2")
     yield from _of("telemetry, pure_bf16_sr", "optim.moments=pure_bf16_sr", "optim.telemetry_every=2")
     yield from _of("probe, fp8_delayed", "precision=fp8_delayed", "probe.every=2", processes=(1,))
-    yield from _of("a step that is not finite", "optim.lr=1e30", "train.steps=8", "optim.warmup_steps=0")
     often = ("checkpoint.every=2", "eval.every=2")
     for recipe in ("bf16", "fp8_delayed", "nvfp4", "fp16"):
         options = (f"precision={recipe}", *often, "train.steps=3", "optim.schedule=constant")
