@@ -24,7 +24,13 @@ from trainer.verify import check_out
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = "fp8_delayed,fp8_current,fp8_rowwise,fp8_rowwise_gw_hp,fp8_block,mxfp8,mxfp4,nvfp4"
-COLUMNS = {"launches": "Triton launches", "products": "products", "kernels": "torch kernels", "copies": "waits"}
+COLUMNS = {
+    "launches": "Triton launches",
+    "products": "products",
+    "kernels": "torch kernels",
+    "copies": "waits",
+    "at_end": "at a step's end",
+}
 
 
 def main(

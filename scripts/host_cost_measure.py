@@ -15,6 +15,8 @@ Counted in one pass, with every operation of torch watched:
 * copies: what makes the host wait for the device or the device for the host: a value read (``item``, ``float``,
   ``nonzero``, a boolean index), a tensor of the host copied to the device, one of the device copied to the host.
   Tensors made without a device, and what is computed of them alone, are the host's.
+* at_end: all of these that a recipe adds at the end of a step, once for however many micro-batches; nothing of the
+  optimizer
 
 Timed in other passes, with nothing watched: CPU time of the process for forward and backward, minimum of many. No time
 of the CUDA driver is in it, nor a product's launch.
@@ -384,8 +386,12 @@ def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
         watch.names.clear()
         Launcher.count = 0
         step()
-    counts, names, opaque = dict(watch.counts), dict(watch.names), sorted(watch.opaque)
-    launches, watch = Launcher.count, None
+        launches, counts, names = Launcher.count, dict(watch.counts), dict(watch.names)
+        Launcher.count = 0
+        watch.counts.clear()
+        plan.end_step()
+        at_end = Launcher.count + watch.counts.total()
+    opaque, watch = sorted(watch.opaque), None
     step()
     Launcher.count = 0
     step()
@@ -403,6 +409,7 @@ def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
         "backends": "/".join(choice.backend.name for choice in choices),
         "launches": launches / num_linears,
         **{kind: counts.get(kind, 0) / num_linears for kind in ("products", "kernels", "copies")},
+        "at_end": at_end / num_linears,
         "host_us": best * 1e6 / num_linears,
         "names": names,
         "unseen": opaque + ([] if launches == unwatched else [f"{unwatched} launches where nothing is watched"]),

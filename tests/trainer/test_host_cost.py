@@ -90,11 +90,14 @@ def test_a_gpu_that_is_not_there(script: ModuleType) -> None:
 
 def test_before_and_after_stand_in_one_row(script: ModuleType) -> None:
     before = {"recipe": "mxfp8", "linears": 3, "launches": 28 / 3, "products": 3, "kernels": 190, "copies": 0}
-    before |= {"host_us": 2605.4, "backends": "triton/triton/triton"}
+    before |= {"at_end": 0, "host_us": 2605.4, "backends": "triton/triton/triton"}
     after = before | {"launches": 2.0, "kernels": 6, "host_us": 301.0}
     failed = {"recipe": "nvfp4", "linears": 1, "error": "ValueError: no"}
     lines = script.table([[before, before | {"recipe": "nvfp4"}], [after, failed]]).splitlines()
-    assert lines[2] == "| mxfp8 | 3 | 9.33 -> 2 | 3 -> 3 | 190 -> 6 | 0 -> 0 | 2,605 -> 301 | triton/triton/triton |"
+    assert (
+        lines[2]
+        == "| mxfp8 | 3 | 9.33 -> 2 | 3 -> 3 | 190 -> 6 | 0 -> 0 | 0 -> 0 | 2,605 -> 301 | triton/triton/triton |"
+    )
     assert lines[3] == "| nvfp4 | 1 | ValueError: no |"
 
 
