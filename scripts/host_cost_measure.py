@@ -344,6 +344,12 @@ def pretend() -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
+    custom_op = torch.library.custom_op  # an operator for GPUs alone is one for tensors that say they are there
+
+    def for_all(name: str, function: Any = None, /, *, device_types: Any = None, **more: Any) -> Any:
+        return custom_op(name, function, **more)
+
+    torch.library.custom_op = for_all
 
 
 class Model(nn.Module):

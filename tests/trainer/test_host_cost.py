@@ -46,7 +46,7 @@ spec.loader.exec_module(m)
 m.pretend()
 torch = m.torch
 
-@torch.library.custom_op("pretended::twice", mutates_args=())
+@torch.library.custom_op("pretended::twice", mutates_args=(), device_types="cuda")
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
 
