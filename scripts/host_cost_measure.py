@@ -175,7 +175,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         more = more or {}
         if function.namespace not in ("aten", "prim", "prims"):
-            body = _body(function)
+            body = bodies.get(function._schema.name)
             if body is not None:  # an operator of the project's own is what its body does
                 with self:
                     return body(*arguments, **more)
@@ -201,13 +201,6 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def _body(function: Any) -> Callable[..., Any] | None:
-    """The Python function of a ``torch.library.custom_op``."""
-    definitions = getattr(importlib.import_module("torch._library.custom_ops"), "OPDEFS", {})
-    definition = definitions.get(function._schema.name)
-    return getattr(definition, "_init_fn", None)
-
-
 def _waits(arguments: tuple[Any, ...]) -> bool:
     """Whether an index is a mask, whose size the host must learn, or lies on the host."""
     indices = [x for x in tree_leaves(arguments[1:2]) if isinstance(x, Tensor)]
@@ -229,6 +222,7 @@ def to_gpu(x: Tensor) -> Tensor:
 
 
 watch: Watch | None = None
+bodies: dict[str, Callable[..., Any]] = {}
 real_device = torch.Tensor.device
 
 
@@ -344,12 +338,20 @@ def pretend() -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-    custom_op = torch.library.custom_op  # an operator for GPUs alone is one for tensors that say they are there
+    torch.library.Library.impl = _registering(torch.library.Library.impl)
 
-    def for_all(name: str, function: Any = None, /, *, device_types: Any = None, **more: Any) -> Any:
-        return custom_op(name, function, **more)
 
-    torch.library.custom_op = for_all
+def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember the body of every operator; one for GPUs alone is for tensors that say that they are there."""
+
+    def impl(library: Any, operator: Any, body: Any, key: str = "", **more: Any) -> Any:
+        name = operator if isinstance(operator, str) else operator._schema.name
+        name = name if "::" in name else f"{library.ns}::{name}"
+        if key in ("", "CompositeExplicitAutograd", "CompositeImplicitAutograd", "CPU", "CUDA"):
+            bodies[name] = body
+        return original(library, operator, body, "CPU" if key == "CUDA" else key, **more)
+
+    return impl
 
 
 class Model(nn.Module):
