@@ -1128,7 +1128,7 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 @functools.cache
 def _runtime() -> tuple[Any, Any]:
     """Triton's settings at run time, and its driver."""
-    import triton  # type: ignore[import-untyped]
+    import triton
     from triton.runtime import driver  # type: ignore[import-untyped]
 
     return triton.knobs.runtime, driver.active
