@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -224,14 +225,18 @@ class CodecAdamW(Optimizer):
         """
         assert closure is None
         updates, seen = [], []
+        gates: dict[torch.dtype, Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.state[parameter]["step"] += 1
+                    dtype = parameter.grad.dtype
+                    if gate is not None and dtype not in gates:  # rounded first, as `multiply` does
+                        gates[dtype] = torch.stack([gate[0].to(dtype).float(), gate[1]])
                     seen.append((parameter, group, float(self.state[parameter]["step"])))
         self._counted = [parameter for parameter, _, _ in seen]
         keys = self._step_keys({parameter: t for parameter, _, t in seen})
-        updates = [self.next_update(parameter, group, t, keys, gate) for parameter, group, t in seen]
+        updates = [self.next_update(parameter, group, t, keys, gates) for parameter, group, t in seen]
         if not updates:
             return
         amaxes = self._over_ranks(self.backend.amaxes(updates)) if any(u.whole for u in updates) else None
@@ -250,9 +255,12 @@ class CodecAdamW(Optimizer):
         group: dict[str, Any],
         t: float,
         keys: dict[tuple[Tensor, int], Tensor],
-        gate: Tensor | None = None,
+        gates: Mapping[torch.dtype, Tensor] = MappingProxyType({}),
     ) -> Update:
-        """Update ``t`` of a parameter, with the noise of ``keys``; nothing is done yet."""
+        """Update ``t`` of a parameter, with its noise of ``keys`` and its gate by the dtype of its gradient.
+
+        Nothing is done yet.
+        """
         place = self.places[parameter]
         assert parameter.grad is not None
         # A checkpoint loads in place, and FSDP keeps its shards: the views of __init__ still hold.
@@ -276,7 +284,7 @@ class CodecAdamW(Optimizer):
             eps=group["eps"],
             decay=group["weight_decay"],
             t=t,
-            gate=gate,
+            gate=gates.get(parameter.grad.dtype),
         )
 
     def _step_keys(self, times: dict[Tensor, float]) -> dict[tuple[Tensor, int], Tensor]:
@@ -303,8 +311,11 @@ class CodecAdamW(Optimizer):
 
 def can_gate(optimizer: Optimizer) -> bool:
     """Whether ``gated_step`` knows this optimizer."""
-    fused = isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
-    return fused or isinstance(optimizer, CodecAdamW)
+    return _is_fused(optimizer) or isinstance(optimizer, CodecAdamW)
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
 
 
 def gated_step(optimizer: Optimizer, applied: Tensor, factor: Tensor | None) -> Callable[[], None]:
@@ -313,7 +324,7 @@ def gated_step(optimizer: Optimizer, applied: Tensor, factor: Tensor | None) -> 
     Args:
         applied: bool scalar on the parameters' device. Where it is false, parameters, moments and counters stay as
             they were, to the bit.
-        factor: FP32 scalar, of all gradients. torch's fused AdamW divides them by its inverse.
+        factor: FP32 scalar, of all gradients; None: 1. ``multiply`` says how they are multiplied.
 
     Returns what must be called, before the next step and before a counter is read, once it is known that the update was
     left out. Raises ValueError where ``can_gate`` is false.
@@ -332,6 +343,21 @@ def gated_step(optimizer: Optimizer, applied: Tensor, factor: Tensor | None) -> 
     finally:
         del there.found_inf, there.grad_scale
     return lambda: None
+
+
+@torch.no_grad()
+def multiply(optimizer: Optimizer, gradients: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place, to the bit as ``gated_step`` takes them: by ``factor`` rounded to their dtype, but
+    for torch's fused AdamW, which divides by its inverse.
+    """
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault(gradient.dtype, []).append(gradient)
+    for dtype, tensors in alike.items():
+        if _is_fused(optimizer):
+            torch._foreach_div_(tensors, 1.0 / factor)
+        else:
+            torch._foreach_mul_(tensors, factor.to(dtype))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from precision.probe import Probe, check_settings
-from precision.updates import can_gate, gated_step
+from precision.updates import can_gate, gated_step, multiply
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
@@ -290,11 +290,15 @@ def update_from(
     for group in optimizer.param_groups:
         group["lr"] = lr
     measured = _due(config.telemetry_every, step + 1)
+    factor = None
     if world.deferred:
         totals = _totals_there(world, loss_sum, gradients)
+        if config.clip_norm > 0:
+            there = (totals[1] / state.num_replicas).sqrt()
+            factor = (config.clip_norm / (there + 1e-6)).clamp(max=1.0).float()
         # A new loss scale and the telemetry hang on the numbers of this very step.
         if loss_scale is None and not measured and can_gate(optimizer):
-            return _update_there(state, config, totals, total_weight, lr)
+            return _update_there(state, totals, factor, total_weight, lr)
         total_loss, total_squares = totals.tolist()
     else:
         # In float64, so that neither sum depends on how the tensors are sharded.
@@ -307,7 +311,9 @@ def update_from(
     caught = overflow and plan.can_back_off
     telemetry: dict[str, float] = {}
     if applied:
-        if config.clip_norm > 0:
+        if factor is not None:
+            multiply(optimizer, gradients, factor)
+        elif config.clip_norm > 0:
             torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
         if measured:
             telemetry = measured_step(optimizer, world, state.num_replicas)
@@ -328,17 +334,12 @@ def _totals_there(world: World, loss_sum: Tensor, gradients: list[Tensor]) -> Te
     return world.add_up_there(torch.stack([loss_sum, torch.stack(norms).square().sum()]))
 
 
-def _update_there(state: TrainState, config: OptimConfig, totals: Tensor, total_weight: float, lr: float) -> StepResult:
-    """The end of a step that the device decides about: as in ``update_from``, but no number is waited for.
-
-    Where torch's fused AdamW clips, it divides.
-    """
+def _update_there(
+    state: TrainState, totals: Tensor, factor: Tensor | None, total_weight: float, lr: float
+) -> StepResult:
+    """The end of a step that the device decides about: as in ``update_from``, but no number is waited for."""
     num_replicas, arriving = state.num_replicas, to_host(totals)
     applied = totals.isfinite().all()
-    factor = None
-    if config.clip_norm > 0:
-        grad_norm = (totals[1] / num_replicas).sqrt()
-        factor = (config.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0).float()
     # The number of this update hangs on whether the last one was applied. That is known by now, unless the device is
     # a whole step behind: then it has this step's forward and backward pass to do while the host waits.
     state.settle()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from precision.backends.adam import ORDER, choose
 from precision.codecs import CHOICES, STANDARD, Moments, chosen
-from precision.updates import AdamW, CodecAdamW, can_gate, gated_step, step_with_sums
+from precision.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply, step_with_sums
 
 CPU = torch.device("cpu")
 SHAPES = [(37, 300), (5, 7), (33,), (1, 1), (6, 1), (0, 9)]
@@ -261,9 +261,12 @@ def test_a_gated_update_is_the_update_or_nothing(variant: str, backend: str) -> 
             gated_step(gated, no, torch.tensor(math.nan))()
             assert same(before, state_of(gated)) == []
             set_grads(params_of(gated), step)
-        for parameter in params_of(plain):
-            assert parameter.grad is not None
-            parameter.grad *= 1.0 if factor is None else float(factor)
+        # As one list: torch multiplies a BF16 tensor alone by a number that is not rounded first.
+        torch._foreach_mul_([p.grad for p in params_of(plain)], 1.0 if factor is None else float(factor))
+        grads = [parameter.grad.clone() for parameter in params_of(gated)]  # type: ignore[union-attr]
+        if factor is not None:
+            multiply(gated, grads, factor)
+        assert all(map(torch.equal, grads, (parameter.grad for parameter in params_of(plain))))
         plain.step()
         gated_step(gated, yes, factor)
         assert same(state_of(plain), state_of(gated)) == [], step

@@ -105,21 +105,29 @@ def test_a_deferred_run_is_the_run(runs: Runs, options: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("moments", ["fp32", "pure_bf16_sr"])
 def test_clipped_by_the_device(tiny: Tiny, world: World, moments: str) -> None:
-    """torch's fused AdamW divides where the other way multiplies; narrow gradients are multiplied and rounded alike."""
-    config = tiny(f"optim.moments={moments}", "optim.clip_norm=0.01")
-    states = [made(config, world) for _ in range(2)]
+    """torch's fused AdamW divides where the other way multiplies. A step that is measured is not another step."""
+    config = tiny("precision=bf16", f"optim.moments={moments}", "optim.clip_norm=0.013")
+    measured = replace(config.optim, telemetry_every=1)
+    waited, deferred, watched = states = [made(config, world) for _ in range(3)]
+    there = replace(world, deferred=True)
     for step in range(4):
         results = [
-            update_from(state, Drawn(), replace(world, deferred=deferred), config.optim, step, 4)
-            for deferred, state in enumerate(states)
+            update_from(state, Drawn(), at, optim, step, 4)
+            for state, at, optim in zip(
+                states, (world, there, there), (config.optim, config.optim, measured), strict=True
+            )
         ]
         assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
         assert results[1].grad_norm > 0.1
         assert results[1].loss == pytest.approx(results[0].loss, rel=1e-6)
-    waited, deferred = (state.tensors() for state in states)
-    for name, tensor in waited.items():
-        one, other = local(tensor), local(deferred[name])
-        assert torch.equal(one, other) if moments != "fp32" else torch.allclose(one, other, rtol=1e-3, atol=1e-6), name
+        assert results[2].telemetry["update_ratio"] > 0
+    for name, tensor in deferred.tensors().items():
+        assert torch.equal(local(tensor), local(watched.tensors()[name])), name
+        other = local(waited.tensors()[name])
+        if moments == "fp32":
+            assert torch.allclose(local(tensor), other, rtol=1e-3, atol=1e-6), name
+        else:
+            assert torch.equal(local(tensor), other), name
 
 
 def made(config: TrainConfig, world: World) -> TrainState:
@@ -130,7 +138,7 @@ def made(config: TrainConfig, world: World) -> TrainState:
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_deferred_run_diverges_at_the_same_step(runs: Runs, limit: int) -> None:
     waited, deferred = runs(
-        f"train.max_nonfinite_in_a_row={limit}",
+        f"train.max_nonfinite_in_a_row={limit}", "optim.clip_norm=0",
         "train.steps=20", "eval.tokens=0", "checkpoint.every=3",
         code=ExitCode.DIVERGED, poisoned={1, *range(5, 99)} if limit > 1 else {5},
     )  # fmt: skip

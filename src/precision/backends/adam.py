@@ -87,7 +87,7 @@ class Update:
 
     @property
     def gradient(self) -> Tensor:
-        """FP32, multiplied, and rounded to its own dtype as it would be in place."""
+        """FP32, multiplied, and rounded to its own dtype, as in place."""
         if self.gate is None:
             return self.grad.float()
         return (self.grad.float() * self.gate[0]).to(self.grad.dtype).float()
