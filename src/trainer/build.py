@@ -266,8 +266,9 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """A warning for every width whose rows no bulk copy of a GPU (TMA) takes: 16 does not divide their bytes."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            for width in {module.in_features, module.out_features}:
+        weight = None if isinstance(module, nn.Embedding) else module._parameters.get("weight")
+        if weight is not None and weight.ndim == 2:
+            for width in set(weight.shape):
                 paths.setdefault(width, []).append(path)
     lines = []
     for width, (first, *others) in sorted(paths.items()):

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from models import create
+from precision.recipe import apply, load
 from trainer import distributed
 from trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
 from trainer.config import load_config, load_run_config
@@ -71,17 +72,19 @@ def test_blocks_are_compiled_once_for_training_and_once_for_validation(
     torch._dynamo.reset()
 
 
-def widths(model: str, vocab_size: int) -> list[str]:
-    config = replace(load_config([f"model={model}"]).model, vocab_size=vocab_size)
-    with torch.device("meta"):
-        return narrow_rows(create(config), torch.bfloat16)
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp8"])
+def test_a_width_that_no_bulk_copy_takes_is_named(recipe: str) -> None:
+    def warnings(model: str, vocab_size: int) -> list[str]:
+        config = replace(load_config([f"model={model}"]).model, vocab_size=vocab_size, num_layers=2)
+        with torch.device("meta"):
+            made = create(config)
+        apply(load(recipe, {}), made)
+        return narrow_rows(made, torch.bfloat16)
 
-
-def test_a_width_that_no_bulk_copy_takes_is_named() -> None:
-    assert widths("llama3_1b", 128_256) == []
-    (line,) = widths("llama_1b", 32_000)
+    assert warnings("llama3_1b", 128_256) == []
+    (line,) = warnings("llama_1b", 32_000)
     assert line.startswith("warning: width 5,461 (layers.0.mlp.gate_proj and others): a row of 10,922 bytes")
-    (line,) = widths("gpt2_124m", 50_257)
+    (line,) = warnings("gpt2_124m", 50_257)
     assert line.startswith("warning: width 50,257 (lm_head): a row of 100,514 bytes")
 
 
