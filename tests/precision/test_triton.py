@@ -169,7 +169,7 @@ class FakeKernel:
 
 
 def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its next launch is direct and gives it the same arguments; other alignments, devices and hooks go triton's way."""
+    """The next launch is direct, with the same arguments; other alignments, devices and hooks go triton's way."""
     hooks = SimpleNamespace(calls=[])
     runtime = SimpleNamespace(launch_enter_hook=hooks, launch_exit_hook=SimpleNamespace(calls=[]))
     device = SimpleNamespace(number=0)
