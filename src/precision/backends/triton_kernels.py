@@ -493,7 +493,7 @@ def _tensor_scales(
         if R.kind != UNIT:
             encode = _top(amaxes, PARTS)
         encode, stored = _scales(encode, encode, R, HARDWARE)
-        if scales is not None:  # not in one line: of a tensor and a constant together neither is looked at first
+        if scales is not None:
             tl.store(
                 scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty), mask=tl.arange(0, 1) == tl.program_id(0)
             )
