@@ -393,7 +393,7 @@ class QuantLinear(nn.Module):
         self._maybe_unknown = self.delayed is not None
         self._followed: dict[int, tuple[QuantLinear, int, int]] = {}
         self._places: tuple[Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]] | None = None
-        self.noted: dict[int, int] = {}  # how often each slot was measured
+        self.noted: dict[int, int] = {}  # how often each column's tensor was measured
 
     # What ``precision.traced`` calls.
 
@@ -487,7 +487,7 @@ class QuantLinear(nn.Module):
         column = self.mode.column_of.get(slot)
         if column is None:
             return None, None
-        self.noted[slot] = self.noted.get(slot, 0) + 1
+        self.noted[column] = self.noted.get(column, 0) + 1
         if not self.mode.backends[slot // 2].notes or self._unknown():
             return self.amax_for(slot, x), None
         places = self._places
@@ -512,14 +512,14 @@ class QuantLinear(nn.Module):
         column, other = self.mode.column_of.get(slot), first.mode.column_of.get(slot)
         if column is None or other is None or self.delayed != first.delayed:
             return False
-        met = self._followed.get(slot)
-        if met is None or met[0] is not first or met[1] + 1 != first.noted[slot] or met[2] != self.noted.get(slot, 0):
+        met, times, own = self._followed.get(column), first.noted.get(other, 0), self.noted.get(column, 0)
+        if met is None or met[0] is not first or times - met[1] not in (0, 1) or met[2] != own:
             same = torch.equal(self.amax_held[column], first.amax_held[other])
             if not same or not torch.equal(self.amax_history[1:, column], first.amax_history[1:, other]):
                 return False
-        if self.training:
+        if self.training and (met is None or met[1] != times):
             torch.maximum(self.amax_history[0, column], first.amax_history[0, other], out=self.amax_history[0, column])
-        self._followed[slot] = first, first.noted[slot], self.noted.get(slot, 0)
+        self._followed[column] = first, times, own
         return True
 
     def note_unseen(self, stats: Tensor | None, **tensors: Tensor) -> None:

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.llama import Llama, LlamaConfig
-from precision.backends import REFERENCE, choose, scaled_mm
+from precision.backends import REFERENCE, choose, scaled_mm, triton
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
 from precision.backends.triton import (
+    CANDIDATES,
+    Choice,
     Triton,
     hadamard,
     quantize_both,
@@ -252,6 +254,22 @@ def test_an_amax_is_noted_where_another_one_scales() -> None:
     for spec, amax in ((MXFP8, None), (OperandSpec(format=E4M3), None)):
         with pytest.raises(ValueError, match="an amax is noted where"):
             quantize_fused(x, spec, amax=amax, note=torch.zeros(1))
+
+
+@pytest.mark.parametrize("choice", CANDIDATES, ids=str)
+def test_blocks_change_no_bits(choice: Choice) -> None:
+    row = replace(MXFP8, tile=Tile(1, -1))
+    for spec, transform in ((MXFP8, None), (NVFP4, Hadamard()), (OperandSpec(format=E4M3), None), (row, None)):
+        x = torch.randn(70, 150, generator=torch.Generator().manual_seed(choice.elements))
+        for of in (x, x.mT):
+            plan = triton._quantize_plan(of, spec, None, None, transform, choice, values=False)
+            y = of if transform is None else transform.left(of)
+            made = plan.made(of, None, None, None, None, None)
+            assert same(made, REFERENCE.quantize(y, spec, amax=None, noise=None)), (str(spec), of.stride())
+        both = triton._both_plan(x, spec, None, None, False, choice, values=False)
+        assert both is not None
+        theirs = [REFERENCE.quantize(of, spec, amax=None, noise=None) for of in (x, x.mT)]
+        assert all(map(same, both.made(x, None, None, None, None, None), theirs)), str(spec)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

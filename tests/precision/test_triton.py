@@ -28,7 +28,7 @@ from precision.backends import (
     triton_kernels,
     triton_output_kernels,
 )
-from precision.backends.triton import Launcher, recording, start
+from precision.backends.triton import CANDIDATES, Choice, Launcher, chosen, recording, start
 from precision.formats import E4M3
 from precision.recipe import apply, load
 from precision.spec import GemmSpec, OperandSpec
@@ -251,3 +251,36 @@ def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
     calls(spec)
     calls(twin)
     assert len(triton._PLANS) == made
+
+
+def test_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a GPU, with made-up times: the fastest is kept in a file, which other processes read."""
+    cuda, seen = torch.device("cuda"), []
+    times = dict(zip((None, *CANDIDATES), (5.0, 4.0, 3.0, 1.0, 2.0), strict=True))
+    monkeypatch.setattr(triton, "_tuned_path", lambda: tmp_path / "kept" / "blocks.json")
+    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "_milliseconds", lambda call: call())
+
+    def run(choice: Choice | None) -> float:
+        seen.append(choice)
+        return times[choice]
+
+    triton._tuned.cache_clear()
+    try:
+        assert chosen("rows", cuda, run) is None
+        monkeypatch.setenv("NARROWGAUGE_TUNE", "1")
+        assert chosen("rows", torch.device("cpu"), run) is None
+        assert not seen
+        assert chosen("rows", cuda, run) == chosen("rows", cuda, run) == CANDIDATES[2]
+        assert seen == list(times)
+        times[None] = 0.0
+        assert chosen("columns", cuda, run) is None
+        triton._tuned.cache_clear()
+        monkeypatch.delenv("NARROWGAUGE_TUNE")
+        assert chosen("rows", cuda, run) == CANDIDATES[2]
+        assert chosen("columns", cuda, run) is None
+        monkeypatch.setattr(triton, "capability", lambda device: (10, 0))
+        assert chosen("rows", cuda, run) is None
+        assert len(seen) == 2 * len(times)
+    finally:
+        triton._tuned.cache_clear()

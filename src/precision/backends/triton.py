@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -244,21 +246,30 @@ class Blocks:
         return -(-rows // self.block_r) * -(-cols // self.block_c)
 
 
-def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group: int = 1) -> Blocks:
+class Choice(NamedTuple):
+    """How large a program's blocks are, about, and by how many warps they are computed. Bits do not depend on it."""
+
+    elements: int = 4096
+    warps: int = 0  # 0: by the number of elements
+
+
+def blocks(
+    tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group: int = 1, choice: Choice | None = None
+) -> Blocks:
     """Blocks of some 4096 elements: wide ones where a row is contiguous, else (``rows_adjoin``) about square.
 
     ``group``: how many columns a transform takes together.
     """
+    elements, warps = choice or Choice()
     tall, wide = tile
     low_r, low_c = max(tall, 1), max(wide, group, 1)
     high_r, high_c = max(low_r, _power_above(rows)), max(low_c, _power_above(cols), 2)
     if tile == Tile(1, -1) and high_c <= (512 if rows_adjoin else 8192):  # a whole row in a block
-        block_r, block_c = min(high_r, 32 if rows_adjoin else max(1, 4096 // high_c)), high_c
+        block_r, block_c = min(high_r, 32 if rows_adjoin else max(1, elements // high_c)), high_c
     else:
         block_c = min(high_c, max(low_c, 64 if rows_adjoin else 128))
-        block_r = min(high_r, max(low_r, 4096 // block_c))
-    warps = 0
-    if rows_adjoin and group > 1:
+        block_r = min(high_r, max(low_r, elements // block_c))
+    if rows_adjoin and group > 1 and choice is None:
         # A load gives a thread 8 elements of a column, and a warp 8 columns: with few rows the columns of a group meet
         # in few warps, so that a transform's stages are shuffles and not trips through shared memory.
         block_r, warps = min(high_r, max(low_r, 32)), 2 if block_c <= 64 else 4
@@ -408,7 +419,14 @@ def _made(
         if of.dtype not in DTYPES:  # where a transform of FP64 would be one in FP64: the caller's concern
             assert isinstance(x, Tensor)
             return _made(x.float(), spec, amax, noise, transform, note, values=values)
-        plan = _quantize_plan(x, spec, amax, parts, transform, note is not None, values=values)
+
+        def planned(choice: Choice | None) -> QuantizePlan:
+            return _quantize_plan(x, spec, amax, parts, transform, choice, values=values)
+
+        def run(choice: Choice | None) -> Quantized | Prepared:
+            return planned(choice).made(of, up, d, amax, parts, note)
+
+        plan = planned(chosen(_kind("one", of, spec, transform, values), of.device, run))
         if not recorded:
             _remember(key, plan, spec, transform)
     return plan.made(of, up, d, amax, parts, note)
@@ -599,14 +617,14 @@ def _quantize_plan(
     amax: Tensor | None,
     noise: NoiseParts | None,
     transform: Hadamard | None,
-    noted: bool,
+    choice: Choice | None,
     *,
     values: bool,
 ) -> QuantizePlan:
     from precision.backends.triton_kernels import quantize_kernel
 
     of = _sources(x)[0]
-    cut, levels, device = blocks_of(of, spec.tile, transform), spec.scale.levels, of.device
+    cut, levels, device = blocks_of(of, spec.tile, transform, choice), spec.scale.levels, of.device
     if amax is not None:
         assert amax.is_contiguous()
     whole = spec.tile == TENSOR
@@ -735,9 +753,20 @@ def quantize_both(
     recorded = _recording.get() is not None
     plan = None if recorded else _PLANS.get(key)
     if plan is None:
-        plan = _both_plan(x, spec, amax, parts, note is not None, values=values)
+
+        def planned(choice: Choice | None) -> BothPlan | None:
+            return _both_plan(x, spec, amax, parts, note is not None, choice, values=values)
+
+        def run(choice: Choice | None) -> object:
+            candidate = planned(choice)
+            assert candidate is not None
+            return candidate.made(of, up, d, amax, parts, note)
+
+        plan = planned(None)
         if plan is None:
             return None
+        choice = chosen(_kind("both", of, spec, None, values), of.device, run)
+        plan = planned(choice) or plan
         if not recorded:
             _remember(key, plan)
     pair: tuple[Quantized, Quantized] | tuple[Prepared, Prepared] = plan.made(of, up, d, amax, parts, note)
@@ -798,6 +827,7 @@ def _both_plan(
     amax: Tensor | None,
     noise: tuple[NoiseParts, NoiseParts] | None,
     noted: bool,
+    choice: Choice | None,
     *,
     values: bool,
 ) -> BothPlan | None:
@@ -815,8 +845,10 @@ def _both_plan(
     if noise is not None:
         first, second = noise
         assert replace(first, transposed=not first.transposed).kind == second.kind, "the noise of both directions"
-    (rows, cols), side = of.shape, max(BOTH_SIDE, spec.tile.inner)
-    cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
+    large = choice is not None and choice.elements > BOTH_SIDE * BOTH_SIDE
+    (rows, cols), side = of.shape, max(2 * BOTH_SIDE if large else BOTH_SIDE, spec.tile.inner)
+    warps = 0 if choice is None else choice.warps
+    cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side, warps=warps)
     whole = spec.tile == TENSOR
     apart = amax is None and _of_tensor(spec)
     of_rows = spec.tile == Tile(1, -1)
@@ -1169,9 +1201,73 @@ def programs(blocks: int, num_warps: int, device: torch.device) -> int:
     return min(blocks, multiprocessors * (64 // num_warps) or 3)
 
 
-def blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:
+def blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None, choice: Choice | None = None) -> Blocks:
     group = transform.size if transform is not None else 1
-    return blocks(tile, *x.shape, rows_adjoin=x.stride(1) != 1 and x.stride(0) == 1, group=group)
+    rows_adjoin = x.stride(1) != 1 and x.stride(0) == 1
+    return blocks(tile, *x.shape, rows_adjoin=rows_adjoin, group=group, choice=choice)
+
+
+CANDIDATES = (Choice(2048, 4), Choice(4096, 4), Choice(4096, 8), Choice(8192, 8))
+
+
+def chosen(kind: str, device: torch.device, run: Callable[[Choice | None], object]) -> Choice | None:
+    """The blocks of a kind of launch on this architecture, None for what ``blocks`` says.
+
+    With NARROWGAUGE_TUNE=1 in the environment the candidates are measured at the first launch of a kind, by ``run``,
+    and the best is kept for later processes, in triton's cache directory.
+    """
+    if device.type != "cuda" or _recording.get() is not None:
+        return None
+    major, minor = capability(device)
+    name = f"sm_{major}{minor} {kind}"
+    known = _tuned()
+    if name not in known and os.environ.get("NARROWGAUGE_TUNE") == "1":
+        times = {choice: _milliseconds(functools.partial(run, choice)) for choice in (None, *CANDIDATES)}
+        known[name] = min(times, key=lambda choice: times[choice])
+        path = _tuned_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(known, indent=1))
+        scratch.replace(path)
+    return known.get(name)
+
+
+def _tuned_path() -> Path:
+    import triton
+
+    return Path(triton.knobs.cache.dir) / "narrowgauge_blocks.json"
+
+
+@functools.cache
+def _tuned() -> dict[str, Choice | None]:
+    """What was measured, by architecture and kind of launch."""
+    path = _tuned_path()
+    if not path.exists():
+        return {}
+    return {name: None if pair is None else Choice(*pair) for name, pair in json.loads(path.read_text()).items()}
+
+
+def _milliseconds(call: Callable[[], object], times: int = 20) -> float:
+    """Of one call on the device's clock, the median of three."""
+    call()
+    measured: list[float] = []
+    for _ in range(3):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        for _ in range(times):
+            call()
+        last.record()
+        last.synchronize()
+        measured.append(first.elapsed_time(last) / times)
+    return sorted(measured)[1]
+
+
+def _kind(what: str, of: Tensor, spec: OperandSpec, transform: Hadamard | None, values: bool) -> str:
+    """What launches are measured together: those that differ in the matrix's size and in what costs little."""
+    laid = "rows" if of.stride(1) == 1 else "columns"
+    size = transform.size if transform is not None else 0
+    parts = (what, laid, spec.format, spec.tile, spec.scale, spec.rounding.value, f"hadamard{size}", of.dtype, values)
+    return "/".join(map(str, parts))
 
 
 def _fits(format: NumberFormat) -> bool:

@@ -493,9 +493,10 @@ def _tensor_scales(
         if R.kind != UNIT:
             encode = _top(amaxes, PARTS)
         encode, stored = _scales(encode, encode, R, HARDWARE)
-        if scales is not None:  # noqa: SIM102 - known when compiled
-            if tl.program_id(0) == 0:
-                tl.store(scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty))
+        if scales is not None:
+            tl.store(
+                scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty), mask=tl.arange(0, 1) == tl.program_id(0)
+            )
         decode = _decoded(stored, R)
     return encode, decode
 
