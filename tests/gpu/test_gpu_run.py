@@ -30,8 +30,9 @@ FAKES = {
     "steps": 'emit(what="first"); sys.exit("out of luck")',
     "check": 'emit(what="before"); emit(what="told", n=(out / "results.json").read_text().count("told"))',
     "nccl": """
-left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-emit(what="left", n=left.pid)
+orphan = "import subprocess as s; print(s.Popen(['sleep', '600'], stdout=-3, stderr=-3, start_new_session=True).pid)"
+left = subprocess.run([sys.executable, "-S", "-c", orphan], capture_output=True, text=True, check=True).stdout
+emit(what="left", n=int(left))
 time.sleep(600)
 """,
     "profile": 'emit(what="never")',
@@ -198,6 +199,12 @@ def test_nothing_is_judged_of_a_gpu_without_one() -> None:
     found["machine"]["device"] = "cpu"
     found["stages"]["parity"]["told"] = "exit code 1 (2 s)"
     assert [goal.reached for goal in results.goals(found)] == [False, True]
+
+
+def test_claims_that_were_not_looked_at_are_no_success() -> None:
+    found = reached()
+    found["stages"]["check"]["rows"][0]["left out"] = 3
+    assert next(goal for goal in results.goals(found) if goal.name == "claims that fail").reached is None
 
 
 def test_a_kernel_that_fails_leaves_its_goal_open() -> None:
