@@ -106,6 +106,8 @@ def _ended(results: Results) -> Iterable[Goal]:
     stages = results["stages"]
     ended = sum(entry["told"].startswith("ok") for entry in stages.values())
     yield Goal("every stage ends", "all", f"{ended} of {len(stages)}", ended == len(stages))
+    errors = sum("error" in row for entry in stages.values() for row in entry["rows"])
+    yield Goal("rows that are errors", "0", str(errors), errors == 0)
     fails = value(results, "check", "claims", "fail")
     if not fails and value(results, "check", "claims", "left out"):
         fails = None
