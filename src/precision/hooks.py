@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from precision.linear import UNKNOWN, QuantLinear
+from precision.linear import QuantLinear
 from precision.scaling import Delayed
 
 
@@ -59,18 +59,18 @@ class RollAmax:
         histories = [torch.stack([each.amax_history for each in group]).movedim(1, 0) for group in alike.values()]
         newest = torch.cat([history[0].flatten() for history in histories])
         # As an infinity first: a maximum over ranks may lose a NaN.
-        newest = torch.where(newest.isnan(), math.inf, newest)
+        newest = newest.nan_to_num(nan=math.inf, posinf=math.inf)
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(newest, op=dist.ReduceOp.MAX)
         # Where slot 0 is 0 a history stays as it is.
-        newest = torch.where(newest.isinf() | ~applied, 0.0, newest)
+        newest = newest.nan_to_num(posinf=0.0) * applied
         parts = torch.split(newest, [history[0].numel() for history in histories])
         for ((delayed, _), group), history, part in zip(alike.items(), histories, parts, strict=True):
             history[0] = part.view_as(history[0])
             before = torch.stack([linear.amax_held for linear in group])
-            # An amax that is still unknown stays so until a step has shown one.
+            # An amax that is still unknown, below 0, stays so until a step has shown one.
             moved, held = delayed.update(history, before.clamp(min=0.0))
-            held = torch.where((before == UNKNOWN) & (held == 0.0), UNKNOWN, held)
+            held = torch.where(held == 0.0, before, held)
             moved = moved.movedim(1, 0).contiguous()
             torch._foreach_copy_([linear.amax_history for linear in group], list(moved.unbind()))
             torch._foreach_copy_([linear.amax_held for linear in group], list(held.unbind()))

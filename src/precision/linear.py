@@ -613,7 +613,7 @@ def backward_pass(
     dx = dw = None
     dy_made: Operand = dy
     call.module.note_unseen(stats, dy=dy)
-    both = call.both(DGRAD_DY, WGRAD_DY, dy) if all(needed) else None
+    both = call.both(DGRAD_DY, WGRAD_DY, dy, codes=False) if all(needed) else None
     if needed[0]:
         dy_made = both[0] if both is not None else call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
         if _reuses(spec.dgrad.b):
@@ -683,11 +683,13 @@ class Call:
             self.made[key, codes] = self._operand(slot, x, codes)
         return self.made[key, codes]
 
-    def both(self, slot: int, other: int, x: Tensor) -> tuple[Quantized, Quantized] | None:
+    def both(
+        self, slot: int, other: int, x: Tensor, *, codes: bool = True
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         """The operands of ``slot`` from x and of ``other`` from x.mT, where the backend makes both in one read."""
         it, its = self.resolved.slots[slot], self.resolved.slots[other]
         spec, backends = it.spec, self.module.backends
-        if spec is None or its.spec is None or it.random or its.random or self.observer is not None:
+        if spec is None or its.spec is None or self.observer is not None:
             return None
         alike = spec == its.spec or (it.square and spec == replace(its.spec, source=Source.ORIGINAL))
         if not alike:
@@ -696,13 +698,14 @@ class Call:
             return None
         if it.square and not (backends[slot // 2].reads_rows and backends[other // 2].reads_rows):
             return None  # one is the other, transposed
-        amax, note = self.module.amax_and_note(slot, x)
-        return backends[slot // 2].both(x, spec, amax=amax, note=note)
+        noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
+        amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
 
     def make_both(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
         it = self.resolved.slots[X]
-        if self.made is None or it.spec is None or (it.delayed and not self.module.backends[0].notes):
+        if self.made is None or it.spec is None or it.random or (it.delayed and not self.module.backends[0].notes):
             return
         keys = (self._key(X, x), self.resolved.keeps_first), (self._key(WGRAD_X, x), True)
         if keys[0] not in self.made and (pair := self.both(X, WGRAD_X, x)) is not None:

@@ -176,11 +176,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Unlogged:
-    """A step that is done as far as this process is concerned. ``step``: from 1; ``started``: on the clock."""
+    """A step that is done as far as this process is concerned: number, from 1, and when it began and ended here."""
 
     step: int
     result: StepResult
     started: float
+    ended: float
 
 
 def train(job: Job) -> Outcome:
@@ -199,8 +200,9 @@ def train(job: Job) -> Outcome:
         started = time.monotonic()
         result, stop_code = train_step(job, state.step)
         state.step += 1
+        ended = time.monotonic()
         settle(job)
-        job.unlogged = Unlogged(state.step, result, started)
+        job.unlogged = Unlogged(state.step, result, started, ended)
         evaluation = _due(job.eval_config.every, state.step) or state.step == total
         careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
         known = not job.world.deferred or result.loss_scale is not None
@@ -243,9 +245,10 @@ def settle(job: Job) -> None:
         job.state.nonfinite_in_a_row = 0
     elif not last.result.caught:
         job.state.nonfinite_in_a_row += 1
-    # Of steps that overlap, each takes the time since the numbers of the one before were there.
+    # Steps that overlap took the time since the numbers of the one before were there, or what this process took.
     before, job.logged_at = job.logged_at, time.monotonic()
-    _log_step(job, last.step, last.result, job.logged_at - max(last.started, before))
+    seconds = max(job.logged_at - max(last.started, before), last.ended - last.started)
+    _log_step(job, last.step, last.result, seconds)
 
 
 def train_step(job: Job, step: int) -> tuple[StepResult, int]:

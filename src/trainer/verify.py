@@ -98,7 +98,8 @@ def compare_runs(first: Path, second: Path) -> list[str]:
         return [*problems, "a run without a checkpoint"]
     tensors = [read_tensors(checkpoint.path) for checkpoint in checkpoints if checkpoint is not None]
     if tensors[0].keys() != tensors[1].keys():
-        problems.append("names of the final tensors")
+        apart = sorted(tensors[0].keys() ^ tensors[1].keys())
+        problems.append(f"names of the final tensors: {apart[0]} is in one alone, of {len(apart)}")
     for name in sorted(tensors[0].keys() & tensors[1].keys()):
         # As bytes: NaN differs from itself, and -0.0 equals 0.0.
         one, other = (tensor[name].contiguous().flatten().view(torch.uint8) for tensor in tensors)
@@ -113,7 +114,10 @@ def check_out(root: Path, revision: str, place: Path) -> None:
     Raises UserError where there is no such revision, or no history at all.
     """
     git = ["git", "-C", str(root)]
-    if shutil.which("git") is None or subprocess.run([*git, "rev-parse"], capture_output=True, check=False).returncode:
+    top = shutil.which("git") and subprocess.run(
+        [*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False
+    )
+    if not top or top.returncode or Path(top.stdout.strip()).resolve() != root.resolve():  # or another's, further up
         raise UserError(f"{root} has no git history to take a revision from")
     place.mkdir(parents=True)
     archive = place / "revision.tar"  # a worktree of git's would stay registered if this process were killed

@@ -261,6 +261,7 @@ def test_a_difference_is_found(runs: Path, tmp_path: Path) -> None:
     problems = compare_runs(runs / "llama-1", runs / "gpt-1")
     assert any("train loss at step 1" in problem for problem in problems)
     assert any(problem == "final model.embed_tokens.weight" for problem in problems)
+    assert any(problem.startswith("names of the final tensors: model.") for problem in problems)
 
 
 def test_generate_from_a_run(runs: Path) -> None:

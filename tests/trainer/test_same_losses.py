@@ -28,9 +28,11 @@ def script() -> ModuleType:
 
 
 @pytest.fixture
-def history() -> None:
-    if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, check=False).returncode:
-        pytest.skip("no git history here: nothing to compare this checkout with")
+def history(tmp_path: Path) -> None:
+    try:
+        check_out(ROOT, "HEAD", tmp_path / "head")
+    except UserError as error:
+        pytest.skip(f"nothing to compare this checkout with: {error}")
 
 
 @pytest.mark.slow
@@ -52,13 +54,16 @@ def test_nothing_has_changed_since_head_but_what_is_planted(
 
     monkeypatch.setattr(script, "check_out", planted)
     data = [f"data.path={corpus}", "data.tokenizer=bytes"]
-    assert script.main(["HEAD", *data], short="true", out=str(tmp_path)) is ExitCode.FAILED
+    assert script.main(["HEAD", *data], short="true", out=str(tmp_path / "out")) is ExitCode.FAILED
     *_, first, second, third, summary = capsys.readouterr().out.splitlines()
     assert first == "| nvfp4, document mask | 1 | same |"
     assert second.startswith("| gpt, fp8_delayed, fp8 states | 1 | train loss at step 2: ")
     assert third == "| mxfp8, accumulation | 2 | same |"
-    assert summary == f"3 cases against HEAD: 2 same, 1 differ, 0 not compared; the runs that differ are in {tmp_path}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["001-here", "001-revision"]
+    assert (
+        summary
+        == f"3 cases against HEAD: 2 same, 1 differ, 0 not compared; the runs that differ are in {tmp_path / 'out'}"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["001-here", "001-revision"]
 
 
 def test_ends_of_runs_that_are_no_comparison(script: ModuleType, tmp_path: Path) -> None:
@@ -82,9 +87,10 @@ def test_every_case_has_a_name_of_its_own(script: ModuleType) -> None:
         (["HEAD", "main"], {}, "name one revision"),
         (["HEAD"], {"short": "yes"}, "short=yes: true or false"),
         (["HEAD"], {"only": "bf61"}, "only=bf61: no case has such a name"),
+        (["HEAD"], {"out": str(ROOT)}, "out=.*: not empty"),
         (["HEAD", "data.path=nowhere"], {}, "nowhere/shards/tokenizer is not prepared: python scripts/prepare_data.py"),
     ],
-    ids=["no revision", "two revisions", "short", "only", "data"],
+    ids=["no revision", "two revisions", "short", "only", "out", "data"],
 )
 def test_mistakes_are_one_line(script: ModuleType, arguments: list[str], options: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -74,9 +74,19 @@ class Backend(Protocol):
         """
 
     def both(
-        self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, note: Tensor | None = None
-    ) -> tuple[Quantized, Quantized] | None:
-        """``quantize`` of x and of x.mT where one read makes both, each with codes along its rows; None elsewhere."""
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        """``quantize`` of x and of x.mT where one read makes both, each with codes along its rows; None elsewhere.
+
+        ``values``: what ``gemm`` reads of them instead. ``note``: as for ``prepare``.
+        """
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""

@@ -51,8 +51,15 @@ class Reference:
         return self.quantize(x, spec, amax=amax, noise=noise)
 
     def both(
-        self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, note: Tensor | None = None
-    ) -> tuple[Quantized, Quantized] | None:
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         return None
 
     def gemm(

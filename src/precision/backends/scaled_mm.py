@@ -249,9 +249,16 @@ class ScaledMM:
         )
 
     def both(
-        self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, note: Tensor | None = None
-    ) -> tuple[Quantized, Quantized] | None:
-        return self.quantizer.both(x, spec, amax=amax, note=note)
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        return self.quantizer.both(x, spec, amax=amax, noise=noise, note=note)
 
     def gemm(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -62,6 +62,15 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Major and minor version of triton, which must be installed."""
+    import triton  # type: ignore[import-untyped]
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What a kernel would be launched with: its arguments by name, tensors for pointers."""
@@ -106,6 +115,7 @@ class Triton(Reference):
     """
 
     name = "triton"
+    notes = True
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if not runs_on(device):
@@ -134,8 +144,8 @@ class Triton(Reference):
         rounded there, and a tile whose largest values exceed BF16's is infinite.
         """
         rule = q.spec.scale
-        if rule.power_of_two and not _one_factor(q.spec) and _values_fit(q.spec):
-            return PASSES.values(q, q.scales, torch.bfloat16), None
+        if (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec) and _values_fit(q.spec):
+            return PASSES.values(q, q.scales, torch.bfloat16), q.tensor_scale
         return operand(q, passes=PASSES)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
@@ -181,6 +191,26 @@ class Triton(Reference):
     ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values)
 
+    def gemm(
+        self,
+        a: Quantized | Prepared | Tensor,
+        b: Quantized | Prepared | Tensor,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As the reference; the operands' factors, the bias and the rounding of the sums are one pass."""
+        (left, a_factor), (right, b_factor) = self._matrix(a), self._matrix(b)
+        factors = [factor for factor in (a_factor, b_factor) if factor is not None]
+        narrow = left.dtype == right.dtype == torch.bfloat16
+        if interpreted() or not factors or not narrow or not runs_on(left.device) or 0 in (*left.shape, len(right)):
+            return super().gemm(a, b, bias=bias, dtype=dtype)
+        if left.device.type == "cuda":
+            y = torch.mm(left, right.mT, out_dtype=torch.float32)
+        else:
+            y = left.float() @ right.float().mT
+        return scaled_output(y, factors, bias, dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -193,6 +223,7 @@ class Blocks:
     block_r: int
     block_c: int
     fused: bool  # every tile lies in one block
+    warps: int = 0  # 0: by the number of elements
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -207,7 +238,7 @@ class Blocks:
 
     @property
     def num_warps(self) -> int:
-        return min(16, max(4, self.block_r * self.block_c // 1024))
+        return self.warps or min(16, max(4, self.block_r * self.block_c // 1024))
 
     def programs(self, rows: int, cols: int) -> int:
         return -(-rows // self.block_r) * -(-cols // self.block_c)
@@ -226,6 +257,11 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
     else:
         block_c = min(high_c, max(low_c, 64 if rows_adjoin else 128))
         block_r = min(high_r, max(low_r, 4096 // block_c))
+    warps = 0
+    if rows_adjoin and group > 1:
+        # A load gives a thread 8 elements of a column, and a warp 8 columns: with few rows the columns of a group meet
+        # in few warps, so that a transform's stages are shuffles and not trips through shared memory.
+        block_r, warps = min(high_r, max(low_r, 32)), 2 if block_c <= 64 else 4
     whole_r, whole_c = tall < 0, wide < 0
     fused = (not whole_r or block_r >= rows) and (not whole_c or block_c >= cols)
     return Blocks(
@@ -236,6 +272,7 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
         block_r=block_r,
         block_c=block_c,
         fused=fused,
+        warps=warps,
     )
 
 
@@ -703,7 +740,8 @@ def quantize_both(
             return None
         if not recorded:
             _remember(key, plan)
-    return plan.made(of, up, d, amax, parts, note)  # type: ignore[no-any-return]
+    pair: tuple[Quantized, Quantized] | tuple[Prepared, Prepared] = plan.made(of, up, d, amax, parts, note)
+    return pair
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -772,13 +810,11 @@ def _both_plan(
         return None
     if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):
         return None
-    if amax is not None:
-        if not _of_tensor(spec) or amax.numel() != 1:
-            raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
+    if amax is not None and (not _of_tensor(spec) or amax.numel() != 1):
+        raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
     if noise is not None:
         first, second = noise
-        alike = replace(first, key=second.key, transposed=second.transposed).kind == second.kind
-        assert alike and first.transposed != second.transposed, "the noise of both directions"
+        assert replace(first, transposed=not first.transposed).kind == second.kind, "the noise of both directions"
     (rows, cols), side = of.shape, max(BOTH_SIDE, spec.tile.inner)
     cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
     whole = spec.tile == TENSOR
@@ -872,6 +908,31 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
     return out
 
 
+def scaled_output(y: Tensor, factors: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [rows, cols] in FP32 times one or two factors (FP32 scalars), one after the other, plus bias [cols], rounded
+    once to ``dtype``: FP32, BF16 or FP16."""
+    from precision.backends.triton_output_kernels import scaled_output_kernel
+
+    out = torch.empty(y.shape, dtype=dtype, device=y.device)
+    first, second = factors[0], factors[1] if len(factors) > 1 else None
+    key = 6, y.shape, y.device, dtype, second is None, None if bias is None else bias.dtype
+    recorded = _recording.get() is not None
+    launcher = None if recorded else _PLANS.get(key)
+    if launcher is None:
+        launcher = Launcher(
+            kernel=scaled_output_kernel,
+            programs=-(-y.numel() // 4096),
+            numbers=(y.numel(), y.shape[1]),
+            constexprs={"BLOCK": 4096},
+            num_warps=8,
+            device=y.get_device(),
+        )
+        if not recorded:
+            _remember(key, launcher)
+    start(launcher, y, first, second, bias, out)
+    return out
+
+
 def swizzled(scales: Tensor) -> Tensor:
     """Scale codes uint8 [rows, cols] as tensor cores of Blackwell read them: uint8 [128 * R * 4 * C], flat.
 
@@ -957,8 +1018,12 @@ def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, f
 
 
 def hardware(device: torch.device) -> dict[str, bool]:
-    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
-    return {"HARDWARE": capability(device) >= (8, 9), "E2M1_HARDWARE": capability(device) >= (10, 0)}
+    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on.
+
+    Before triton 3.9 not FP8 on Ada, where it casts to FP16 on the way: values would be rounded twice.
+    """
+    fp8 = (8, 9) if version() >= (3, 9) else (9, 0)
+    return {"HARDWARE": capability(device) >= fp8, "E2M1_HARDWARE": capability(device) >= (10, 0)}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -985,11 +1050,15 @@ class Launcher:
     constexprs: dict[str, Any]
     num_warps: int
     device: int
-    compiled: dict[int, _Compiled] = field(default_factory=dict)  # by the current device
+    known: bool = field(init=False)  # whether its compiled kernels may be kept
+    compiled: dict[tuple[int, int], _Compiled] = field(default_factory=dict)  # by device and alignment
+
+    def __post_init__(self) -> None:
+        self.known = _launchers_known(self.kernel)
 
 
 class _Compiled(NamedTuple):
-    """What is launched where every pointer is a multiple of 16, without triton's own way of finding it."""
+    """What is launched, without triton's own way of finding it."""
 
     run: Any
     function: Any
@@ -1003,27 +1072,32 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 
     Triton binds some 30 arguments anew at each launch, which takes tens of microseconds. What it compiles depends on
     dtypes, on constants, and on which pointers and integers are multiples of 16 or 1: of a ``Launcher`` all is fixed
-    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16, and
-    taken for others of that kind; the rest, kernels with hooks, and versions of triton whose launchers are not known
-    to take the same arguments go triton's way.
+    but the pointers. So a compiled kernel is kept for every set of pointers that are multiples of 16; kernels with
+    hooks, and versions of triton whose launchers are not known to take the same arguments, go triton's way.
     """
     compiled = None
-    if launcher.compiled and _recording.get() is None:
-        runtime, active = _runtime()
-        device = active.get_current_device()
-        compiled = launcher.compiled.get(device)
+    known = launcher.known
+    if known:
+        if _recording.get() is not None:
+            known = False
+        else:
+            runtime, active = _runtime()
+            device = active.get_current_device()
+            pointers: list[int | None] = []
+            odd, bit, elsewhere, at = 0, 1, False, launcher.device
+            for tensor in tensors:
+                if tensor is None:
+                    pointers.append(None)
+                else:
+                    pointer = tensor.data_ptr()
+                    if pointer & 15:
+                        odd |= bit
+                    elsewhere |= tensor.get_device() != at
+                    pointers.append(pointer)
+                bit += bit
+            compiled = None if elsewhere else launcher.compiled.get((device, odd))
     if compiled is not None:
-        pointers: list[int | None] = []
-        bits, elsewhere, at = 0, False, launcher.device
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                continue
-            pointer = tensor.data_ptr()
-            bits |= pointer
-            elsewhere |= tensor.get_device() != at
-            pointers.append(pointer)
-        alike = not (bits & 15 or elsewhere) and pointers.count(None) == compiled.missing
+        alike = pointers.count(None) == compiled.missing
         if alike and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
             stream = active.get_current_stream(device)
             compiled.run(
@@ -1040,24 +1114,22 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
         **launcher.constexprs,
         num_warps=launcher.num_warps,
     )
-    if _recording.get() is None and compiled is None and _launchers_known(launcher.kernel):
-        if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
-            names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
-            _, active = _runtime()
-            launcher.compiled[active.get_current_device()] = _Compiled(
-                run=kernel.run,
-                function=kernel.function,
-                metadata=kernel.packed_metadata,
-                missing=tensors.count(None),
-                rest=(*launcher.numbers, *(launcher.constexprs[name] for name in names)),
-            )
+    if known and compiled is None and not elsewhere:
+        names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
+        launcher.compiled[device, odd] = _Compiled(
+            run=kernel.run,
+            function=kernel.function,
+            metadata=kernel.packed_metadata,
+            missing=tensors.count(None),
+            rest=(*launcher.numbers, *(launcher.constexprs[name] for name in names)),
+        )
 
 
 @functools.cache
 def _runtime() -> tuple[Any, Any]:
     """Triton's settings at run time, and its driver."""
     import triton
-    from triton.runtime import driver
+    from triton.runtime import driver  # type: ignore[import-untyped]
 
     return triton.knobs.runtime, driver.active
 
@@ -1066,7 +1138,7 @@ def _runtime() -> tuple[Any, Any]:
 def _launchers_known(kernel: Any) -> bool:
     """Whether this triton's compiled kernels are run as ``start`` runs them."""
     import triton
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return isinstance(kernel, JITFunction) and (3, 6) <= version <= (3, 9) and not kernel.pre_run_hooks

@@ -251,19 +251,18 @@ def quantize_gradients(
     outputs = [room.make() for _ in range(2)]
     parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
     pointers: list[Tensor | None] = []
-    for (codes, scales, tensor_scale), of_tiles, of_tensor, noise in zip(outputs, given, tops, parts, strict=True):
-        if spec.tile == TENSOR:
-            of_tiles, of_tensor = None, of_tiles
-        of_tiles, of_tensor = (None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor))
-        pointers += [codes, scales, of_tiles, of_tensor, tensor_scale, None if noise is None else noise.key]
-    first = parts[0]
+    for (codes, scales, tensor_scale), tiles, tensor, part in zip(outputs, given, tops, parts, strict=True):
+        of_tiles, of_tensor = (None, tiles) if spec.tile == TENSOR else (tiles, tensor)
+        known = [None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor)]
+        pointers += [codes, scales, *known, tensor_scale, None if part is None else part.key]
+    shared = parts[0]
     launch(
         swiglu_backward_kernel,
         cut.programs(*dh.shape),
         *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
         *pointers,
-        *((None, None) if first is None else (first.step, first.first)),
-        *(*dh.shape, *dh.stride(), room.codes[1], *room.grid, 1 if first is None else first.rows_of_a_sample),
+        *((None, None) if shared is None else (shared.step, shared.first)),
+        *(*dh.shape, *dh.stride(), room.codes[1], *room.grid, 1 if shared is None else shared.rows_of_a_sample),
         ALONG=gradients.along if gradients.d is not None else -1,
         **constants(spec, dh.dtype, dh.device),
         TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
@@ -273,7 +272,7 @@ def quantize_gradients(
         HADAMARD=transform.size if transform is not None else 0,
         num_warps=2 * cut.num_warps,
     )
-    dgate, dup = (room.filled(*output) for output in outputs)
+    dgate, dup = (room.filled(*made) for made in outputs)
     assert isinstance(dgate, Quantized)
     assert isinstance(dup, Quantized)
     return dgate, dup

@@ -331,34 +331,54 @@ def _hadamard(wide, x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.conste
     """precision.transforms.Hadamard along the columns of a block [R, C] in FP32, rounded to the dtype of x; a ragged
     last group stays as it is.
 
-    One stage takes bit 0 of an element's place in its group and puts it on top; after all of them, the order of the
-    places is the old one.
+    A stage pairs elements 1, 2, 4 ... apart. An element learns its partner's bits from the sum of both, as integers:
+    the compiler reduces over a dimension of two within a thread for nothing, between threads of a warp by shuffles,
+    where splitting and joining the pairs would move the block through shared memory at every stage.
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
-    y = wide * tl.load(signs + col % SIZE)
-    y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
+    y = wide * tl.load(signs + tl.arange(0, C)[None, :] % SIZE)
     for stage in tl.static_range(7):
         if 2**stage < SIZE:
-            u, v = tl.split(y)
-            y = tl.permute(tl.join(u + v, u - v), [0, 1, 3, 2])
-            y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
-    y = _rounded(tl.reshape(y, [R, C]) * (1.0 / SIZE**0.5), x, HARDWARE)
+            bits = _bits(y)
+            pairs = tl.reshape(bits, [R, C // 2 ** (stage + 1), 2, 2**stage])
+            sums = tl.broadcast_to(tl.sum(pairs, 2, keep_dims=True), [R, C // 2 ** (stage + 1), 2, 2**stage])
+            partner = _float(tl.reshape(sums, [R, C]) - bits)
+            y = _float(bits ^ ((tl.arange(0, C)[None, :] >> stage) << 31)) + partner
+    y = _rounded(y * (1.0 / SIZE**0.5), x, HARDWARE)
     return tl.where(col < cols // SIZE * SIZE, y, wide)
 
 
 @_inlined
+def _places(block_r, block_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows [BLOCK_R, 1] and columns [1, BLOCK_C] of a block."""
+    return (
+        block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None],
+        block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :],
+    )
+
+
+@_inlined
+def _at(pointer, block_r, block_c, stride_r, stride_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers to a block of a matrix: within it by 32 bits, which are half the registers of 64."""
+    first = (block_r.to(tl.int64) * BLOCK_R) * stride_r + (block_c.to(tl.int64) * BLOCK_C) * stride_c
+    return (pointer + first) + (tl.arange(0, BLOCK_R)[:, None] * stride_r + tl.arange(0, BLOCK_C)[None, :] * stride_c)
+
+
+@_inlined
 def _block(
-    x, up, d, signs, r, c, rows, cols, stride_r, stride_c,
-    ALONG: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+    ALONG: tl.constexpr, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """A block of the matrix in FP32, transformed; zeros outside. With ``up``, that of precision.swiglu.Hidden."""
-    place, mask = r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, (r < rows) & (c < cols)
-    loaded = tl.load(x + place, mask=mask, other=0.0)
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    mask = (r < rows) & (c < cols)
+    loaded = tl.load(_at(x, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
     y = _widened(loaded)
     if up is not None:
+        beside = tl.load(_at(up, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
         silu = tl.math.div_rn(y, 1.0 + _exp(-y))
-        y = _rounded(silu * _widened(tl.load(up + place, mask=mask, other=0.0)), loaded, HARDWARE)
+        y = _rounded(silu * _widened(beside), loaded, HARDWARE)
         y = _divided(y, loaded, d, r, c, rows, cols, ALONG, HARDWARE)
     return _hadamard(y, loaded, c, cols, signs, HADAMARD, HARDWARE) if HADAMARD else y
 
@@ -414,11 +434,12 @@ def amax_kernel(
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
     most = tl.program_id(0) * 0
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
+        y = _block(
+            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+        )  # fmt: skip
         if WHOLE_R and WHOLE_C:
             most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
         else:
@@ -431,6 +452,7 @@ def amax_kernel(
             else:
                 tl.store(out + i * grid_cols + j, top, mask=mask)
             if out_t is not None:
+                _, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
                 tl.atomic_max(out_t + c, _tile_amax(y, BLOCK_R, 1), mask=c < cols, sem="relaxed")
     if WHOLE_R and WHOLE_C:
         if PARTS:
@@ -471,7 +493,7 @@ def _tensor_scales(
         if R.kind != UNIT:
             encode = _top(amaxes, PARTS)
         encode, stored = _scales(encode, encode, R, HARDWARE)
-        if scales is not None:
+        if scales is not None:  # noqa: SIM102 - known when compiled
             if tl.program_id(0) == 0:
                 tl.store(scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty))
         decode = _decoded(stored, R)
@@ -479,17 +501,16 @@ def _tensor_scales(
 
 
 @_inlined
-def _store_bf16(out, place, value, mask):
-    """FP32 at places of ``out`` (BF16), to nearest even: by its bits, which the interpreter gets right."""
+def _bf16_bits(value):
+    """FP32 as the bits of BF16 (int16), to nearest even; stored as such, since the interpreter narrows otherwise."""
     bits = _bits(value)
     up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    narrow = tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16)
-    tl.store(out.to(tl.pointer_type(tl.int16)) + place, narrow, mask=mask)
+    return tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16)
 
 
 @_inlined
 def _emit(
-    y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+    y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
     grid_rows, grid_cols, rows_of_a_sample,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
     VALUES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
@@ -520,13 +541,13 @@ def _emit(
                 mask = mask & (j + block_c < 1)
             tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=mask)
         y = y * _each(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
-    uniform = y
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    mask, uniform = (r < rows) & (c < cols), y
     if ROUNDING == STOCHASTIC:
         if TRANSPOSED_NOISE:
             uniform = _uniform(c, r, key, step, first, rows_of_a_sample)
         else:
             uniform = _uniform(r, c, key, step, first, rows_of_a_sample)
-    line, mask = r.to(tl.int64) * bytes_c, (r < rows) & (c < cols)
     if VALUES:
         value = _value(_codes(y, uniform, F, ROUNDING, HARDWARE) & ((1 << F.bits) - 1), F)
         if VALUES == SCALED_VALUES:
@@ -534,7 +555,8 @@ def _emit(
                 value = value * whole_decode[:, None]
             else:
                 value = value * _each(_decoded(stored, R), BLOCK_R, BLOCK_C, TALL, WIDE)
-        _store_bf16(codes, line + c, value, mask)
+        bits = codes.to(tl.pointer_type(tl.int16))
+        tl.store(_at(bits, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), _bf16_bits(value), mask=mask)
     elif F.bits == 4:
         half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
         if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
@@ -544,10 +566,11 @@ def _emit(
             code = tl.where(c < cols, _codes(y, uniform, F, ROUNDING, HARDWARE), 0)
             low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
             packed = low | (high << 4)
-        tl.store(codes + line + half, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
+        place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
+        tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
     else:
         code = _codes(y, uniform, F, ROUNDING, HARDWARE)
-        tl.store(codes + line + c, code.to(tl.uint8), mask=mask)
+        tl.store(_at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -572,15 +595,16 @@ def quantize_kernel(
     blocks_c = tl.cdiv(cols, BLOCK_C)
     whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
     most = tl.program_id(0) * 0
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
+        y = _block(
+            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+        )  # fmt: skip
         if note is not None:
             most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
         _emit(
-            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
             grid_rows, grid_cols, rows_of_a_sample,
             F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
             HARDWARE, E2M1_HARDWARE,
@@ -609,22 +633,21 @@ def quantize_both_kernel(
     blocks_c = tl.cdiv(cols, BLOCK)
     whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
     most = tl.program_id(0) * 0
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK) * blocks_c, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        first_r, first_c = block_r * BLOCK, block_c * BLOCK
-        r, c = first_r + tl.arange(0, BLOCK)[:, None], first_c + tl.arange(0, BLOCK)[None, :]
-        y = _block(x, up, d, None, r, c, rows, cols, stride_r, stride_c, ALONG, 0, HARDWARE)
+        y = _block(
+            x, up, d, None, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, 0, BLOCK, BLOCK, HARDWARE
+        )  # fmt: skip
         if note is not None:
             most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
         _emit(
-            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, r, c, rows, cols, bytes_c,
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
             rows, grid_c, rows_of_a_sample,
             F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
             HARDWARE, E2M1_HARDWARE,
         )  # fmt: skip
-        r, c = first_c + tl.arange(0, BLOCK)[:, None], first_r + tl.arange(0, BLOCK)[None, :]
         _emit(
-            tl.trans(y), whole, whole_decode, codes_t, scales_t, tile_amax_t, key_t, step, first, block_c, block_r, r, c,
+            tl.trans(y), whole, whole_decode, codes_t, scales_t, tile_amax_t, key_t, step, first, block_c, block_r,
             cols, rows, bytes_r, cols, grid_r, rows_of_a_sample,
             F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
             HARDWARE, E2M1_HARDWARE,
@@ -641,10 +664,12 @@ def hadamard_kernel(
     """out [rows, cols], contiguous: the transform of x in its dtype; for BF16 its bits as int16."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, None, None, signs, r, c, rows, cols, stride_r, stride_c, -1, HADAMARD, HARDWARE)
-    place, mask = out + r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    y = _block(
+        x, None, None, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+        -1, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+    )  # fmt: skip
+    place, mask = _at(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), (r < rows) & (c < cols)
     if out.dtype.element_ty == tl.int16:
         tl.store(place, (_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16
     else:
@@ -690,18 +715,18 @@ def values_kernel(
     out [rows, cols]: FP32 or BF16.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
         mask = (r < rows) & (c < cols)
         if F.bits == 4:
             half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-            place = codes + r.to(tl.int64) * bytes_c + half
+            place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
             packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
             code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
         else:
-            code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
+            place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C)
+            code = tl.load(place, mask=mask, other=0).to(tl.int32)
         value = _value(code & ((1 << F.bits) - 1), F)
         if SCALED:
             i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
@@ -710,8 +735,8 @@ def values_kernel(
             if factors.dtype.element_ty == tl.uint8:
                 factor = _decoded(factor.to(tl.int32), R)
             value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
-        place = r.to(tl.int64) * cols + c
         if out.dtype.element_ty == tl.bfloat16:
-            _store_bf16(out, place, value, mask)
+            bits = out.to(tl.pointer_type(tl.int16))
+            tl.store(_at(bits, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), _bf16_bits(value), mask=mask)
         else:
-            tl.store(out + place, value, mask=mask)
+            tl.store(_at(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), value, mask=mask)
