@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 180.0  # of a process, until its first check
+GIVEN_UP = "left out: no time"
 Row = dict[str, str]
 
 
@@ -100,7 +101,7 @@ def results(words: Sequence[str], *, limit: float, until: float = float("inf")) 
         except TimeoutError:
             worker.end()
             if time.time() >= until:
-                yield from (_row(name, "-", "left out: no time", machine) for name in names[first:])
+                yield from (_row(name, "-", GIVEN_UP, machine) for name in names[first:])
                 return
             if running is None:
                 raise RuntimeError(f"no check began within {START_SECONDS:.0f} s") from None

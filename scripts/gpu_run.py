@@ -47,18 +47,19 @@ ROOT = bundle.ROOT
 STAGES: dict[str, tuple[float, float]] = {
     "roofs": (40, 15),
     "steps": (200, 40),
-    "check": (150, 30),
+    "check": (220, 30),
     "quantize": (60, 20),
     "products": (45, 15),
     "emulated": (90, 25),
     "peers": (130, 40),
     "parity": (80, 30),
     "resume": (170, 50),
-    "nccl": (90, 40),
+    "nccl": (120, 40),
     "profile": (80, 25),
 }
 SIZED = ("steps", "products", "emulated", "peers", "profile")
 SIZES = ("1b", "8b")
+MARK = "GPU_RUN_STAGE"  # in the environment of all that a stage starts
 
 
 def run(out: Path, budget: float, wanted: Sequence[str], size: str) -> int:
@@ -102,6 +103,7 @@ def one(name: str, size: str, folder: Path, limit: float, environment: dict[str,
     begun = time.monotonic()
     rows, output = folder / "rows.jsonl", folder / "output"
     words = [f"size={size}", f"rows={rows}", f"folder={folder}", f"until={time.time() + limit}"]
+    environment = environment | {MARK: str(folder)}
     with output.open("w") as file:
         process = subprocess.Popen(
             command_of(name, words),
@@ -118,7 +120,7 @@ def one(name: str, size: str, folder: Path, limit: float, environment: dict[str,
         except subprocess.TimeoutExpired:
             told = f"stopped at its limit of {limit:.0f} s"
         finally:
-            end(process)
+            end(process, str(folder))
     lines = [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")] if rows.exists() else []
     text = output.read_text(errors="replace")
     with log.open("a") as file:
@@ -130,14 +132,15 @@ def one(name: str, size: str, folder: Path, limit: float, environment: dict[str,
     return entry if told == "ok" else entry | {"end": text.strip().splitlines()[-4:]}
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the stage's process group and what has left it: runs of the trainer have sessions of their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+def end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill the stage's process group and what has left it: runs of the trainer have sessions of their own, and may have
+    lost their parents. All of them carry ``mark`` in their environment."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if other.environ().get(MARK) == mark:
+                other.kill()
     process.wait()
 
 

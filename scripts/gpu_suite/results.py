@@ -106,7 +106,11 @@ def _ended(results: Results) -> Iterable[Goal]:
     stages = results["stages"]
     ended = sum(entry["told"].startswith("ok") for entry in stages.values())
     yield Goal("every stage ends", "all", f"{ended} of {len(stages)}", ended == len(stages))
+    errors = sum("error" in row for entry in stages.values() for row in entry["rows"])
+    yield Goal("rows that are errors", "0", str(errors), errors == 0)
     fails = value(results, "check", "claims", "fail")
+    if not fails and value(results, "check", "claims", "left out"):
+        fails = None
     yield _judged("claims that fail", "0", fails, lambda x: x == 0)
 
 
@@ -171,7 +175,7 @@ def _block(entry: dict[str, Any], name: str) -> list[str]:
     for row in entry["rows"]:
         if not row.get("detail"):
             values = "  ".join(f"{key} {short(v)}" for key, v in row.items() if key not in ("what", "kind", "detail"))
-            lines.append(f"{row['what'][:36]:36} {values}"[:170])
+            lines.append(f"{row['what'][:36]:36} {values}"[:200])
     if not entry["told"].startswith("ok"):
         lines += [f"   | {line[:150]}" for line in entry.get("end", [])]
     return lines

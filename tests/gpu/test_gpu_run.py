@@ -30,8 +30,9 @@ FAKES = {
     "steps": 'emit(what="first"); sys.exit("out of luck")',
     "check": 'emit(what="before"); emit(what="told", n=(out / "results.json").read_text().count("told"))',
     "nccl": """
-left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-emit(what="left", n=left.pid)
+orphan = "import subprocess as s; print(s.Popen(['sleep', '600'], stdout=-3, stderr=-3, start_new_session=True).pid)"
+left = subprocess.run([sys.executable, "-S", "-c", orphan], capture_output=True, text=True, check=True).stdout
+emit(what="left", n=int(left))
 time.sleep(600)
 """,
     "profile": 'emit(what="never")',
@@ -175,7 +176,7 @@ MISSES: dict[str, tuple[str, str, str, float, int]] = {
 def test_every_goal_can_be_reached() -> None:
     goals = results.goals(reached())
     assert [goal.name for goal in goals if goal.reached is not True] == []
-    assert len(goals) == 28
+    assert len(goals) == 29
 
 
 @pytest.mark.parametrize("name", MISSES)
@@ -197,13 +198,21 @@ def test_nothing_is_judged_of_a_gpu_without_one() -> None:
     found = reached()
     found["machine"]["device"] = "cpu"
     found["stages"]["parity"]["told"] = "exit code 1 (2 s)"
-    assert [goal.reached for goal in results.goals(found)] == [False, True]
+    assert [goal.reached for goal in results.goals(found)] == [False, True, True]
+
+
+def test_claims_that_were_not_looked_at_are_no_success() -> None:
+    found = reached()
+    found["stages"]["check"]["rows"][0]["left out"] = 3
+    assert next(goal for goal in results.goals(found) if goal.name == "claims that fail").reached is None
 
 
 def test_a_kernel_that_fails_leaves_its_goal_open() -> None:
     found = reached()
     found["stages"]["quantize"]["rows"].append({"what": "mxfp8", "kind": "one direction", "error": "it failed"})
-    assert next(goal for goal in results.goals(found) if "one direction" in goal.name).reached is None
+    goals = results.goals(found)
+    assert next(goal for goal in goals if "one direction" in goal.name).reached is None
+    assert next(goal for goal in goals if goal.name == "rows that are errors").reached is False
 
 
 def test_the_table_fits_the_end_of_a_log() -> None:
@@ -304,6 +313,33 @@ def test_a_round_that_the_host_was_late_for_is_repeated(
     assert sorted({launches for launches, _ in seen}) == [5, 10, 20][3 - rounds // 3 :]
     assert [pause for _, pause in seen] == sorted(pause for _, pause in seen)
     assert ("host bound" in str(timing)) is not ahead[-1]
+
+
+def test_the_device_is_kept_busy_while_a_round_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            self.name = "" if enable_timing else "an event without a time"
+
+        def record(self) -> None:
+            self.name = "end" if "start" in seen else "start"
+            seen.append(self.name)
+
+        def query(self) -> bool:
+            seen.append(f"has {self.name} passed?")
+            return False
+
+        def elapsed_time(self, end: Event) -> float:
+            assert (self.name, end.name) == ("start", "end")
+            return 8.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append(f"{cycles / clock._CYCLES:.1f} s"))
+    calls = (lambda: seen.append("a"), lambda: seen.append("b"))
+    assert clock._round(calls, 4, 0.2) == (2.0, True)
+    assert seen == ["wait", "0.2 s", "start", "a", "b", "a", "b", "has start passed?", "end", "wait"]
 
 
 def test_operations_are_those_of_the_products_and_of_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
