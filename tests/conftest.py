@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import versions
 
 from trainer import distributed
 from trainer.config import TrainConfig, load_config
@@ -36,6 +37,44 @@ TINY = [
     "sample.tokens=3",
 ]
 TINY_LLAMA = ["model.num_kv_heads=2"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--known-skips", action="store_true", help="any skip that is not for want of hardware is an error")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := versions.fails(item.nodeid):
+            item.add_marker(pytest.mark.xfail(reason=str(reason), strict=True))
+
+
+def _unknown(config: pytest.Config) -> list[str]:
+    """Skips that ``versions`` does not know, as ``file: reason``."""
+    if not config.getoption("known_skips"):
+        return []
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    told = [(report.nodeid, report.longrepr[2].removeprefix("Skipped: ")) for report in reports]
+    return sorted({f"{node}: {reason}" for node, reason in told if not reason.startswith(versions.HARDWARE)})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and _unknown(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not terminalreporter.config.getoption("known_skips"):
+        return
+    terminalreporter.section("expected to fail on these versions", "-")
+    for node, before in versions.FAILS.items():
+        if before.applies():
+            terminalreporter.line(f"{node}: {before}")
+    if unknown := _unknown(terminalreporter.config):
+        terminalreporter.section("skips that tests/versions.py does not name", red=True)
+        for line in unknown:
+            terminalreporter.line(line)
 
 
 def write_corpus(path: Path, documents: dict[str, list[list[str]]]) -> Path:

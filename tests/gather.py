@@ -104,7 +104,8 @@ def trained(config: TrainConfig, world: World) -> tuple[list[float], dict[str, t
 
 if __name__ == "__main__":
     for name in ("all_gather_into_tensor", "all_gather_single"):
-        setattr(dist, name, counting(getattr(dist, name), gathered))
+        if hasattr(dist, name):  # the second from torch 2.13 on
+            setattr(dist, name, counting(getattr(dist, name), gathered))
     dist.all_reduce = counting(dist.all_reduce, reduced)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     world = distributed.start(load_config(["parallel.threads=1"]).parallel)

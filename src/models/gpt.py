@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Attention, Init, init_of, token_losses
+from models.kernels.documents import KeyBlocks
+from models.layers import Attention, Init, init_of, key_blocks, token_losses
 
 
 @dataclass(kw_only=True)
@@ -80,13 +81,13 @@ class GPTBlock(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GeluMLP(config)
 
-    def forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
         if self.recompute and self.training:
-            return checkpoint(self._forward, x_BTC, positions_BT, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTC, positions_BT)
+            return checkpoint(self._forward, x_BTC, positions_BT, blocks, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTC, positions_BT, blocks)
 
-    def _forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), None, positions_BT)
+    def _forward(self, x_BTC: Tensor, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), None, positions_BT, blocks)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
@@ -121,7 +122,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) if positions_BT is None else positions_BT
         x_BTC = self.embed_tokens(tokens_BT) + self.embed_positions(places)
+        blocks = key_blocks(positions_BT, tokens_BT)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, positions_BT)
+            x_BTC = layer(x_BTC, positions_BT, blocks)
         logits_BTV = self.lm_head(self.norm(x_BTC))
         return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import attention, cross_entropy, pointwise
+from models.kernels import attention, cross_entropy, documents, pointwise
 from models.kernels.attention import Rope
+from models.kernels.documents import KeyBlocks
 
 
 class Init(NamedTuple):
@@ -55,14 +56,28 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tenso
 BLOCK_ATTENTION_MAX_POSITIONS = 1024
 
 
+def key_blocks(positions_BT: Tensor | None, tokens_BT: Tensor) -> KeyBlocks | None:
+    """What attention on a GPU makes of positions, once for all layers; None where it makes nothing of them."""
+    if positions_BT is None or tokens_BT.device.type == "cpu":
+        return None
+    # A window may begin in the middle of a document.
+    return documents.key_blocks(attention.starts_of(positions_BT).clamp(min=0).expand(tokens_BT.shape))
+
+
 def causal_attention(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, rope: Rope | None = None, positions_BT: Tensor | None = None
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    rope: Rope | None = None,
+    positions_BT: Tensor | None = None,
+    blocks: KeyBlocks | None = None,
 ) -> Tensor:
     """softmax(rotate(q) rotate(k)^T / sqrt(D), causal) v, [B, T, H, D]; H is a multiple of K.
 
-    ``positions_BT``: the place of every token in its document; a token then sees its own document only.
+    ``positions_BT``: the place of every token in its document; a token then sees its own document only. On a GPU
+    ``blocks`` are what ``key_blocks`` makes of them.
     """
-    if attention.native_serves(q_BTHD):
+    if blocks is None and attention.native_serves(q_BTHD):
         return attention.native_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT)
     if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.float16:  # whose products torch makes in a scalar loop
         wide = (x.float() for x in (q_BTHD, k_BTKD, v_BTKD))
@@ -71,9 +86,15 @@ def causal_attention(
         q_BTHD, k_BTKD = (attention.rotate(x, rope, positions_BT) for x in (q_BTHD, k_BTKD))
     batch, num_positions, heads, _ = q_BTHD.shape
     groups = heads // k_BTKD.shape[2]
-    starts_BT = None if positions_BT is None else attention.starts_of(positions_BT)
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    if blocks is not None:
+        return documents.document_attention(q_BHTD, k_BKTD, v_BKTD, blocks).transpose(1, 2)
+    starts_BT = None if positions_BT is None else attention.starts_of(positions_BT)
     if q_BTHD.device.type != "cpu" or num_positions > BLOCK_ATTENTION_MAX_POSITIONS:
+        if groups > 1 and q_BTHD.dtype == torch.float32 and q_BTHD.device.type != "cpu":
+            # What torch has for groups in float32 on a GPU computes all T x T scores.
+            k_BKTD, v_BKTD = (x.repeat_interleave(groups, dim=1) for x in (k_BKTD, v_BKTD))
+            groups = 1
         mask = None if starts_BT is None else attention.visible_keys(num_positions, starts_BT, q_BTHD.device)[:, None]
         y_BHTD = F.scaled_dot_product_attention(
             q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
@@ -115,16 +136,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
 
-    def forward(self, x_BTC: Tensor, rope: Rope | None, positions_BT: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rope: Rope | None, positions_BT: Tensor | None, blocks: KeyBlocks | None = None
+    ) -> Tensor:
         q_BTHD = self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         k_BTKD = self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         v_BTKD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(causal_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT).flatten(-2))
+        return self.o_proj(causal_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT, blocks).flatten(-2))
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of every position in nats, float32, [B, T]."""
-    compute = cross_entropy.cross_entropy_definition
+    """Cross-entropy of every position in nats, float32, [B, T]. On a GPU backward overwrites the logits."""
+    compute = cross_entropy.overwriting_cross_entropy
     if logits_BTV.device.type == "cpu":
         native = cross_entropy.native_serves(logits_BTV)
         compute = cross_entropy.native_cross_entropy if native else cross_entropy.chunked_cross_entropy

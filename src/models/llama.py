@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.kernels.attention import Rope
-from models.layers import Attention, Init, RMSNorm, init_of, rope_frequencies, swiglu, token_losses
+from models.kernels.documents import KeyBlocks
+from models.layers import Attention, Init, RMSNorm, init_of, key_blocks, rope_frequencies, swiglu, token_losses
 
 
 @dataclass(kw_only=True)
@@ -119,13 +120,14 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
+        context = (rope, positions_BT, blocks)
         if self.recompute and self.training:
-            return checkpoint(self._forward, x_BTC, rope, positions_BT, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTC, rope, positions_BT)
+            return checkpoint(self._forward, x_BTC, *context, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTC, *context)
 
-    def _forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, positions_BT)
+    def _forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, positions_BT, blocks)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
@@ -159,7 +161,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         x_BTC = self.embed_tokens(tokens_BT)
         rope = rope_table(self.config, tokens_BT.shape[1], x_BTC.device)
+        blocks = key_blocks(positions_BT, tokens_BT)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, rope, positions_BT)
+            x_BTC = layer(x_BTC, rope, positions_BT, blocks)
         logits_BTV = self.lm_head(self.norm(x_BTC))
         return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)

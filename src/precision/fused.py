@@ -36,7 +36,6 @@ from precision.linear import (
     is_random,
     keeps_first,
     kept_of,
-    transposes,
 )
 from precision.quantize import Quantized
 from precision.scaling import TENSOR, Tile
@@ -200,11 +199,11 @@ class FusedSwiGLU:
     def _fused(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self._linears()
         rows = x.reshape(-1, gate.in_features)
-        first_row = gate.clock.first_sample * gate.clock.rows_of_a_sample(x, len(rows))
+        place = gate.clock.first_sample, gate.clock.rows_of_a_sample(x, len(rows))
         differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
         made = gate.clock.recent.of(x)
         calls = tuple(
-            Call(linear, linear.active, first_row, of_x, None, None)
+            Call(linear, linear.active, *place, of_x, None, None)
             for linear, of_x in zip(linears, (made, made, None), strict=True)
         )
         weights = (gate.weight, up.weight, down.weight)
@@ -293,7 +292,7 @@ class _Fused(torch.autograd.Function):
             dy_made = down.operand(DGRAD_DY, dy)
             dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
         if needed["down"]:
-            same = not isinstance(dy_made, Tensor) and transposes(dgrad, dgrad.a, down.spec.wgrad, down.spec.wgrad.a)
+            same = not isinstance(dy_made, Tensor) and down.resolved.dy_transposes
             dy_t = dy_made.t() if same else down.operand(WGRAD_DY, dy.mT)
             weights["down"] = down.product(2, dy_t, h_t, dtype=down_weight.dtype)
         dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
@@ -301,7 +300,7 @@ class _Fused(torch.autograd.Function):
             return None, None, None, weights["down"], dbias, None, None, None
 
         gradients = Gradients(dh, gate, up, d if divides else None, ctx.along)
-        calls, spec = (gate_call, up_call), gate_call.spec
+        calls = gate_call, up_call
         made = _gradients(calls, DGRAD_DY, gradients) if needed["x"] else None
         if made is not None:
             dx_gate, dx_up = (
@@ -310,7 +309,7 @@ class _Fused(torch.autograd.Function):
             )
             dx = dx_gate + dx_up
         if needed["gate"] or needed["up"]:
-            if made is not None and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
+            if made is not None and gate_call.resolved.dy_transposes:
                 columns = made[0].t(), made[1].t()
             else:
                 columns = _gradients(calls, WGRAD_DY, gradients, noted=(needed["gate"], needed["up"]))
@@ -318,16 +317,8 @@ class _Fused(torch.autograd.Function):
                 ("gate", "up"), calls, columns, (gate_x, up_x), (gate_weight, up_weight), strict=True
             ):
                 if needed[name]:
-                    weights[name] = call.product(2, codes, _x_columns(call, x), dtype=weight.dtype)
+                    weights[name] = call.product(2, codes, call.kept_columns(x), dtype=weight.dtype)
         return dx, weights["gate"], weights["up"], weights["down"], dbias, None, None, None
-
-
-def _x_columns(call: Call, kept: Operand) -> Operand:
-    """What wgrad reads of x, from what was kept of it."""
-    spec = call.spec
-    if isinstance(kept, Tensor):
-        return call.operand(WGRAD_X, kept.mT)
-    return kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
 
 
 def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
@@ -337,8 +328,8 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     assert spec is not None
     hadamard = _beside(gemm.transform)
     assert isinstance(hadamard, Hadamard | None)
-    x, transposed = (h.mT, True) if slot in TRANSPOSED else (h, False)
-    noise = module.noise(slot, call.first_row, transposed=transposed) if is_random(spec) else None
+    x = h.mT if slot in TRANSPOSED else h
+    noise = module.noise(slot, call) if is_random(spec) else None
     of_tensor = spec.scale.levels == 2 or (spec.scale.levels == 1 and spec.tile == TENSOR)
     amax = top if hadamard is None and of_tensor else None
     if slot in module.mode.column_of:
@@ -350,7 +341,9 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     """The codes of h for fprop and for wgrad, where one read makes both."""
     fprop, wgrad = call.spec.fprop, call.spec.wgrad
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
-    return quantize_both(h, fprop.a) if plain and fprop.a is not None and fprop.a == wgrad.b else None
+    if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
+        return None
+    return quantize_both(h, fprop.a)  # type: ignore[return-value]
 
 
 def _gradients(
@@ -368,7 +361,7 @@ def _gradients(
     source = gradients.mT if transposed and not square else gradients
     noises = amaxes = None
     if is_random(spec):
-        first, second = (call.module.noise(slot, call.first_row, transposed=transposed) for call in calls)
+        first, second = (call.module.noise(slot, call) for call in calls)
         noises = first, second
     if slot in calls[0].module.mode.column_of:
         tops = gradient_amaxes(source, TENSOR, hadamard)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from precision.linear import UNKNOWN, QuantLinear
+from precision.linear import QuantLinear
+from precision.scaling import Delayed
 
 
 def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
@@ -43,26 +44,33 @@ class RollAmax:
         pass
 
     @torch.no_grad()
-    def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
-        linears = [linear for linear in quant_linears(model) if linear.delayed is not None]
-        if not linears:
+    def end_step(self, model: nn.Module, step: int, applied: Tensor) -> None:
+        """``applied``: bool scalar beside the histories, not read here: nothing waits for a device.
+
+        All histories of one shape move at once, in as many kernels as those of a single linear.
+        """
+        alike: dict[tuple[Delayed, int], list[QuantLinear]] = {}
+        for linear in quant_linears(model):
+            if linear.delayed is not None:
+                alike.setdefault((linear.delayed, len(linear.columns)), []).append(linear)
+        if not alike:
             return
-        if not applied:
-            for linear in linears:
-                linear.amax_history[0] = 0.0
-            return
-        newest = torch.cat([linear.amax_history[0] for linear in linears])
+        # [length, linears, columns] and [linears, columns]: views of what lies linear by linear.
+        histories = [torch.stack([each.amax_history for each in group]).movedim(1, 0) for group in alike.values()]
+        newest = torch.cat([history[0].flatten() for history in histories])
         # As an infinity first: a maximum over ranks may lose a NaN.
-        newest = torch.where(newest.isnan(), math.inf, newest)
+        newest = newest.nan_to_num(nan=math.inf, posinf=math.inf)
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(newest, op=dist.ReduceOp.MAX)
-        newest = torch.where(newest.isinf(), 0.0, newest)
-        parts = torch.split(newest, [len(linear.columns) for linear in linears])
-        for linear, part in zip(linears, parts, strict=True):
-            assert linear.delayed is not None
-            linear.amax_history[0] = part
-            # An amax that is still unknown stays so until a step has shown one.
-            known = linear.amax_held.clamp(min=0.0)
-            history, held = linear.delayed.update(linear.amax_history, known)
-            linear.amax_history.copy_(history)
-            linear.amax_held.copy_(torch.where((linear.amax_held == UNKNOWN) & (held == 0.0), UNKNOWN, held))
+        # Where slot 0 is 0 a history stays as it is.
+        newest = newest.nan_to_num(posinf=0.0) * applied
+        parts = torch.split(newest, [history[0].numel() for history in histories])
+        for ((delayed, _), group), history, part in zip(alike.items(), histories, parts, strict=True):
+            history[0] = part.view_as(history[0])
+            before = torch.stack([linear.amax_held for linear in group])
+            # An amax that is still unknown, below 0, stays so until a step has shown one.
+            moved, held = delayed.update(history, before.clamp(min=0.0))
+            held = torch.where(held == 0.0, before, held)
+            moved = moved.movedim(1, 0).contiguous()
+            torch._foreach_copy_([linear.amax_history for linear in group], list(moved.unbind()))
+            torch._foreach_copy_([linear.amax_held for linear in group], list(held.unbind()))

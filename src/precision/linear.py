@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from precision import traced
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
-from precision.noise import Noise, base_key, step_key
-from precision.quantize import Quantized, dequantize
+from precision.noise import Noise, base_key
+from precision.quantize import Prepared, Quantized, dequantize
 from precision.scaling import TENSOR, Delayed, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 from precision.transforms import Composed
@@ -61,19 +62,26 @@ class Recent:
 class Clock:
     """Where training stands: shared by every quantized linear of a model, set by ``Plan``.
 
-    Tensors, so that compiled code need not be compiled anew at every step.
+    Tensors on the model's device, where kernels read them, new ones at every ``set``: what has taken them keeps its
+    place in the data, nothing is compiled anew at every step, and no step waits for a copy.
     """
 
     seed: int = 0
-    step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    first_sample: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    device: torch.device | None = None  # the CPU, if not told
     high_precision: bool = False
     samples: int | None = None  # of the micro-batch
     recent: Recent = field(default_factory=Recent)
+    step: Tensor = field(init=False)
+    first_sample: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.set(0, 0, None)
 
     def set(self, step: int, first_sample: int, samples: int | None) -> None:
-        self.step.fill_(step)
-        self.first_sample.fill_(first_sample)
+        # On a GPU a kernel writes them; a tensor made of a number would be a copy that the host waits for.
+        self.step, self.first_sample = (
+            torch.full((), value, dtype=torch.int64, device=self.device or "cpu") for value in (step, first_sample)
+        )
         self.samples = samples
 
     def rows_of_a_sample(self, x: Tensor, rows: int) -> int:
@@ -133,14 +141,76 @@ class Observer(Protocol):
         """Count what ``measure`` gave."""
 
 
+class Slot(NamedTuple):
+    """One of the six operands of a linear, as a spec has it."""
+
+    gemm: GemmSpec
+    spec: OperandSpec | None
+    left: bool  # of its product
+    transposed: bool  # made of the transpose of what the linear reads
+    random: bool
+    delayed: bool
+    square: bool  # the codes of a transpose are the transposed codes
+    key: int  # equal where equal tensors are made into equal codes, but for amaxes and statistics
+
+
+class Resolved(NamedTuple):
+    """What a spec comes to with its backends."""
+
+    slots: tuple[Slot, ...]
+    x_transposes: bool  # wgrad reads the codes of x that fprop reads, transposed
+    dy_transposes: bool  # and those of dy that dgrad reads
+    keeps_first: bool  # what backward keeps of x comes from the codes that fprop reads
+
+
 @dataclass(frozen=True, slots=True)
 class Mode:
     """What a linear computes at a step: its spec, by whom, and which remembered amaxes it does not measure itself."""
 
     spec: LinearSpec
     backends: tuple[Backend, Backend, Backend]
+    resolved: Resolved
     column_of: dict[int, int]  # of slots
     unseen: tuple[tuple[int, int, Transform | None], ...]  # column, a slot that sees its tensor, through what
+    kind: int  # equal where linears differ in what they remember and in noise alone
+    kind_of_inputs: int  # equal where the same is made of one x
+    empty: bool  # nothing is quantized
+    shares: bool  # all that is made of x is the same for every linear of this kind that reads it
+
+
+_KEYS: dict[Hashable, int] = {}
+"""What is interned: comparing numbers is all that a step does of it."""
+
+
+def _number(key: Hashable) -> int:
+    return _KEYS.setdefault(key, len(_KEYS))
+
+
+def _resolved(spec: LinearSpec, backends: Sequence[Backend]) -> Resolved:
+    slots = []
+    for number in range(6):
+        gemm = (spec.fprop, spec.dgrad, spec.wgrad)[number // 2]
+        operand = gemm.a if number % 2 == 0 else gemm.b
+        random = operand is not None and is_random(operand)
+        tile = operand.tile if operand is not None else TENSOR
+        slots.append(
+            Slot(
+                gemm=gemm,
+                spec=operand,
+                left=number % 2 == 0,
+                transposed=number in TRANSPOSED,
+                random=random,
+                delayed=operand is not None and isinstance(operand.amax, Delayed),
+                square=tile.outer == tile.inner and gemm.transform is None and not random,
+                key=_number((number, operand, gemm.transform, backends[number // 2].name)),
+            )
+        )
+    return Resolved(
+        slots=tuple(slots),
+        x_transposes=transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b),
+        dy_transposes=transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a),
+        keeps_first=keeps_first(spec),
+    )
 
 
 class Gathered(NamedTuple):
@@ -186,6 +256,7 @@ class QuantLinear(nn.Module):
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
         self._base_keys: dict[int, Tensor] = {}
+        self.token = traced.register(self)
         self.schedule((spec,))
 
     @property
@@ -218,12 +289,22 @@ class QuantLinear(nn.Module):
         self.register_buffer("amax_history", history)
         self.register_buffer("amax_held", held)
         self._modes: dict[tuple[int, int, int], Mode] = {}
+        self.ask_again()
         self.use((0, 0, 0))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another linear."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.token = traced.register(self)
+        self.ask_again()
+        for mode in self._modes.values():
+            traced.join(self, mode.kind, mode.kind_of_inputs)
 
     def use(self, picks: tuple[int, int, int]) -> None:
         """From now on compute fprop, dgrad and wgrad by these of ``specs``."""
         if picks not in self._modes:
             self._modes[picks] = self._mode(picks)
+            traced.join(self, self._modes[picks].kind, self._modes[picks].kind_of_inputs)
         self.mode = self._modes[picks]
 
     def _mode(self, picks: tuple[int, int, int]) -> Mode:
@@ -236,11 +317,23 @@ class QuantLinear(nn.Module):
             for slot, column in _columns(other).items():
                 if column not in seen:
                     unseen.setdefault(self.columns.index(column), (slot, gemms[slot][1].transform))
+        backends = tuple(self.backends_of[pick][gemm] for gemm, pick in enumerate(picks))
+        resolved = _resolved(spec, backends)
+        slots = resolved.slots
+        unseen_columns = tuple((column, slot, transform) for column, (slot, transform) in unseen.items())
+        kind = _number((spec, backends, unseen_columns, self.in_features, self.out_features, self.bias is not None))
         return Mode(
             spec=spec,
-            backends=tuple(self.backends_of[pick][gemm] for gemm, pick in enumerate(picks)),  # type: ignore[arg-type]
+            backends=backends,  # type: ignore[arg-type]
+            resolved=resolved,
             column_of={slot: self.columns.index(column) for slot, column in columns.items()},
-            unseen=tuple((column, slot, transform) for column, (slot, transform) in unseen.items()),
+            unseen=unseen_columns,
+            kind=kind,
+            kind_of_inputs=_number(("inputs", slots[X].key, slots[WGRAD_X].key, *resolved[1:], self.in_features)),
+            empty=all(slot.spec is None for slot in slots),
+            shares=slots[X].spec is not None
+            and not unseen_columns
+            and not any(slots[slot].random or slots[slot].delayed for slot in (X, WGRAD_X)),
         )
 
     def extra_repr(self) -> str:
@@ -248,14 +341,25 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of ``x``."""
-        plain = self.clock.high_precision or (self.active == LinearSpec() and not (self.training and self.mode.unseen))
+        high = self.clock.high_precision
+        plain = high or (self.mode.empty and not (self.training and self.mode.unseen))
         # torch multiplies FP16 on a CPU in a scalar loop: the reference does it in float32.
         if plain and not (x.dtype == torch.float16 and x.device.type == "cpu"):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = self._quantized(x, LinearSpec() if self.clock.high_precision else self.active)
+        if torch.compiler.is_compiling() and not high and self._traceable(x):
+            mode = self.mode
+            inputs = mode.kind_of_inputs if mode.shares else None
+            return traced.linear(x, self.weight, self.bias, self.token, mode.kind, inputs)
+        y: Tensor = self._quantized(x, LinearSpec() if high else self.active)
         return y
 
-    # Quantization is one opaque step to the compiler: what it would fuse it would also round otherwise.
+    def _traceable(self, x: Tensor) -> bool:
+        """Whether what this call computes follows from its tensors, its token and its mode."""
+        usual = self.observer is None and self.gathered is None and self.statistics is None
+        return usual and not torch.is_autocast_enabled(x.device.type)
+
+    # Where it is not traced (``precision.traced``) it is one opaque step: what a compiler would fuse it would round
+    # otherwise.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized(self, x: Tensor, spec: LinearSpec) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -282,12 +386,79 @@ class QuantLinear(nn.Module):
         if self.delayed is not None:
             self.amax_history.zero_()
             self.amax_held.fill_(value)
+        self.ask_again()
 
-    def noise(self, slot: int, first_row: Tensor, *, transposed: bool) -> Noise:
+    def ask_again(self) -> None:
+        """What is remembered may be written from outside: trust nothing that the host was told of it."""
+        self._maybe_unknown = self.delayed is not None
+        self._followed: dict[int, tuple[QuantLinear, int, int]] = {}
+        self._places: tuple[Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]] | None = None
+        self.noted: dict[int, int] = {}  # how often each slot was measured
+
+    # What ``precision.traced`` calls.
+
+    def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
+        rows = x.reshape(-1, self.in_features)
+        call = self._call(x, {})
+        if differentiated:
+            call.make_both(rows)
+        a = call.operand(X, rows, codes=differentiated and call.resolved.keeps_first)
+        if differentiated:
+            kept_of(call, rows, a)
+        assert call.made is not None
+        tensors, layout = _flat(list(call.made.values()))
+        _LAYOUTS["made", self.mode.kind_of_inputs, tuple(x.shape), differentiated] = tuple(call.made), layout
+        return tensors
+
+    def traced_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
+    ) -> tuple[list[Tensor], slice | None]:
+        rows, given = x.reshape(-1, self.in_features), {}
+        if made:
+            names, layout = _LAYOUTS["made", self.mode.kind_of_inputs, tuple(x.shape), differentiated]
+            given = dict(zip(names, _unflat(made, layout), strict=True))
+        y, kept, _ = forward_pass(self._call(x, dict(given)), rows, weight, bias, differentiated)
+        outputs, which, start = [y.view(*x.shape[:-1], self.out_features)], None, 0
+        if isinstance(kept, Quantized):
+            tensors, _LAYOUTS["kept", self.mode.kind, tuple(x.shape[:-1])] = _flat([kept])
+            for operand in given.values():
+                stop = start + len(_flat([operand])[0])
+                same = isinstance(operand, Quantized) and operand.codes is kept.codes
+                which = slice(start, stop) if same else which
+                start = stop
+            outputs += tensors if which is None else []
+        return outputs, which
+
+    def traced_backward(
+        self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
+    ) -> list[Tensor | None]:
+        rows = dy.reshape(-1, self.out_features)
+        operand: Operand = kept[0] if kept else rows
+        if needed[1] and self.mode.resolved.slots[WGRAD_X].spec is None:
+            operand = kept[0].reshape(-1, self.in_features)
+        elif needed[1]:
+            (operand,) = _unflat(kept, _LAYOUTS["kept", self.mode.kind, tuple(dy.shape[:-1])])
+        dx, dw = backward_pass(self._call(dy, None), rows, weight, operand, needed[:2], None)
+        dx = None if dx is None else dx.view(*dy.shape[:-1], self.in_features)
+        return [dx, dw, rows.sum(0) if needed[2] else None]
+
+    def _call(self, x: Tensor, made: dict[Hashable, Operand] | None) -> Call:
+        """``x``: the input or the gradient of the output, with the dimensions that they share."""
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        clock = self.clock
+        return Call(self, self.active, clock.first_sample, clock.rows_of_a_sample(x, rows), made, None, None)
+
+    def noise(self, slot: int, call: Call) -> Noise:
+        """Of the slot's tensor where ``call`` stands in the data; that of a weight is the same everywhere."""
         if slot not in self._base_keys:
             self._base_keys[slot] = base_key(self.clock.seed, self.path, slot, device=self.weight.device)
-        key = step_key(self._base_keys[slot], self.clock.step)
-        return Noise(key=key, row_offset=first_row, transposed=transposed)
+        return Noise.of(
+            base=self._base_keys[slot],
+            step=self.clock.step,
+            first_sample=call.first_sample,
+            rows_of_a_sample=0 if _TENSORS[slot] == "w" else call.rows_of_a_sample,
+            transposed=slot in TRANSPOSED,
+        )
 
     def transformed(self, gemm: int, transform: Transform, x: Tensor, stats: Tensor | None, *, left: bool) -> Tensor:
         """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
@@ -309,6 +480,47 @@ class QuantLinear(nn.Module):
             # maximum passes a NaN on: the rule then keeps what it held.
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
         return torch.where(held == UNKNOWN, now, held)
+
+    def amax_and_note(self, slot: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The amax that scales this slot's tensor, None for its own; and where its new one is noted meanwhile, if it
+        is to be: FP32 [1] each, for backends that do that in quantizing (``Backend.notes``)."""
+        column = self.mode.column_of.get(slot)
+        if column is None:
+            return None, None
+        self.noted[slot] = self.noted.get(slot, 0) + 1
+        if not self.mode.backends[slot // 2].notes or self._unknown():
+            return self.amax_for(slot, x), None
+        places = self._places
+        if places is None or places[0] is not self.amax_history or places[1] is not self.amax_held:
+            both = (tensor.view(-1, 1).unbind() for tensor in (self.amax_held, self.amax_history[0]))
+            places = self._places = self.amax_history, self.amax_held, tuple(zip(*both, strict=True))
+        held, note = places[2][column]
+        return held, note if self.training else None
+
+    def _unknown(self) -> bool:
+        """Whether a held amax may be unknown. Asks the device until it is not."""
+        if self._maybe_unknown:
+            self._maybe_unknown = bool((self.amax_held == UNKNOWN).any())
+        return self._maybe_unknown
+
+    def follows(self, first: QuantLinear, slot: int) -> bool:
+        """Whether what this linear remembers of the slot's tensor is what ``first`` does, which has noted this very x.
+
+        If so, it takes over what was noted. Two histories that agree once, and are told the same from then on, agree
+        for good: the device is asked when the two meet, and again where one of them was told more.
+        """
+        column, other = self.mode.column_of.get(slot), first.mode.column_of.get(slot)
+        if column is None or other is None or self.delayed != first.delayed:
+            return False
+        met = self._followed.get(slot)
+        if met is None or met[0] is not first or met[1] + 1 != first.noted[slot] or met[2] != self.noted.get(slot, 0):
+            same = torch.equal(self.amax_held[column], first.amax_held[other])
+            if not same or not torch.equal(self.amax_history[1:, column], first.amax_history[1:, other]):
+                return False
+        if self.training:
+            torch.maximum(self.amax_history[0, column], first.amax_history[0, other], out=self.amax_history[0, column])
+        self._followed[slot] = first, first.noted[slot], self.noted.get(slot, 0)
+        return True
 
     def note_unseen(self, stats: Tensor | None, **tensors: Tensor) -> None:
         """Note, in training, the amaxes of x and w, or of dy, that the spec in use does not measure."""
@@ -341,19 +553,9 @@ class _Linear(torch.autograd.Function):
         stats = module.statistics(x) if module.statistics is not None else None
         # One that computes plainly is measured from outside.
         observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
-        call = Call(module, spec, module.clock.first_sample * rows_of_a_sample, made, stats, observer)
-        module.note_unseen(stats, x=x, w=weight)
-        if differentiated:
-            call.make_both(x)
-        a = call.operand(X, x, codes=differentiated and keeps_first(spec))
-        w = call.weight(W, weight)
-        y = call.product(0, a, w, dtype=x.dtype, bias=bias)
-        seen: tuple[Tensor, ...] = ()
-        if observer is not None:
-            # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
-            ctx.noted = observer.measure(module, 0, call.spec.fprop, (x, weight), (a, w), y, bias, stats)
-            seen = (x,)
-        kept = kept_of(call, x, a) if differentiated else None
+        call = Call(module, spec, module.clock.first_sample, rows_of_a_sample, made, stats, observer)
+        y, kept, ctx.noted = forward_pass(call, x, weight, bias, differentiated)
+        seen = (x,) if observer is not None else ()
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
@@ -367,55 +569,78 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, stats, *pieces = ctx.saved_tensors
+        kept: Operand = pieces[0]
+        if ctx.kept is not None:
+            shape, spec, transposed = ctx.kept
+            codes, scales, tensor_scale = pieces[:3]
+            kept = Quantized(
+                codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
+            )
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         call: Call = ctx.call.with_stats(stats)
-        spec = call.spec
-        dx = dw = dbias = None
-        dy_made: Operand = dy
-        call.module.note_unseen(stats, dy=dy)
-        both = call.both(DGRAD_DY, WGRAD_DY, dy) if all(ctx.needs_input_grad[:2]) else None
-        if ctx.needs_input_grad[0]:
-            dy_made = both[0] if both is not None else call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
-            if _reuses(spec.dgrad.b):
-                w_t = call.reused(DGRAD_W, call.weight(W, weight, codes=True))
-            else:
-                w_t = call.weight(DGRAD_W, weight)
-            dx = call.product(1, dy_made, w_t, dtype=dy.dtype)
-            if call.observer is not None:
-                call.observer.add(
-                    call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_made, w_t), dx, None, stats)
-                )
-        if ctx.needs_input_grad[1]:
-            if ctx.kept is None:
-                x_t = call.operand(WGRAD_X, pieces[0].mT)
-            else:
-                shape, kept_spec, transposed = ctx.kept
-                kept = Quantized(
-                    codes=pieces[0],
-                    scales=pieces[1],
-                    tensor_scale=pieces[2],
-                    shape=shape,
-                    spec=kept_spec,
-                    transposed=transposed,
-                )
-                x_t = kept.t() if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) else kept
-            if both is not None:
-                dy_t: Operand = both[1]
-            elif not isinstance(dy_made, Tensor) and transposes(spec.dgrad, spec.dgrad.a, spec.wgrad, spec.wgrad.a):
-                dy_t = dy_made.t()
-            elif isinstance(dy_made, Quantized) and _reuses(spec.wgrad.a):
-                dy_t = call.reused(WGRAD_DY, dy_made)
-            else:
-                dy_t = call.operand(WGRAD_DY, dy.mT)
-            dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
-            if call.observer is not None:
-                call.observer.add(ctx.noted)
-                given = dy.mT, pieces[-1].mT
-                call.observer.add(
-                    call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None, stats)
-                )
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            dbias = dy.sum(0)
+        seen = (ctx.noted, pieces[-1]) if call.observer is not None else None
+        dx, dw = backward_pass(call, dy, weight, kept, needed, seen)
+        dbias = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, dbias, None, None, None, None, None
+
+
+def forward_pass(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
+) -> tuple[Tensor, Operand | None, Any]:
+    """y of x [rows, in_features]; what backward keeps of x, if it will be; what an observer noted of fprop."""
+    module, spec = call.module, call.spec
+    module.note_unseen(call.stats, x=x, w=weight)
+    if differentiated:
+        call.make_both(x)
+    a = call.operand(X, x, codes=differentiated and call.resolved.keeps_first)
+    w = call.weight(W, weight)
+    y = call.product(0, a, w, dtype=x.dtype, bias=bias)
+    noted = None
+    if call.observer is not None:
+        # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
+        noted = call.observer.measure(module, 0, spec.fprop, (x, weight), (a, w), y, bias, call.stats)
+    return y, kept_of(call, x, a) if differentiated else None, noted
+
+
+def backward_pass(
+    call: Call, dy: Tensor, weight: Tensor, kept: Operand, needed: tuple[bool, bool], seen: tuple[Any, Tensor] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dw, where they are needed, from dy [rows, out_features] and what was kept of x.
+
+    ``seen``: what the observer noted of fprop, and x, if one looks on.
+    """
+    spec, stats = call.spec, call.stats
+    dx = dw = None
+    dy_made: Operand = dy
+    call.module.note_unseen(stats, dy=dy)
+    both = call.both(DGRAD_DY, WGRAD_DY, dy, codes=False) if all(needed) else None
+    if needed[0]:
+        dy_made = both[0] if both is not None else call.operand(DGRAD_DY, dy, codes=_reuses(spec.wgrad.a))
+        if _reuses(spec.dgrad.b):
+            w_t = call.reused(DGRAD_W, call.weight(W, weight, codes=True))
+        else:
+            w_t = call.weight(DGRAD_W, weight)
+        dx = call.product(1, dy_made, w_t, dtype=dy.dtype)
+        if call.observer is not None:
+            call.observer.add(
+                call.observer.measure(call.module, 1, spec.dgrad, (dy, weight.mT), (dy_made, w_t), dx, None, stats)
+            )
+    if needed[1]:
+        x_t = call.kept_columns(kept)
+        if both is not None:
+            dy_t: Operand = both[1]
+        elif not isinstance(dy_made, Tensor) and call.resolved.dy_transposes:
+            dy_t = dy_made.t()
+        elif isinstance(dy_made, Quantized) and _reuses(spec.wgrad.a):
+            dy_t = call.reused(WGRAD_DY, dy_made)
+        else:
+            dy_t = call.operand(WGRAD_DY, dy.mT)
+        dw = call.product(2, dy_t, x_t, dtype=weight.dtype)
+        if call.observer is not None and seen is not None:
+            call.observer.add(seen[0])
+            given = dy.mT, seen[1].mT
+            call.observer.add(call.observer.measure(call.module, 2, spec.wgrad, given, (dy_t, x_t), dw, None, stats))
+    return dx, dw
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,51 +649,65 @@ class Call:
 
     module: QuantLinear
     spec: LinearSpec
-    first_row: Tensor
+    first_sample: Tensor
+    rows_of_a_sample: int
     made: dict[Hashable, Operand] | None  # of x, in the forward pass
     stats: Tensor | None  # what transforms read
     observer: Observer | None
 
     def with_stats(self, stats: Tensor | None) -> Call:
-        return replace(self, stats=stats)
+        return self if stats is self.stats else replace(self, stats=stats)
 
     def without_input(self) -> Call:
         """What backward keeps of it: what it reads alone."""
-        return replace(self, made=None, stats=None)
+        return Call(self.module, self.spec, self.first_sample, self.rows_of_a_sample, None, None, self.observer)
+
+    @property
+    def resolved(self) -> Resolved:
+        mode = self.module.mode
+        return mode.resolved if self.spec is mode.spec else _resolved(self.spec, mode.backends)
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]
 
     def operand(self, slot: int, x: Tensor, *, codes: bool = False) -> Operand:
         """What the slot's GEMM reads of ``x``, transformed and quantized as the spec says; as ``codes`` if told to."""
-        gemm = self.gemm(slot)
-        spec = gemm.a if slot % 2 == 0 else gemm.b
+        it = self.resolved.slots[slot]
         codes = codes or self.observer is not None  # which looks at them
-        if self.made is None or spec is None or slot not in (X, WGRAD_X) or is_random(spec):
+        if self.made is None or it.spec is None or slot not in (X, WGRAD_X) or it.random:
             return self._operand(slot, x, codes)
-        key = self._key(slot, x, gemm, spec)
+        key = self._key(slot, x)
         if key is None:
             return self._operand(slot, x, codes)
         if (key, codes) not in self.made:
             self.made[key, codes] = self._operand(slot, x, codes)
         return self.made[key, codes]
 
-    def both(self, slot: int, other: int, x: Tensor) -> tuple[Quantized, Quantized] | None:
+    def both(
+        self, slot: int, other: int, x: Tensor, *, codes: bool = True
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         """The operands of ``slot`` from x and of ``other`` from x.mT, where the backend makes both in one read."""
-        gemms = self.gemm(slot), self.gemm(other)
-        spec = gemms[0].a
-        alike = spec is not None and spec == (gemms[1].a if other % 2 == 0 else gemms[1].b)
-        plain = gemms[0].transform is None and gemms[1].transform is None and self.observer is None
-        if spec is None or not alike or not plain or spec.tile.outer == spec.tile.inner or is_random(spec):
+        it, its = self.resolved.slots[slot], self.resolved.slots[other]
+        spec, backends = it.spec, self.module.backends
+        if spec is None or its.spec is None or self.observer is not None:
             return None
-        return self.module.backends[slot // 2].both(x, spec)
+        alike = spec == its.spec or (it.square and spec == replace(its.spec, source=Source.ORIGINAL))
+        if not alike:
+            return None
+        if it.gemm.transform is not None or its.gemm.transform is not None:
+            return None
+        if it.square and not (backends[slot // 2].reads_rows and backends[other // 2].reads_rows):
+            return None  # one is the other, transposed
+        noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
+        amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
 
     def make_both(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
-        spec = self.spec.fprop.a
-        if self.made is None or spec is None or isinstance(spec.amax, Delayed):
+        it = self.resolved.slots[X]
+        if self.made is None or it.spec is None or it.random or (it.delayed and not self.module.backends[0].notes):
             return
-        keys = (self._key(X, x, self.spec.fprop, spec), False), (self._key(WGRAD_X, x, self.spec.wgrad, spec), True)
+        keys = (self._key(X, x), self.resolved.keeps_first), (self._key(WGRAD_X, x), True)
         if keys[0] not in self.made and (pair := self.both(X, WGRAD_X, x)) is not None:
             self.made.update(zip(keys, pair, strict=True))
 
@@ -490,42 +729,62 @@ class Call:
         )
         return made if slot == W else made.t()
 
-    def _key(self, slot: int, x: Tensor, gemm: GemmSpec, spec: OperandSpec) -> Hashable | None:
+    def _key(self, slot: int, x: Tensor) -> Hashable | None:
         """What the codes of a slot depend on beside x; None where that is not to be had without waiting for a device.
 
         An amax of earlier steps is part of it, and noted, as it would be in making the codes.
         """
-        held = None
-        if gemm.transform is not None and self.stats is not None:
+        it = self.resolved.slots[slot]
+        if it.gemm.transform is not None and self.stats is not None:
             return None
-        if isinstance(spec.amax, Delayed):
-            if x.device.type != "cpu" or gemm.transform is not None:
-                return None
-            amax = self.module.amax_for(slot, x)
-            held = None if amax is None else float(amax)
-        return slot, spec, gemm.transform, self.module.backends[slot // 2].name, held
+        if not it.delayed:
+            return it.key
+        if it.gemm.transform is not None:
+            return None
+        if self.module.backends[slot // 2].notes:
+            return it.key, self._leader(slot, it)
+        if x.device.type != "cpu":
+            return None
+        amax = self.module.amax_for(slot, x)
+        return it.key, None if amax is None else float(amax)
+
+    def _leader(self, slot: int, it: Slot) -> int:
+        """Whose remembered amax scales x for this linear: that of a sibling that read x before, if the two agree."""
+        assert self.made is not None
+        first = self.made.setdefault(("leader", it.key), self.module)  # type: ignore[arg-type]
+        assert isinstance(first, QuantLinear)
+        return id(first if first is self.module or self.module.follows(first, slot) else self.module)
 
     def _operand(self, slot: int, x: Tensor, codes: bool) -> Operand:
-        gemm = self.gemm(slot)
-        spec = gemm.a if slot % 2 == 0 else gemm.b
-        backend, left, transform = self.module.backends[slot // 2], slot % 2 == 0, gemm.transform
+        it = self.resolved.slots[slot]
+        spec, transform = it.spec, it.gemm.transform
+        backend = self.module.backends[slot // 2]
         # An amax that is noted is that of the transformed tensor; else the backend may do both in one pass.
-        apart = spec is None or isinstance(spec.amax, Delayed) or self.stats is not None
+        apart = spec is None or (it.delayed and not backend.notes) or self.stats is not None
         if transform is not None and apart:
-            x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=left), None
+            x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=it.left), None
         if spec is None:
             return x
-        noise = None
-        transposed = slot in TRANSPOSED
-        square = spec.tile.outer == spec.tile.inner and gemm.transform is None and not is_random(spec)
-        if transposed and square:
-            x = x.mT  # the same codes, read along the tensor's own rows
-        if is_random(spec):
-            first_row = torch.zeros_like(self.first_row) if _TENSORS[slot] == "w" else self.first_row
-            noise = self.module.noise(slot, first_row, transposed=transposed)
-        amax = self.module.amax_for(slot, x)
-        made = backend.prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=codes)
-        return made.t() if transposed and square else made
+        # The same codes, read along the tensor's own rows; but products that read rows would copy them.
+        turned = it.transposed and it.square and not backend.reads_rows
+        if turned:
+            x = x.mT
+        noise = self.module.noise(slot, self) if it.random else None
+        amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        made = backend.prepare(
+            x, spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note
+        )
+        return made.t() if turned else made
+
+    def columns_made(self, x: Tensor) -> Operand | None:
+        """The codes of x.mT for wgrad, if one read made them with those of x."""
+        if self.made is None or not self.module.backends[0].reads_rows:
+            return None
+        return self.made.get((self._key(WGRAD_X, x), True))
+
+    def kept_columns(self, kept: Operand) -> Operand:
+        """What wgrad reads of x, from what was kept of it."""
+        return self.operand(WGRAD_X, kept.mT) if isinstance(kept, Tensor) else kept
 
     def reused(self, slot: int, made: Operand, *, codes: bool = False) -> Operand:
         """The slot's operand from what an earlier GEMM made of the transposed tensor."""
@@ -546,8 +805,9 @@ def kept_of(call: Call, x: Tensor, a: Operand) -> Operand:
     spec = call.spec
     if spec.wgrad.b is None:
         return x
-    if transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b):
-        return a
+    if call.resolved.x_transposes:
+        columns = call.columns_made(x)
+        return a.t() if columns is None and isinstance(a, Quantized) else columns or a
     if _reuses(spec.wgrad.b):
         return call.reused(WGRAD_X, a, codes=True)
     return call.operand(WGRAD_X, x.mT, codes=True)
@@ -556,6 +816,48 @@ def kept_of(call: Call, x: Tensor, a: Operand) -> Operand:
 def keeps_first(spec: LinearSpec) -> bool:
     """Whether what backward keeps of x comes from the codes that fprop reads."""
     return transposes(spec.fprop, spec.fprop.a, spec.wgrad, spec.wgrad.b) or _reuses(spec.wgrad.b)
+
+
+_LAYOUTS: dict[Hashable, Any] = {}
+"""How lists of tensors are read that operators have made: by what, for which kind of linear and shape."""
+
+
+def _flat(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Operands as tensors, and how to have them back."""
+    tensors: list[Tensor] = []
+    layout: list[Any] = []
+    for operand in operands:
+        parts: tuple[Tensor | None, ...]
+        if isinstance(operand, Quantized):
+            parts = operand.codes, operand.scales, operand.tensor_scale
+            rest: Any = Quantized, operand.shape, operand.spec, operand.transposed
+        elif isinstance(operand, Prepared):
+            parts, rest = (operand.matrix, operand.factor), (Prepared,)
+        else:
+            parts, rest = (operand,), (Tensor,)
+        layout.append((rest, tuple(part is not None for part in parts)))
+        tensors += [part for part in parts if part is not None]
+    return tensors, tuple(layout)
+
+
+def _unflat(tensors: Sequence[Tensor], layout: tuple[Any, ...]) -> list[Operand]:
+    left = iter(tensors)
+    operands: list[Operand] = []
+    for (kind, *rest), there in layout:
+        parts = [next(left) if is_there else None for is_there in there]
+        if kind is Quantized:
+            (codes, scales, tensor_scale), (shape, spec, transposed) = parts, rest
+            assert codes is not None
+            assert scales is not None
+            operands.append(
+                Quantized(
+                    codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
+                )
+            )
+            continue
+        assert parts[0] is not None
+        operands.append(parts[0] if kind is Tensor else Prepared(matrix=parts[0], factor=parts[1]))
+    return operands
 
 
 def is_random(spec: OperandSpec) -> bool:

@@ -20,7 +20,6 @@ are made logical by a mask. In C and Triton the same is plain uint32 arithmetic.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,9 +50,10 @@ def step_key(base: Tensor, step: Tensor | int) -> Tensor:
     return _fmix32(_fmix32(base ^ low) + high)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Noise:
-    """The noise of one tensor.
+    """The noise of one tensor, either by its key and the global index of its first row, or by what both are made of.
+
+    The second way (``Noise.of``) computes nothing: a kernel reads the parts where they lie, on its device.
 
     Args:
         key: of ``step_key``.
@@ -63,21 +63,61 @@ class Noise:
             along tokens, gets noise by (token, feature) like dy.
     """
 
-    key: Tensor
-    row_offset: Tensor | int = 0
-    transposed: bool = False
+    __slots__ = ("base", "first_sample", "rows_of_a_sample", "step", "transposed")
+
+    base: Tensor
+    step: Tensor | int | None
+    first_sample: Tensor | int
+    rows_of_a_sample: int
+    transposed: bool
+
+    def __init__(self, *, key: Tensor, row_offset: Tensor | int = 0, transposed: bool = False) -> None:
+        self.base, self.step = key, None
+        self.first_sample, self.rows_of_a_sample, self.transposed = row_offset, 1, transposed
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        base: Tensor,
+        step: Tensor | int,
+        first_sample: Tensor | int,
+        rows_of_a_sample: int,
+        transposed: bool = False,
+    ) -> Noise:
+        """The noise whose key is ``step_key(base, step)`` and whose row offset is first_sample * rows_of_a_sample.
+
+        Args:
+            base: of ``base_key``.
+            step, first_sample: not negative; integers or 0-dim int64 tensors.
+            rows_of_a_sample: 0 for what does not depend on the data, as weights.
+        """
+        noise = cls(key=base, row_offset=first_sample, transposed=transposed)
+        noise.step, noise.rows_of_a_sample = step, rows_of_a_sample
+        return noise
+
+    @property
+    def key(self) -> Tensor:
+        """int32 [2]."""
+        return self.base if self.step is None else step_key(self.base, self.step)
+
+    @property
+    def row_offset(self) -> Tensor | int:
+        """An integer or a 0-dim int64 tensor."""
+        return self.first_sample * self.rows_of_a_sample if self.rows_of_a_sample != 1 else self.first_sample
 
     def uniform(self, rows: int, cols: int) -> Tensor:
         """FP32 [rows, cols] in [0, 1), for a tensor of this shape (as it is quantized, after any transpose)."""
         if self.transposed:
             rows, cols = cols, rows
-        offset, high = _words(self.row_offset, self.key.device)
-        low = torch.arange(rows, dtype=torch.int32, device=self.key.device) + offset
+        key = self.key
+        offset, high = _words(self.row_offset, key.device)
+        low = torch.arange(rows, dtype=torch.int32, device=key.device) + offset
         carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
-        row_hash = _fmix32(_fmix32(low ^ self.key[0]) + (high + carry.int()))
-        col = torch.arange(cols, dtype=torch.int32, device=self.key.device) * _signed(0x9E3779B9)
+        row_hash = _fmix32(_fmix32(low ^ key[0]) + (high + carry.int()))
+        col = torch.arange(cols, dtype=torch.int32, device=key.device) * _signed(0x9E3779B9)
         summed = row_hash[None, :] + col[:, None] if self.transposed else row_hash[:, None] + col
-        return ((_fmix32(summed ^ self.key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
+        return ((_fmix32(summed ^ key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
 def _signed(word: int) -> int:

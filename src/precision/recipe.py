@@ -130,7 +130,8 @@ class Hook(Protocol):
 
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None: ...
 
-    def end_step(self, model: nn.Module, step: int, applied: bool) -> None: ...
+    def end_step(self, model: nn.Module, step: int, applied: Tensor) -> None:
+        """``applied``: bool scalar on the model's device; to read it is to wait for the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,18 +269,24 @@ class Plan:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
         self.clock.set(self._step, sample_offset, samples)
 
-    def end_step(self, *, applied: bool = True, overflow: bool = False) -> None:
+    def end_step(self, *, applied: bool | Tensor = True, overflow: bool | Tensor = False) -> None:
         """After the last backward pass.
 
         ``applied``: whether its gradients are used, or the step is skipped. ``overflow``: it is skipped because its
         gradients, though not its loss, are not finite. (A step without a finite loss says nothing about the scale.)
+        Both may be bool scalars on the model's device, which are read only where the loss is scaled.
         """
-        if self.recipe.loss_scale is not None and (applied or overflow):
-            scale, clean_steps = self.recipe.loss_scale.update(self._scale, self._clean_steps, overflow)
+        scaler = self.recipe.loss_scale
+        if scaler is not None and (applied or overflow):
+            scale, clean_steps = scaler.update(self._scale, self._clean_steps, bool(overflow))
             self._scale.copy_(scale)
             self._clean_steps.copy_(clean_steps)
-        for hook in self.recipe.hooks:
-            hook.end_step(self.model, self._step, applied)
+        if self.recipe.hooks:
+            if not isinstance(applied, Tensor):
+                device = next((parameter.device for parameter in self.model.parameters()), None)
+                applied = torch.full((), applied, dtype=torch.bool, device=device)  # filled there, not copied
+            for hook in self.recipe.hooks:
+                hook.end_step(self.model, self._step, applied)
 
     def resume(self, steps_done: int, total_steps: int | None) -> None:
         """Stand where the last of ``steps_done`` steps left the recipe: what is evaluated next is computed alike."""
@@ -290,6 +297,9 @@ class Plan:
 
         Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
         """
+        for linear in self.model.modules():  # who asks for them may write them
+            if isinstance(linear, QuantLinear):
+                linear.ask_again()
         buffers = self.buffers()
         scaling = {"loss_scale": self._scale, "loss_scale_clean_steps": self._clean_steps}
         if self._ranks is not None:
@@ -505,7 +515,7 @@ def apply(
             setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
     if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
-    clock = Clock(seed=seed)
+    clock = Clock(seed=seed, device=None if device.type == "meta" else device)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
@@ -601,3 +611,8 @@ def one_of(name: str, value: str, choices: Mapping[str, _T]) -> _T:
     if value not in choices:
         raise ValueError(f"{name}={value}: one of {', '.join(choices)}{close(str(value), choices)}")
     return choices[value]
+
+
+def fast_sums(value: bool | str) -> bool | None:
+    """``GemmSpec.fast_accum`` of a recipe's argument: true, false or auto. Raises ValueError for another word."""
+    return value if isinstance(value, bool) else one_of("fast_accum", value, {"auto": None})

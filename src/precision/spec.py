@@ -131,7 +131,7 @@ class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
 
     ``fast_accum``: native FP8 products may sum with fewer bits between additions in FP32 (some 14 on Ada and Hopper;
-    their ``use_fast_accum``), which is faster. Emulation sums in FP32 all the same.
+    their ``use_fast_accum``), which is faster; None leaves it to the backend. Emulation sums in FP32 all the same.
 
     Raises ValueError for a transform of operands that are both left alone, which would only add rounding, and for fast
     sums of what is not quantized.
@@ -140,7 +140,7 @@ class GemmSpec:
     a: OperandSpec | None = None
     b: OperandSpec | None = None
     transform: Transform | None = None
-    fast_accum: bool = False
+    fast_accum: bool | None = False
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:

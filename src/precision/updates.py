@@ -160,8 +160,9 @@ class CodecAdamW(Optimizer):
                             raise ValueError(f"{codec} rounds stochastically: its noise goes by the parameter's name")
                         self._keyed[parameter, which] = len(keys)
                         keys.append(base_key(seed, name, [*_SLOTS.values()][which]))
-        self._keys = torch.stack(keys) if keys else None
         device = next(iter(self.places)).device
+        self._keys = torch.stack(keys).to(device) if keys else None
+        self._counted: list[Tensor] = []  # the parameters of the last update
         codecs = dict.fromkeys(codec for place in self.places.values() for codec in place.codecs)
         beta1 = min(float(group["betas"][0]) for group in self.param_groups)
         self.choice = choose(device, backend, codecs=codecs, beta1=beta1)
@@ -213,8 +214,14 @@ class CodecAdamW(Optimizer):
             local(parameter).view(place.rows, place.cols).copy_(codec.decode(place.parts[2]))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, gate: Tensor | None = None
+    ) -> None:
+        """One update of every parameter that has a gradient.
+
+        ``gate`` FP32 [2], on the device: what gradients are multiplied by, and 1, or 0 for an update that changes
+        nothing but its number: whoever learns that it was left out calls ``uncount`` before the next one.
+        """
         assert closure is None
         updates, seen = [], []
         for group in self.param_groups:
@@ -222,15 +229,28 @@ class CodecAdamW(Optimizer):
                 if parameter.grad is not None:
                     self.state[parameter]["step"] += 1
                     seen.append((parameter, group, float(self.state[parameter]["step"])))
+        self._counted = [parameter for parameter, _, _ in seen]
         keys = self._step_keys({parameter: t for parameter, _, t in seen})
-        updates = [self.next_update(parameter, group, t, keys) for parameter, group, t in seen]
+        updates = [self.next_update(parameter, group, t, keys, gate) for parameter, group, t in seen]
         if not updates:
             return
         amaxes = self._over_ranks(self.backend.amaxes(updates)) if any(u.whole for u in updates) else None
         self.backend.update(updates, amaxes)
 
+    @torch.no_grad()
+    def uncount(self) -> None:
+        """The last update was left out: the next one has its number."""
+        for parameter in self._counted:
+            self.state[parameter]["step"] -= 1
+        self._counted = []
+
     def next_update(
-        self, parameter: Tensor, group: dict[str, Any], t: float, keys: dict[tuple[Tensor, int], Tensor]
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        t: float,
+        keys: dict[tuple[Tensor, int], Tensor],
+        gate: Tensor | None = None,
     ) -> Update:
         """Update ``t`` of a parameter, with the noise of ``keys``; nothing is done yet."""
         place = self.places[parameter]
@@ -256,14 +276,19 @@ class CodecAdamW(Optimizer):
             eps=group["eps"],
             decay=group["weight_decay"],
             t=t,
+            gate=gate,
         )
 
     def _step_keys(self, times: dict[Tensor, float]) -> dict[tuple[Tensor, int], Tensor]:
         if self._keys is None:
             return {}
-        t = torch.tensor([[int(times.get(parameter, 0))] for parameter, _ in self._keyed])
-        keys = step_key(self._keys, t)
-        return {where: keys[row] for where, row in self._keyed.items()}
+        device, numbers = self._keys.device, [int(times.get(parameter, 0)) for parameter, _ in self._keyed]
+        if len(set(numbers)) == 1:
+            t = torch.full((1, 1), numbers[0], dtype=torch.int64, device=device)  # filled there: nothing waits
+        else:  # something had no gradient
+            t = torch.tensor(numbers, dtype=torch.int64)[:, None]
+            t = t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+        return dict(zip(self._keyed, step_key(self._keys, t).unbind(), strict=True))
 
     def _over_ranks(self, amaxes: Tensor) -> Tensor:
         """Their maxima over all ranks; NaN as an infinity, since a maximum over ranks may lose a NaN."""
@@ -274,6 +299,39 @@ class CodecAdamW(Optimizer):
                 if isinstance(placement, Shard) and one.device_mesh.size(dim) > 1:
                     dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=one.device_mesh.get_group(dim))
         return amaxes
+
+
+def can_gate(optimizer: Optimizer) -> bool:
+    """Whether ``gated_step`` knows this optimizer."""
+    fused = isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
+    return fused or isinstance(optimizer, CodecAdamW)
+
+
+def gated_step(optimizer: Optimizer, applied: Tensor, factor: Tensor | None) -> Callable[[], None]:
+    """``optimizer.step()`` if ``applied``, and else nothing: the device decides, and nobody waits for it.
+
+    Args:
+        applied: bool scalar on the parameters' device. Where it is false, parameters, moments and counters stay as
+            they were, to the bit.
+        factor: FP32 scalar, of all gradients. torch's fused AdamW divides them by its inverse.
+
+    Returns what must be called, before the next step and before a counter is read, once it is known that the update was
+    left out. Raises ValueError where ``can_gate`` is false.
+    """
+    if isinstance(optimizer, CodecAdamW):
+        one = torch.ones((), dtype=torch.float32, device=applied.device)
+        optimizer.step(gate=torch.stack([one if factor is None else factor, applied.float()]))
+        return optimizer.uncount
+    if not can_gate(optimizer):
+        raise ValueError(f"{type(optimizer).__name__} cannot be told on the device to leave an update out")
+    there: Any = optimizer  # as torch.amp.GradScaler tells it
+    there.found_inf = (~applied).float()
+    there.grad_scale = None if factor is None else 1.0 / factor
+    try:
+        optimizer.step()
+    finally:
+        del there.found_inf, there.grad_scale
+    return lambda: None
 
 
 def local(tensor: Tensor) -> Tensor:

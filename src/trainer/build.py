@@ -222,21 +222,23 @@ def build_model(
         raise UserError(f"precision: {error}") from error
     for block in model.layers:
         block.recompute = parallel.activation_checkpointing
-        if parallel.compile:
-            block.compile()
+        if parallel.compiles(world.device):
+            block.forward = torch.compile(block.forward)  # within FSDP's hooks, which cannot be compiled
     model.to(dtype=recipe.param_dtype)
     policy = MixedPrecisionPolicy(
         param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
     )
     mesh = world.mesh(parallel)
+    reshards = parallel.reshards(world.size)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
         try:
             plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
         except ValueError as error:
             raise UserError(f"parallel.fp8_all_gather=true: {error}") from error
+    plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
     # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting reaches the modules below
@@ -246,6 +248,34 @@ def build_model(
     plan.reset_state()
     model.tie_weights()
     return model, plan
+
+
+def execution_notes(model: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, world: World) -> list[str]:
+    """Lines of plan.txt: what ``auto`` came to, and what a GPU will be slow at."""
+    device = world.device
+    parts = [
+        f"blocks {'compiled' if parallel.compiles(device) else 'eager'}",
+        f"parameters {'gathered again for' if parallel.reshards(world.size) else 'kept until'} backward",
+        f"sums in {'a fixed' if parallel.is_deterministic(device) else 'any'} order",
+    ]
+    warnings = narrow_rows(model, dtype) if device.type == "cuda" else []
+    return [f"execution on {device.type}: {', '.join(parts)}", *warnings]
+
+
+def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """A warning for every width whose rows no bulk copy of a GPU (TMA) takes: 16 does not divide their bytes."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for width in {module.in_features, module.out_features}:
+                paths.setdefault(width, []).append(path)
+    lines = []
+    for width, (first, *others) in sorted(paths.items()):
+        if (size := width * dtype.itemsize) % 16:
+            where = f"{first}{' and others' if others else ''}"
+            why = f"a row of {size:,} bytes is no multiple of 16, so no bulk copy (TMA) takes it and products are slow"
+            lines.append(f"warning: width {width:,} ({where}): {why}")
+    return lines
 
 
 @torch.no_grad()
@@ -396,10 +426,18 @@ def documents_end(config: DataConfig, tokenizer: TextTokenizer) -> int | None:
     return tokenizer.eot if config.document_mask else None
 
 
-def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, parallel: ParallelConfig, world: World) -> int:
+def micro_batch_size(
+    wanted: Any,
+    config: ModelConfig,
+    data: DataConfig,
+    parallel: ParallelConfig,
+    world: World,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """``wanted``, or for "auto" the largest that divides a process's share of the batch and fits in half its memory.
 
-    One process takes at most half of the batch, as two would.
+    ``dtype``: of activations, which counts where blocks are compiled on CUDA. One process takes at most half of the
+    batch, as two would.
 
     Raises UserError if the batch cannot be dealt out evenly.
     """
@@ -422,20 +460,30 @@ def micro_batch_size(wanted: Any, config: ModelConfig, data: DataConfig, paralle
         # Never the whole batch in one piece: what two processes compute in halves, one process does too, and both sum
         # the same numbers. In float32 they then agree bit for bit, where a chaotic step would blow up a last bit.
         divisors = [size for size in divisors if size <= max(1, share // 2)]
-    need = data.seq_len * _activation_bytes_per_token(config, parallel, data.seq_len)
+    fused = world.device.type == "cuda" and parallel.compiles(world.device)
+    kept = dtype.itemsize if fused else None
+    need = data.seq_len * activation_bytes_per_token(config, parallel, data.seq_len, kept)
     budget = _memory_of_process(world) / 2
     return max([size for size in divisors if size * need <= budget], default=1)
 
 
-def _activation_bytes_per_token(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> float:
-    """A generous count of what backward keeps, in bytes a token."""
+def activation_bytes_per_token(
+    config: ModelConfig, parallel: ParallelConfig, seq_len: int, kept: int | None = None
+) -> float:
+    """A generous count of what backward keeps, in bytes a token.
+
+    ``kept``: bytes an element, if compiled blocks keep the operands of their products and little else; the logits are
+    then overwritten by their gradient. None: all is kept in float32, as in eager blocks, and the logits thrice.
+    """
     hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size or 0
     scores = config.num_heads * (
-        seq_len if seq_len <= BLOCK_ATTENTION_MAX_POSITIONS else 0
+        seq_len if kept is None and seq_len <= BLOCK_ATTENTION_MAX_POSITIONS else 0
     )  # kept by attention on a CPU
-    block = 4 * (12 * hidden + 4 * ffn + scores)
-    blocks = 4 * hidden * config.num_layers + block if parallel.activation_checkpointing else block * config.num_layers
-    return float(blocks + 12 * vocab)  # logits in the compute dtype, in float32, and their gradient
+    block = (kept or 4) * ((10 if kept else 12) * hidden + 4 * ffn + scores)
+    held = (kept or 4) * hidden * config.num_layers + block
+    blocks = held if parallel.activation_checkpointing else block * config.num_layers
+    # Logits in the compute dtype and in float32, and their gradient; or the logits, and room for a chunk.
+    return float(blocks + (2 * kept if kept else 12) * vocab)
 
 
 def _memory_of_process(world: World) -> float:

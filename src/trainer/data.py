@@ -13,6 +13,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -171,6 +172,49 @@ class DocumentsApart:
         """The source's batch with its positions."""
         batch = self._source.batch(step, micro)
         return replace(batch, positions=document_positions(batch.tokens[:, :-1], self._end_of_text))
+
+
+class Ahead:
+    """A source whose next step is made in a thread while this one is computed, in pinned memory: a device copies from
+    there without anyone waiting.
+
+    The batches are the source's own. One that has a ``position`` reads ahead itself, and is asked for a step when that
+    step is wanted: the position stands for what has been consumed.
+
+    Args:
+        threaded: make the next step ahead; only for a source whose batches are a function of the step.
+        pin: in pinned memory; only where there is a device to copy to.
+    """
+
+    def __init__(self, source: DataSource, *, threaded: bool, pin: bool) -> None:
+        self._source, self._pin = source, pin
+        self.num_micro = source.num_micro
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if threaded else None
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._step, self._batches = -1, list[Batch]()
+
+    def first_sample(self, step: int) -> int:
+        return self._source.first_sample(step)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The source's batch. What goes wrong in making it is raised when its step is asked for."""
+        if self._thread is None:
+            return self._made(step, micro)
+        if step != self._step:
+            made = self._next[1].result() if self._next is not None and self._next[0] == step else self._all(step)
+            self._step, self._batches = step, made
+            self._next = step + 1, self._thread.submit(self._all, step + 1)
+        return self._batches[micro]
+
+    def _all(self, step: int) -> list[Batch]:
+        return [self._made(step, micro) for micro in range(self.num_micro)]
+
+    def _made(self, step: int, micro: int) -> Batch:
+        batch = self._source.batch(step, micro)
+        if not self._pin:
+            return batch
+        positions = None if batch.positions is None else batch.positions.pin_memory()
+        return Batch(batch.tokens.pin_memory(), batch.weights.pin_memory(), batch.first_sample, positions)
 
 
 def document_positions(tokens_BT: Tensor, end_of_text: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.errors import UserError, one_line
@@ -33,24 +34,42 @@ class ParallelConfig:
 
     name: str
     replicate: int = 1  # copies of the sharded model (HSDP); 1 shards over all processes (FSDP)
-    reshard_after_forward: bool = True  # gather parameters again in backward, instead of keeping them
+    # true, false, or auto, which the methods below resolve:
+    reshard_after_forward: Any = "auto"  # gather parameters again in backward, instead of keeping them
+    compile: Any = "auto"  # torch.compile each block; changes the loss by rounding only
+    deterministic: Any = "auto"  # on CUDA every sum in an order of its own choice, or always the same
     fp8_all_gather: bool = False  # gather weights as the codes that GEMMs read, where that changes nothing
     activation_checkpointing: bool = False  # recompute each block in backward
-    compile: bool = False  # torch.compile each block; changes the loss by rounding only
     threads: int | None = None  # CPU threads a process; null shares the cores out
     timeout_seconds: int = 1800  # of a collective
 
     def validate(self) -> None:
-        """Raises ValueError for counts below one, and for gathered codes that would be kept."""
+        """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be kept."""
+        for field in ("reshard_after_forward", "compile", "deterministic"):
+            value = getattr(self, field)
+            if not isinstance(value, bool) and value != "auto":
+                raise ValueError(f"parallel.{field}={value}: must be auto, true or false")
         for field in ("replicate", "threads", "timeout_seconds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{field}={value}: must be at least 1")
-        if self.fp8_all_gather and not self.reshard_after_forward:
+        if self.fp8_all_gather and self.reshard_after_forward is False:
             raise ValueError(
                 "parallel.fp8_all_gather=true needs parallel.reshard_after_forward=true: "
                 "weights that are kept may be read in high precision later"
             )
+
+    def reshards(self, world_size: int) -> bool:
+        """auto: where there is more than one shard, so that one process copies every parameter once, not twice."""
+        return world_size > self.replicate if self.reshard_after_forward == "auto" else self.reshard_after_forward
+
+    def compiles(self, device: torch.device) -> bool:
+        """auto: on CUDA, where norms, rotations and SwiGLU are single kernels only if compiled."""
+        return device.type == "cuda" if self.compile == "auto" else self.compile
+
+    def is_deterministic(self, device: torch.device) -> bool:
+        """auto: on a CPU, where there is no other way."""
+        return device.type == "cpu" or self.deterministic is True
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class World:
     device: torch.device
     control: Any  # gloo group for small messages, of the main thread
     checkpoint: Any  # gloo group of the checkpoint thread: two threads must not share one
+    deferred: bool = False  # decide on the device about a step, and read its numbers while the next one is computed
 
     @property
     def is_main(self) -> bool:
@@ -76,13 +96,22 @@ class World:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
+        if self.size == 1:
+            return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` summed over ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+        """``tensor`` [of the host] summed over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+        return tensor
+
+    def add_up_there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` [of this rank's device] summed over ranks, in place, without waiting for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -134,9 +163,14 @@ def start(config: ParallelConfig) -> World:
     """Join the process group that torchrun announces in the environment, or form one of a single process."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
+    # cuBLAS may otherwise add up the parts of a long sum in the narrow type: no longer FP32 sums, rounded once.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     # torchrun sets OMP_NUM_THREADS=1 for more than one process, which idles all cores but one each.
     if not cuda:
         _keep_freed_memory()
+    elif config.deterministic is True:
+        _fix_order_of_sums()
     threads = config.threads or (max(1, available_cores() // local_size) if not cuda else None)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -151,7 +185,22 @@ def start(config: ParallelConfig) -> World:
         warnings.simplefilter("ignore")
         device = PartialState(cpu=not cuda).device
     control, checkpoint = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint)
+    # A CPU has no queue that runs on while a number is read, and is the reference: its norm is summed tensor by tensor.
+    deferred = device.type != "cpu"
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint, deferred)
+
+
+def _fix_order_of_sums() -> None:
+    """Have the same kernels add in the same order whenever the same is computed. Before CUDA starts: cuBLAS reads once.
+
+    An operation that cannot do so then raises RuntimeError, rather than warn.
+    """
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for errors, which writes all memory twice
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    inductor.deterministic = True  # no timing decides about a kernel whose sums depend on it
 
 
 def _keep_freed_memory() -> None:

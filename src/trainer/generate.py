@@ -42,7 +42,8 @@ def generate(
     """
     generator = torch.Generator().manual_seed(config.seed)
     tokens = tokenizer.encode_batch([config.prompt])[0] or [tokenizer.eot]
-    with evaluating(model):
+    # Every prefix is of another length, and would be compiled for.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for _ in range(config.tokens):
             window = torch.tensor([tokens[-context:]], device=device)
             token = _choose(model(window)[0, -1].float().cpu()[: tokenizer.vocab_size], config, generator)

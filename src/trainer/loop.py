@@ -5,8 +5,10 @@ No callbacks, no autocast, no global configuration: a job is a value, built in `
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from precision.probe import Probe, check_settings
+from precision.updates import can_gate, gated_step
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World
@@ -129,6 +132,8 @@ class Job:
     probe: Probe | None = None
     evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
     last_eval: dict[str, Any] | None = field(default=None)
+    unlogged: Unlogged | None = None  # the last step, while its numbers are still on the device
+    logged_at: float = 0.0  # on the clock, when the last step's numbers were there
 
     def log(self, row: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -143,17 +148,49 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float  # nats a token, over the global batch
-    grad_norm: float  # before clipping
+    """What became of a step.
+
+    ``read`` gives the loss, in nats a token over the global batch, and the gradient's norm before clipping. It waits
+    for the device where the step has not: so do the properties, the first time.
+    """
+
     lr: float
-    applied: bool  # False: something was not finite and the parameters are as before
+    read: Callable[[], tuple[float, float]]
     loss_scale: float | None = None  # of this step, if the recipe scales the loss
     caught: bool = False  # an overflow of scaled gradients that lowers the loss scale: no sign of divergence
     telemetry: dict[str, float] = field(default_factory=dict)  # of the update, at the steps it is asked for
 
+    @property
+    def loss(self) -> float:
+        return self.read()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        return self.read()[1]
+
+    @property
+    def applied(self) -> bool:
+        """False: something was not finite and the parameters are as before."""
+        return all(map(math.isfinite, self.read()))
+
+
+@dataclass(frozen=True)
+class Unlogged:
+    """A step that is done as far as this process is concerned: number, from 1, and when it began and ended here."""
+
+    step: int
+    result: StepResult
+    started: float
+    ended: float
+
 
 def train(job: Job) -> Outcome:
-    """Train from ``job.state.step`` to the last step, validating and checkpointing on the way."""
+    """Train from ``job.state.step`` to the last step, validating and checkpointing on the way.
+
+    Where ``job.world`` defers, a step is logged once the next one is on its way. It is waited for where something hangs
+    on it: a validation, a checkpoint, a probe, a stop, the end, and while steps are being skipped, so that a run ends
+    as diverged at the step at which it would anyway.
+    """
     state, total = job.state, job.config.steps
     # A run stopped before or in a validation that was due makes up for it.
     missed = 0 < state.step < total and _due(job.eval_config.every, state.step) and job.evaluated_step < state.step
@@ -163,11 +200,14 @@ def train(job: Job) -> Outcome:
         started = time.monotonic()
         result, stop_code = train_step(job, state.step)
         state.step += 1
-        if result.applied:
-            state.nonfinite_in_a_row = 0
-        elif not result.caught:
-            state.nonfinite_in_a_row += 1
-        _log_step(job, result, time.monotonic() - started)
+        ended = time.monotonic()
+        settle(job)
+        job.unlogged = Unlogged(state.step, result, started, ended)
+        evaluation = _due(job.eval_config.every, state.step) or state.step == total
+        careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
+        known = not job.world.deferred or result.loss_scale is not None
+        if known or stop_code or evaluation or careful or _due(job.checkpoint_every, state.step):
+            settle(job)
 
         if state.nonfinite_in_a_row >= job.config.max_nonfinite_in_a_row:
             return Outcome(
@@ -196,9 +236,26 @@ def train(job: Job) -> Outcome:
     return Outcome(Status.finished, state.step, f"all {total} steps done")
 
 
+def settle(job: Job) -> None:
+    """Wait for the numbers of the last step, if that is not done yet: count it and log it."""
+    if job.unlogged is None:
+        return
+    last, job.unlogged = job.unlogged, None
+    if last.result.applied:
+        job.state.nonfinite_in_a_row = 0
+    elif not last.result.caught:
+        job.state.nonfinite_in_a_row += 1
+    # Steps that overlap took the time since the numbers of the one before were there, or what this process took.
+    before, job.logged_at = job.logged_at, time.monotonic()
+    seconds = max(job.logged_at - max(last.started, before), last.ended - last.started)
+    _log_step(job, last.step, last.result, seconds)
+
+
 def train_step(job: Job, step: int) -> tuple[StepResult, int]:
     """Step ``step`` (from 0), and the code of a stop that some rank was asked for (0 = none)."""
     watched = job.probe is not None and job.probe.due(step + 1)
+    if watched:
+        settle(job)  # its rows come after those of the step before
     with job.probe.watching() if job.probe is not None and watched else nullcontext():
         result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
     if job.probe is not None and watched:
@@ -226,15 +283,25 @@ def update_from(
         (scaled if loss_scale is None else scaled * loss_scale).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
 
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [local(parameter.grad) for parameter in parameters]
+    gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     if loss_scale is not None:
         torch._foreach_mul_(gradients, 1.0 / loss_scale)
-    # In float64, so that neither sum depends on how the tensors are sharded.
-    squares = sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
-    total_loss, total_squares = world.sum(float(loss_sum), squares)
-    loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     lr = learning_rate(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    measured = _due(config.telemetry_every, step + 1)
+    if world.deferred:
+        totals = _totals_there(world, loss_sum, gradients)
+        # A new loss scale and the telemetry hang on the numbers of this very step.
+        if loss_scale is None and not measured and can_gate(optimizer):
+            return _update_there(state, config, totals, total_weight, lr)
+        total_loss, total_squares = totals.tolist()
+    else:
+        # In float64, so that neither sum depends on how the tensors are sharded.
+        squares = sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
+        total_loss, total_squares = world.sum(float(loss_sum), squares)
+    loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
+    state.settle()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
     caught = overflow and plan.can_back_off
@@ -242,15 +309,69 @@ def update_from(
     if applied:
         if config.clip_norm > 0:
             torch._foreach_mul_(gradients, min(1.0, config.clip_norm / (grad_norm + 1e-6)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if _due(config.telemetry_every, step + 1):
+        if measured:
             telemetry = measured_step(optimizer, world, state.num_replicas)
         else:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     plan.end_step(applied=applied, overflow=overflow)
-    return StepResult(loss, grad_norm, lr, applied, loss_scale, caught, telemetry)
+    return StepResult(lr, lambda: (loss, grad_norm), loss_scale, caught, telemetry)
+
+
+def _totals_there(world: World, loss_sum: Tensor, gradients: list[Tensor]) -> Tensor:
+    """The loss and the squares of the gradient, summed over all ranks on the device: float64 [2].
+
+    Norms are in float64 here too, but their squares are added up in another order than on the host.
+    """
+    some = [gradient for gradient in gradients if gradient.numel()]
+    norms = torch._foreach_norm(some, 2, torch.float64) if some else [loss_sum.new_zeros(())]
+    return world.add_up_there(torch.stack([loss_sum, torch.stack(norms).square().sum()]))
+
+
+def _update_there(state: TrainState, config: OptimConfig, totals: Tensor, total_weight: float, lr: float) -> StepResult:
+    """The end of a step that the device decides about: as in ``update_from``, but no number is waited for.
+
+    Where torch's fused AdamW clips, it divides.
+    """
+    num_replicas, arriving = state.num_replicas, to_host(totals)
+    applied = totals.isfinite().all()
+    factor = None
+    if config.clip_norm > 0:
+        grad_norm = (totals[1] / num_replicas).sqrt()
+        factor = (config.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0).float()
+    # The number of this update hangs on whether the last one was applied. That is known by now, unless the device is
+    # a whole step behind: then it has this step's forward and backward pass to do while the host waits.
+    state.settle()
+    leave_out = gated_step(state.optimizer, applied, factor)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.plan.end_step(applied=applied)
+
+    @functools.cache
+    def read() -> tuple[float, float]:
+        total_loss, total_squares = arriving()
+        loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / num_replicas)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            leave_out()
+        return loss, grad_norm
+
+    state.unread = read
+    return StepResult(lr, read)
+
+
+def to_host(numbers: Tensor) -> Callable[[], list[float]]:
+    """Send ``numbers`` [n] to the host. Calling the result waits for them, and for nothing that comes after them."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    there.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return there.tolist()  # type: ignore[no-any-return]
+
+    return wait
 
 
 def _losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
@@ -301,17 +422,18 @@ def validate(
 
     If a rank is asked to stop meanwhile, that code instead.
     """
-    loss_sum = weight_sum = 0.0
+    # Added up on the device: nothing waits for it between micro-batches.
+    there, weight_sum = torch.zeros((), dtype=torch.float64, device=world.device), 0.0
     with evaluating(state.model), _products(state, precision):
         for micro in range(source.num_micro):
             batch = source.batch(0, micro)
             losses_BT = _losses(state.model, batch, world.device)
-            loss_sum += float((losses_BT * batch.weights.to(world.device)).sum(dtype=torch.float64))
+            there += (losses_BT * batch.weights.to(world.device)).sum(dtype=torch.float64)
             weight_sum += float(batch.weights.sum())
             (stop_code,) = world.max(stop.code)
             if stop_code:
                 return int(stop_code)
-    loss_sum, weight_sum = world.sum(loss_sum, weight_sum)
+    loss_sum, weight_sum = world.sum(float(there), weight_sum)
     return loss_sum, weight_sum
 
 
@@ -319,8 +441,7 @@ def _products(state: TrainState, precision: EvalPrecision) -> AbstractContextMan
     return state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
 
 
-def _log_step(job: Job, result: StepResult, seconds: float) -> None:
-    step = job.state.step
+def _log_step(job: Job, step: int, result: StepResult, seconds: float) -> None:
     row: dict[str, Any] = {
         "kind": "train",
         "step": step,

@@ -23,6 +23,7 @@ from trainer.build import (
 )
 from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, newest
 from trainer.config import TrainConfig, differences, load_run_config
+from trainer.data import Ahead
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
@@ -51,6 +52,8 @@ def run(config: TrainConfig) -> ExitCode:
     try:
         with StopRequest() as stop:
             directory.lock(world, stop)
+            if world.device.type == "cuda" and config.parallel.is_deterministic(world.device):
+                directory.keep_kernels()
             try:
                 return _run(config, world, directory, stop)
             finally:
@@ -165,7 +168,8 @@ def _build(
     wanted = config.train.micro_batch_size
     if wanted == "auto" and checkpoint is not None and checkpoint.meta["world_size"] == world.size:
         wanted = checkpoint.meta["micro_batch_size"]  # the order of sums must be the same after a restart
-    micro_batch = micro_batch_size(wanted, model_config, config.data, config.parallel, world)
+    compute = recipe_of(config.precision, config.optim).dtypes.compute
+    micro_batch = micro_batch_size(wanted, model_config, config.data, config.parallel, world, compute)
     state = build_state(
         model_config,
         config.precision,
@@ -197,13 +201,16 @@ def _build(
         if checkpoint is not None:
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
     end = documents_end(config.data, data.tokenizer)
+    batches = kept_apart(source, end)
+    if world.deferred:
+        batches = Ahead(batches, threaded=source.position is None, pin=world.device.type == "cuda")
     validation, validation_bytes = validation_source(
         data.validation, config.eval, world, micro_batch, documents_end=end
     )
     job = Job(
         world=world,
         state=state,
-        source=kept_apart(source, end),
+        source=batches,
         validation=validation,
         validation_bytes=validation_bytes,
         tokens_per_step=config.data.global_batch_size * config.data.seq_len,
@@ -216,6 +223,10 @@ def _build(
         probe=_probe(config.probe, state.plan),
     )
     made_of = {"parameters": num_parameters(state.model), "data": data.fingerprint, "state_bytes": state.num_bytes()}
+    made_of |= {
+        "compiled": config.parallel.compiles(world.device),
+        "deterministic": config.parallel.is_deterministic(world.device),
+    }
     env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))

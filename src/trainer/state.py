@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,10 +34,18 @@ class TrainState:
     step: int = 0  # steps done
     nonfinite_in_a_row: int = 0
     position: Tensor | None = None  # of the data, where it is no function of the step; the source keeps it up to date
+    unread: Callable[[], object] | None = None  # reads the numbers of the last step, where nothing has waited for them
     _counters: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def settle(self) -> None:
+        """Wait until it is known whether the last step was applied: only then is its update counted, or not."""
+        unread, self.unread = self.unread, None
+        if unread is not None:
+            unread()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, alive: what a checkpoint saves, and loads into in place."""
+        self.settle()
         result: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             result[f"model.{name}"] = parameter.detach()

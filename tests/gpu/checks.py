@@ -6,15 +6,15 @@ in Triton's interpreter on small shapes, and what needs hardware says so.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from gpu_suite.clock import timed
 from torch import Tensor, nn
 
 from precision.backends import NATIVE, QUANTIZERS, REFERENCE, Reference, triton, triton_fused
@@ -56,21 +56,6 @@ LAYER = (4096, 4096, 4096)  # m, n, k of a product
 
 def not_here(why: str) -> Outcome:
     return Outcome(None, f"not on this machine: {why}")
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    """The median of 20 calls on the GPU."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def sqnr(ours: Tensor, exact: Tensor) -> float:
@@ -125,19 +110,19 @@ def check_kernel(backend_name: str, spec: OperandSpec, hadamard: int, *, transpo
     random = spec.rounding is Rounding.STOCHASTIC
     noise = Noise(key=key, row_offset=zero, transposed=transposed) if random else None
 
-    def made(by: Reference) -> Quantized:
+    def made(by: Reference, x: Tensor) -> Quantized:
         y = by.transformed(gemm.transform, x, left=True) if gemm.transform is not None else x
         return by.quantize(y, spec, amax=None, noise=noise)
 
-    ours, reference = made(backend), made(REFERENCE)
+    ours, reference = made(backend, x), made(REFERENCE, x)
     tensors = [(q.codes, q.scales.float(), q.tensor_scale) for q in (ours, reference)]
     wrong = sum(int((a != b).sum()) for a, b in zip(*tensors, strict=True) if a is not None and b is not None)
     nonzero = float((reference.codes & 0x7F != 0).float().mean())
     time = ""
     if HERE.type == "cuda":
-        ms = milliseconds(lambda: made(backend))
+        timing = timed(*(partial(made, backend, copy) for copy in (x, x.clone(), x.clone())))
         moved = x.numel() * x.element_size() + ours.codes.numel() + ours.scales.numel() * ours.scales.element_size()
-        time = f"{ms:.3f} ms, {moved / ms / 1e6:.0f} GB/s of its least traffic"
+        time = f"{timing}, {moved / timing.ms / 1e6:.0f} GB/s of its least traffic"
     where = "" if HERE.type == "cuda" else ", interpreted"
     measured = f"{wrong} of {ours.codes.numel()} codes and scales differ; {nonzero:.0%} of bytes not zero{where}"
     return Outcome(wrong == 0 and nonzero > 0.3, measured, time)
@@ -165,7 +150,7 @@ def check_swiglu(spec: OperandSpec, *, transposed: bool) -> Outcome:
         reference = REFERENCE.quantize(x, spec, amax=None, noise=None)
         wrong += int((ours.codes != reference.codes).sum()) + int((ours.scales != reference.scales).sum())
         total += ours.codes.numel()
-    time = f"{milliseconds(made):.3f} ms, forward and backward" if HERE.type == "cuda" else ""
+    time = f"{timed(made)}, forward and backward" if HERE.type == "cuda" else ""  # more than the cache holds
     return Outcome(wrong == 0, f"{wrong} of {total} codes and scales differ", time)
 
 
@@ -213,10 +198,11 @@ def check_product(a: OperandSpec, b: OperandSpec, *, ragged: bool) -> Outcome:
                 y = NATIVE.gemm(x, w_q, bias=bias, dtype=dtype)
                 wanted = exact if bias is None else exact + bias.float()
                 worst = min(worst, sqnr(y, wanted))
-    ms = milliseconds(lambda: NATIVE.gemm(left, right, bias=None, dtype=torch.bfloat16))
-    plain = [torch.randn(rows, k, device=HERE, dtype=torch.bfloat16) for rows in (m, n)]
-    bf16 = milliseconds(lambda: plain[0] @ plain[1].mT)
-    time = f"{ms:.3f} ms, {2 * m * n * k / ms / 1e9:.0f} TFLOP/s, {bf16 / ms:.2f} of BF16's speed"
+    copies = [[replace(q, codes=q.codes.clone()) for q in (left, right)] for _ in range(3)]
+    ours = timed(*(partial(NATIVE.gemm, *pair, bias=None, dtype=torch.bfloat16) for pair in copies))
+    plain = [[torch.randn(rows, k, device=HERE, dtype=torch.bfloat16) for rows in (m, n)] for _ in range(3)]
+    bf16 = timed(*(partial(nn.functional.linear, *pair) for pair in plain))
+    time = f"{ours}, {2 * m * n * k / ours.ms / 1e9:.0f} TFLOP/s, {bf16.ms / ours.ms:.2f} of BF16's speed"
     return Outcome(worst >= SQNR_DB, f"{worst:.1f} dB at worst", time)
 
 

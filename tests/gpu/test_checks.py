@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from gpu import checks
+from gpu_suite.clock import Timing
 from hardware import Hardware, pretend
 
 from precision import backends
@@ -17,7 +18,7 @@ from precision.recipe import names
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "milliseconds", lambda function: function() is not None and 1.0)
+    monkeypatch.setattr(checks, "timed", lambda *calls: [call() for call in calls] and Timing(1.0, True))
     monkeypatch.setattr(checks, "LAYER", (160, 160, 160))
     monkeypatch.setattr(checks, "TOKENS", 40)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import native
-from models.kernels import compiled, pointwise
+from models.kernels import compiled, cross_entropy, pointwise
 from models.kernels.attention import (
     QUERY_BLOCK,
     Rope,
@@ -21,7 +26,12 @@ from models.kernels.attention import (
     rotate,
     starts_of,
 )
-from models.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_definition, native_cross_entropy
+from models.kernels.cross_entropy import (
+    chunked_cross_entropy,
+    cross_entropy_definition,
+    native_cross_entropy,
+    overwriting_cross_entropy,
+)
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler on this machine")
 needs_avx512_bf16 = pytest.mark.skipif(not compiled.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")
@@ -277,8 +287,90 @@ def test_cross_entropy_in_bf16_is_as_near_as_its_definition() -> None:
     torch.testing.assert_close(ours[1], exact[1], rtol=1e-2, atol=1e-6)  # one BF16 rounding apart
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 2), (7, 101), (500, 333)])
+def test_overwriting_cross_entropy(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, over chunks the last of which is shorter, where some targets count for nothing."""
+    monkeypatch.setattr(cross_entropy, "_GPU_CHUNK_ELEMENTS", 10_000)
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(shape, generator=generator)).to(dtype)
+    targets = torch.randint(shape[1], shape[:1], generator=generator)
+    dy = torch.rand(shape[0], generator=generator)
+    dy[1::3] = 0
+    leaf = logits.clone().requires_grad_()
+    losses = overwriting_cross_entropy(leaf * 1, targets)
+    (gradient,) = torch.autograd.grad(losses, leaf, dy)
+    exact = with_gradients(cross_entropy_definition, [logits.double()], dy, targets)
+    torch.testing.assert_close(losses.detach(), exact[0].float(), rtol=2e-6, atol=4e-6)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gradient.double(), exact[1], rtol=tolerance, atol=1e-6)
+    assert gradient[1::3].count_nonzero() == 0
+
+
+def test_overwriting_cross_entropy_as_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU takes it; with a shorter last chunk it is compiled for at most two shapes."""
+    monkeypatch.setattr(cross_entropy, "_GPU_CHUNK_ELEMENTS", 4096)
+    torch._dynamo.reset()
+    logits = torch.randn(100, 257, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(100)
+    plain = with_gradients(lambda x, t: overwriting_cross_entropy(x * 1, t), [logits], torch.ones(100), targets)
+    traced = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(cross_entropy, "_on", lambda _, function: traced(function))
+    counters.clear()
+    ours = with_gradients(lambda x, t: overwriting_cross_entropy(x * 1, t), [logits], torch.ones(100), targets)
+    assert all(map(torch.equal, ours, plain))
+    assert counters["stats"]["unique_graphs"] <= 4  # two shapes, forward and backward
+
+
+def test_overwriting_cross_entropy_cannot_be_differentiated_twice() -> None:
+    losses = overwriting_cross_entropy(torch.randn(3, 5, requires_grad=True) * 1, torch.tensor([0, 1, 2])).sum()
+    losses.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="the first backward overwrote the logits"):
+        losses.backward()
+
+
+def test_the_head_fits_into_a_gpu() -> None:
+    """The head of 16,384 tokens over a vocabulary of 128,256, forward and backward, in tensors without memory."""
+    with FakeTensorMode(), Memory() as memory:
+        x_NC = torch.empty(16_384, 2048, dtype=torch.bfloat16, requires_grad=True)
+        weight_VC = torch.empty(128_256, 2048, dtype=torch.bfloat16, requires_grad=True)
+        logits_NV = torch.nn.functional.linear(x_NC, weight_VC)
+        (overwriting_cross_entropy(logits_NV, torch.empty(16_384, dtype=torch.int64)) * 2).sum().backward()
+    assert x_NC.grad is not None
+    assert memory.peak < 8 * 2**30
+    assert memory.largest[torch.float32] <= cross_entropy._GPU_CHUNK_ELEMENTS
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes alive at once of what is made under it, and the most elements of a tensor, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.alive = 0
+        self.largest: dict[torch.dtype, int] = {}
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
 COMPUTE = [
     pytest.param(chunked_cross_entropy, torch.float32),
+    pytest.param(overwriting_cross_entropy, torch.float32),
+    pytest.param(overwriting_cross_entropy, torch.bfloat16),
     pytest.param(native_cross_entropy, torch.bfloat16, marks=needs_compiler),
 ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,8 @@ import test_updates
 import torch
 import transformers
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
-from test_updates import CPU, make, params_of, same, set_grads, state_of
+from test_updates import CPU, make, params_of, set_grads, state_of
+from test_updates import same as same_states
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,13 +26,22 @@ from models.llama import Llama, LlamaConfig
 from precision.backends import REFERENCE, choose, scaled_mm
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
-from precision.backends.triton import Triton, hadamard, quantize_both, quantize_fused, recording, swizzled, tile_amax
+from precision.backends.triton import (
+    Triton,
+    hadamard,
+    quantize_both,
+    quantize_fused,
+    recording,
+    scaled_output,
+    swizzled,
+    tile_amax,
+)
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gradient_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from precision.noise import Noise, base_key, step_key
 from precision.probe import Probe
-from precision.quantize import Quantized, dequantize
+from precision.quantize import Prepared, Quantized, dequantize
 from precision.recipe import apply, load
 from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, OperandSpec, Rounding
@@ -58,7 +69,22 @@ def assert_same(spec: OperandSpec, x: Tensor, source: Noise | None) -> None:
     ours = BACKEND.quantize(x, spec, amax=None, noise=source)
     theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
     assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
-    assert all(map(equal, BACKEND.operand(ours), REFERENCE.operand(theirs))), (str(spec), x.dtype, x.shape)
+    assert same_operand(BACKEND.operand(ours), theirs), (str(spec), x.dtype, x.shape)
+    prepared = BACKEND.prepare(x, spec, amax=None, noise=source, transform=None, left=True, codes=False)
+    if isinstance(prepared, Prepared):
+        assert same_operand((prepared.matrix, prepared.factor), theirs), (str(spec), x.dtype, x.shape, x.stride())
+        assert prepared.matrix.is_contiguous()
+    else:
+        assert x.numel() == 0 or REFERENCE.operand(theirs)[0].dtype == torch.float32, str(spec)
+
+
+def same_operand(ours: tuple[Tensor, Tensor | None], q: Quantized) -> bool:
+    """That of the reference; powers of two per tile are applied where the reference takes them relative to one."""
+    theirs = REFERENCE.operand(q)
+    of_tiles = q.spec.scale.levels == 1 and (q.spec.tile != TENSOR or q.spec.scale.format is not None)
+    if of_tiles and theirs[1] is not None:
+        return ours[1] is None and equal(ours[0], dequantize(q, torch.bfloat16))
+    return all(map(equal, ours, theirs))
 
 
 @pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
@@ -151,8 +177,112 @@ def test_rows_and_columns_in_one_read(dtype: torch.dtype) -> None:
         for ours, h in zip(pair, (hidden, hidden.mT), strict=True):
             assert same_codes(ours, REFERENCE.quantize(h.computed(), spec, amax=None, noise=None)), str(spec)
     random = replace(MXFP8, rounding=Rounding.STOCHASTIC)
-    for spec in (NVFP4, OperandSpec(format=E4M3), random, replace(MXFP8, tile=Tile(1, -1))):
+    delayed = OperandSpec(format=E4M3, amax=Delayed())
+    for spec in (random, delayed, replace(MXFP8, tile=Tile(32, 32)), replace(NVFP4, tile=Tile(16, 16))):
         assert quantize_both(torch.ones(40, 40), spec) is None
+
+
+def same(ours: Quantized | Prepared, q: Quantized) -> bool:
+    """Codes, or values, as the reference has them."""
+    if isinstance(ours, Quantized):
+        return same_codes(ours, q) and not ours.transposed
+    return same_operand((ours.matrix, ours.factor), q) and ours.matrix.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_scale_rows_and_two_levels_in_both_directions(dtype: torch.dtype) -> None:
+    """Codes and values of x and of its transpose from one read; amaxes of their own, or the tensor's given; noise."""
+    e4m3, mxfp4 = OperandSpec(format=E4M3), replace(MXFP8, format=E2M1)
+    cases = [
+        (e4m3, None),
+        (replace(e4m3, rounding=Rounding.STOCHASTIC), None),
+        (replace(e4m3, format=E5M2, amax=Delayed()), 3.0),
+        (OperandSpec(format=E4M3, scale=Unit()), None),
+        (replace(e4m3, scale=PowerOfTwo()), 3.0),
+        (replace(e4m3, tile=Tile(1, -1), scale=Fp32(pow2=True)), None),
+        (replace(e4m3, tile=Tile(1, -1)), None),
+        (NVFP4, None),
+        (replace(NVFP4, rounding=Rounding.STOCHASTIC), 3.0),
+        (replace(mxfp4, rounding=Rounding.STOCHASTIC), None),
+        (MXFP8, None),
+    ]
+    for number, (spec, given) in enumerate(cases):
+        x = list(matrices(((130, 65), (33, 150), (64, 64))[number % 3], dtype, number))[(0, 4, 6, 8)[number % 4]]
+        amax = None if given is None else torch.tensor([given])
+        noises = None
+        if spec.rounding is Rounding.STOCHASTIC:
+            noises = noise(1, row_offset=2**32 - 3), noise(2, row_offset=2**32 - 3, transposed=True)
+        theirs = [
+            REFERENCE.quantize(of, spec, amax=amax, noise=source)
+            for of, source in zip((x, x.mT), noises or (None, None), strict=True)
+        ]
+        for values in (False, True):
+            pair = quantize_both(x, spec, amax=amax, noise=noises, values=values)
+            if pair is None:
+                assert values
+                assert all(REFERENCE.operand(q)[0].dtype == torch.float32 for q in theirs), str(spec)
+                continue
+            assert all(map(same, pair, theirs)), (str(spec), values, x.stride())
+    with pytest.raises(ValueError, match="takes no amax but that of the tensor"):
+        quantize_both(torch.ones(4, 4), MXFP8, amax=torch.ones(1))
+
+
+def test_an_amax_is_noted_where_another_one_scales() -> None:
+    """As delayed scaling wants it: the largest of what was there and the tensor's, NaN above all."""
+    for number, (spec, shape) in enumerate(
+        [(OperandSpec(format=E4M3, amax=Delayed()), (130, 70)), (NVFP4, (70, 70)), (NVFP4, (1, 3))]
+    ):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        top, given = float(x.abs().max()), torch.tensor([2.0])
+        for before, value, after in ((0.0, None, top), (99.0, None, 99.0), (1.0, torch.nan, torch.nan)):
+            x[0, 1] = x[0, 1] if value is None else value
+            theirs = REFERENCE.quantize(x, spec, amax=given, noise=None)
+            other = REFERENCE.quantize(x.mT, spec, amax=given, noise=None)
+            for both, codes in ((False, True), (False, False), (True, True), (True, False)):
+                note = torch.tensor([before])
+                made: tuple[Quantized | Prepared, ...] | None
+                if both:
+                    made = BACKEND.both(x, spec, amax=given, note=note, values=not codes)
+                else:
+                    arguments: dict[str, Any] = {"noise": None, "transform": None, "left": True, "codes": codes}
+                    made = (BACKEND.prepare(x, spec, amax=given, note=note, **arguments),)
+                assert made is not None
+                assert all(map(same, made, (theirs, other)))
+                assert equal(note, torch.tensor([after])), (before, value, both, codes)
+    for spec, amax in ((MXFP8, None), (OperandSpec(format=E4M3), None)):
+        with pytest.raises(ValueError, match="an amax is noted where"):
+            quantize_fused(x, spec, amax=amax, note=torch.zeros(1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_make_noise_of_its_parts(transposed: bool) -> None:
+    spec, x = replace(NVFP4, rounding=Rounding.STOCHASTIC), torch.randn(40, 70)
+    for step, first, rows_of_a_sample in ((2**33 + 5, 2**31, 6), (0, 0, 1), (7, 2**40, 0)):
+        source = Noise.of(
+            base=base_key(3, "layers.1", 4),
+            step=torch.tensor(step),
+            first_sample=torch.tensor(first),
+            rows_of_a_sample=rows_of_a_sample,
+            transposed=transposed,
+        )
+        assert same_codes(quantize_fused(x, spec, noise=source), REFERENCE.quantize(x, spec, amax=None, noise=source))
+
+
+def test_values_down_to_the_least_that_bf16_holds() -> None:
+    """Powers of two are applied as they are, where the reference takes them relative to the largest: same products."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(24, 64, generator=generator) * 2.0 ** torch.randint(-20, 20, (24, 1)) for _ in range(2))
+    arguments: dict[str, Any] = {"amax": None, "noise": None, "transform": None, "left": True}
+    sides = [BACKEND.prepare(x, MXFP8, codes=False, **arguments) for x in (a, b)]
+    exact = [REFERENCE.quantize(x, MXFP8, amax=None, noise=None) for x in (a, b)]
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = BACKEND.gemm(*sides, bias=None, dtype=dtype)
+        assert equal(ours, REFERENCE.gemm(*exact, bias=None, dtype=dtype))
+    tiny = torch.full((1, 32), 2.0**-120)
+    tiny[0, 0], tiny[0, 1] = 2.0**-131, 2.0**-140
+    made = BACKEND.prepare(tiny, MXFP8, codes=False, **arguments)
+    assert isinstance(made, Prepared)
+    assert equal(made.matrix, dequantize(REFERENCE.quantize(tiny, MXFP8, amax=None, noise=None), torch.bfloat16))
 
 
 @pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4], ids=str)
@@ -164,6 +294,22 @@ def test_rows_of_the_benchmarked_shape(spec: OperandSpec) -> None:
         ours, theirs = (b.quantize(part, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
         assert same_codes(ours, theirs)
         assert equal(tile_amax(part, spec.tile), REFERENCE.amax(part, spec.tile))
+
+
+def test_the_output_of_a_product_is_rounded_once() -> None:
+    """y * a * b + bias in FP32, in this order; odd sizes and values that are not finite included."""
+    generator = torch.Generator().manual_seed(5)
+    y = torch.randn(37, 129, generator=generator) * 10.0 ** torch.randint(-30, 30, (37, 1), generator=generator)
+    y[0, :4] = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
+    factors = torch.tensor(1 / 3), torch.tensor(0.7)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for used in (factors, factors[:1]):
+            for bias in (None, torch.randn(129, generator=generator).bfloat16()):
+                expected = y
+                for factor in used:
+                    expected = expected * factor
+                expected = (expected if bias is None else expected + bias).to(dtype)
+                assert torch.equal(scaled_output(y, used, bias, dtype).nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_swizzled_scales() -> None:
@@ -303,15 +449,16 @@ UPDATED: list[tuple[object, torch.dtype]] = [
 
 @pytest.mark.parametrize(("variant", "dtype"), UPDATED, ids=str)
 def test_updates_are_those_of_plain_torch(variant: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an optimizer: uneven rows, a vector, a rank without rows; then a gradient that overflows."""
+    """Uneven rows, a vector, a rank without rows; gradients that overflow, that are multiplied, that are left out."""
     monkeypatch.setattr(test_updates, "SHAPES", [(5, 150), (3,), (0, 9)])
     both = [make(variant, dtype, backend) for backend in ("triton", "reference")]
     assert [str(optimizer.choice) for optimizer in both] == ["triton", "reference"]
-    for step, bad in enumerate((None, 3e38)):
+    nan = torch.nan
+    for step, (bad, gate) in enumerate([(None, None), (3e38, None), (None, [0.37, 1.0]), (nan, [nan, 0.0])]):
         for optimizer in both:
             set_grads(params_of(optimizer), step, bad)
-            optimizer.step()
-        assert same(*map(state_of, both)) == [], step
+            optimizer.step(gate=None if gate is None else torch.tensor(gate))
+        assert same_states(*map(state_of, both)) == [], step
 
 
 def test_updates_that_the_kernel_lacks() -> None:

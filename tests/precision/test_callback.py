@@ -218,6 +218,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_one_model(ranks: Path, name: str) -> None:
     for rank in (0, 1):
         seen = json.loads((ranks / f"{rank}.json").read_text())[name]
+        assert "failed" not in seen, seen["failed"]
         assert seen["wrapped"]
         assert seen["steps"] == ([2, 3] if name == "resumed" else [0, 1, 2, 3])
         assert seen["samples"] == [4 * micro + 4 * rank for micro in range(8 if name == "resumed" else 0, 16, 2)]
@@ -242,6 +243,9 @@ def test_two_processes_share_their_amaxes_or_not(ranks: Path) -> None:
         filled = mine.amax(1) > 0
         assert int(filled.sum()) == step + 1
         assert bool((mine != theirs)[filled].any(1).all())  # in every step that either remembers
+
+
+def test_two_processes_resume_with_amaxes_of_their_own(ranks: Path) -> None:
     for rank in (0, 1):
         whole, rest = (load_file(ranks / f"{run}-{rank}.safetensors") for run in ("own", "resumed"))
         assert all(torch.equal(rest[key], whole[key]) for key in rest if key.startswith("weight."))

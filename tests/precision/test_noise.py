@@ -130,3 +130,21 @@ def test_step_as_tensor() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_small_shapes(shape: tuple[int, int], transposed: bool) -> None:
     assert make(transposed=transposed).uniform(*shape).shape == shape
+
+
+@pytest.mark.parametrize("rows_of_a_sample", [0, 1, 3])
+def test_by_its_parts(rows_of_a_sample: int) -> None:
+    """A base key, a step and a sample, as tensors or integers, are the key and the row that are made of them."""
+    base, step, first = base_key(SEED, PATH, SLOT), 2**33 + 5, 2**31 + 1
+    plain = Noise(key=step_key(base, step), row_offset=first * rows_of_a_sample, transposed=True)
+    for wrap in (int, torch.tensor):
+        noise = Noise.of(
+            base=base,
+            step=wrap(step),
+            first_sample=wrap(first),
+            rows_of_a_sample=rows_of_a_sample,
+            transposed=True,
+        )
+        assert torch.equal(noise.key, plain.key)
+        assert int(noise.row_offset) == first * rows_of_a_sample
+        assert torch.equal(noise.uniform(5, 6), plain.uniform(5, 6))

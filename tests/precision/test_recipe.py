@@ -75,13 +75,16 @@ def test_hooks_hear_every_step() -> None:
         def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
             heard.append(("begin", step))
 
-        def end_step(self, model: nn.Module, step: int, applied: bool) -> None:
-            heard.append(("end", step))
+        def end_step(self, model: nn.Module, step: int, applied: torch.Tensor) -> None:
+            assert applied.dtype == torch.bool
+            heard.append(("end" if applied else "skipped", step))
 
     plan = apply(Recipe(hooks=(Hook(),)), small())
     plan.begin_step(7, 0)
     plan.end_step()
-    assert heard == [("begin", 7), ("end", 7)]
+    plan.end_step(applied=False)
+    plan.end_step(applied=torch.tensor(True))
+    assert heard == [("begin", 7), ("end", 7), ("skipped", 7), ("end", 7)]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,13 @@ from precision.backends import (
     REFERENCE,
     Triton,
     choose,
+    triton,
     triton_fused_kernels,
     triton_gemm_kernels,
     triton_kernels,
+    triton_output_kernels,
 )
-from precision.backends.triton import recording
+from precision.backends.triton import Launcher, recording, start
 from precision.formats import E4M3
 from precision.recipe import apply, load
 from precision.spec import GemmSpec, OperandSpec
@@ -74,6 +77,7 @@ WAYS = {
     "quantize_both_kernel": Way("mxfp8", "triton", "e4m3/1x32/e8m0-rceil  [triton]"),
     "amax_kernel": Way("fp8_delayed", "triton", "e4m3/tensor/delayed  [triton]"),
     "values_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
+    "scaled_output_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
     "hadamard_kernel": Way(
         "smooth_swiglu",
         "triton",
@@ -122,7 +126,7 @@ def launched(way: Way) -> tuple[str, set[str]]:
 
 def test_every_kernel_has_a_way_from_a_recipe() -> None:
     """A kernel that no line of plan.txt leads to does nothing for anyone."""
-    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels)
+    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels, triton_output_kernels)
     kernels = {name for module in modules for name, value in vars(module).items() if _is_kernel(name, value)}
     assert kernels == set(WAYS)
 
@@ -144,3 +148,106 @@ def test_a_recipe_leads_to_the_kernel_and_the_plan_says_so(kernel: str, monkeypa
         torch.use_deterministic_algorithms(False)
     assert way.says in plan
     assert kernel in kernels
+
+
+class FakeKernel:
+    """What ``start`` knows of a jit function: launched triton's way it notes that and gives its compiled self."""
+
+    arg_names = ("x", "out", "note", "rows", "BLOCK")
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> FakeKernel:
+            self.seen.append(("triton's way", grid, *args, kwargs["BLOCK"]))
+            return self
+
+        return launch
+
+    def run(self, *args: Any) -> None:
+        self.seen.append(args)
+
+
+def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next launch is direct and gives it the same arguments; other alignments are another kernel; other devices
+    and hooks go triton's way."""
+    hooks = SimpleNamespace(calls=[])
+    runtime = SimpleNamespace(launch_enter_hook=hooks, launch_exit_hook=SimpleNamespace(calls=[]))
+    device = SimpleNamespace(number=0)
+    active = SimpleNamespace(get_current_device=lambda: device.number, get_current_stream=lambda of: f"stream of {of}")
+    monkeypatch.setattr(triton, "_runtime", lambda: (runtime, active))
+    monkeypatch.setattr(triton, "_launchers_known", lambda kernel: True)
+    kernel = FakeKernel()
+    launcher = Launcher(
+        kernel=kernel,
+        programs=7,
+        numbers=(5,),
+        constexprs={"BLOCK": 64},
+        num_warps=4,
+        device=torch.ones(1).get_device(),
+    )
+    x, out = torch.ones(64), torch.ones(64)
+
+    def direct(*tensors: Tensor | None) -> bool:
+        kernel.seen.clear()
+        start(launcher, *tensors)
+        (seen,) = kernel.seen
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        stream = f"stream of {device.number}"
+        plain = (7, 1, 1, stream, "function", "metadata", None, None, None, *pointers, 5, 64)
+        if seen == plain:
+            return True
+        assert seen[:2] == ("triton's way", (7,))
+        assert all(ours is theirs for ours, theirs in zip(seen[2:5], tensors, strict=True))
+        assert seen[5:] == (5, 64)
+        return False
+
+    assert not direct(x, out, None)
+    assert direct(x, out, None)
+    assert direct(out, x[4:], None)
+    assert not direct(x[1:], out, None)  # aligned otherwise: another kernel
+    assert not direct(x, out[1:], None)
+    assert direct(x[2:], out, None)
+    assert not direct(x, out, out)
+    hooks.calls.append(print)
+    assert not direct(x, out, None)
+    hooks.calls.clear()
+    device.number = 1
+    assert not direct(x, out, None)
+    assert direct(x, out, None)
+    with recording((9, 0)) as launches:
+        start(launcher, x, out, None)
+    assert launches[0].arguments == {"x": x, "out": out, "note": None, "rows": 5, "BLOCK": 64}
+    launcher.device += 1
+    assert not direct(x, out, None)
+
+
+def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way of calling has a plan of its own, equal specs share one, and a second call makes none."""
+    monkeypatch.setattr(triton, "_PLANS", {})
+    monkeypatch.setattr(triton, "runs_on", lambda device: True)
+    monkeypatch.setattr(triton, "start", lambda launcher, *tensors: None)
+    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    x, top, note = torch.ones(64, 128), torch.ones(1), torch.zeros(1)
+    spec, twin = (OperandSpec(format=E4M3) for _ in range(2))
+    backend, plain = Triton(), {"noise": None, "transform": None, "left": True}
+
+    def calls(spec: OperandSpec) -> None:
+        for of in (x, x.mT, x.bfloat16(), x[:, :64]):
+            for codes in (True, False):
+                backend.prepare(of, spec, amax=None, codes=codes, **plain)
+                backend.prepare(of, spec, amax=top, codes=codes, **plain)
+                backend.prepare(of, spec, amax=top, codes=codes, note=note, **plain)
+                backend.both(of, spec, values=not codes)
+                backend.both(of, spec, amax=top, values=not codes)
+
+    calls(spec)
+    made = len(triton._PLANS)
+    assert made == 4 * 2 * 5
+    monkeypatch.setattr(triton, "_quantize_plan", None)
+    monkeypatch.setattr(triton, "_both_plan", None)
+    calls(spec)
+    calls(twin)
+    assert len(triton._PLANS) == made

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from precision.backends.adam import ORDER, choose
 from precision.codecs import CHOICES, STANDARD, Moments, chosen
-from precision.updates import AdamW, CodecAdamW, step_with_sums
+from precision.updates import AdamW, CodecAdamW, can_gate, gated_step, step_with_sums
 
 CPU = torch.device("cpu")
 SHAPES = [(37, 300), (5, 7), (33,), (1, 1), (6, 1), (0, 9)]
@@ -230,6 +230,60 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
     assert str(choose(CPU, "reference")) == "reference"
     with pytest.raises(ValueError, match="its noise goes by the parameter's name"):
         CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
+
+
+GATED = ["fp32", "fp8_tensor", "fp8_fishman", "pure_bf16_sr", "pure_bf16_kahan", "coat"]
+
+
+@pytest.mark.parametrize(("variant", "backend"), [
+    ("fp32", "native"), *((variant, "reference") for variant in GATED),
+    *(pytest.param(variant, "cpu", marks=needs_cpu) for variant in GATED),
+])  # fmt: skip
+def test_a_gated_update_is_the_update_or_nothing(variant: str, backend: str) -> None:
+    """Bit for bit: gradients multiplied beforehand, or left out though they are not finite; then the next update."""
+
+    def optimizer() -> torch.optim.Optimizer:
+        if backend == "native":
+            return AdamW().build(groups(parameters(torch.float32)), **HYPER)  # type: ignore[arg-type]
+        return make(variant, torch.bfloat16, backend)
+
+    plain, gated = optimizer(), optimizer()
+    assert can_gate(gated)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for step in range(4):
+        # torch divides by the inverse, which is exact for a half.
+        factor = None if step == 3 else torch.tensor(0.5 if backend == "native" else 0.37)
+        for each in (plain, gated):
+            set_grads(params_of(each), step)
+        if step == 1:
+            before = state_of(gated)
+            set_grads(params_of(gated), step, math.nan)
+            gated_step(gated, no, torch.tensor(math.nan))()
+            assert same(before, state_of(gated)) == []
+            set_grads(params_of(gated), step)
+        for parameter in params_of(plain):
+            assert parameter.grad is not None
+            parameter.grad *= 1.0 if factor is None else float(factor)
+        plain.step()
+        gated_step(gated, yes, factor)
+        assert same(state_of(plain), state_of(gated)) == [], step
+
+
+def test_noise_goes_by_the_number_of_a_parameters_own_updates() -> None:
+    """Also where others had a gradient when it had none."""
+    kept = chosen("pure_bf16_sr", STANDARD)
+    both = []
+    for others in (False, True):
+        params = parameters(torch.bfloat16)
+        named = groups(params) if others else [{"params": [("layers.0.weight", params[0])], "weight_decay": 0.1}]
+        optimizer = CodecAdamW(named, moments=kept, seed=3, **HYPER)  # type: ignore[arg-type]
+        for step in range(3):
+            set_grads(params, step)
+            if step == 0:
+                params[0].grad = None
+            optimizer.step()
+        both.append(params[0])
+    assert torch.equal(*both)
 
 
 def test_states_of_two_ranks_load_on_one_and_four() -> None:

@@ -104,6 +104,7 @@ GOOD = json.dumps({"text": "fine"}).encode() + b"\n"
         pytest.param(gzip.compress(GOOD + b'{"text": "\xff"}\n'), "line 2 is not valid UTF-8", id="not UTF-8"),
         pytest.param(gzip.compress(GOOD + b'{"text": "\\ud800"}\n'), "line 2 is not valid UTF-8", id="half a pair"),
     ],
+    ids=["cut short", "plain text", "no JSON", "no text", "a number", "a list", "other bytes", "half a surrogate"],
 )
 def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
     corpus = small(tmp_path)

@@ -112,6 +112,14 @@ def test_three_and_three_steps_are_six(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert compare_runs(Path(alone.run.dir), Path(config.run.dir)) == []
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_partial_sums_of_products_are_not_narrow(dtype: str, request: pytest.FixtureRequest) -> None:
+    matmul, name = torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction"
+    setattr(matmul, name, True)
+    request.getfixturevalue("world")
+    assert getattr(matmul, name) is False
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_signals_finish_the_step_and_checkpoint(
@@ -345,7 +353,7 @@ def test_accumulation_is_one_batch_to_the_order_of_sums(tiny: Tiny, tmp_path: Pa
 def test_recompute_and_resharding_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
     curves = []
     for index, override in enumerate(
-        ("seed=0", "parallel.activation_checkpointing=true", "parallel.reshard_after_forward=false", "eval.every=1")
+        ("seed=0", "parallel.activation_checkpointing=true", "parallel.reshard_after_forward=true", "eval.every=1")
     ):
         config = tiny(override, f"run.dir={tmp_path / str(index)}")
         train_here(config)

@@ -177,7 +177,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("content", "words"), BAD)
+@pytest.mark.parametrize(("content", "words"), BAD, ids=["cut short", "no JSON", "other bytes", "empty text", "empty"])
 def test_text_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = write_corpus(tmp_path, {"train": [["a"]], "validation": [["b"]]})
     file = corpus_files(path)["train"][0].path

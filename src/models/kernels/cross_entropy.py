@@ -1,10 +1,13 @@
-"""Cross-entropy over a vocabulary for CPUs: ``cross_entropy_definition``, in chunks of rows, and compiled for BF16.
+"""Cross-entropy over a vocabulary: ``cross_entropy_definition``, in chunks of rows, and compiled for BF16 on a CPU.
 
-The definition makes three float32 tensors of the logits' size, in memory that a CPU has to fault in and write through.
+The definition makes three float32 tensors of the logits' size: memory that a CPU has to fault in and write through, and
+that a GPU may not have (25 GB at 16,384 tokens of 128,256).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import native
 from models.kernels import compiled
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32: stays in a core's cache
+_GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GB in float32, if a chunk is ever held so; offsets fit into 32 bits
 
 
 def cross_entropy_definition(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -48,6 +52,70 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, targets[part, None], torch.full_like(log_sums[part, None], -1.0))
             dlogits[part] = p.mul_(dlosses[part, None])
         return dlogits, None
+
+
+def overwriting_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The same for GPUs: backward writes the gradient over the logits, which nobody else may need by then.
+
+    Raises RuntimeError in a second backward.
+    """
+    return _OverwritingCrossEntropy.apply(logits_NV, targets_N)
+
+
+class _OverwritingCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        parts = [_on(logits, _losses)(*part) for part in _chunks(logits.detach(), targets)]
+        losses, log_sums = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(logits, targets, log_sums)
+        ctx.spent = False
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None]:
+        if ctx.spent:
+            raise RuntimeError("the first backward overwrote the logits: compute the losses anew for a second one")
+        ctx.spent = True
+        logits, targets, log_sums = ctx.saved_tensors
+        dlogits = logits.detach()
+        for part in _chunks(dlogits, targets, log_sums, dlosses):
+            _on(logits, _overwrite)(*part)
+        return dlogits, None
+
+
+def _chunks(logits: Tensor, *of_rows: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Views of equally many rows each, as nearly as can be: each number of them is compiled for.
+
+    Rows come in sixteens, so that no chunk begins within 16 bytes, and is copied for it.
+    """
+    rows, width = logits.shape
+    number = max(1, -(-rows * width // _GPU_CHUNK_ELEMENTS))
+    size = max(1, -(-rows // (16 * number))) * 16
+    return zip(*(x.split(size) for x in (logits, *of_rows)), strict=True)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    largest = wide.amax(-1, keepdim=True)
+    log_sums = (largest + (wide - largest).exp().sum(-1, keepdim=True).log())[:, 0]
+    return log_sums - logits.gather(1, targets[:, None])[:, 0].float(), log_sums
+
+
+def _overwrite(logits: Tensor, targets: Tensor, log_sums: Tensor, dlosses: Tensor) -> None:
+    p = (logits.float() - log_sums[:, None]).exp()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    logits.copy_(torch.where(is_target, p - 1, p) * dlosses[:, None])
+
+
+def _on(logits: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, as one kernel on a GPU, whether blocks are compiled or not."""
+    return function if logits.device.type == "cpu" else _compiled(function)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def native_serves(logits: Tensor) -> bool:

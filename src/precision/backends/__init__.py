@@ -33,6 +33,14 @@ class Backend(Protocol):
     def name(self) -> str:
         """In plan.txt and in ``precision.backend``."""
 
+    @property
+    def notes(self) -> bool:
+        """Whether ``prepare`` and ``both`` note amaxes while they quantize, in the same pass."""
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether ``gemm`` reads codes along the contraction, so that those of a transpose would be copied."""
+
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         """None if this backend takes the GEMM of ``shape`` (m, n, k; m None if unknown), else why not."""
 
@@ -58,11 +66,27 @@ class Backend(Protocol):
         transform: Transform | None,
         left: bool,
         codes: bool,
+        note: Tensor | None = None,
     ) -> Quantized | Prepared:
-        """What ``gemm`` reads of ``quantize(transformed(x))``; with ``codes`` that itself."""
+        """What ``gemm`` reads of ``quantize(transformed(x))``; with ``codes`` that itself.
 
-    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
-        """``quantize`` of x and of x.mT where one read makes both; None elsewhere."""
+        ``note`` FP32 [1], for a backend that ``notes``: becomes the maximum of itself and the amax of transformed(x).
+        """
+
+    def both(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        """``quantize`` of x and of x.mT where one read makes both, each with codes along its rows; None elsewhere.
+
+        ``values``: what ``gemm`` reads of them instead. ``note``: as for ``prepare``.
+        """
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n], accumulated in float32, rounded once to ``dtype``."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +69,7 @@ class Update:
         row_offset: index of the first row in the whole parameter.
         lr, betas, eps, decay: as in torch; ``decay`` is the coefficient.
         t: number of this update, from 1.
+        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
     """
 
     grad: Tensor
@@ -82,6 +83,14 @@ class Update:
     eps: float
     decay: float
     t: float
+    gate: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """FP32, multiplied, and rounded to its own dtype as it would be in place."""
+        if self.gate is None:
+            return self.grad.float()
+        return (self.grad.float() * self.gate[0]).to(self.grad.dtype).float()
 
     @property
     def kept(self) -> tuple[Kept, Kept, Kept]:
@@ -124,7 +133,7 @@ class AdamBackend(Protocol):
 
 def new_values(u: Update) -> tuple[Tensor, Tensor, Tensor]:
     """The new m, v and w: FP32 [rows, cols], before they are encoded."""
-    grad = u.grad.float()
+    grad = u.gradient
     m, v, w = (kept.codec.decode(kept.parts) for kept in u.kept)
     if u.decay != 0:
         w = w * (1 - u.lr * u.decay)
@@ -159,7 +168,8 @@ class ReferenceAdam:
                 noise = Noise(key=kept.key, row_offset=u.row_offset) if kept.key is not None else None
                 amax = amaxes[index, place] if amaxes is not None and kept.codec.whole else None
                 for name, part in kept.codec.encode(value, amax=amax, noise=noise).items():
-                    kept.parts[name].copy_(part)
+                    stays = kept.parts[name]
+                    stays.copy_(part if u.gate is None else torch.where(u.gate[1] != 0, part, stays))
             if u.weight is not None:
                 u.weight.copy_(u.w.codec.decode(u.w.parts))
 
@@ -177,12 +187,23 @@ class CpuAdam:
         return None if _root() is not None else "torch's square roots are neither IEEE's nor those of MKL's vmsSqrt"
 
     def amaxes(self, updates: Sequence[Update]) -> Tensor:
+        updates = _opened(updates)
         result = torch.zeros(len(updates), 3, dtype=torch.float32, device="cpu")
         _kernels().adam_amaxes(_array(updates, None), native.size(len(updates)), native.pointer(result), _root())
         return result
 
     def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
+        if updates[0].gate is not None and not bool(updates[0].gate[1]):
+            return
+        updates = _opened(updates)
         _kernels().adam_update(_array(updates, amaxes), native.size(len(updates)), _root())
+
+
+def _opened(updates: Sequence[Update]) -> Sequence[Update]:
+    """With gradients multiplied here: C++ does not, and on a CPU nothing waits for that."""
+    if updates[0].gate is None:
+        return updates
+    return [replace(u, grad=u.gradient.to(u.grad.dtype), gate=None) for u in updates]
 
 
 @functools.cache
@@ -234,7 +255,7 @@ class TritonAdam:
         for row, u in zip(result, updates, strict=True):
             if u.whole and u.grad.numel():
                 m, v, w = map(_state, u.kept)
-                row.copy_(adamw_amaxes(u.grad, m, v, w, _step(u)))
+                row.copy_(adamw_amaxes(u.grad, m, v, w, _step(u), gate=u.gate))
         return result
 
     def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
@@ -246,7 +267,14 @@ class TritonAdam:
             for x in (u.grad, u.weight):
                 assert x is None or x.dtype in (torch.float32, torch.bfloat16)
             m, v, w = map(_state, u.kept)
-            adamw(u.grad, m, v, w, _step(u), weight=u.weight, amaxes=tops, row_offset=u.row_offset)
+            offset = _row_offset(u.row_offset, u.grad.device)
+            adamw(u.grad, m, v, w, _step(u), weight=u.weight, amaxes=tops, row_offset=offset, gate=u.gate)
+
+
+@functools.cache
+def _row_offset(row: int, device: torch.device) -> Tensor:
+    """On the device, once: a copy at every update would be waited for."""
+    return torch.tensor(row, dtype=torch.int64, device=device)
 
 
 def _in_triton(codec: Codec) -> bool:

@@ -71,6 +71,7 @@ class Cpu(Reference):
         transform: Transform | None,
         left: bool,
         codes: bool,
+        note: Tensor | None = None,
     ) -> Quantized | Prepared:
         passes = PASSES
         if isinstance(transform, Hadamard) and _in_columns(x, spec.tile) and _rounds(spec):

@@ -17,6 +17,8 @@ class Reference:
     """Emulation: operands that BF16 holds exactly meet in one BF16 product with float32 sums, others in an FP32 one."""
 
     name = "reference"
+    notes = False
+    reads_rows = False
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         return None
@@ -43,11 +45,21 @@ class Reference:
         transform: Transform | None,
         left: bool,
         codes: bool,
+        note: Tensor | None = None,
     ) -> Quantized | Prepared:
         x = x if transform is None else self.transformed(transform, x, left=left)
         return self.quantize(x, spec, amax=amax, noise=noise)
 
-    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
+    def both(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         return None
 
     def gemm(
@@ -78,7 +90,7 @@ class Reference:
     def note(self, gemm: GemmSpec) -> str:
         """Whether the product is in float32, which is slow: BF16 does not hold its operands. What is not done."""
         wide = any(spec is not None and not _fits_bf16(spec) for spec in (gemm.a, gemm.b))
-        return ", ".join(["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * gemm.fast_accum)
+        return ", ".join(["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * bool(gemm.fast_accum))
 
 
 def scaled_product(

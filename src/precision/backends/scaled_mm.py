@@ -26,6 +26,7 @@ import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ class Product:
     hint: str = ""
 
 
+FAST_BY_DEFAULT = (89, 90)
+"""Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
 ARCHITECTURES = {89: "Ada", 90: "Hopper", 100: "Blackwell, data centre", 120: "Blackwell, GeForce and RTX PRO"}
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _E4M3 = (E4M3, E4M3)
@@ -178,15 +181,33 @@ class ScaledMM:
     shape: tuple[int | None, int, int] | None = None
     device: torch.device | None = None
     fast: bool = False
+    _calls: dict[tuple[int, int, torch.dtype], _Resolved] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
 
     @property
     def name(self) -> str:
         return "scaled_mm"
 
+    @property
+    def notes(self) -> bool:
+        return self.quantizer.notes
+
+    @property
+    def reads_rows(self) -> bool:
+        return True
+
     def settled(
-        self, shape: tuple[int | None, int, int], device: torch.device, quantizer: Reference, *, fast: bool = False
+        self,
+        shape: tuple[int | None, int, int],
+        device: torch.device,
+        quantizer: Reference,
+        *,
+        fast: bool | None = False,
     ) -> ScaledMM:
-        """For one GEMM, with the backend that quantizes there."""
+        """For one GEMM, with the backend that quantizes there. ``fast``: as ``GemmSpec.fast_accum``."""
+        if fast is None:
+            fast = self.detect(device) in FAST_BY_DEFAULT
         return replace(self, shape=shape, device=device, quantizer=quantizer, fast=fast)
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
@@ -220,12 +241,24 @@ class ScaledMM:
         transform: Transform | None,
         left: bool,
         codes: bool,
+        note: Tensor | None = None,
     ) -> Quantized | Prepared:
         # A native product reads codes.
-        return self.quantizer.prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True)
+        return self.quantizer.prepare(
+            x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note
+        )
 
-    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
-        return self.quantizer.both(x, spec)
+    def both(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        return self.quantizer.both(x, spec, amax=amax, noise=noise, note=note)
 
     def gemm(
         self,
@@ -241,12 +274,17 @@ class ScaledMM:
         """
         if not isinstance(a, Quantized) or not isinstance(b, Quantized):  # a step that the recipe leaves alone
             return self.quantizer.gemm(a, b, bias=bias, dtype=dtype)
-        arch = self.detect(a.codes.device)
-        assert arch is not None, "chosen for a device that it does not know"
-        product = find(a.spec, b.spec, arch, dtype)
-        if isinstance(product, str):
-            raise ValueError(f"{a.spec} x {b.spec}: {product}")
-        return multiply(product, a, b, bias=bias, dtype=dtype, fast=self.fast)
+        # By identity: to hash and to compare specs takes longer than to launch a product.
+        key = id(a.spec), id(b.spec), dtype
+        known = self._calls.get(key)
+        if known is None:
+            arch = self.detect(a.codes.device)
+            assert arch is not None, "chosen for a device that it does not know"
+            product = find(a.spec, b.spec, arch, dtype)
+            if isinstance(product, str):
+                raise ValueError(f"{a.spec} x {b.spec}: {product}")
+            known = self._calls[key] = _Resolved(product, a.spec, b.spec)
+        return multiply(known.product, a, b, bias=bias, dtype=dtype, fast=self.fast)
 
     def note(self, gemm: GemmSpec) -> str:
         """Which product it is, who quantizes, what is padded and translated, and where no sum is fast."""
@@ -263,7 +301,16 @@ class ScaledMM:
         carriers = {spec.format: _carrier(spec.format, product) for spec in (gemm.a, gemm.b)}
         translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
         slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
-        return ", ".join([*parts, *translated, *slow])
+        fast = ["fast sums"] if gemm.fast_accum is None and self.fast and product.fast else []
+        return ", ".join([*parts, *translated, *slow, *fast])
+
+
+class _Resolved(NamedTuple):
+    """The product of two specs; they are kept, as they are known by their identity."""
+
+    product: Product
+    a: OperandSpec
+    b: OperandSpec
 
 
 @functools.cache
@@ -342,22 +389,23 @@ def multiply(
     fused = bias is not None and product.bias and dtype != torch.float32
     padded_m, padded_n, padded_k = (_up(size, by) for size, by in zip((m, n, k), product.multiples, strict=True))
     left, right = _side(a, product, padded_m, padded_k), _side(b, product, padded_n, padded_k)
-    if product.scales is Scales.ROW:
-        right = replace(right, scales=[right.scales[0].mT])
+    right_scales = [right.scales[0].mT] if product.scales is Scales.ROW else right.scales
+    added = bias.to(dtype) if fused and bias is not None else None
     y = scaled_mm(
         left.codes,
         right.codes.t(),
         left.scales,
         left.recipes,
-        right.scales,
+        right_scales,
         right.recipes,
         swizzle_a=left.swizzles,
         swizzle_b=right.swizzles,
-        bias=pad(bias.to(dtype), (0, padded_n - n)) if fused and bias is not None else None,
+        bias=added if added is None or padded_n == n else pad(added, (0, padded_n - n)),
         output_dtype=torch.float32 if afterwards or (bias is not None and not fused) else dtype,
         use_fast_accum=fast and product.fast,
     )
-    y = y[:m, :n]
+    if (padded_m, padded_n) != (m, n):
+        y = y[:m, :n]
     if afterwards:
         y = y * _row_scales(a, m) * _row_scales(b, n).mT
     if bias is not None and not fused:
@@ -365,8 +413,7 @@ def multiply(
     return y.to(dtype).contiguous()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
+class _Side(NamedTuple):
     """The arguments that one operand becomes: codes [rows, k] (or [rows, k / 2] of E2M1), row-major."""
 
     codes: Tensor
@@ -383,8 +430,7 @@ def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
             scale = _decode_scales(q).reshape(1)
             return _Side(codes=codes, scales=[scale], recipes=[ScalingType.TensorWise], swizzles=[flat])
         case Scales.ROW_AFTERWARDS:
-            one = torch.ones(1, dtype=torch.float32, device=codes.device)
-            return _Side(codes=codes, scales=[one], recipes=[ScalingType.TensorWise], swizzles=[flat])
+            return _Side(codes=codes, scales=[_one(codes.device)], recipes=[ScalingType.TensorWise], swizzles=[flat])
         case Scales.ROW:
             return _Side(codes=codes, scales=[_row_scales(q, rows)], recipes=[ScalingType.RowWise], swizzles=[flat])
         case Scales.BLOCK:
@@ -408,23 +454,37 @@ def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
 def _codes(q: Quantized, product: Product, rows: int, k: int) -> Tensor:
     """The codes as the hardware reads them, row-major [rows, k], padded with code 0: the value 0 in every format."""
     element = q.spec.format
-    carrier = _carrier(element, product)
+    carrier = element if element.dtype in _NATIVE else _carrier(element, product)
     assert carrier is not None
     assert carrier.dtype is not None
-    outer, inner = q.shape
-    packed = carrier.bits == 4
+    inner, packed = q.shape[1], carrier.bits == 4
     if packed and not q.transposed and inner % 2 == 0:
-        return _row_major(pad(q.codes, (0, (k - inner) // 2, 0, rows - outer))).view(carrier.dtype)
+        return _row_major(_padded(q.codes, rows, k // 2)).view(carrier.dtype)
     codes = unpack4(q.codes, q.stored_shape[1]) if element.bits == 4 else q.codes
     if carrier != element:
         codes = _translation(element, carrier, codes.device)[codes.int()]
-    codes = pad(codes.mT if q.transposed else codes, (0, k - inner, 0, rows - outer))
+    codes = _padded(codes.mT if q.transposed else codes, rows, k)
     return _row_major(pack4(codes) if packed else codes).view(carrier.dtype)
+
+
+_NATIVE = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _padded(x: Tensor, rows: int, columns: int, value: float = 0) -> Tensor:
+    """x, filled up to [rows, columns]; itself where nothing is missing, as ``pad`` would copy it."""
+    missing = rows - x.shape[0], columns - x.shape[1]
+    return x if missing == (0, 0) else pad(x, (0, missing[1], 0, missing[0]), value=value)
 
 
 def _row_major(x: Tensor) -> Tensor:
     """Contiguous, with the strides of a matrix of rows also where there is but one: they are looked at."""
-    return x.contiguous().view(-1).view(x.shape)
+    x = x.contiguous()
+    return x if min(x.shape) > 1 else x.view(-1).view(x.shape)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -442,8 +502,7 @@ def _decode_scales(q: Quantized) -> Tensor:
 
 def _row_scales(q: Quantized, rows: int) -> Tensor:
     """FP32 [rows, 1]: of every row of the operand, and 1 of padding."""
-    scales = _decode_scales(q).expand(q.shape[0], 1)
-    return pad(scales, (0, 0, 0, rows - q.shape[0]), value=1.0).contiguous()
+    return _padded(_decode_scales(q).expand(q.shape[0], 1), rows, 1, value=1.0).contiguous()
 
 
 def _block_scales(q: Quantized, rows: int, k: int) -> tuple[Tensor, ScalingType]:
@@ -451,11 +510,11 @@ def _block_scales(q: Quantized, rows: int, k: int) -> tuple[Tensor, ScalingType]
     scales = _decode_scales(q)
     columns = k // 128
     if q.spec.tile.outer == 1:
-        scales = pad(scales, (0, columns - scales.shape[1], 0, rows - scales.shape[0]), value=1.0)
+        scales = _padded(scales, rows, columns, value=1.0)
         return scales.mT.contiguous().mT, ScalingType.BlockWise1x128
     squares = -(-rows // 128)
     columns = _up(columns, 4)
-    scales = pad(scales, (0, columns - scales.shape[1], 0, squares - scales.shape[0]), value=1.0)
+    scales = _padded(scales, squares, columns, value=1.0)
     return scales.contiguous().mT, ScalingType.BlockWise128x128
 
 
@@ -467,7 +526,7 @@ def _per_vector(q: Quantized, scales: Tensor, rows: int, k: int, size: int) -> T
         scales = scales.repeat_interleave(tall, 0)[:outer]
     if wide > size:
         scales = scales.repeat_interleave(wide // size, 1)[:, : -(-inner // size)]
-    return pad(scales, (0, k // size - scales.shape[1], 0, rows - outer))
+    return _padded(scales, rows, k // size)
 
 
 def swizzle(scales: Tensor) -> Tensor:

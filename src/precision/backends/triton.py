@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from precision.backends.reference import Reference
 from precision.formats import NumberFormat
 from precision.noise import Noise
-from precision.quantize import TORCH, Quantized, check, operand, quantize
+from precision.quantize import TORCH, Prepared, Quantized, check, operand, quantize
 from precision.scaling import (
     FP32_MAX,
     TENSOR,
@@ -60,6 +60,15 @@ def interpreted() -> bool:
 @functools.cache
 def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """Major and minor version of triton, which must be installed."""
+    import triton  # type: ignore[import-untyped]
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ class Triton(Reference):
     """
 
     name = "triton"
+    notes = True
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if not runs_on(device):
@@ -127,6 +137,15 @@ class Triton(Reference):
         return quantize_fused(x, spec, amax=amax, noise=noise)
 
     def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        """As ``precision.quantize.operand``, bit for bit; but powers of two per tile, which it takes relative to the
+        largest so that nothing depends on subnormals, are applied as they are: code value * 2^k, without a factor.
+
+        BF16 holds that exactly, down to its own subnormals (2^-133), which GPUs do not flush; elements below are
+        rounded there, and a tile whose largest values exceed BF16's is infinite.
+        """
+        rule = q.spec.scale
+        if (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec) and _values_fit(q.spec):
+            return PASSES.values(q, q.scales, torch.bfloat16), q.tensor_scale
         return operand(q, passes=PASSES)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
@@ -147,14 +166,50 @@ class Triton(Reference):
         transform: Transform | None,
         left: bool,
         codes: bool,
-    ) -> Quantized:
-        """The codes of what ``transform`` makes of x, in the passes that those of x take."""
-        if transform is None or (isinstance(transform, Hadamard) and x.dtype in DTYPES):
-            return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform)
-        return self.quantize(self.transformed(transform, x, left=left), spec, amax=amax, noise=noise)
+        note: Tensor | None = None,
+    ) -> Quantized | Prepared:
+        """The codes of what ``transform`` makes of x, in the passes that those of x take; or, without ``codes``, what
+        ``operand`` gives of them, where BF16 holds that. ``note``: as in ``quantize_fused``.
+        """
+        if transform is not None and not (isinstance(transform, Hadamard) and x.dtype in DTYPES):
+            x, transform = self.transformed(transform, x, left=left), None
+        if not codes:
+            made = prepare_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
+            if made is not None:
+                return made
+        return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
 
-    def both(self, x: Tensor, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
-        return quantize_both(x, spec)
+    def both(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values)
+
+    def gemm(
+        self,
+        a: Quantized | Prepared | Tensor,
+        b: Quantized | Prepared | Tensor,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As the reference; the operands' factors, the bias and the rounding of the sums are one pass."""
+        (left, a_factor), (right, b_factor) = self._matrix(a), self._matrix(b)
+        factors = [factor for factor in (a_factor, b_factor) if factor is not None]
+        narrow = left.dtype == right.dtype == torch.bfloat16
+        if interpreted() or not factors or not narrow or not runs_on(left.device) or 0 in (*left.shape, len(right)):
+            return super().gemm(a, b, bias=bias, dtype=dtype)
+        if left.device.type == "cuda":
+            y = torch.mm(left, right.mT, out_dtype=torch.float32)
+        else:
+            y = left.float() @ right.float().mT
+        return scaled_output(y, factors, bias, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +223,7 @@ class Blocks:
     block_r: int
     block_c: int
     fused: bool  # every tile lies in one block
+    warps: int = 0  # 0: by the number of elements
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -182,7 +238,7 @@ class Blocks:
 
     @property
     def num_warps(self) -> int:
-        return min(16, max(4, self.block_r * self.block_c // 1024))
+        return self.warps or min(16, max(4, self.block_r * self.block_c // 1024))
 
     def programs(self, rows: int, cols: int) -> int:
         return -(-rows // self.block_r) * -(-cols // self.block_c)
@@ -201,6 +257,11 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
     else:
         block_c = min(high_c, max(low_c, 64 if rows_adjoin else 128))
         block_r = min(high_r, max(low_r, 4096 // block_c))
+    warps = 0
+    if rows_adjoin and group > 1:
+        # A load gives a thread 8 elements of a column, and a warp 8 columns: with few rows the columns of a group meet
+        # in few warps, so that a transform's stages are shuffles and not trips through shared memory.
+        block_r, warps = min(high_r, max(low_r, 32)), 2 if block_c <= 64 else 4
     whole_r, whole_c = tall < 0, wide < 0
     fused = (not whole_r or block_r >= rows) and (not whole_c or block_c >= cols)
     return Blocks(
@@ -211,6 +272,7 @@ def blocks(tile: Tile, rows: int, cols: int, *, rows_adjoin: bool = False, group
         block_r=block_r,
         block_c=block_c,
         fused=fused,
+        warps=warps,
     )
 
 
@@ -267,196 +329,560 @@ def quantize_fused(
     amax: Tensor | None = None,
     noise: Noise | None = None,
     transform: Hadamard | None = None,
+    note: Tensor | None = None,
 ) -> Quantized:
-    """As ``precision.quantize.quantize`` of ``transform.left(x)``, bit for bit, without writing that."""
-    if isinstance(x, Tensor):
-        x = x.detach()
-        x = (
-            x if x.dtype in DTYPES else x.float()
-        )  # where a transform of FP64 would be one in FP64: the caller's concern
-    of = _sources(x)[0]  # shaped and laid out as the matrix is
-    check(of, spec, amax, noise)
-    known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
-    if of.numel() == 0 or not runs_on(of.device) or not known:
-        return quantize(_computed(x, transform), spec, amax=amax, noise=noise)
-    from precision.backends.triton_kernels import quantize_kernel
+    """As ``precision.quantize.quantize`` of ``transform.left(x)``, bit for bit, without writing that.
 
-    levels, cut = spec.scale.levels, blocks_of(of, spec.tile, transform)
-    given = None
-    if levels == 2:
-        tensor_amax = tile_amax(x, TENSOR, transform) if amax is None else amax
-        given = None if cut.fused else tile_amax(x, spec.tile, transform)
-    else:
-        tensor_amax = None
-        given = tile_amax(x, spec.tile, transform) if levels and amax is None and not cut.fused else amax
-    made = output(spec, of.shape, of.device, of.dtype, cut=cut, amax=given, tensor_amax=tensor_amax, noise=noise)
-    launch(
-        quantize_kernel,
-        cut.programs(*of.shape),
-        *_sources(x),
-        *made.pointers[:5],
-        signs_of(transform, of.device),
-        *made.pointers[5:],
-        *(*of.shape, *of.stride(), *made.sizes[2:]),
-        ALONG=_along(x),
-        TRANSPOSED_NOISE=noise is not None and noise.transposed,
-        HADAMARD=transform.size if transform is not None else 0,
-        **made.constexprs,
-        num_warps=cut.num_warps,
-    )
-    return made.quantized
+    Args:
+        note: FP32 of one element: becomes the amax of what is quantized if that is larger (NaN is largest). For one
+            scale of the tensor, or a tensor level, made of an ``amax`` that is given.
+
+    Raises ValueError as ``quantize``, and for a note where the amax is not given.
+    """
+    made = _made(x, spec, amax, noise, transform, note, values=False)
+    if made is not None:
+        assert isinstance(made, Quantized)
+        return made
+    y = _computed(x, transform)
+    _noted(y, note)
+    return quantize(y, spec, amax=amax, noise=noise)
 
 
-def both_fit(spec: OperandSpec) -> bool:
-    """Whether ``quantize_both`` takes the spec: one level of scales, for parts of a row, made of the tensor itself."""
-    known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale) and spec.scale.levels == 1
-    own = not isinstance(spec.amax, Delayed) and spec.rounding is not Rounding.STOCHASTIC
-    return known and own and spec.tile.outer == 1 and 16 <= spec.tile.inner <= 128
-
-
-def quantize_both(x: Tensor | Hidden, spec: OperandSpec) -> tuple[Quantized, Quantized] | None:
-    """``quantize_fused`` of x and of its transpose, bit for bit, in one read; None where that is not to be had."""
-    x = x.detach() if isinstance(x, Tensor) else x
-    of = _sources(x)[0]
-    if not both_fit(spec) or of.numel() == 0 or of.dtype not in DTYPES or not runs_on(of.device):
+def prepare_fused(
+    x: Tensor | Hidden,
+    spec: OperandSpec,
+    *,
+    amax: Tensor | None = None,
+    noise: Noise | None = None,
+    transform: Hadamard | None = None,
+    note: Tensor | None = None,
+) -> Prepared | None:
+    """What ``Triton.operand`` gives of ``quantize_fused``, without codes; None where BF16 does not hold it."""
+    if not _values_fit(spec):
         return None
-    from precision.backends.triton_kernels import quantize_both_kernel
+    made = _made(x, spec, amax, noise, transform, note, values=True)
+    assert not isinstance(made, Quantized)
+    return made
 
-    (rows, cols), side = of.shape, max(64, spec.tile.inner)
-    cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
-    row, column = (
-        output(spec, torch.Size(shape), of.device, of.dtype, cut=cut) for shape in ((rows, cols), (cols, rows))
+
+def _made(
+    x: Tensor | Hidden,
+    spec: OperandSpec,
+    amax: Tensor | None,
+    noise: Noise | None,
+    transform: Hadamard | None,
+    note: Tensor | None,
+    *,
+    values: bool,
+) -> Quantized | Prepared | None:
+    """Codes or values by kernels; None where there are none."""
+    of, up, d = _sources(x)
+    if not runs_on(of.device):
+        check(of, spec, amax, noise)
+        return None
+    if amax is not None and amax.dtype != torch.float32:
+        amax = amax.float()
+    parts = None if noise is None else noise_parts(noise, of.device)
+    key = (
+        values,
+        _number(spec),
+        of.shape,
+        of.stride(),
+        of.dtype,
+        of.device,
+        None if up is None else (d is None, _along(x)),
+        None if transform is None else _number(transform),
+        None if amax is None else (amax.numel(), amax.is_contiguous()),
+        None if parts is None else parts.kind,
+        note is None,
     )
-    constexprs = {key: row.constexprs[key] for key in ("F", "R", "ROUNDING", "WIDE", "HARDWARE", "E2M1_HARDWARE")}
-    launch(
-        quantize_both_kernel,
-        cut.programs(rows, cols),
-        *(*_sources(x), row.codes, row.scales, column.codes, column.scales),
-        *(rows, cols, *of.stride()),
-        *(row.codes.shape[1], row.scales.shape[1], column.codes.shape[1], column.scales.shape[1]),
-        ALONG=_along(x),
-        BLOCK=side,
-        **constexprs,
-        num_warps=cut.num_warps,
-    )
-    return row.quantized, column.quantized
+    recorded = _recording.get() is not None
+    plan = None if recorded else _PLANS.get(key)
+    if plan is None:
+        check(of, spec, amax, noise)
+        if note is not None and (amax is None or not _of_tensor(spec)):
+            raise ValueError(f"{spec}: an amax is noted where that of the tensor is given")
+        known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
+        if of.numel() == 0 or not known:
+            return None
+        if of.dtype not in DTYPES:  # where a transform of FP64 would be one in FP64: the caller's concern
+            assert isinstance(x, Tensor)
+            return _made(x.float(), spec, amax, noise, transform, note, values=values)
+        plan = _quantize_plan(x, spec, amax, parts, transform, note is not None, values=values)
+        if not recorded:
+            _remember(key, plan, spec, transform)
+    return plan.made(of, up, d, amax, parts, note)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Output:
-    """A quantized matrix yet to be written by a kernel, and what the kernel wants to know for it."""
+def _noted(y: Tensor, note: Tensor | None) -> None:
+    if note is not None:
+        note.copy_(torch.maximum(note, TORCH.amax(y, TENSOR).reshape(note.shape)))
+
+
+def _of_tensor(spec: OperandSpec) -> bool:
+    """Whether the amax that a scale is made of may be given as one number."""
+    return spec.scale.levels == 2 or (spec.scale.levels == 1 and spec.tile == TENSOR)
+
+
+def _values_fit(spec: OperandSpec) -> bool:
+    """Whether ``prepare_fused`` gives BF16: exact products of code values and tiles' scales, or code values alone."""
+    element, rule = spec.format, spec.scale
+    if element.bits > 8 or element.significant_bits > 8:
+        return False
+    if isinstance(rule, TwoLevel):
+        return not rule.rows and element.significant_bits + rule.block.significant_bits <= 8
+    if rule.levels == 0 or (spec.tile == TENSOR and rule.format is None):
+        return True
+    return rule.power_of_two and element.tiny_exponent >= -126
+
+
+def _one_factor(spec: OperandSpec) -> bool:
+    """Whether BF16 values are code values, to be multiplied by one FP32 scale of the tensor, or by none."""
+    return spec.scale.levels == 0 or (spec.tile == TENSOR and spec.scale.format is None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NoiseParts:
+    """Noise as a kernel reads it: its tensors lie on the device.
+
+    Args:
+        key: int32 [2], of ``step_key``; with ``step`` (int64, 0-dim), of ``base_key``.
+        first: int64, 0-dim: rows are counted from first * rows_of_a_sample; None: from 0.
+    """
+
+    key: Tensor
+    step: Tensor | None
+    first: Tensor | None
+    rows_of_a_sample: int
+    transposed: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """What a kernel is compiled for."""
+        return self.transposed, self.step is None, self.first is None, self.rows_of_a_sample
+
+
+def noise_parts(noise: Noise, device: torch.device) -> NoiseParts:
+    """The noise for kernels of this device: nothing is computed or copied where its parts are there."""
+    key, step, first, rows_of_a_sample = noise.base, noise.step, noise.first_sample, noise.rows_of_a_sample
+    if step is not None and (isinstance(step, int) or step.device != device):
+        key, step = noise.key, None
+    if key.device != device:
+        key = key.to(device)
+    if rows_of_a_sample == 0 or (isinstance(first, int) and first == 0):
+        return NoiseParts(key, step, None, 1, noise.transposed)
+    if isinstance(first, int):
+        first, rows_of_a_sample = torch.full((), first * rows_of_a_sample, dtype=torch.int64, device=device), 1
+    elif first.device != device:
+        first = first.to(device)
+    return NoiseParts(key, step, first, rows_of_a_sample, noise.transposed)
+
+
+_PLANS: dict[Hashable, Any] = {}
+_NUMBERS: dict[int, tuple[Hashable, int]] = {}
+_EQUAL: dict[Hashable, int] = {}
+MAX_PLANS = 4096
+
+
+def _number(thing: Hashable) -> int:
+    """One small integer for all that are equal: a spec's own hash takes longer than a launch.
+
+    Known by their place in memory, which stays theirs while they are held.
+    """
+    held = _NUMBERS.get(id(thing))
+    if held is not None:
+        return held[1]
+    if len(_NUMBERS) >= MAX_PLANS:
+        _NUMBERS.clear()
+    number = _EQUAL.setdefault(thing, len(_EQUAL))
+    _NUMBERS[id(thing)] = thing, number
+    return number
+
+
+def _remember(key: Hashable, plan: Any, *_: object) -> None:
+    if len(_PLANS) >= MAX_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = plan
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Room:
+    """Where a kernel writes a matrix: codes [outer, bytes] or BF16 values, scales, the tensor's scale."""
 
     spec: OperandSpec
     shape: tuple[int, int]
-    cut: Blocks
-    codes: Tensor
-    scales: Tensor
-    given: Tensor | None
-    tensor_amax: Tensor | None
-    tensor_scale: Tensor | None
-    key: Tensor | None
-    row_offset: Tensor | None
-    constexprs: dict[str, Any]
+    device: torch.device
+    values: bool
 
-    @property
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        written = (self.codes, self.scales, self.given, self.tensor_amax, self.tensor_scale)
-        return (*written, self.key, self.row_offset)
+    codes: tuple[int, int] = field(init=False)
+    grid: tuple[int, int] = field(init=False)
+    scale_dtype: torch.dtype = field(init=False)
+    two_level: bool = field(init=False)
+    one_factor: bool = field(init=False)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (*self.shape, self.codes.shape[1], *self.scales.shape)
+    def __post_init__(self) -> None:
+        rows, cols = self.shape
+        four = self.spec.format.bits == 4 and not self.values
+        self.codes = rows, (cols + 1) // 2 if four else cols
+        self.grid = self.spec.tile.grid(rows, cols)
+        self.scale_dtype = torch.float32 if self.spec.scale.format is None else torch.uint8
+        self.two_level = self.spec.scale.levels == 2
+        self.one_factor = self.spec.scale.levels == 1 and _one_factor(self.spec)
 
-    @property
-    def quantized(self) -> Quantized:
-        scale = self.tensor_scale
-        return Quantized(
-            codes=self.codes,
-            scales=self.scales,
-            tensor_scale=scale.reshape(()) if scale is not None else None,
-            shape=self.shape,
-            spec=self.spec,
-        )
+    def make(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes or values, scales if they are kept, the scale of the tensor of a rule with two levels."""
+        device = self.device
+        tensor_scale = torch.empty(1, dtype=torch.float32, device=device) if self.two_level else None
+        if self.values:
+            scale = torch.empty(1, dtype=torch.float32, device=device) if self.one_factor else None
+            return torch.empty(self.codes, dtype=torch.bfloat16, device=device), scale, tensor_scale
+        codes = torch.empty(self.codes, dtype=torch.uint8, device=device)
+        return codes, torch.empty(self.grid, dtype=self.scale_dtype, device=device), tensor_scale
+
+    def filled(self, codes: Tensor, scales: Tensor | None, tensor_scale: Tensor | None) -> Quantized | Prepared:
+        if self.values:
+            factor = scales if tensor_scale is None else tensor_scale
+            return Prepared(matrix=codes, factor=None if factor is None else factor.view(()))
+        assert scales is not None
+        if tensor_scale is not None:
+            tensor_scale = tensor_scale.view(())
+        return Quantized(codes=codes, scales=scales, tensor_scale=tensor_scale, shape=self.shape, spec=self.spec)
 
 
-def output(
-    spec: OperandSpec,
-    shape: torch.Size,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    cut: Blocks | None = None,
-    amax: Tensor | None = None,
-    tensor_amax: Tensor | None = None,
-    noise: Noise | None = None,
-) -> Output:
-    """Room for the codes and scales of a matrix of this shape and dtype.
+@dataclass(slots=True, eq=False, kw_only=True)
+class QuantizePlan:
+    """The launches of ``quantize_fused``, ready but for their tensors.
 
-    ``amax``: what is given, one for each tile; or, for two levels without ``tensor_amax``, that of the tensor.
+    Args:
+        tensor_amax: makes that of the tensor in ``parts`` pieces, if a pass of its own does.
+        tile_amax: makes those of tiles, if a pass of its own does.
     """
+
+    room: Room
+    tensor_amax: Launcher | None
+    parts: int
+    tile_amax: Launcher | None
+    write: Launcher
+    of_tensor: bool
+    signs: Tensor | None
+
+    def made(
+        self,
+        x: Tensor,
+        up: Tensor | None,
+        d: Tensor | None,
+        amax: Tensor | None,
+        noise: NoiseParts | None,
+        note: Tensor | None,
+    ) -> Quantized | Prepared:
+        room, signs = self.room, self.signs
+        of_tiles = None if self.of_tensor else amax
+        of_tensor = amax if self.of_tensor else None
+        if self.tensor_amax is not None:
+            of_tensor = torch.empty(self.parts, dtype=torch.float32, device=room.device)
+            start(self.tensor_amax, x, up, d, of_tensor, None, signs)
+        if self.tile_amax is not None:
+            of_tiles = torch.zeros(room.grid, dtype=torch.int32, device=room.device)
+            start(self.tile_amax, x, up, d, of_tiles, None, signs)
+        codes, scales, tensor_scale = room.make()
+        key, step, first = (None, None, None) if noise is None else (noise.key, noise.step, noise.first)
+        start(
+            self.write,
+            *(x, up, d, codes, scales, of_tiles, of_tensor, tensor_scale, note, signs, key, step, first),
+        )
+        return room.filled(codes, scales, tensor_scale)
+
+
+def _quantize_plan(
+    x: Tensor | Hidden,
+    spec: OperandSpec,
+    amax: Tensor | None,
+    noise: NoiseParts | None,
+    transform: Hadamard | None,
+    noted: bool,
+    *,
+    values: bool,
+) -> QuantizePlan:
+    from precision.backends.triton_kernels import quantize_kernel
+
+    of = _sources(x)[0]
+    cut, levels, device = blocks_of(of, spec.tile, transform), spec.scale.levels, of.device
+    if amax is not None:
+        assert amax.is_contiguous()
+    whole = spec.tile == TENSOR
+    # Of the tensor it is a pass of its own, unless given or found in one block.
+    apart = levels > 0 and amax is None and (levels == 2 or (whole and not cut.fused))
+    of_tiles = not whole and not cut.fused and (levels == 2 or (levels == 1 and amax is None))
+    tops = amax_launcher(x, TENSOR, transform, parts=True) if apart else None
+    parts = tops.programs if tops is not None else 1
+    room = Room(spec=spec, shape=(of.shape[0], of.shape[1]), device=device, values=values)
+    return QuantizePlan(
+        room=room,
+        tensor_amax=tops,
+        parts=parts,
+        tile_amax=amax_launcher(x, spec.tile, transform) if of_tiles else None,
+        write=Launcher(
+            kernel=quantize_kernel,
+            programs=programs(cut.programs(*of.shape), cut.num_warps, device),
+            numbers=(*of.shape, *of.stride(), room.codes[1], *room.grid, noise.rows_of_a_sample if noise else 1),
+            constexprs={
+                "ALONG": _along(x),
+                **constants(spec, of.dtype, device),
+                "TRANSPOSED_NOISE": noise is not None and noise.transposed,
+                "GIVEN": of_tiles or (levels == 1 and (apart or amax is not None)),
+                "PARTS": parts,
+                "VALUES": 0 if not values else 1 if _one_factor(spec) else 2,
+                **cut.constexprs,
+                "HADAMARD": transform.size if transform is not None else 0,
+            },
+            num_warps=cut.num_warps,
+            device=of.get_device(),
+        ),
+        of_tensor=_of_tensor(spec),
+        signs=signs_of(transform, device),
+    )
+
+
+def constants(spec: OperandSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a kernel is told of a spec: constexprs by name; ``dtype`` is that of the input."""
     from precision.backends.triton_kernels import grid_of
 
-    rows, cols = shape
-    cut = cut or blocks(spec.tile, rows, cols)
-    if spec.scale.levels == 2 and tensor_amax is None:
-        tensor_amax, amax = amax, None
-    assert amax is not None or cut.fused or spec.scale.levels == 0, f"{spec}: its amax spans blocks and must be given"
-    assert (tensor_amax is not None) == (spec.scale.levels == 2), f"{spec}: the amax of the tensor"
-    grid = spec.tile.grid(rows, cols)
-    four = spec.format.bits == 4
-    offset = None
-    if noise is not None:
-        offset = torch.as_tensor(noise.row_offset, dtype=torch.int64, device=device).reshape(1)
-    return Output(
-        spec=spec,
-        shape=(rows, cols),
-        cut=cut,
-        codes=torch.empty(rows, (cols + 1) // 2 if four else cols, dtype=torch.uint8, device=device),
-        scales=torch.empty(grid, dtype=torch.float32 if spec.scale.format is None else torch.uint8, device=device),
-        given=amax.float().reshape(grid).contiguous() if amax is not None else None,
-        tensor_amax=tensor_amax.float().reshape(1) if tensor_amax is not None else None,
-        tensor_scale=torch.empty(1, dtype=torch.float32, device=device) if tensor_amax is not None else None,
-        key=noise.key.contiguous() if noise is not None else None,
-        row_offset=offset,
+    return {
+        "F": grid_of(spec.format),
+        "R": rule_of(spec, dtype),
+        "ROUNDING": ROUNDINGS[spec.rounding],
+        **hardware(device),
+    }
+
+
+def amax_launcher(
+    x: Tensor | Hidden, tile: Tile, transform: Hadamard | None = None, *, parts: bool = False, columns: bool = False
+) -> Launcher:
+    """Of ``amax_kernel``. ``parts``: that of the tensor, in as many FP32 parts as programs, a power of two.
+
+    ``columns``: those of columns, too.
+    """
+    from precision.backends.triton_kernels import amax_kernel
+
+    of = _sources(x)[0]
+    (rows, cols), cut = of.shape, blocks_of(of, tile, transform)
+    if columns:
+        cut = replace(blocks(tile, rows, cols), block_r=BOTH_SIDE, block_c=BOTH_SIDE, wide=BOTH_SIDE)
+    most = programs(cut.programs(rows, cols), cut.num_warps, of.device)
+    if parts:
+        most = min(1024, 1 << (most.bit_length() - 1))
+    return Launcher(
+        kernel=amax_kernel,
+        programs=most,
+        numbers=(rows, cols, *of.stride(), *tile.grid(rows, cols)),
         constexprs={
-            "F": grid_of(spec.format),
-            "R": rule_of(spec, dtype),
-            "ROUNDING": ROUNDINGS[spec.rounding],
-            "GIVEN": amax is not None,
-            **hardware(device),
+            "ALONG": _along(x),
+            "PARTS": parts,
             **cut.constexprs,
+            "HADAMARD": transform.size if transform is not None else 0,
+            "HARDWARE": hardware(of.device)["HARDWARE"],
         },
+        num_warps=cut.num_warps,
+        device=of.get_device(),
+    )
+
+
+def both_fit(spec: OperandSpec) -> bool:
+    """Whether ``quantize_both`` takes the spec: scales of parts of a row, of rows, or of the tensor."""
+    known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
+    parts = spec.tile.outer == 1 and 16 <= spec.tile.inner <= 128
+    return known and (parts or (spec.scale.levels < 2 and spec.tile in (TENSOR, Tile(1, -1))))
+
+
+BOTH_SIDE = 64  # of the blocks of quantize_both, at least
+
+
+def quantize_both(
+    x: Tensor | Hidden,
+    spec: OperandSpec,
+    *,
+    amax: Tensor | None = None,
+    noise: tuple[Noise, Noise] | None = None,
+    note: Tensor | None = None,
+    values: bool = False,
+) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+    """``quantize_fused`` of x and of its transpose, bit for bit, in one read; None where that is not to be had.
+
+    Args:
+        amax: that of the tensor, for one scale of the tensor or for its level; None: found in a read before.
+        noise: of x, and of its transpose: alike but for the key and ``transposed``.
+        note: as in ``quantize_fused``.
+        values: ``prepare_fused`` instead.
+
+    The second of the pair is a matrix of its own, not transposed, also where both have one scale.
+    """
+    of, up, d = _sources(x)
+    if not runs_on(of.device):
+        return None
+    parts = None if noise is None else (noise_parts(noise[0], of.device), noise_parts(noise[1], of.device))
+    key = (
+        2 + values,
+        _number(spec),
+        of.shape,
+        of.stride(),
+        of.dtype,
+        of.device,
+        None if up is None else (d is None, _along(x)),
+        amax is None,
+        None if parts is None else (parts[0].kind, parts[1].kind),
+        note is None,
+    )
+    recorded = _recording.get() is not None
+    plan = None if recorded else _PLANS.get(key)
+    if plan is None:
+        plan = _both_plan(x, spec, amax, parts, note is not None, values=values)
+        if plan is None:
+            return None
+        if not recorded:
+            _remember(key, plan)
+    pair: tuple[Quantized, Quantized] | tuple[Prepared, Prepared] = plan.made(of, up, d, amax, parts, note)
+    return pair
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class BothPlan:
+    """The launches of ``quantize_both``, ready but for their tensors; as ``QuantizePlan``."""
+
+    rooms: tuple[Room, Room]
+    tensor_amax: Launcher | None
+    parts: int
+    tile_amaxes: Launcher | None
+    write: Launcher
+
+    def made(
+        self,
+        x: Tensor,
+        up: Tensor | None,
+        d: Tensor | None,
+        amax: Tensor | None,
+        noise: tuple[NoiseParts, NoiseParts] | None,
+        note: Tensor | None,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared]:
+        row, column = self.rooms
+        of_rows = of_columns = None
+        if self.tensor_amax is not None:
+            amax = torch.empty(self.parts, dtype=torch.float32, device=row.device)
+            start(self.tensor_amax, x, up, d, amax, None, None)
+        elif amax is not None and amax.dtype != torch.float32:
+            amax = amax.float()
+        if self.tile_amaxes is not None:
+            found = torch.zeros(sum(row.shape), dtype=torch.int32, device=row.device)
+            of_rows, of_columns = found.split_with_sizes(row.shape)
+            start(self.tile_amaxes, x, up, d, of_rows, of_columns, None)
+        codes, scales, tensor_scale = row.make()
+        if row.spec.tile == TENSOR:  # the transpose has the same
+            codes_t, scales_t = column.make()[0], None
+        else:
+            codes_t, scales_t = column.make()[:2]
+        first, second = noise if noise is not None else (None, None)
+        start(
+            self.write,
+            *(x, up, d, codes, scales, codes_t, scales_t, of_rows, of_columns, amax, tensor_scale, note),
+            None if first is None else first.key,
+            None if second is None else second.key,
+            None if first is None else first.step,
+            None if first is None else first.first,
+        )
+        other = scales if scales_t is None else scales_t
+        return row.filled(codes, scales, tensor_scale), column.filled(codes_t, other, tensor_scale)  # type: ignore[return-value]
+
+
+def _both_plan(
+    x: Tensor | Hidden,
+    spec: OperandSpec,
+    amax: Tensor | None,
+    noise: tuple[NoiseParts, NoiseParts] | None,
+    noted: bool,
+    *,
+    values: bool,
+) -> BothPlan | None:
+    from precision.backends.triton_kernels import quantize_both_kernel
+
+    of, device = _sources(x)[0], _sources(x)[0].device
+    if not both_fit(spec) or of.numel() == 0 or of.dtype not in DTYPES or (values and not _values_fit(spec)):
+        return None
+    if amax is None and (isinstance(spec.amax, Delayed) or noted):
+        return None
+    if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):
+        return None
+    if amax is not None and (not _of_tensor(spec) or amax.numel() != 1):
+        raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
+    if noise is not None:
+        first, second = noise
+        assert replace(first, transposed=not first.transposed).kind == second.kind, "the noise of both directions"
+    (rows, cols), side = of.shape, max(BOTH_SIDE, spec.tile.inner)
+    cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side)
+    whole = spec.tile == TENSOR
+    apart = amax is None and _of_tensor(spec)
+    of_rows = spec.tile == Tile(1, -1)
+    tops = amax_launcher(x, TENSOR, parts=True) if apart else None
+    parts = tops.programs if tops is not None else 1
+    rooms = [Room(spec=spec, shape=shape, device=device, values=values) for shape in ((rows, cols), (cols, rows))]
+    (_, bytes_c), (_, bytes_r) = (room.codes for room in rooms)
+    return BothPlan(
+        rooms=(rooms[0], rooms[1]),
+        tensor_amax=tops,
+        parts=parts,
+        tile_amaxes=amax_launcher(x, spec.tile, columns=True) if of_rows else None,
+        write=Launcher(
+            kernel=quantize_both_kernel,
+            programs=programs(cut.programs(rows, cols), cut.num_warps, device),
+            numbers=(
+                *(rows, cols, *of.stride(), bytes_c, rooms[0].grid[1], bytes_r, rooms[1].grid[1]),
+                noise[0].rows_of_a_sample if noise is not None else 1,
+            ),
+            constexprs={
+                "ALONG": _along(x),
+                **constants(spec, of.dtype, device),
+                "TRANSPOSED_NOISE": noise is not None and noise[0].transposed,
+                "GIVEN": of_rows or (whole and spec.scale.levels == 1),
+                "PARTS": parts,
+                "VALUES": 0 if not values else 1 if _one_factor(spec) else 2,
+                "WIDE": side if whole or of_rows else spec.tile.inner,
+                "WHOLE_R": whole,
+                "WHOLE_C": whole or of_rows,
+                "BLOCK": side,
+            },
+            num_warps=cut.num_warps,
+            device=of.get_device(),
+        ),
     )
 
 
 def tile_amax(x: Tensor | Hidden, tile: Tile, transform: Hadamard | None = None) -> Tensor:
     """As ``precision.quantize.amax`` of ``transform.left(x)``, bit for bit."""
-    if isinstance(x, Tensor):
-        x = x.detach()
-    of = _sources(x)[0]
+    of, up, d = _sources(x)
     if of.numel() == 0 or not runs_on(of.device) or not _tile_fits(tile):
         return TORCH.amax(_computed(x, transform), tile)
-    from precision.backends.triton_kernels import amax_kernel
-
-    if isinstance(x, Tensor) and x.dtype not in DTYPES:
-        x = of = x.float()
-    (outer, inner), cut = of.shape, blocks_of(of, tile, transform)
-    grid = tile.grid(outer, inner)
-    make = torch.zeros if cut.whole_r or cut.whole_c else torch.empty
-    out = make(grid, dtype=torch.int32, device=of.device)
-    launch(
-        amax_kernel,
-        cut.programs(outer, inner),
-        *_sources(x),
-        out,
-        signs_of(transform, of.device),
-        *(outer, inner, *of.stride(), *grid),
-        ALONG=_along(x),
-        HADAMARD=transform.size if transform is not None else 0,
-        HARDWARE=hardware(of.device)["HARDWARE"],
-        **cut.constexprs,
-        num_warps=cut.num_warps,
+    if of.dtype not in DTYPES:
+        assert isinstance(x, Tensor)
+        return tile_amax(x.float(), tile, transform)
+    key = (
+        4,
+        tile,
+        of.shape,
+        of.stride(),
+        of.dtype,
+        of.device,
+        None if up is None else (d is None, _along(x)),
+        None if transform is None else _number(transform),
     )
+    recorded = _recording.get() is not None
+    plan = None if recorded else _PLANS.get(key)
+    if plan is None:
+        launcher = amax_launcher(x, tile, transform)
+        whole = launcher.constexprs["WHOLE_R"] or launcher.constexprs["WHOLE_C"]
+        plan = launcher, torch.zeros if whole else torch.empty, tile.grid(*of.shape), signs_of(transform, of.device)
+        if not recorded:
+            _remember(key, plan)
+    launcher, make, grid, signs = plan
+    out = make(grid, dtype=torch.int32, device=of.device)
+    start(launcher, of, up, d, out, None, signs)
     return out.view(torch.float32)
 
 
@@ -479,6 +905,31 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
         HARDWARE=hardware(x.device)["HARDWARE"],
         num_warps=cut.num_warps,
     )
+    return out
+
+
+def scaled_output(y: Tensor, factors: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [rows, cols] in FP32 times one or two factors (FP32 scalars), one after the other, plus bias [cols], rounded
+    once to ``dtype``: FP32, BF16 or FP16."""
+    from precision.backends.triton_output_kernels import scaled_output_kernel
+
+    out = torch.empty(y.shape, dtype=dtype, device=y.device)
+    first, second = factors[0], factors[1] if len(factors) > 1 else None
+    key = 6, y.shape, y.device, dtype, second is None, None if bias is None else bias.dtype
+    recorded = _recording.get() is not None
+    launcher = None if recorded else _PLANS.get(key)
+    if launcher is None:
+        launcher = Launcher(
+            kernel=scaled_output_kernel,
+            programs=-(-y.numel() // 4096),
+            numbers=(y.numel(), y.shape[1]),
+            constexprs={"BLOCK": 4096},
+            num_warps=8,
+            device=y.get_device(),
+        )
+        if not recorded:
+            _remember(key, launcher)
+    start(launcher, y, first, second, bias, out)
     return out
 
 
@@ -516,23 +967,19 @@ class _Passes:
         known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
         if not known or q.codes.numel() == 0 or not runs_on(q.codes.device):
             return TORCH.values(q, factors, dtype)
-        from precision.backends.triton_kernels import grid_of, values_kernel
-
-        outer, inner = q.stored_shape
-        out = q.codes.new_empty(outer, inner, dtype=dtype)
-        cut = blocks(q.spec.tile, outer, inner)
-        launch(
-            values_kernel,
-            cut.programs(outer, inner),
-            q.codes,
-            factors.contiguous() if factors is not None else None,
-            out.view(torch.int16) if dtype == torch.bfloat16 else out,
-            *(outer, inner, q.codes.shape[1], *q.spec.tile.grid(outer, inner)),
-            F=grid_of(q.spec.format),
-            SCALED=factors is not None,
-            **cut.constexprs,
-            num_warps=cut.num_warps,
-        )
+        shape, device = q.stored_shape, q.codes.device
+        scaled = None if factors is None else factors.dtype
+        if factors is not None and not factors.is_contiguous():
+            factors = factors.contiguous()
+        key = 5, _number(q.spec), shape, device, dtype, scaled
+        recorded = _recording.get() is not None
+        launcher = None if recorded else _PLANS.get(key)
+        if launcher is None:
+            launcher = _values_launcher(q.spec, shape, q.codes, scaled)
+            if not recorded:
+                _remember(key, launcher)
+        out = torch.empty(shape, dtype=dtype, device=device)
+        start(launcher, q.codes, factors, out)
         return out.mT if q.transposed else out
 
     def rounded(
@@ -550,9 +997,33 @@ class _Passes:
 PASSES = _Passes()
 
 
+def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, factors: torch.dtype | None) -> Launcher:
+    """Of ``values_kernel``; ``factors``: FP32, or the scale codes that the spec's rule stores (uint8), or None."""
+    from precision.backends.triton_kernels import grid_of, values_kernel
+
+    cut = blocks(spec.tile, *shape)
+    return Launcher(
+        kernel=values_kernel,
+        programs=programs(cut.programs(*shape), cut.num_warps, codes.device),
+        numbers=(*shape, codes.shape[1], *spec.tile.grid(*shape)),
+        constexprs={
+            "F": grid_of(spec.format),
+            "R": rule_of(spec, torch.float32) if _rule_fits(spec.scale) else None,
+            "SCALED": factors is not None,
+            **cut.constexprs,
+        },
+        num_warps=cut.num_warps,
+        device=codes.get_device(),
+    )
+
+
 def hardware(device: torch.device) -> dict[str, bool]:
-    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on."""
-    return {"HARDWARE": capability(device) >= (8, 9), "E2M1_HARDWARE": capability(device) >= (10, 0)}
+    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on.
+
+    Before triton 3.9 not FP8 on Ada, where it casts to FP16 on the way: values would be rounded twice.
+    """
+    fp8 = (8, 9) if version() >= (3, 9) else (9, 0)
+    return {"HARDWARE": capability(device) >= fp8, "E2M1_HARDWARE": capability(device) >= (10, 0)}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -563,13 +1034,139 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> None:
+@dataclass(slots=True, eq=False, kw_only=True)
+class Launcher:
+    """A kernel's launch but for its tensors, which ``start`` gives: always of the same dtypes, the same ones None.
+
+    Args:
+        numbers: the arguments after the tensors, in order.
+        constexprs: the others, by name.
+        device: of the tensors, as ``Tensor.get_device`` has it.
+    """
+
+    kernel: Any
+    programs: int
+    numbers: tuple[int, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    device: int
+    known: bool = field(init=False)  # whether its compiled kernels may be kept
+    compiled: dict[tuple[int, int], _Compiled] = field(default_factory=dict)  # by device and alignment
+
+    def __post_init__(self) -> None:
+        self.known = _launchers_known(self.kernel)
+
+
+class _Compiled(NamedTuple):
+    """What is launched, without triton's own way of finding it."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    missing: int  # tensors that are None
+    rest: tuple[Any, ...]  # what follows the tensors
+
+
+def start(launcher: Launcher, *tensors: Tensor | None) -> None:
+    """Launch on the current stream.
+
+    Triton binds some 30 arguments anew at each launch, which takes tens of microseconds. What it compiles depends on
+    dtypes, on constants, and on which pointers and integers are multiples of 16 or 1: of a ``Launcher`` all is fixed
+    but the pointers. So a compiled kernel is kept for every set of pointers that are multiples of 16; kernels with
+    hooks, and versions of triton whose launchers are not known to take the same arguments, go triton's way.
+    """
+    compiled = None
+    known = launcher.known
+    if known:
+        if _recording.get() is not None:
+            known = False
+        else:
+            runtime, active = _runtime()
+            device = active.get_current_device()
+            pointers: list[int | None] = []
+            odd, bit, elsewhere, at = 0, 1, False, launcher.device
+            for tensor in tensors:
+                if tensor is None:
+                    pointers.append(None)
+                else:
+                    pointer = tensor.data_ptr()
+                    if pointer & 15:
+                        odd |= bit
+                    elsewhere |= tensor.get_device() != at
+                    pointers.append(pointer)
+                bit += bit
+            compiled = None if elsewhere else launcher.compiled.get((device, odd))
+    if compiled is not None:
+        alike = pointers.count(None) == compiled.missing
+        if alike and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
+            stream = active.get_current_stream(device)
+            compiled.run(
+                *(launcher.programs, 1, 1, stream, compiled.function, compiled.metadata, None, None, None),
+                *pointers,
+                *compiled.rest,
+            )
+            return
+    kernel = launch(
+        launcher.kernel,
+        launcher.programs,
+        *tensors,
+        *launcher.numbers,
+        **launcher.constexprs,
+        num_warps=launcher.num_warps,
+    )
+    if known and compiled is None and not elsewhere:
+        names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
+        launcher.compiled[device, odd] = _Compiled(
+            run=kernel.run,
+            function=kernel.function,
+            metadata=kernel.packed_metadata,
+            missing=tensors.count(None),
+            rest=(*launcher.numbers, *(launcher.constexprs[name] for name in names)),
+        )
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    """Triton's settings at run time, and its driver."""
+    import triton
+    from triton.runtime import driver  # type: ignore[import-untyped]
+
+    return triton.knobs.runtime, driver.active
+
+
+@functools.cache
+def _launchers_known(kernel: Any) -> bool:
+    """Whether this triton's compiled kernels are run as ``start`` runs them."""
+    import triton
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return isinstance(kernel, JITFunction) and (3, 6) <= version <= (3, 9) and not kernel.pre_run_hooks
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **kwargs: Any) -> Any:
     """No product and sum may become one FMA: it would round once."""
     if (record := _recording.get()) is not None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         record.launches.append(Launch(kernel, programs, arguments, num_warps))
-        return
-    kernel[(programs,)](*args, **kwargs, num_warps=num_warps, enable_fp_fusion=False)
+        return None
+    return kernel[(programs,)](*args, **kwargs, num_warps=num_warps, enable_fp_fusion=False)
+
+
+MULTIPROCESSORS = {(8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 188}
+"""Of L40S, H100 SXM, B200 and RTX PRO 6000: for launches that are recorded."""
+
+
+def programs(blocks: int, num_warps: int, device: torch.device) -> int:
+    """How many programs share the blocks of a matrix: what fills a GPU, at most, so that each has many of a large one.
+
+    In the interpreter three, so that a program has several.
+    """
+    if device.type == "cuda" and _recording.get() is None:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        multiprocessors = MULTIPROCESSORS.get(capability(device), 0)
+    return min(blocks, multiprocessors * (64 // num_warps) or 3)
 
 
 def blocks_of(x: Tensor, tile: Tile, transform: Hadamard | None) -> Blocks:

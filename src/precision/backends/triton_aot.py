@@ -23,7 +23,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from precision.backends.triton import PASSES, Launch, hadamard, quantize_both, quantize_fused, swizzled, tile_amax
+from precision.backends.triton import (
+    PASSES,
+    Launch,
+    hadamard,
+    prepare_fused,
+    quantize_both,
+    quantize_fused,
+    scaled_output,
+    swizzled,
+    tile_amax,
+)
 from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, quantize_gradients
 from precision.backends.triton_gemm import product
 from precision.formats import E2M1, E4M3, E5M2
@@ -38,9 +48,12 @@ ARCHITECTURES = (89, 90, 100, 120)
 """Ada, Hopper, data-centre Blackwell, workstation Blackwell."""
 
 WRITTEN = {
-    "amax_kernel": {"out": False},
-    "quantize_kernel": {"codes": False, "scales": False, "tensor_scale": False},
-    "quantize_both_kernel": dict.fromkeys(("codes", "scales", "codes_t", "scales_t"), False),
+    "amax_kernel": {"out": False, "out_t": False},
+    "quantize_kernel": {"codes": False, "scales": False, "tensor_scale": False, "note": True},
+    "quantize_both_kernel": {
+        **dict.fromkeys(("codes", "scales", "codes_t", "scales_t", "tensor_scale"), False),
+        "note": True,
+    },
     "hadamard_kernel": {"out": False},
     "swizzle_kernel": {"out": False},
     "values_kernel": {"out": False},
@@ -140,7 +153,12 @@ def cases() -> dict[str, Callable[[], object]]:
     x = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
     key = torch.empty(2, dtype=torch.int32, device="meta")
     noise = Noise(key=key, row_offset=torch.empty((), dtype=torch.int64, device="meta"))
-    columns = replace(noise, transposed=True)
+    columns = Noise(key=key, row_offset=noise.row_offset, transposed=True)
+    count = torch.empty((), dtype=torch.int64, device="meta")
+
+    def parts(transposed: bool) -> Noise:
+        return Noise.of(base=key, step=count, first_sample=count, rows_of_a_sample=4096, transposed=transposed)
+
     fp8, e5m2 = OperandSpec(format=E4M3), OperandSpec(format=E5M2)
     row = replace(fp8, tile=Tile(1, -1), scale=Fp32(pow2=True, eps=1e-12))
     block = replace(fp8, tile=Tile(1, 128), scale=Fp32(pow2=True, input_max=True))
@@ -164,6 +182,15 @@ def cases() -> dict[str, Callable[[], object]]:
         "mxfp8, columns": lambda: quantize_fused(x.mT, mxfp8),
         "mxfp8, rows and columns": lambda: quantize_both(x, mxfp8),
         "fp8 1x128, rows and columns": lambda: quantize_both(x, block),
+        "fp8 tensor, rows and columns": lambda: quantize_both(x, fp8),
+        "fp8 tensor, rows and columns, amax given and noted": lambda: quantize_both(x, fp8, amax=top, note=top),
+        "fp8 row, rows and columns": lambda: quantize_both(x, row),
+        "fp8 tensor, amax given and noted": lambda: quantize_fused(x, fp8, amax=top, note=top),
+        "mxfp8, as bf16": lambda: prepare_fused(x, mxfp8),
+        "mxfp8, rows and columns, as bf16": lambda: quantize_both(x, mxfp8, values=True),
+        "nvfp4, sr, rows and columns, as bf16, amax given": lambda: quantize_both(
+            x, gradient, amax=top, noise=(parts(False), parts(True)), values=True
+        ),
         "mxfp4, columns, hadamard32, sr": lambda: quantize_fused(x.mT, mxfp4, noise=columns, transform=seeded),
         "nvfp4": lambda: quantize_fused(x, nvfp4),
         "nvfp4 16x16": lambda: quantize_fused(x, replace(nvfp4, tile=Tile(16, 16))),
@@ -189,13 +216,14 @@ def cases() -> dict[str, Callable[[], object]]:
         "gemm mxfp8": lambda: product(_codes(mxfp8), _codes(mxfp8)),
         "gemm nvfp4": lambda: product(_codes(nvfp4), _codes(nvfp4)),
         "mxfp8 to bf16": lambda: PASSES.values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
+        "output of two factors": lambda: scaled_output(x.float(), (top, top), None, torch.bfloat16),
         "nvfp4 to bf16": lambda: PASSES.values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
     }
     return made
 
 
 def _adamw(tile: Tile | None) -> None:
-    """FP32 weights and a BF16 gradient; moments in E4M3, or FP32."""
+    """FP32 weights and a BF16 gradient; moments in E4M3 under a gate, or FP32."""
     step = Step(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, t=1)
     grad = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
     w = State(values=torch.empty(8192, 8192, device="meta"))
@@ -206,7 +234,8 @@ def _adamw(tile: Tile | None) -> None:
         return
     spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
     m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
-    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step) if m.whole else None)
+    gate = torch.empty(2, device="meta")
+    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step, gate=gate) if m.whole else None, gate=gate)
 
 
 def _factors(spec: OperandSpec) -> Tensor:

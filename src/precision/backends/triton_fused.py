@@ -14,10 +14,12 @@ from torch import Tensor
 from precision.backends.triton import (
     ROUNDINGS,
     Blocks,
+    Room,
     blocks_of,
+    constants,
     hardware,
     launch,
-    output,
+    noise_parts,
     rule_of,
     runs_on,
     signs_of,
@@ -103,10 +105,10 @@ class Step:
         return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
 
 
-def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step) -> Tensor:
+def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
     """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
     tops = torch.zeros(3, dtype=torch.int32, device=grad.device)
-    _adamw(grad, m, v, w, None, step, tops, 0, amax_only=True)
+    _adamw(grad, m, v, w, None, step, tops, 0, gate, amax_only=True)
     return tops.view(torch.float32)
 
 
@@ -120,6 +122,7 @@ def adamw(
     weight: Tensor | None = None,
     amaxes: Tensor | None = None,
     row_offset: Tensor | int = 0,
+    gate: Tensor | None = None,
 ) -> None:
     """One update of a parameter [rows, cols], in place, in one read and one write of everything.
 
@@ -128,9 +131,10 @@ def adamw(
         weight: the parameter, where ``w`` is kept beside it; else None.
         amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
         row_offset: index of the first row in the whole parameter, for rounding noise.
+        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
     """
     assert amaxes is not None or not any(state.whole for state in (m, v, w)), "a scale of the tensor wants its amax"
-    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, amax_only=False)
+    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, gate, amax_only=False)
 
 
 def _adamw(
@@ -142,6 +146,7 @@ def _adamw(
     step: Step,
     amaxes: Tensor | None,
     row_offset: Tensor | int,
+    gate: Tensor | None,
     *,
     amax_only: bool,
 ) -> None:
@@ -169,6 +174,7 @@ def _adamw(
         amaxes,
         *keys,
         offset,
+        gate,
         rows,
         cols,
         **step.scalars(),
@@ -241,32 +247,35 @@ def quantize_gradients(
         given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
     elif levels and amaxes is None and not cut.fused:
         given = gradient_amaxes(gradients, spec.tile, transform)
-    gate, up = (
-        output(
-            spec,
-            dh.shape,
-            dh.device,
-            dh.dtype,
-            cut=cut,
-            amax=given[which],
-            tensor_amax=tops[which],
-            noise=None if noises is None else noises[which],
-        )
-        for which in range(2)
-    )
+    room = Room(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False)
+    outputs = [room.make() for _ in range(2)]
+    parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
+    pointers: list[Tensor | None] = []
+    for (codes, scales, tensor_scale), tiles, tensor, part in zip(outputs, given, tops, parts, strict=True):
+        of_tiles, of_tensor = (None, tiles) if spec.tile == TENSOR else (tiles, tensor)
+        known = [None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor)]
+        pointers += [codes, scales, *known, tensor_scale, None if part is None else part.key]
+    shared = parts[0]
     launch(
         swiglu_backward_kernel,
         cut.programs(*dh.shape),
         *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
-        *(*gate.pointers[:6], *up.pointers[:6], gate.row_offset),
-        *(*dh.shape, *dh.stride(), *gate.sizes[2:]),
+        *pointers,
+        *((None, None) if shared is None else (shared.step, shared.first)),
+        *(*dh.shape, *dh.stride(), room.codes[1], *room.grid, 1 if shared is None else shared.rows_of_a_sample),
         ALONG=gradients.along if gradients.d is not None else -1,
+        **constants(spec, dh.dtype, dh.device),
         TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
+        GIVEN=given[0] is not None,
+        PARTS=1,
+        **cut.constexprs,
         HADAMARD=transform.size if transform is not None else 0,
-        **gate.constexprs,
         num_warps=2 * cut.num_warps,
     )
-    return gate.quantized, up.quantized
+    dgate, dup = (room.filled(*made) for made in outputs)
+    assert isinstance(dgate, Quantized)
+    assert isinstance(dup, Quantized)
+    return dgate, dup
 
 
 def _cut(gradients: Gradients, tile: Tile, transform: Hadamard | None) -> Blocks:

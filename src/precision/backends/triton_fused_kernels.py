@@ -29,6 +29,7 @@ from precision.backends.triton_kernels import (
     _inlined,
     _rounded,
     _scales,
+    _tensor_scales,
     _tile_amax,
     _tile_places,
     _uniform,
@@ -98,7 +99,7 @@ def _keep(value, state, scales, amax, key, row_offset, r, c, rows, cols, K: tl.c
     C: tl.constexpr = value.shape[1]
     uniform = value
     if K.rounding == STOCHASTIC:
-        uniform = _uniform(r, c, key, row_offset)
+        uniform = _uniform(r, c, key, None, row_offset, 1)
     if K.kind == KEPT_FP32:
         tl.store(state + place, value, mask=mask)
         result = value
@@ -129,7 +130,7 @@ def _keep(value, state, scales, amax, key, row_offset, r, c, rows, cols, K: tl.c
 @triton.jit
 def adamw_kernel(
     grad, m, m_scales, m_new, v, v_scales, v_new, w, w_scales, w_new, weight, amaxes, m_key, v_key, w_key, row_offset,
-    rows, cols, lerp, beta2, square, correction, eps, step, decay,
+    gate, rows, cols, lerp, beta2, square, correction, eps, step, decay,
     M: tl.constexpr, V: tl.constexpr, W: tl.constexpr, AMAX_ONLY: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -141,14 +142,22 @@ def adamw_kernel(
     ``amaxes`` FP32 [3]: of the new m, v and w over all ranks, read for states under one scale; with AMAX_ONLY they are
     what is made, as bits, and nothing else is written. ``weight``: the parameter, where w is kept beside it, or None.
     New scales go to ``m_new`` and so on: those of blocks may be the old ones' place, that of a tensor, which other
-    programs have yet to read, may not.
+    programs have yet to read, may not. ``gate`` FP32 [2] or None: what g is multiplied by, rounded as g is, and 0 where
+    nothing is to be written.
     """
+    if gate is not None:
+        applied = tl.load(gate + 1)
+        if applied == 0.0:
+            return
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     place, mask = r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
-    g = _widened(tl.load(grad + place, mask=mask, other=0.0))
+    loaded = tl.load(grad + place, mask=mask, other=0.0)
+    g = _widened(loaded)
+    if gate is not None:
+        g = _rounded(g * tl.load(gate), loaded, HARDWARE)
     new_m = _kept_values(m, m_scales, r, c, rows, cols, M)
     new_v = _kept_values(v, v_scales, r, c, rows, cols, V)
     new_w = _kept_values(w, w_scales, r, c, rows, cols, W) * decay
@@ -226,14 +235,21 @@ def swiglu_backward_kernel(
     dh, gate, up, d, signs,
     gate_codes, gate_scales, gate_amax, gate_tensor_amax, gate_tensor_scale, gate_key,
     up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key,
-    row_offset, rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    step, first, rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of the gradients of gate and up, in one read: arguments as in ``quantize_kernel``, twice."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
+    gate_whole, gate_decode = _tensor_scales(
+        gate_tensor_amax, gate_scales, gate_tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE
+    )  # fmt: skip
+    up_whole, up_decode = _tensor_scales(
+        up_tensor_amax, up_scales, up_tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE
+    )  # fmt: skip
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -241,14 +257,14 @@ def swiglu_backward_kernel(
         dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
     )  # fmt: skip
     _emit(
-        dgate, gate_codes, gate_scales, gate_amax, gate_tensor_amax, gate_tensor_scale, gate_key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        dgate, gate_whole, gate_decode, gate_codes, gate_scales, gate_amax, gate_key, step, first,
+        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
         HARDWARE, E2M1_HARDWARE,
     )  # fmt: skip
     _emit(
-        dup, up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        dup, up_whole, up_decode, up_codes, up_scales, up_amax, up_key, step, first,
+        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
         HARDWARE, E2M1_HARDWARE,
     )  # fmt: skip

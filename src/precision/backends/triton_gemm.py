@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precision.backends.triton import Triton, capability, interpreted, launch
+from precision.backends.triton import Triton, capability, interpreted, launch, version
 from precision.formats import E2M1, E4M3, E5M2, pack4, unpack4
+from precision.noise import Noise
 from precision.quantize import Prepared, Quantized
 from precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec
+from precision.spec import GemmSpec, OperandSpec, Transform
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -33,7 +34,26 @@ class TritonDot(Triton):
         kinds = (_kind(gemm.a), _kind(gemm.b))
         if None in kinds or kinds[0] != kinds[1]:
             return f"no narrow product of {gemm.a} x {gemm.b}"
-        return super().why_not(gemm, shape, device)
+        if reason := super().why_not(gemm, shape, device):
+            return reason
+        if kinds[0] == "nvfp4" and (0, 0) < capability(device) < (10, 0) and version() < (3, 8):
+            return "triton before 3.8 does not compile products of blocks with E4M3 scales for GPUs before Blackwell"
+        return None
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+        note: Tensor | None = None,
+    ) -> Quantized | Prepared:
+        # Its products read codes.
+        return super().prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note)
 
     def gemm(
         self,

@@ -26,6 +26,7 @@ from precision.formats import NumberFormat
 NEAREST, STOCHASTIC, TRUNCATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 UNIT, FP32, FP32_DECODE, POWER, TWO_LEVEL = (tl.constexpr(kind) for kind in range(5))
 FLOOR, CEIL, EVEN, RCEIL = (tl.constexpr(mode) for mode in range(4))
+SCALED_VALUES = tl.constexpr(2)
 E4M3, E5M2, E2M1 = (tl.constexpr(kind) for kind in (1, 2, 3))
 INF_BITS = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -119,11 +120,27 @@ def _fmix32(h):
 
 
 @_inlined
-def _uniform(row, col, key, row_offset):
-    """precision.noise at places row x col (int32, broadcast against each other), counted from ``row_offset``."""
+def _words(key, step):
+    """The two words of a noise's key: those at ``key``, or with a step (int64), what it makes of them."""
     key0 = tl.load(key).to(tl.uint32, bitcast=True)
     key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    place = row.to(tl.int64) + tl.load(row_offset)
+    if step is not None:
+        number = tl.load(step)
+        low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
+        key0, key1 = _fmix32(_fmix32(key0 ^ low) + high), _fmix32(_fmix32(key1 ^ low) + high)
+    return key0, key1
+
+
+@_inlined
+def _uniform(row, col, key, step, first, rows_of_a_sample):
+    """precision.noise at places row x col (int32, broadcast against each other), of ``Noise.of``'s parts.
+
+    ``first`` int64: rows are counted from first * rows_of_a_sample; None: from 0.
+    """
+    key0, key1 = _words(key, step)
+    place = row.to(tl.int64)
+    if first is not None:
+        place = place + tl.load(first) * rows_of_a_sample
     row_hash = _fmix32(_fmix32((place & 0xFFFFFFFF).to(tl.uint32) ^ key0) + (place >> 32).to(tl.uint32))
     element = _fmix32((row_hash + col.to(tl.uint32) * 0x9E3779B9) ^ key1)
     return (element >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
@@ -314,34 +331,54 @@ def _hadamard(wide, x, col, cols, signs, SIZE: tl.constexpr, HARDWARE: tl.conste
     """precision.transforms.Hadamard along the columns of a block [R, C] in FP32, rounded to the dtype of x; a ragged
     last group stays as it is.
 
-    One stage takes bit 0 of an element's place in its group and puts it on top; after all of them, the order of the
-    places is the old one.
+    A stage pairs elements 1, 2, 4 ... apart. An element learns its partner's bits from the sum of both, as integers:
+    the compiler reduces over a dimension of two within a thread for nothing, between threads of a warp by shuffles,
+    where splitting and joining the pairs would move the block through shared memory at every stage.
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
-    y = wide * tl.load(signs + col % SIZE)
-    y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
+    y = wide * tl.load(signs + tl.arange(0, C)[None, :] % SIZE)
     for stage in tl.static_range(7):
         if 2**stage < SIZE:
-            u, v = tl.split(y)
-            y = tl.permute(tl.join(u + v, u - v), [0, 1, 3, 2])
-            y = tl.reshape(y, [R, C // SIZE, SIZE // 2, 2])
-    y = _rounded(tl.reshape(y, [R, C]) * (1.0 / SIZE**0.5), x, HARDWARE)
+            bits = _bits(y)
+            pairs = tl.reshape(bits, [R, C // 2 ** (stage + 1), 2, 2**stage])
+            sums = tl.broadcast_to(tl.sum(pairs, 2, keep_dims=True), [R, C // 2 ** (stage + 1), 2, 2**stage])
+            partner = _float(tl.reshape(sums, [R, C]) - bits)
+            y = _float(bits ^ ((tl.arange(0, C)[None, :] >> stage) << 31)) + partner
+    y = _rounded(y * (1.0 / SIZE**0.5), x, HARDWARE)
     return tl.where(col < cols // SIZE * SIZE, y, wide)
 
 
 @_inlined
+def _places(block_r, block_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows [BLOCK_R, 1] and columns [1, BLOCK_C] of a block."""
+    return (
+        block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None],
+        block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :],
+    )
+
+
+@_inlined
+def _at(pointer, block_r, block_c, stride_r, stride_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers to a block of a matrix: within it by 32 bits, which are half the registers of 64."""
+    first = (block_r.to(tl.int64) * BLOCK_R) * stride_r + (block_c.to(tl.int64) * BLOCK_C) * stride_c
+    return (pointer + first) + (tl.arange(0, BLOCK_R)[:, None] * stride_r + tl.arange(0, BLOCK_C)[None, :] * stride_c)
+
+
+@_inlined
 def _block(
-    x, up, d, signs, r, c, rows, cols, stride_r, stride_c,
-    ALONG: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+    ALONG: tl.constexpr, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """A block of the matrix in FP32, transformed; zeros outside. With ``up``, that of precision.swiglu.Hidden."""
-    place, mask = r.to(tl.int64) * stride_r + c.to(tl.int64) * stride_c, (r < rows) & (c < cols)
-    loaded = tl.load(x + place, mask=mask, other=0.0)
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    mask = (r < rows) & (c < cols)
+    loaded = tl.load(_at(x, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
     y = _widened(loaded)
     if up is not None:
+        beside = tl.load(_at(up, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
         silu = tl.math.div_rn(y, 1.0 + _exp(-y))
-        y = _rounded(silu * _widened(tl.load(up + place, mask=mask, other=0.0)), loaded, HARDWARE)
+        y = _rounded(silu * _widened(beside), loaded, HARDWARE)
         y = _divided(y, loaded, d, r, c, rows, cols, ALONG, HARDWARE)
     return _hadamard(y, loaded, c, cols, signs, HADAMARD, HARDWARE) if HADAMARD else y
 
@@ -371,68 +408,156 @@ def _tile_places(first, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.const
     return place * 0 if WHOLE else first + place
 
 
+@_inlined
+def _top(amaxes, PARTS: tl.constexpr):
+    """The largest of PARTS amaxes, FP32 [1]: compared as integers, a NaN is larger than everything."""
+    return _float(tl.max(_bits(tl.load(amaxes + tl.arange(0, PARTS))), 0, keep_dims=True))
+
+
+@_inlined
+def _largest(bits):
+    """Of a block of bits, as a scalar."""
+    return tl.max(tl.max(bits, 1), 0)
+
+
 @triton.jit
 def amax_kernel(
-    x, up, d, out, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    x, up, d, out, out_t, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
+    ALONG: tl.constexpr, PARTS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr,
+    WHOLE_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Amaxes of tiles of what ``quantize_kernel`` reads, as bits: out int32 [grid_rows, grid_cols].
+    """Amaxes of tiles of what ``quantize_kernel`` reads: out, their bits, int32 [grid_rows, grid_cols].
 
-    Zeros before, where a tile has many blocks.
+    Where a tile has many blocks, over what stands there (zeros); with PARTS, the amax of the whole matrix in as many
+    parts as there are programs: FP32. ``out_t`` int32 [cols], or None: those of columns beside, over zeros.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
-    top = _tile_amax(y, TALL, WIDE)
-    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-    mask = (i < grid_rows) & (j < grid_cols)
-    if WHOLE_R or WHOLE_C:
-        tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
+    most = tl.program_id(0) * 0
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        y = _block(
+            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+        )  # fmt: skip
+        if WHOLE_R and WHOLE_C:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        else:
+            top = _tile_amax(y, TALL, WIDE)
+            i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+            j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+            mask = (i < grid_rows) & (j < grid_cols)
+            if WHOLE_R or WHOLE_C:
+                tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
+            else:
+                tl.store(out + i * grid_cols + j, top, mask=mask)
+            if out_t is not None:
+                _, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+                tl.atomic_max(out_t + c, _tile_amax(y, BLOCK_R, 1), mask=c < cols, sem="relaxed")
+    if WHOLE_R and WHOLE_C:
+        if PARTS:
+            tl.store(out + tl.program_id(0), _float(most))
+        else:
+            tl.atomic_max(out, most, sem="relaxed")
+
+
+@_inlined
+def _decoded(stored, R: tl.constexpr):
+    """The FP32 decode scales of what ``_scales`` stores."""
+    if R.kind == POWER:
+        decode = tl.where(stored == 255, float("nan"), _power(254 - stored))
+    elif R.kind == TWO_LEVEL:
+        block: tl.constexpr = R.block
+        decode = _value(stored, block)
     else:
-        tl.store(out + i * grid_cols + j, top, mask=mask)
+        decode = stored
+    return decode
+
+
+@_inlined
+def _tensor_scales(
+    amaxes, scales, tensor_scale, R: tl.constexpr, GIVEN: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """What is the same for every block: encode and decode scale (FP32 [1]) of the tensor, or of a rule's tensor level.
+
+    The first program writes what is stored of it. ``amaxes``: PARTS, whose largest is the tensor's.
+    """
+    encode = tl.full([1], 1.0, tl.float32)
+    decode = encode
+    if R.kind == TWO_LEVEL:
+        encode, decode = _tensor_level(_top(amaxes, PARTS), R)
+        if tl.program_id(0) == 0:
+            tl.store(tensor_scale + tl.arange(0, 1), decode)
+    elif WHOLE_R and WHOLE_C and (GIVEN or R.kind == UNIT):
+        if R.kind != UNIT:
+            encode = _top(amaxes, PARTS)
+        encode, stored = _scales(encode, encode, R, HARDWARE)
+        if scales is not None:  # noqa: SIM102 - known when compiled
+            if tl.program_id(0) == 0:
+                tl.store(scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty))
+        decode = _decoded(stored, R)
+    return encode, decode
+
+
+@_inlined
+def _bf16_bits(value):
+    """FP32 as the bits of BF16 (int16), to nearest even; stored as such, since the interpreter narrows otherwise."""
+    bits = _bits(value)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16)
 
 
 @_inlined
 def _emit(
-    y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-    block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
+    y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
+    grid_rows, grid_cols, rows_of_a_sample,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
+    VALUES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes and scales of a block y in FP32; arguments as in ``quantize_kernel``."""
-    i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-    j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-    inside = (i < grid_rows) & (j < grid_cols)
-    if R.kind == UNIT:
-        amax = tl.zeros([BLOCK_R // TALL, BLOCK_C // WIDE], tl.float32)
-    elif GIVEN:
-        amax = tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0.0)
+    """Write the codes and scales of a block y in FP32, or its VALUES; arguments as in ``quantize_kernel``.
+
+    ``whole`` and ``whole_decode``: of ``_tensor_scales``.
+    """
+    ONE: tl.constexpr = R.kind == UNIT or (WHOLE_R and WHOLE_C and GIVEN)  # scale, and it is known
+    if ONE:
+        if R.kind != UNIT:
+            y = y * whole[:, None]
     else:
-        amax = _float(_tile_amax(y, TALL, WIDE))
-    s = amax
-    if R.kind == TWO_LEVEL:
-        s, t = _tensor_level(tl.load(tensor_amax + tl.arange(0, 1)), R)
-        if tl.program_id(0) == 0:
-            tl.store(tensor_scale + tl.arange(0, 1), t)
-        s = s[:, None]
-    encode, stored = _scales(amax, s, R, HARDWARE)
-    first = inside
-    if WHOLE_R:
-        first = first & (i + block_r < 1)
-    if WHOLE_C:
-        first = first & (j + block_c < 1)
-    tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=first)
-    if R.kind != UNIT:
+        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+        inside = (i < grid_rows) & (j < grid_cols)
+        if GIVEN:
+            amax = _float(_bits(tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0)))
+        else:
+            amax = _float(_tile_amax(y, TALL, WIDE))
+        encode, stored = _scales(amax, whole[:, None], R, HARDWARE)
+        if scales is not None:
+            mask = inside
+            if WHOLE_R:
+                mask = mask & (i + block_r < 1)
+            if WHOLE_C:
+                mask = mask & (j + block_c < 1)
+            tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=mask)
         y = y * _each(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
-    uniform = y
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    mask, uniform = (r < rows) & (c < cols), y
     if ROUNDING == STOCHASTIC:
-        uniform = _uniform(c, r, key, row_offset) if TRANSPOSED_NOISE else _uniform(r, c, key, row_offset)
-    if F.bits == 4:
+        if TRANSPOSED_NOISE:
+            uniform = _uniform(c, r, key, step, first, rows_of_a_sample)
+        else:
+            uniform = _uniform(r, c, key, step, first, rows_of_a_sample)
+    if VALUES:
+        value = _value(_codes(y, uniform, F, ROUNDING, HARDWARE) & ((1 << F.bits) - 1), F)
+        if VALUES == SCALED_VALUES:
+            if ONE:
+                value = value * whole_decode[:, None]
+            else:
+                value = value * _each(_decoded(stored, R), BLOCK_R, BLOCK_C, TALL, WIDE)
+        bits = codes.to(tl.pointer_type(tl.int16))
+        tl.store(_at(bits, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), _bf16_bits(value), mask=mask)
+    elif F.bits == 4:
         half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
         if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
             low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [BLOCK_R, BLOCK_C // 2, 2]))
@@ -441,19 +566,19 @@ def _emit(
             code = tl.where(c < cols, _codes(y, uniform, F, ROUNDING, HARDWARE), 0)
             low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
             packed = low | (high << 4)
-        place = codes + r.to(tl.int64) * bytes_c + half
+        place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
         tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
     else:
         code = _codes(y, uniform, F, ROUNDING, HARDWARE)
-        tl.store(codes + r.to(tl.int64) * bytes_c + c, code.to(tl.uint8), mask=(r < rows) & (c < cols))
+        tl.store(_at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def quantize_kernel(
-    x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, signs, key, row_offset,
-    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols,
+    x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, note, signs, key, step, first,
+    rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
@@ -461,49 +586,74 @@ def quantize_kernel(
     """Codes and scales of x in one read and one write; with ``up``, of silu(x) * up / d (precision.swiglu.Hidden).
 
     ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
-    must lie in it as a whole. ``tensor_amax`` FP32 [1] is read, and ``tensor_scale`` FP32 [1] written, by a two-level
-    rule. ``scales``: FP32, or uint8 codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte.
+    must lie in it as a whole. ``tensor_amax``, FP32 [PARTS], whose largest is the amax, is read instead where the tile
+    is the tensor, and always by a two-level rule, which writes ``tensor_scale`` FP32 [1]. ``scales``: FP32, or uint8
+    codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with VALUES BF16 [rows, cols],
+    of code values (1) or times their tile's scale (2), and ``scales`` is written for a tensor's, or None. ``note`` FP32
+    [1]: becomes the amax of x if that is larger. ``key``, ``step``, ``first``: as in ``_uniform``.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
-    _emit(
-        y, codes, scales, tile_amax, tensor_amax, tensor_scale, key, row_offset,
-        block_r, block_c, r, c, rows, cols, bytes_c, grid_rows, grid_cols,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
-        HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
+    whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
+    most = tl.program_id(0) * 0
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        y = _block(
+            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+        )  # fmt: skip
+        if note is not None:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        _emit(
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
+            grid_rows, grid_cols, rows_of_a_sample,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+    if note is not None:
+        tl.atomic_max(note.to(tl.pointer_type(tl.int32)), most, sem="relaxed")
 
 
 @triton.jit
 def quantize_both_kernel(
-    x, up, d, codes, scales, codes_t, scales_t, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
+    x, up, d, codes, scales, codes_t, scales_t, tile_amax, tile_amax_t, tensor_amax, tensor_scale, note,
+    key, key_t, step, first, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r, rows_of_a_sample,
+    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of x in tiles of 1 x WIDE, and of its transpose, in one read; x as in ``quantize_kernel``.
+    """What ``quantize_kernel`` makes of x and of its transpose, in one read: tiles of 1 x WIDE, rows, or the tensor.
 
-    ``codes``: uint8 [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: uint8 [cols, bytes_r], ``scales_t`` [cols,
-    grid_r].
+    ``codes``: [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: [cols, bytes_r], ``scales_t`` [cols, grid_r];
+    that of the tensor is one for both. ``key_t`` is that of the transpose's noise, whose
+    rows are the columns of the transpose; TRANSPOSED_NOISE: x's own rows are columns of what is counted, and its
+    transpose's are not.
     """
+    TALL: tl.constexpr = BLOCK if WHOLE_R else 1
     blocks_c = tl.cdiv(cols, BLOCK)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    first_r, first_c = block_r * BLOCK, block_c * BLOCK
-    r, c = first_r + tl.arange(0, BLOCK)[:, None], first_c + tl.arange(0, BLOCK)[None, :]
-    y = _block(x, up, d, None, r, c, rows, cols, stride_r, stride_c, ALONG, 0, HARDWARE)
-    _emit(
-        y, codes, scales, None, None, None, None, None,
-        block_r, block_c, r, c, rows, cols, bytes_c, rows, grid_c,
-        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
-    r, c = first_c + tl.arange(0, BLOCK)[:, None], first_r + tl.arange(0, BLOCK)[None, :]
-    _emit(
-        tl.trans(y), codes_t, scales_t, None, None, None, None, None,
-        block_c, block_r, r, c, cols, rows, bytes_r, cols, grid_r,
-        F, R, ROUNDING, False, False, 1, WIDE, False, False, BLOCK, BLOCK, HARDWARE, E2M1_HARDWARE,
-    )  # fmt: skip
+    whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
+    most = tl.program_id(0) * 0
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK) * blocks_c, tl.num_programs(0), disable_licm=True):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        y = _block(
+            x, up, d, None, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, 0, BLOCK, BLOCK, HARDWARE
+        )  # fmt: skip
+        if note is not None:
+            most = tl.maximum(most, _largest(_bits(y) & MAGNITUDE))
+        _emit(
+            y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
+            rows, grid_c, rows_of_a_sample,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+        _emit(
+            tl.trans(y), whole, whole_decode, codes_t, scales_t, tile_amax_t, key_t, step, first, block_c, block_r,
+            cols, rows, bytes_r, cols, grid_r, rows_of_a_sample,
+            F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            HARDWARE, E2M1_HARDWARE,
+        )  # fmt: skip
+    if note is not None:
+        tl.atomic_max(note.to(tl.pointer_type(tl.int32)), most, sem="relaxed")
 
 
 @triton.jit
@@ -514,10 +664,12 @@ def hadamard_kernel(
     """out [rows, cols], contiguous: the transform of x in its dtype; for BF16 its bits as int16."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    y = _block(x, None, None, signs, r, c, rows, cols, stride_r, stride_c, -1, HADAMARD, HARDWARE)
-    place, mask = out + r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
+    r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+    y = _block(
+        x, None, None, signs, block_r, block_c, rows, cols, stride_r, stride_c,
+        -1, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
+    )  # fmt: skip
+    place, mask = _at(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), (r < rows) & (c < cols)
     if out.dtype.element_ty == tl.int16:
         tl.store(place, (_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16
     else:
@@ -554,36 +706,37 @@ def _packed_e2m1(low, high):
 @triton.jit
 def values_kernel(
     codes, factors, out, rows, cols, bytes_c, grid_rows, grid_cols,
-    F: tl.constexpr, SCALED: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SCALED: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Code value * factor of its tile (FP32 [grid_rows, grid_cols], read if SCALED).
+    """Code value * factor of its tile ([grid_rows, grid_cols], read if SCALED): FP32, or the scale codes of rule R.
 
-    out [rows, cols]: FP32; or BF16, whose bits are stored as int16.
+    out [rows, cols]: FP32 or BF16.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
-    block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (r < rows) & (c < cols)
-    if F.bits == 4:
-        half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-        place = codes + r.to(tl.int64) * bytes_c + half
-        packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
-        code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
-    else:
-        code = tl.load(codes + r.to(tl.int64) * bytes_c + c, mask=mask, other=0).to(tl.int32)
-    value = _value(code & ((1 << F.bits) - 1), F)
-    if SCALED:
-        i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
-        j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
-        factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0.0)
-        value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
-    place = out + r.to(tl.int64) * cols + c
-    if out.dtype.element_ty == tl.int16:
-        bits = _bits(value)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(place, tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FC0, up).to(tl.int16), mask=mask)
-    else:
-        tl.store(place, value, mask=mask)
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+        block_r, block_c = block // blocks_c, block % blocks_c
+        r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
+        mask = (r < rows) & (c < cols)
+        if F.bits == 4:
+            half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
+            place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
+            packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
+            code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
+        else:
+            place = _at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C)
+            code = tl.load(place, mask=mask, other=0).to(tl.int32)
+        value = _value(code & ((1 << F.bits) - 1), F)
+        if SCALED:
+            i = _tile_places(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, WHOLE_R)[:, None]
+            j = _tile_places(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, WHOLE_C)[None, :]
+            factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0)
+            if factors.dtype.element_ty == tl.uint8:
+                factor = _decoded(factor.to(tl.int32), R)
+            value = value * _each(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
+        if out.dtype.element_ty == tl.bfloat16:
+            bits = out.to(tl.pointer_type(tl.int16))
+            tl.store(_at(bits, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), _bf16_bits(value), mask=mask)
+        else:
+            tl.store(_at(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), value, mask=mask)

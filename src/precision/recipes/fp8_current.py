@@ -15,7 +15,7 @@ from torch import nn
 
 from precision.formats import E4M3, E5M2
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
 from precision.scaling import Fp32
 from precision.spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -25,7 +25,7 @@ def recipe(
     format: str = "hybrid",
     pow2: bool = False,
     eps: float = 0.0,
-    fast_accum: bool = False,
+    fast_accum: bool | str = "auto",
     keep_first: float = 0,
     keep_last: float = 0,
     keep_paths: Sequence[str] = (),
@@ -35,8 +35,9 @@ def recipe(
         format: hybrid (gradients in E5M2) or e4m3 (all in E4M3).
         pow2: round scales down to powers of two.
         eps: floor of amax.
-        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; those of dgrad and
-            wgrad, whose errors add up in the weights, never do (as TransformerEngine and torchao have it).
+        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; auto: on Ada and
+            Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine and
+            torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
@@ -44,7 +45,7 @@ def recipe(
     forward = OperandSpec(format=E4M3, scale=scale)
     dy = OperandSpec(format=one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3}), scale=scale)
     spec = LinearSpec(
-        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_accum),
+        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_sums(fast_accum)),
         dgrad=GemmSpec(a=dy, b=forward),
         wgrad=GemmSpec(a=dy, b=forward),
     )

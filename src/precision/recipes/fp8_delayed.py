@@ -16,7 +16,7 @@ from torch import nn
 from precision.formats import E4M3, E5M2
 from precision.hooks import RollAmax
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
 from precision.scaling import Delayed, Fp32, Reduce
 from precision.spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -28,7 +28,7 @@ def recipe(
     margin: int = 0,
     format: str = "hybrid",
     reduce_amax: bool = True,
-    fast_accum: bool = False,
+    fast_accum: bool | str = "auto",
     keep_first: float = 0,
     keep_last: float = 0,
     keep_paths: Sequence[str] = (),
@@ -40,8 +40,9 @@ def recipe(
         margin: bits of head-room: amax is mapped to the format's maximum times 2^-margin.
         format: hybrid (gradients in E5M2) or e4m3 (all in E4M3).
         reduce_amax: one amax over all ranks.
-        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; those of dgrad and
-            wgrad, whose errors add up in the weights, never do (as TransformerEngine and torchao have it).
+        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; auto: on Ada and
+            Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine and
+            torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
@@ -50,7 +51,7 @@ def recipe(
     gradient = one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3})
     dy = OperandSpec(format=gradient, scale=Fp32(margin=margin), amax=amax)
     spec = LinearSpec(
-        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_accum),
+        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_sums(fast_accum)),
         dgrad=GemmSpec(a=dy, b=forward),
         wgrad=GemmSpec(a=dy, b=forward),
     )

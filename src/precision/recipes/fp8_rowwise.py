@@ -15,7 +15,7 @@ from torch import nn
 
 from precision.formats import E4M3
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep
+from precision.recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep
 from precision.scaling import Fp32, Tile
 from precision.spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -26,7 +26,7 @@ def recipe(
     *,
     pow2: bool = True,
     wgrad_high_precision: bool = False,
-    fast_accum: bool = False,
+    fast_accum: bool | str = "auto",
     keep_first: float = 0,
     keep_last: float = 0,
     keep_paths: Sequence[str] = (),
@@ -36,14 +36,15 @@ def recipe(
         pow2: scales are powers of two; otherwise FP32, and the emulated products are in float32.
         wgrad_high_precision: weight gradients from BF16 operands, and one scale for the weight in dgrad (torchao's
             `rowwise_with_gw_hp`).
-        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; those of dgrad and
-            wgrad, whose errors add up in the weights, never do (as TransformerEngine and torchao have it).
+        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; auto: on Ada and
+            Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine and
+            torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
     scale = Fp32(pow2=pow2, eps=_EPS)
     row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=scale)
-    fprop, both = GemmSpec(a=row, b=row, fast_accum=fast_accum), GemmSpec(a=row, b=row)
+    fprop, both = GemmSpec(a=row, b=row, fast_accum=fast_sums(fast_accum)), GemmSpec(a=row, b=row)
     spec = LinearSpec(fprop=fprop, dgrad=both, wgrad=both)
     if wgrad_high_precision:
         spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))

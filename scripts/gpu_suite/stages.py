@@ -1,0 +1,487 @@
+"""The stages of ``gpu_run.py``: each gives rows, one by one, as soon as they are known.
+
+Rows say ``what`` they are of and then numbers. Without a GPU all run at toy sizes, and a row that cannot says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import gpu_check
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+
+from gpu_suite.bundle import ROOT
+from gpu_suite.clock import timed
+from gpu_suite.results import UNPROVED
+from gpu_suite.runs import corpus_overrides, parity_losses, resumed, torchrun_twice
+from gpu_suite.steps import (
+    PEAK_FLOPS,
+    RandomTokens,
+    Row,
+    build_here,
+    compiled,
+    cuda,
+    device,
+    flops,
+    forget,
+    known,
+    measured,
+    one_line,
+    shape_of,
+    synchronize,
+    within_memory,
+)
+from precision.backends import NATIVE, QUANTIZERS
+from precision.backends.triton import quantize_both, quantize_fused, runs_on
+from precision.formats import E2M1, E4M3, E5M2
+from precision.noise import Noise, base_key, step_key
+from precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
+from precision.spec import GemmSpec, OperandSpec, Rounding
+from precision.transforms import Hadamard
+from trainer import distributed
+from trainer.config import load_config
+from trainer.distributed import World
+from trainer.loop import update_from
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a stage is asked: the size of its model, a folder for its files, the time.time() at which it must end."""
+
+    size: str
+    folder: Path
+    until: float
+
+    def left(self) -> float:
+        return self.until - time.time()
+
+
+def roofs(task: Task) -> Iterator[Row]:
+    """What the rest is held against: bytes read and written by a copy, products of 8192^3."""
+    here, side, size = device(), 8192 if cuda() else 256, (1 << 30) if cuda() else (1 << 20)
+    x, y = (torch.randint(100, (size,), dtype=torch.int8, device=here) for _ in range(2))
+    yield {"what": "copy", "GB/s": 2 * size / timed(partial(y.copy_, x)).ms / 1e6}
+    del x, y
+    a, b = (torch.randn(side, side, device=here).bfloat16() for _ in range(2))
+
+    def rate(call: Callable[[], object]) -> float:
+        return 2 * side**3 / timed(call).ms / 1e9
+
+    yield {"what": f"BF16 {side}^3", "TFLOP/s": rate(lambda: a @ b.mT)}
+    if not cuda():
+        yield {"what": f"FP8 {side}^3", "": UNPROVED}
+        return
+    fa, fb = (x.clamp(-448, 448).to(torch.float8_e4m3fn) for x in (a, b))
+    one, rows = torch.ones((), device=here), torch.ones(side, 1, device=here)
+    for name, scales in {"tensor-wise": (one, one), "row-wise": (rows, rows.mT)}.items():
+        for fast in (True, False):
+            product = partial(torch._scaled_mm, fa, fb.mT, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+            yield _or_error(f"FP8 {name} {side}^3, fast={fast}", lambda product=product: {"TFLOP/s": rate(product)})
+
+
+def _or_error(what: str, row: Callable[[], Row]) -> Row:
+    try:
+        return {"what": what} | row()
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return {"what": what, "error": one_line(error)}
+
+
+#: Name -> overrides and whether blocks are compiled, in the order of worth. ``keep_last=0``: all blocks in four bits.
+STEPS: dict[str, tuple[list[str], bool]] = {
+    "bf16 compiled": (["precision=bf16"], True),
+    "fp8_current compiled": (["precision=fp8_current"], True),
+    "fp8_rowwise compiled": (["precision=fp8_rowwise"], True),
+    "fp8_block compiled": (["precision=fp8_block"], True),
+    "fp8_delayed compiled": (["precision=fp8_delayed"], True),
+    "bf16 eager": (["precision=bf16"], False),
+}
+EMULATED: dict[str, tuple[list[str], bool]] = {
+    "nvfp4 compiled": (["precision=nvfp4", "precision.args.keep_last=0"], True),
+    "mxfp8 compiled": (["precision=mxfp8"], True),
+}
+
+
+def _world(overrides: Sequence[str] = ()) -> World:
+    return distributed.start(load_config(list(overrides)).parallel)
+
+
+def _trained(task: Task, ways: dict[str, tuple[list[str], bool]], world: World) -> Iterator[Row]:
+    longest = 0.0
+    for what, (overrides, compile_) in ways.items():
+        if task.left() < 1.2 * longest:
+            yield {"what": what, "": f"left out: {task.left():.0f} s left"}
+            continue
+        begun = time.time()
+        words = [*overrides, *compiled(compile_)]
+        row = within_memory(
+            what, lambda divide, what=what, words=words: measured(what, task.size, world, words, divide=divide)
+        )
+        yield row | ({"": f"compiled {UNPROVED}"} if compile_ and not cuda() else {})
+        longest = max(longest, time.time() - begun)
+
+
+def _shape_row(task: Task) -> Row:
+    model, sequences, positions = shape_of(task.size)
+    said = f"{model.num_layers} x {model.hidden_size}, ff {model.intermediate_size}, vocabulary {model.vocab_size}"
+    return {"what": f"model {model.name}", "shape": said, "tokens": f"{sequences} x {positions}"}
+
+
+def steps(task: Task) -> Iterator[Row]:
+    """Training steps of BF16 and of the FP8 recipes; last a single block under a vocabulary of 128,256."""
+    yield _shape_row(task)
+    world = _world()
+    yield from _trained(task, STEPS, world)
+    if task.left() > 30:
+        change = {"num_layers": 1, "vocab_size": 128_256 if cuda() else 512}
+        words = ["precision=bf16", *compiled()]
+        what = f"bf16 compiled, 1 block, {change['vocab_size']} words"
+        yield _or_error(what, lambda: measured(what, task.size, world, words, change=change))
+
+
+def emulated(task: Task) -> Iterator[Row]:
+    """Steps of formats that the card does not multiply: values rounded to theirs, products in BF16."""
+    yield from _trained(task, EMULATED, _world())
+
+
+def check(task: Task) -> Iterator[Row]:
+    """Every claim of ``gpu_check.py``: what fails, then how many hold."""
+    counts = {"ok": 0, "FAIL": 0, "-": 0}
+    for row in gpu_check.results([], limit=60.0, until=task.until - 6):
+        counts[row["result"]] += 1
+        yield {"what": row["check"], **row, "detail": row["result"] != "FAIL"}
+    yield {"what": "claims", "hold": counts["ok"], "fail": counts["FAIL"], "not here": counts["-"]}
+
+
+def quantize(task: Task) -> Iterator[Row]:
+    """Kernels that quantize, over matrices that take turns and together are larger than the cache."""
+    here = device()
+    rows, cols = (16384, 2048) if cuda() else (64, 128)
+    xs = [torch.randn(rows, cols, device=here).bfloat16() for _ in range(4)]
+    ys = [torch.empty_like(x) for x in xs]
+    copies = [partial(y.copy_, x) for x, y in zip(xs, ys, strict=True)]
+    bandwidth = 2 * xs[0].nbytes / timed(*copies).ms / 1e6
+    yield {"what": f"copy of BF16 {rows} x {cols}", "GB/s": bandwidth}
+    if not runs_on(here):
+        yield {"what": "kernels", "": UNPROVED}
+        return
+    for what, (kind, call, least) in _kernels(here).items():
+
+        def row(kind: str = kind, call: Callable[[Tensor], object] = call, least: float = least) -> Row:
+            timing = timed(*(partial(call, x) for x in xs))
+            rate = least * rows * cols / timing.ms / 1e6
+            said: Row = {"us": 1e3 * timing.ms, "GB/s": rate, "%copy": round(100 * rate / bandwidth, 1), "kind": kind}
+            return said | ({} if timing.of_device else {"": "host bound" if cuda() else f"interpreted; us {UNPROVED}"})
+
+        yield _or_error(what, row) | {"kind": kind}
+
+
+def _kernels(here: torch.device) -> dict[str, tuple[str, Callable[[Tensor], object], float]]:
+    """Name -> kind of the goal, the call, bytes an element that it must read and write."""
+    zero = torch.zeros((), dtype=torch.int64, device=here)
+    noise = Noise(key=step_key(base_key(1, "x", 2, device=here), zero), row_offset=zero)
+    columns = replace(noise, transposed=True)
+    top = torch.full((), 6.0, device=here)
+    tensor, wide = OperandSpec(format=E4M3), OperandSpec(format=E5M2)
+    row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True))
+    fine = OperandSpec(format=E4M3, tile=Tile(1, 128), scale=Fp32(pow2=True, input_max=True))
+    mx = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
+    nv = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
+    random = replace(nv, rounding=Rounding.STOCHASTIC)
+    one, both, hadamard = "one direction", "both directions", "hadamard"
+    butterfly = {"noise": columns, "transform": Hadamard(size=16)}
+    return {
+        "fp8 tensor, amax given": (one, lambda x: quantize_fused(x, tensor, amax=top), 3),
+        # Scales that need the whole matrix before the first code: it is read twice.
+        "fp8 tensor": (one, lambda x: quantize_fused(x, tensor), 5),
+        "fp8 e5m2 tensor": (one, lambda x: quantize_fused(x, wide), 5),
+        "fp8 row": (one, lambda x: quantize_fused(x, row), 3),
+        "fp8 row, columns": (one, lambda x: quantize_fused(x.mT, row), 3),
+        "fp8 1x128": (one, lambda x: quantize_fused(x, fine), 3.03),
+        "fp8 1x128, both": (both, lambda x: quantize_both(x, fine), 4.06),
+        "mxfp8": (one, lambda x: quantize_fused(x, mx), 3.03),
+        "mxfp8, columns": (one, lambda x: quantize_fused(x.mT, mx), 3.03),
+        "mxfp8, both": (both, lambda x: quantize_both(x, mx), 4.06),
+        "nvfp4": (one, lambda x: quantize_fused(x, nv), 4.56),
+        "nvfp4 sr": (one, lambda x: quantize_fused(x, random, noise=noise), 4.56),
+        "nvfp4 sr, columns, hadamard": (hadamard, lambda x: quantize_fused(x.mT, random, **butterfly), 4.56),
+    }
+
+
+def products(task: Task) -> Iterator[Row]:
+    """GEMMs of a block: BF16, and how many times faster native FP8 is, quantization left out."""
+    model, sequences, positions = shape_of(task.size)
+    here, m, c, f = device(), sequences * positions, model.hidden_size, model.intermediate_size
+    tensor, gradient = OperandSpec(format=E4M3), OperandSpec(format=E5M2)
+    row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True))
+    fine, square = (OperandSpec(format=E4M3, tile=Tile(n, 128), scale=Fp32(input_max=True)) for n in (1, 128))
+    kinds = {"tensor": (tensor, tensor), "e5m2": (gradient, tensor), "row": (row, row), "block": (fine, square)}
+    made = next(q for q in QUANTIZERS if q.why_not(GemmSpec(), (m, c, c), here) is None)
+    for what, (k, n) in {"q, o": (c, c), "gate, up": (c, f), "down": (f, c)}.items():
+        for gemm, (rows, inner, cols) in {"fprop": (m, k, n), "dgrad": (m, n, k), "wgrad": (n, m, k)}.items():
+            a, b = (torch.randn(size, inner, device=here).bfloat16() for size in (rows, cols))
+            bf16 = timed(lambda a=a, b=b: a @ b.mT).ms
+            result: Row = {"what": f"{what} {gemm} {rows}x{inner}x{cols}", "bf16 ms": bf16}
+            result["TFLOP/s"] = 2 * rows * inner * cols / bf16 / 1e9
+            for kind, specs in kinds.items():
+                spec = GemmSpec(a=specs[0], b=specs[1])
+                if NATIVE.why_not(spec, (rows, cols, inner), here) is not None:
+                    result[kind] = "-" if cuda() else UNPROVED
+                    continue
+                try:
+                    left, right = (
+                        made.quantize(x, operand, amax=None, noise=None)
+                        for x, operand in zip((a, b), specs, strict=True)
+                    )
+                    call = partial(NATIVE.gemm, left, right, bias=None, dtype=torch.bfloat16)
+                    result[kind] = f"{bf16 / timed(call).ms:.2f}x"
+                except Exception as error:
+                    traceback.print_exc(file=sys.stderr)
+                    result[kind] = type(error).__name__
+            yield result
+
+
+def peers(task: Task) -> Iterator[Row]:
+    """The same shape in `transformers`, and our model with torchao's linears in place of ours."""
+    yield within_memory("transformers compiled", partial(_transformers, task.size, True))
+    world = _world()
+    for recipe in ("tensorwise", "rowwise"):
+        what = f"torchao {recipe}"
+        if task.left() < 20:
+            yield {"what": what, "": f"left out: {task.left():.0f} s left"}
+            continue
+        yield within_memory(what, partial(_torchao, what, recipe, task.size, world))
+    if task.left() > 25:
+        yield within_memory("transformers eager", partial(_transformers, task.size, False))
+
+
+def _torchao(what: str, recipe: str, size: str, world: World, divide: int) -> Row:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # a peer, carried along
+
+    def convert(model: nn.Module) -> None:
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        # Without FP8 instructions torchao emulates: for the toy's sake alone.
+        convert_to_float8_training(model.layers, config=config if cuda() else replace(config, emulate=True))
+
+    row = measured(what, size, world, ["precision=bf16", *compiled()], convert=convert, divide=divide)
+    return {key: v for key, v in row.items() if key != "native"} | ({} if cuda() else {"": f"compiled {UNPROVED}"})
+
+
+def _transformers(size: str, compiled_: bool, divide: int) -> Row:
+    """AdamW, fused, over float32 weights under BF16 autocast: what our BF16 keeps and computes."""
+    import transformers  # a peer; every other stage starts seconds earlier without it
+
+    ours, sequences, positions = shape_of(size)
+    sequences = max(1, sequences // divide)
+    here, tokens = device(), sequences * positions
+    forget()
+    config = transformers.LlamaConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.hidden_size,
+        intermediate_size=ours.intermediate_size,
+        num_hidden_layers=ours.num_layers,
+        num_attention_heads=ours.num_heads,
+        num_key_value_heads=ours.num_kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    with here:
+        model = transformers.LlamaForCausalLM(config).float().train()
+    call = torch.compile(model) if compiled_ and cuda() else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = RandomTokens(sequences, positions, ours.vocab_size or 0).batch(0, 0).tokens[:, :-1].to(here)
+    losses: list[Tensor] = []
+
+    def some(count: int) -> None:
+        for _ in range(count):
+            with torch.autocast(here.type, torch.bfloat16):
+                loss = call(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        synchronize()
+
+    some(3 if cuda() else 1)
+    count = 6 if cuda() else 2
+    begun = time.perf_counter()
+    some(count)
+    mean = (time.perf_counter() - begun) / count
+    return {
+        "what": f"transformers {'compiled' if compiled_ else 'eager'}",
+        "tok/s": round(tokens / mean),
+        "ms": 1e3 * mean,
+        "MFU%": round(100 * flops(ours, tokens, positions) / mean / PEAK_FLOPS, 1),
+        "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda() else 0.0,
+        "loss": f"{float(losses[0]):.3f}>{float(losses[-1]):.3f}",
+        **({"batch": sequences} if divide > 1 else {}),
+        **({"": f"compiled {UNPROVED}"} if compiled_ and not cuda() else {}),
+    }
+
+
+def parity(task: Task) -> Iterator[Row]:
+    """Ten losses of a small Llama on the CPU and on the GPU: sums of another order, and FP8's own products."""
+    found = parity_losses(task.folder, "fp32", "bf16", "fp8_current", "fp8_delayed", "nvfp4", seconds=task.left() - 6)
+    for recipe, (on_cpu, on_gpu) in found.items():
+        if on_cpu is None:
+            yield {"what": recipe, "error": "did not run on the CPU"}
+        elif on_gpu is None:
+            said = {"error": "did not run on the GPU"} if cuda() else {"": f"against a GPU {UNPROVED}"}
+            yield {"what": recipe, "first": on_cpu[0], "CPU": on_cpu[-1], **said}
+        else:
+            apart = max(abs(a - b) for a, b in zip(on_cpu, on_gpu, strict=True))
+            yield {"what": recipe, "first": on_cpu[0], "CPU": on_cpu[-1], "GPU": on_gpu[-1], "most apart": apart}
+
+
+def resume(task: Task) -> Iterator[Row]:
+    """Killed by SIGKILL and started again, against a run left alone: what differs. Then what determinism costs."""
+    where = corpus_overrides(task.folder)
+    settings = ["true", "false"] if known("parallel.deterministic=true") else [None]
+    recipes = ("fp8_delayed", "nvfp4") if cuda() else ("fp8_delayed",)
+    for recipe in recipes:
+        if task.left() < 30:
+            yield {"what": f"{recipe}, killed", "": f"left out: {task.left():.0f} s left"}
+            continue
+        yield _or_error(f"{recipe}, killed", partial(_killed, task, [*where, f"precision={recipe}"], settings[0]))
+    for setting in settings:
+        what = f"bf16 compiled, deterministic={setting or 'not a key here'}"
+        words = ["precision=bf16", *compiled(), *_deterministic(setting)]
+        if task.left() < 30:
+            yield {"what": what, "": f"left out: {task.left():.0f} s left"}
+        elif setting is not None:  # in a process of its own: it is set where a process starts
+            yield from _apart(task, what, words)
+
+
+def _deterministic(setting: str | None) -> list[str]:
+    return [] if setting is None else [f"parallel.deterministic={setting}"]
+
+
+def _killed(task: Task, overrides: list[str], setting: str | None) -> Row:
+    begun = time.time()
+    differ = resumed(task.folder / "resume", [*overrides, *_deterministic(setting)])
+    shown = differ[0][:60] if differ else "no digit"
+    row: Row = {"differ": len(differ), "differs": shown, "deterministic": setting or "not a key here"}
+    return row | {"s": round(time.time() - begun)}
+
+
+def _apart(task: Task, what: str, words: list[str]) -> Iterator[Row]:
+    rows = task.folder / "apart.jsonl"
+    rows.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "gpu_suite", "stage=one", f"size={task.size}", f"until={task.until}"]
+    command += [f"rows={rows}", f"folder={task.folder}", f"what={what}", *words]
+    try:
+        subprocess.run(command, check=True, timeout=max(1.0, task.left() - 2), cwd=ROOT)
+    except subprocess.SubprocessError as error:
+        yield {"what": what, "error": one_line(error)}
+    if rows.exists():
+        yield from (row for row in map(json.loads, rows.read_text().splitlines()) if "what" in row)
+
+
+def one(task: Task, what: str, overrides: list[str]) -> Iterator[Row]:
+    """A single row of ``steps``, of a process that is started with ``overrides``."""
+    world = _world(overrides)
+    yield within_memory(what, lambda divide: measured(what, task.size, world, overrides, divide=divide))
+
+
+def nccl(task: Task) -> Iterator[Row]:
+    """torchrun with one rank: some steps, a checkpoint, and the same command again with more of them."""
+    row = torchrun_twice(task.folder / "nccl", corpus_overrides(task.folder), seconds=task.left() - 6)
+    yield {"what": "torchrun, one rank"} | row | ({} if cuda() else {"": f"gloo; nccl {UNPROVED}"})
+
+
+#: Kinds of kernels by their names, the first that matches.
+KINDS = {
+    "attention": r"flash|fmha|attention|sdpa",
+    "quantization": r"quantize|amax_kernel|swiglu_backward|hadamard|swizzle|values_kernel|rounded|transpose_kernel",
+    "products": r"gemm|nvjet|xmma|cutlass|cublas|sm90_|splitK",
+    "optimizer": r"multi_tensor|adam",
+    "collectives": r"nccl",
+    "copies": r"memcpy|memset|copy|cat_",
+    "inductor": r"^triton_",
+}
+
+
+def kind_of(kernel: str) -> str:
+    """Of a kernel of the device, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
+
+
+def profile(task: Task) -> Iterator[Row]:
+    """Where the device's time in a step goes: by kind of kernel, and the kernels with the most."""
+    world, optim = _world(), load_config(["optim.lr=1e-4"]).optim
+    model, sequences, positions = shape_of(task.size)
+    source = RandomTokens(sequences, positions, model.vocab_size or 0)
+    for what in ("fp8_current compiled", "bf16 compiled"):
+        if task.left() < 20:
+            yield {"what": what, "": f"left out: {task.left():.0f} s left"}
+            continue
+        forget()
+        words = [*STEPS[what][0], *compiled()]
+        state = build_here(model, words, world, sequences * positions, None)
+        for step in range(3):
+            update_from(state, source, world, optim, step, 100)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda() else [])]
+        with torch.profiler.profile(activities=activities) as seen:
+            update_from(state, source, world, optim, 3, 100)
+            synchronize()
+        yield from _profiled(what, seen.key_averages())
+        del state, seen
+
+
+def _profiled(what: str, averages: Any) -> Iterator[Row]:
+    """``averages`` of a profile: of kernels on the device where there is one, of torch's operations where not."""
+    there = torch.autograd.DeviceType.CUDA if cuda() else torch.autograd.DeviceType.CPU
+    name = "self_device_time_total" if cuda() else "self_cpu_time_total"
+    events = [(event.key, getattr(event, name), event.count) for event in averages if event.device_type == there]
+    events = sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
+    total = sum(us for _, us, _ in events)
+    kinds: dict[str, float] = {}
+    for key, us, _ in events:
+        kinds[kind_of(key)] = kinds.get(kind_of(key), 0.0) + us
+    shares = {kind: f"{100 * us / total:.0f}%" for kind, us in sorted(kinds.items(), key=lambda item: -item[1])}
+    said = {} if cuda() else {"": f"operations of the CPU; kernels {UNPROVED}"}
+    count = sum(number for *_, number in events)
+    yield {"what": f"{what}: a step", "ms": total / 1e3, "kernels": count, **shares, **said}
+    for key, us, number in events[: 8 if cuda() else 3]:
+        yield {"what": f"  {key[:34]}", "%": round(100 * us / total, 1), "ms": us / 1e3, "n": number}
+
+
+def machine() -> Row:
+    """The machine that a stage runs on."""
+    row: Row = {"device": "cuda" if cuda() else "cpu", "python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        row["triton"] = version("triton")
+    if cuda():
+        properties = torch.cuda.get_device_properties(0)
+        row |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
+        row |= {"GiB": properties.total_memory / 2**30, "multiprocessors": properties.multi_processor_count}
+    else:
+        row["card"] = f"no GPU, {os.cpu_count()} cores"
+    return row
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"

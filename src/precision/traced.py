@@ -1,0 +1,216 @@
+"""Quantized linears as operators of torch, so that ``torch.compile`` takes a block of a model as one graph.
+
+Three operators a linear, each opaque to the compiler, and each running what eager code runs:
+
+inputs(x, kind, differentiated)                        what is made of x, if all linears of the kind make the same of it
+linear(x, weight, bias, made, token, kind, ...)        [y, what backward keeps of x]
+linear_backward(dy, weight, kept, token, kind, ...)    [dx, dw, dbias]
+
+``kind`` is a number that blocks share: one compiled block serves all. What differs between two linears of a kind, that
+is amax histories and the keys of noise, is found by ``token``, an int64 on the CPU that the linear owns. The compiler
+sees that siblings (q, k, v) call ``inputs`` with the same arguments and keeps one call. A linear's amax history is
+written inside; nothing else in a graph reads it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+
+class Traced(Protocol):
+    """A module whose passes are operators. Lists of tensors are flat; how they are read, the module knows by shape."""
+
+    def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
+        """What is made of x [..., in_features], that depends on nothing but x and the kind."""
+
+    def traced_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
+    ) -> tuple[list[Tensor], slice | None]:
+        """[y, what backward keeps], and which of ``made`` it keeps besides; None: it keeps x itself."""
+
+    def traced_backward(
+        self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
+    ) -> list[Tensor | None]:
+        """dx, dw and dbias [..., features], those that are needed."""
+
+
+_modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_of_kind: dict[int, weakref.WeakSet[Any]] = {}
+_next = 0
+
+
+def register(module: Traced) -> Tensor:
+    """A token for this module."""
+    global _next
+    _next += 1
+    _modules[_next] = module
+    return torch.tensor(_next, dtype=torch.int64, device="cpu")
+
+
+def join(module: Traced, *kinds: int) -> None:
+    """This module may compute by these kinds."""
+    for kind in kinds:
+        _of_kind.setdefault(kind, weakref.WeakSet()).add(module)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, kind: int, kind_of_inputs: int | None
+) -> Tensor:
+    """y [..., out_features] of the linear that ``token`` names.
+
+    ``kind_of_inputs``: equal for all linears that make the same of x, None if no two do.
+    """
+    differentiated = torch.is_grad_enabled() and weight.requires_grad
+    made = []
+    if kind_of_inputs is not None:
+        made = torch.ops.narrowgauge.inputs(x.detach(), kind_of_inputs, differentiated)
+    y: Tensor = torch.ops.narrowgauge.linear(x, weight, bias, made, token, kind, differentiated)[0]
+    return y
+
+
+class _Like(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: Tensor) -> _Like:
+        return _Like(tuple(x.shape), x.stride(), x.dtype)
+
+
+_kept_of: dict[tuple[Any, ...], slice | None] = {}
+_outputs: dict[tuple[Any, ...], list[_Like]] = {}
+
+
+def _some(kind: int) -> Traced:
+    module: Traced = next(iter(_of_kind[kind]))
+    return module
+
+
+def _inputs(x: Tensor, kind: int, differentiated: bool) -> list[Tensor]:
+    return _some(kind).traced_inputs(x.detach(), differentiated)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    made: Sequence[Tensor],
+    token: Tensor,
+    kind: int,
+    differentiated: bool,
+) -> list[Tensor]:
+    module: Traced = _modules[int(token)]
+    return module.traced_forward(x, weight, bias, list(made), differentiated)[0]
+
+
+def _backward(
+    dy: Tensor, weight: Tensor, kept: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
+) -> list[Tensor]:
+    module: Traced = _modules[int(token)]
+    wants_x, wants_w, wants_bias = needed
+    results = module.traced_backward(dy, weight, list(kept), (wants_x, wants_w, wants_bias))
+    return [dy.new_empty(0) if result is None else result for result in results]
+
+
+# To know what an operator gives, it is run once on zeros by any linear of the kind: who computes decides what is kept
+# in which layout. A zero leaves no trace in an amax history.
+
+
+def _inputs_fake(x: Tensor, kind: int, differentiated: bool) -> list[Tensor]:
+    key = "inputs", kind, _static(x), differentiated
+    if key not in _outputs:
+        with unset_fake_temporarily(), torch.no_grad():
+            _outputs[key] = [_Like.of(y) for y in _inputs(_zeros(x), kind, differentiated)]
+    return _empty(x, _outputs[key])
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    made: Sequence[Tensor],
+    token: Tensor,
+    kind: int,
+    differentiated: bool,
+) -> list[Tensor]:
+    key = "linear", kind, _static(x), differentiated
+    if key not in _outputs:
+        with unset_fake_temporarily(), torch.no_grad():
+            zeros = _zeros(x), _zeros(weight), None if bias is None else _zeros(bias)
+            outputs, _kept_of[key] = _some(kind).traced_forward(*zeros, [_zeros(y) for y in made], differentiated)
+            _outputs[key] = [_Like.of(y) for y in outputs]
+    return _empty(x, _outputs[key])
+
+
+def _backward_fake(
+    dy: Tensor, weight: Tensor, kept: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
+) -> list[Tensor]:
+    wants_x, wants_w, wants_bias = needed
+    return [
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if wants_x else dy.new_empty(0),
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if wants_w else dy.new_empty(0),
+        dy.new_empty(weight.shape[0]) if wants_bias else dy.new_empty(0),
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, bias, made, token, kind, differentiated = inputs
+    _, *own = output
+    which = _kept_of["linear", kind, _static(x), differentiated]
+    kept = [x] if which is None and not own else [*made[which or slice(0)], *own]
+    ctx.save_for_backward(weight, token, *(kept if differentiated else []))
+    ctx.kind, ctx.has_bias, ctx.num_made = kind, bias is not None, len(made)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiated(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    weight, token, *kept = ctx.saved_tensors
+    dy, needs = grads[0], ctx.needs_input_grad
+    no_grads = [None] * ctx.num_made
+    if dy is None:
+        return None, None, None, no_grads, None, None, None
+    needed = [needs[0], needs[1], ctx.has_bias and needs[2]]
+    results = torch.ops.narrowgauge.linear_backward(dy, weight, kept, token, ctx.kind, needed)
+    dx, dw, dbias = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
+    return dx, dw, dbias, no_grads, None, None, None
+
+
+def _static(x: Tensor) -> _Like:
+    """How x looks, in numbers: one graph for each shape."""
+    return _Like(tuple(int(size) for size in x.shape), (), x.dtype)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros([int(size) for size in x.shape], dtype=x.dtype, device=x.device)
+
+
+def _empty(x: Tensor, outputs: list[_Like]) -> list[Tensor]:
+    return [x.new_empty_strided(like.shape, like.stride, dtype=like.dtype) for like in outputs]
+
+
+_library: Any = torch.library.Library("narrowgauge", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("inputs(Tensor x, int kind, bool differentiated) -> Tensor[]")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] made, Tensor token, int kind, bool differentiated)"
+    " -> Tensor[]"
+)
+_library.define(
+    "linear_backward(Tensor dy, Tensor weight, Tensor[] kept, Tensor token, int kind, bool[] needed) -> Tensor[]"
+)
+for _name, _function, _fake in (
+    ("inputs", _inputs, _inputs_fake),
+    ("linear", _linear, _linear_fake),
+    ("linear_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"narrowgauge::{_name}", _fake, lib=_library)
+torch.library.register_autograd("narrowgauge::linear", _differentiated, setup_context=_setup, lib=_library)
