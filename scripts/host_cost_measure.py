@@ -349,7 +349,11 @@ def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
         name = name if "::" in name else f"{library.ns}::{name}"
         if key in ("", "CompositeExplicitAutograd", "CompositeImplicitAutograd", "CPU", "CUDA"):
             bodies[name] = body
-        return original(library, operator, body, "CPU" if key == "CUDA" else key, **more)
+        of_torch = (
+            body.__module__.startswith("torch.") and "custom_ops" not in body.__module__
+        )  # which has all it needs
+        key = "CPU" if key == "CUDA" and not of_torch else key
+        return original(library, operator, body, key, **more)
 
     return impl
 
