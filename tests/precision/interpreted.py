@@ -755,3 +755,41 @@ def test_products_by_name_alone() -> None:
     assert plan.count("[triton_dot, narrow product]") == 3 * 4
     for ours, theirs in zip(seen, emulated, strict=True):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_siblings_share_what_delayed_scaling_makes_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told the same amaxes, also after one has read something else; what is remembered is the reference's."""
+    read: list[int] = []
+    both, prepare = Triton.both, Triton.prepare
+    monkeypatch.setattr(
+        Triton, "both", lambda self, x, *rest, **more: read.append(len(x)) or both(self, x, *rest, **more)
+    )
+    monkeypatch.setattr(
+        Triton, "prepare", lambda self, x, *rest, **more: read.append(len(x)) or prepare(self, x, *rest, **more)
+    )
+
+    def run(backend: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.ModuleList(nn.Linear(32, out, bias=False) for out in (48, 16))])
+        model = nn.ModuleDict({"layers": layers}).bfloat16()
+        plan = apply(load("fp8_delayed", {"history": 3}), model, tokens=24, backend=backend)
+        results, made = [], []
+        for step, other in enumerate((False, False, True, False, False)):
+            plan.begin_step(step, 0, 9)
+            generator = torch.Generator().manual_seed(step)
+            x, z = (torch.randn(24, 32, generator=generator).bfloat16() * 2**step for _ in range(2))
+            x.requires_grad_()
+            first, second = layers[0]
+            read.clear()
+            y = torch.cat((first(x), second(z if other else x)), 1)
+            made.append(read.count(24))
+            y.sum().backward()
+            results += [y.detach(), x.grad, first.weight.grad.clone(), second.weight.grad.clone()]
+            plan.end_step()
+            results += [buffer.clone() for buffer in model.buffers()]
+        if backend == "triton":
+            assert made[1] < made[2]
+            assert made[1] == made[0]
+        return results
+
+    assert all(map(torch.equal, run("triton"), run("reference")))
