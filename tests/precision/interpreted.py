@@ -16,6 +16,7 @@ import pytest
 import test_updates
 import torch
 import transformers
+from hardware import pretend
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
 from test_updates import CPU, make, params_of, set_grads, state_of
 from test_updates import same as same_states
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.llama import Llama, LlamaConfig
+from precision import backends
 from precision.backends import REFERENCE, choose, scaled_mm, triton
 from precision.backends.adam import choose as choose_update
 from precision.backends.scaled_mm import PRODUCTS, swizzle
@@ -793,3 +795,35 @@ def test_siblings_share_what_delayed_scaling_makes_of_x(monkeypatch: pytest.Monk
         return results
 
     assert all(map(torch.equal, run("triton"), run("reference")))
+
+
+@pytest.mark.parametrize("name", ["fp8_current", "fp8_delayed", "fp8_rowwise", "fp8_block"])
+def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Outputs and gradients of native products are those of the reference's codes, in the layout that hardware takes;
+    nothing is padded that needs none, and no codes are transposed afterwards."""
+
+    def run(quantizers: tuple[object, ...], out: int, rows: int, columns: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        linear = nn.Linear(columns, out, bias=out % 16 == 0)
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(linear)])}).bfloat16()
+        with monkeypatch.context() as patch, pretend(patch, 90):
+            patch.setattr(backends, "QUANTIZERS", quantizers)
+            plan = apply(load(name, {}), model, tokens=rows)
+            assert "scaled_mm" in str(plan)
+            results: list[Tensor] = []
+            for step in range(2):
+                plan.begin_step(step, 0, 9)
+                x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(step)).bfloat16()
+                x.requires_grad_()
+                y = model["layers"][0](x)  # type: ignore[index,operator]
+                y.backward(torch.sin(100 * y.detach()))
+                results += [y.detach(), x.grad]
+                plan.end_step()
+            return [*results, *(p.grad for p in model.parameters()), *model.buffers()]  # type: ignore[list-item]
+
+    for shape in ((72, 33, 50), (128, 128, 256)):
+        with monkeypatch.context() as patch:
+            if shape[0] == 128 and name != "fp8_block":  # whose few scales are filled up
+                patch.setattr(scaled_mm, "pad", None)
+            ours = run((Triton(), REFERENCE), *shape)
+        assert all(map(torch.equal, ours, run((REFERENCE,), *shape)))
