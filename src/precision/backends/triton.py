@@ -1024,6 +1024,12 @@ class Launcher:
     num_warps: int
     device: int
     compiled: dict[int, _Compiled] = field(default_factory=dict)  # by the current device
+    aligned: tuple[int, ...] = field(init=False)  # bits of every pointer that the compiled kernel depends on
+
+    def __post_init__(self) -> None:
+        params = getattr(self.kernel, "params", ())
+        free = [index for index, param in enumerate(params) if param.do_not_specialize_on_alignment]
+        self.aligned = tuple(0 if index in free else 15 for index in range(len(self.kernel.arg_names)))
 
 
 class _Compiled(NamedTuple):
@@ -1041,8 +1047,8 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 
     Triton binds some 30 arguments anew at each launch, which takes tens of microseconds. What it compiles depends on
     dtypes, on constants, and on which pointers and integers are multiples of 16 or 1: of a ``Launcher`` all is fixed
-    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16, and
-    taken for others of that kind; the rest, kernels with hooks, and versions of triton whose launchers are not known
+    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16, but
+    for those that the kernel does not ask it of, and taken for others of that kind; the rest, kernels with hooks, and versions of triton whose launchers are not known
     to take the same arguments go triton's way.
     """
     compiled = None
@@ -1053,15 +1059,15 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
     if compiled is not None:
         pointers: list[int | None] = []
         bits, elsewhere, at = 0, False, launcher.device
-        for tensor in tensors:
+        for tensor, mask in zip(tensors, launcher.aligned, strict=False):
             if tensor is None:
                 pointers.append(None)
                 continue
             pointer = tensor.data_ptr()
-            bits |= pointer
+            bits |= pointer & mask
             elsewhere |= tensor.get_device() != at
             pointers.append(pointer)
-        alike = not (bits & 15 or elsewhere) and pointers.count(None) == compiled.missing
+        alike = not (bits or elsewhere) and pointers.count(None) == compiled.missing
         if alike and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
             stream = active.get_current_stream(device)
             compiled.run(
@@ -1080,7 +1086,8 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
     )
     if _recording.get() is not None or compiled is not None or not _launchers_known(launcher.kernel):
         return
-    if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
+    pairs = zip(tensors, launcher.aligned, strict=False)
+    if not any(tensor is not None and tensor.data_ptr() & mask for tensor, mask in pairs):
         names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
         _, active = _runtime()
         launcher.compiled[active.get_current_device()] = _Compiled(
