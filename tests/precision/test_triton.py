@@ -154,6 +154,7 @@ class FakeKernel:
     """What ``start`` knows of a jit function: launched triton's way it notes that and gives its compiled self."""
 
     arg_names = ("x", "out", "note", "rows", "BLOCK")
+    params = tuple(SimpleNamespace(do_not_specialize_on_alignment=name == "note") for name in arg_names)
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
@@ -180,15 +181,9 @@ def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.
     monkeypatch.setattr(triton, "_runtime", lambda: (runtime, active))
     monkeypatch.setattr(triton, "_launchers_known", lambda kernel: True)
     kernel = FakeKernel()
-    launcher = Launcher(
-        kernel=kernel,
-        programs=7,
-        numbers=(5,),
-        constexprs={"BLOCK": 64},
-        num_warps=4,
-        device=torch.ones(1).get_device(),
-    )
     x, out = torch.ones(64), torch.ones(64)
+    at = x.get_device()
+    launcher = Launcher(kernel=kernel, programs=7, numbers=(5,), constexprs={"BLOCK": 64}, num_warps=4, device=at)
 
     def direct(*tensors: Tensor | None) -> bool:
         kernel.seen.clear()
@@ -211,6 +206,11 @@ def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.
     assert not direct(x, out[1:], None)
     assert direct(x[2:], out, None)
     assert not direct(x, out, out)
+    scalar = Launcher(kernel=kernel, programs=7, numbers=(5,), constexprs={"BLOCK": 64}, num_warps=4, device=at)
+    kernel.seen.clear()
+    for _ in range(2):
+        start(scalar, x, out, out[1:])  # of which the kernel asks nothing
+    assert [seen[0] for seen in kernel.seen] == ["triton's way", 7]
     hooks.calls.append(print)
     assert not direct(x, out, None)
     hooks.calls.clear()

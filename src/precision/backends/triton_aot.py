@@ -113,7 +113,8 @@ def compile(launch: Launch, architecture: int) -> Compiled:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
-            attributes[place,] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[place,] = [["tt.divisibility", 16]]
         elif _is_int(value):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:

@@ -574,7 +574,10 @@ def _emit(
         tl.store(_at(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), code.to(tl.uint8), mask=mask)
 
 
-@triton.jit
+_SCALARS = ["tensor_amax", "note", "key", "step", "first"]  # read one by one, at any address: held amaxes are columns
+
+
+@triton.jit(do_not_specialize_on_alignment=_SCALARS)
 def quantize_kernel(
     x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, note, signs, key, step, first,
     rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
@@ -614,7 +617,7 @@ def quantize_kernel(
         tl.atomic_max(note.to(tl.pointer_type(tl.int32)), most, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_SCALARS, "key_t"])
 def quantize_both_kernel(
     x, up, d, codes, scales, codes_t, scales_t, tile_amax, tile_amax_t, tensor_amax, tensor_scale, note,
     key, key_t, step, first, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r, rows_of_a_sample,
