@@ -47,6 +47,7 @@ from precision.codecs import (
     expansion_limits,
 )
 from precision.noise import Noise
+from precision.spec import OperandSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -289,9 +290,14 @@ def _state(kept: Kept) -> State:
     codec, device = kept.codec, next(iter(kept.parts.values())).device
     key = kept.key.to(device) if kept.key is not None else None
     if isinstance(codec, Scaled):
-        return State(values=kept.parts["codes"], scales=kept.parts["scales"], spec=codec.spec, key=key)
+        return State(values=kept.parts["codes"], scales=kept.parts["scales"], spec=_spec(codec), key=key)
     assert isinstance(codec, Plain)
     return State(values=kept.parts[""], rounding=codec.rounding, key=key)
+
+
+@functools.cache
+def _spec(codec: Scaled) -> OperandSpec:
+    return codec.spec
 
 
 def _step(u: Update) -> Step:

@@ -5,6 +5,7 @@ They are compiled and launched as in ``precision.backends.triton``, and run in T
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,19 +65,25 @@ class State:
 
     def kept(self) -> triton_fused_kernels.Kept:
         """Raises ValueError for what the kernel does not keep."""
-        from precision.backends.triton_fused_kernels import Kept
-        from precision.backends.triton_kernels import grid_of
-
         if self.spec is None:
             assert self.values.dtype in (torch.float32, torch.bfloat16)
-            return Kept(kind=int(self.values.dtype == torch.bfloat16), rounding=ROUNDINGS[self.rounding])
-        tile, block = self.spec.tile, self.spec.tile.inner
-        power = tile == Tile(1, block) and 1 < block <= 1024 and block & (block - 1) == 0
-        if not isinstance(self.spec.scale, Fp32Decode) or not (self.whole or power) or self.spec.format.bits == 4:
-            raise ValueError(f"no kernel for states kept as {self.spec}")
-        rule = rule_of(self.spec, torch.float32)
-        rounding = ROUNDINGS[self.spec.rounding]
-        return Kept(2, rounding, 0 if self.whole else block, grid_of(self.spec.format), rule)
+        return _kept(self.spec, self.values.dtype == torch.bfloat16, self.rounding)
+
+
+@functools.cache
+def _kept(spec: OperandSpec | None, narrow: bool, rounding: Rounding) -> triton_fused_kernels.Kept:
+    from precision.backends.triton_fused_kernels import Kept
+    from precision.backends.triton_kernels import grid_of
+
+    if spec is None:
+        return Kept(kind=int(narrow), rounding=ROUNDINGS[rounding])
+    tile, block = spec.tile, spec.tile.inner
+    whole = tile == TENSOR
+    power = tile == Tile(1, block) and 1 < block <= 1024 and block & (block - 1) == 0
+    if not isinstance(spec.scale, Fp32Decode) or not (whole or power) or spec.format.bits == 4:
+        raise ValueError(f"no kernel for states kept as {spec}")
+    rule = rule_of(spec, torch.float32)
+    return Kept(2, ROUNDINGS[spec.rounding], 0 if whole else block, grid_of(spec.format), rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +97,25 @@ class Step:
     t: float
 
     def scalars(self) -> dict[str, float]:
-        beta1, beta2 = self.betas
-        if not 0.5 < beta1 < 1:
-            raise ValueError(f"beta1 is above 0.5 and below 1, not {beta1}: torch interpolates otherwise below")
-        exact = {
-            "lerp": 1 - beta1,
-            "beta2": beta2,
-            "square": 1 - beta2,
-            "correction": (1 - beta2**self.t) ** 0.5,
-            "eps": self.eps,
-            "step": -self.lr / (1 - beta1**self.t),
-            "decay": 1 - self.lr * self.decay,
-        }
-        return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
+        """Raises ValueError for a beta1 at which torch interpolates otherwise than the kernel."""
+        return _scalars(self)
+
+
+@functools.lru_cache(maxsize=8)  # groups of parameters share them
+def _scalars(step: Step) -> dict[str, float]:
+    beta1, beta2 = step.betas
+    if not 0.5 < beta1 < 1:
+        raise ValueError(f"beta1 is above 0.5 and below 1, not {beta1}: torch interpolates otherwise below")
+    exact = {
+        "lerp": 1 - beta1,
+        "beta2": beta2,
+        "square": 1 - beta2,
+        "correction": (1 - beta2**step.t) ** 0.5,
+        "eps": step.eps,
+        "step": -step.lr / (1 - beta1**step.t),
+        "decay": 1 - step.lr * step.decay,
+    }
+    return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
 
 
 def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
