@@ -294,7 +294,11 @@ def test_wheels_are_of_the_pinned_versions() -> None:
 # Time and steps.
 
 
-@pytest.mark.parametrize(("ahead", "rounds"), [((True,), 3), ((False, True), 6), ((False,), 9)], ids=str)
+@pytest.mark.parametrize(
+    ("ahead", "rounds"),
+    [((True,), 3), ((False, True), 6), ((False,), 9)],
+    ids=["in time", "in time behind a longer pause", "never in time"],
+)
 def test_a_round_that_the_host_was_late_for_is_repeated(
     monkeypatch: pytest.MonkeyPatch, ahead: tuple[bool, ...], rounds: int
 ) -> None:
