@@ -224,6 +224,8 @@ def test_the_table_fits_the_end_of_a_log() -> None:
     assert len(text) < 12_000
     assert text.count("more in results.json") >= 1
     assert "hidden" not in text + results.markdown(found)
+    found["stages"]["check"]["rows"].append({"what": "void f<a|b>", "n": 1})
+    assert "| void f&lt;a\\|b> |" in results.markdown(found)
     assert all(f"== {name}: ok" in text for name in found["stages"])
 
 
@@ -429,6 +431,8 @@ def test_a_profile_is_summed_by_kind() -> None:
     head, *kernels = stages._profiled("product", seen.key_averages())
     assert head["kernels"] >= 1
     assert sum(row["%"] for row in kernels) <= 100.1
+    (row,) = stages._profiled("nothing", [])
+    assert "saw nothing" in row["error"]
 
 
 # gpu_check.py: a check that hangs, or takes its process with it.
