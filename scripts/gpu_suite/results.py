@@ -14,6 +14,7 @@ from typing import Any
 
 TABLE_BYTES = 8000  # of the compact table: it is read at the end of a log
 UNPROVED = "(only on a GPU)"
+TOY = f"Toy sizes on a CPU: no number below is of a GPU; {UNPROVED}: did not run here."
 Results = dict[str, Any]
 
 
@@ -160,7 +161,7 @@ def compact(results: Results) -> str:
     """Goals, then a line a row, the stages in the order in which they ran, at most ``TABLE_BYTES`` of rows."""
     lines = [headline(results), "", f"{'goal':54} {'wanted':>10}  {'measured':>18}", *map(str, goals(results)), ""]
     if not on_gpu(results):
-        lines.insert(1, f"Toy sizes on a CPU: no number below is of a GPU; {UNPROVED}: did not run here.")
+        lines.insert(1, TOY)
     blocks = {name: _block(entry, name) for name, entry in results["stages"].items()}
     while sum(len(line) + 1 for block in blocks.values() for line in block) > TABLE_BYTES:
         longest = max(blocks, key=lambda name: len(blocks[name]))
@@ -191,6 +192,8 @@ def headline(results: Results) -> str:
 def markdown(results: Results) -> str:
     """Goals and every stage as tables, for docs/gpu.md."""
     lines = [f"{headline(results)}.", "", "| goal | wanted | measured | reached |", "|---|---|---|---|"]
+    if not on_gpu(results):
+        lines.insert(1, TOY)
     words = {True: "yes", False: "**no**", None: "not measured"}
     lines += [f"| {goal.name} | {goal.wanted} | {goal.measured} | {words[goal.reached]} |" for goal in goals(results)]
     for name, entry in results["stages"].items():
@@ -199,8 +202,12 @@ def markdown(results: Results) -> str:
         lines += ["", f"**{name}**: {entry['told']}"]
         if rows:
             lines += ["", f"| | {' | '.join(keys)} |", f"|---{'|---' * len(keys)}|"]
-            lines += [f"| {row['what']} | {' | '.join(short(row.get(key, '')) for key in keys)} |" for row in rows]
+            lines += [f"| {' | '.join(_cell(row.get(key, '')) for key in ('what', *keys))} |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(v: Any) -> str:
+    return short(v).replace("|", "\\|").replace("<", "&lt;")  # names of kernels have both
 
 
 def short(v: Any) -> str:

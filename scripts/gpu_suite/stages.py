@@ -468,6 +468,9 @@ def _profiled(what: str, averages: Any) -> Iterator[Row]:
     events = [(event.key, getattr(event, name), event.count) for event in averages if event.device_type == there]
     events = sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
     total = sum(us for _, us, _ in events)
+    if not total:  # counters of the device may be out of a virtual machine's reach
+        yield {"what": f"{what}: a step", "error": "the profiler saw nothing on the device"}
+        return
     kinds: dict[str, float] = {}
     for key, us, _ in events:
         kinds[kind_of(key)] = kinds.get(kind_of(key), 0.0) + us

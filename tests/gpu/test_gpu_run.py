@@ -224,6 +224,8 @@ def test_the_table_fits_the_end_of_a_log() -> None:
     assert len(text) < 12_000
     assert text.count("more in results.json") >= 1
     assert "hidden" not in text + results.markdown(found)
+    found["stages"]["check"]["rows"].append({"what": "void f<a|b>", "n": 1})
+    assert "| void f&lt;a\\|b> |" in results.markdown(found)
     assert all(f"== {name}: ok" in text for name in found["stages"])
 
 
@@ -294,7 +296,11 @@ def test_wheels_are_of_the_pinned_versions() -> None:
 # Time and steps.
 
 
-@pytest.mark.parametrize(("ahead", "rounds"), [((True,), 3), ((False, True), 6), ((False,), 9)], ids=str)
+@pytest.mark.parametrize(
+    ("ahead", "rounds"),
+    [((True,), 3), ((False, True), 6), ((False,), 9)],
+    ids=["in time", "in time behind a longer pause", "never in time"],
+)
 def test_a_round_that_the_host_was_late_for_is_repeated(
     monkeypatch: pytest.MonkeyPatch, ahead: tuple[bool, ...], rounds: int
 ) -> None:
@@ -425,6 +431,8 @@ def test_a_profile_is_summed_by_kind() -> None:
     head, *kernels = stages._profiled("product", seen.key_averages())
     assert head["kernels"] >= 1
     assert sum(row["%"] for row in kernels) <= 100.1
+    (row,) = stages._profiled("nothing", [])
+    assert "saw nothing" in row["error"]
 
 
 # gpu_check.py: a check that hangs, or takes its process with it.
