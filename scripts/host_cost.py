@@ -6,7 +6,7 @@ Per linear and recipe, forward and backward, on a machine without a GPU: what th
 many Triton kernels, products and other torch kernels it launches, and how often host and device wait for each other.
 With ``rev`` before and after, as ``before -> after``: each revision in a process of its own, one after the other.
 ``names`` adds which kernels and copies of torch those are. x is read by one linear, or by three that share what can be
-shared; figures are those of one. How it is measured, and what is not:
+shared; figures are those of one. Exit code 1 if a recipe fails. How it is measured, and what is not:
 scripts/host_cost_measure.py.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import script_main
-from trainer.errors import UserError
+from trainer.errors import ExitCode, UserError
 from trainer.verify import check_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +63,7 @@ def main(
             print(f"{row['recipe']}, {row['linears']} linears together: {each}")
         if row.get("unseen"):
             print(f"{row['recipe']}: not looked into: {', '.join(row['unseen'])}")
+    return ExitCode.FAILED if any("error" in row for rows in sides for row in rows) else ExitCode.FINISHED
 
 
 def measured(tree: Path, recipes: str, steps: int) -> list[dict[str, Any]]:
