@@ -184,13 +184,14 @@ def _is_running(pid: int) -> bool:
 
 def environment(world: World, restored_step: int) -> dict[str, Any]:
     """What ``env.json`` says: versions, machine, processes, command line, the code's revision."""
-    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "triton", "numpy", "hydra-core")
+    packages = ("transformers", "tokenizers", "datasets", "accelerate", "triton", "numpy", "hydra-core")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "revision": _revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        # torch names its build itself ("+cu130"), which the name of its package may lack
+        "packages": {"torch": str(torch.__version__)} | {name: _version(name) for name in packages},
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
