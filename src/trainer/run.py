@@ -52,8 +52,6 @@ def run(config: TrainConfig) -> ExitCode:
     try:
         with StopRequest() as stop:
             directory.lock(world, stop)
-            if world.device.type == "cuda" and config.parallel.is_deterministic(world.device):
-                directory.keep_kernels()
             try:
                 return _run(config, world, directory, stop)
             finally:

@@ -149,14 +149,6 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep_kernels(self) -> None:
-        """Have Inductor and Triton keep here what they choose and compile: a restart's own choice may add otherwise.
-
-        A directory that the environment names already stays the one.
-        """
-        for name, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-            os.environ.setdefault(name, str(self.path.absolute() / "kernels" / kind))
-
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
         """What this attempt is; an earlier attempt's ``done.json`` no longer holds."""
         try:

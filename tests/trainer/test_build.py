@@ -20,7 +20,6 @@ from trainer.build import activation_bytes_per_token, micro_batch_size, narrow_r
 from trainer.config import load_config, load_run_config
 from trainer.distributed import ParallelConfig, World
 from trainer.errors import ExitCode
-from trainer.rundir import RunDirectory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -130,14 +129,3 @@ def test_what_determinism_on_cuda_sets(before: str, after: str, monkeypatch: pyt
         inductor.deterministic = False
         torch.utils.deterministic.fill_uninitialized_memory = filled
     assert distributed.os.environ["CUBLAS_WORKSPACE_CONFIG"] == after
-
-
-def test_kernels_are_kept_in_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
-    RunDirectory(Path("run")).keep_kernels()
-    environment = distributed.os.environ
-    assert environment["TRITON_CACHE_DIR"] == "mine"
-    assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run" / "kernels" / "inductor")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
