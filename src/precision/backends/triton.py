@@ -1047,9 +1047,9 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
 
     Triton binds some 30 arguments anew at each launch, which takes tens of microseconds. What it compiles depends on
     dtypes, on constants, and on which pointers and integers are multiples of 16 or 1: of a ``Launcher`` all is fixed
-    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16, but
-    for those that the kernel does not ask it of, and taken for others of that kind; the rest, kernels with hooks, and versions of triton whose launchers are not known
-    to take the same arguments go triton's way.
+    but the pointers. So its compiled kernel is kept from the first launch whose pointers are all multiples of 16 (but
+    for those that the kernel does not ask it of), and taken for others of that kind. The rest, launches with hooks,
+    and versions of triton whose launchers are not known to take the same arguments go triton's way.
     """
     compiled = None
     if launcher.compiled and _recording.get() is None:
