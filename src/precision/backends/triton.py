@@ -363,8 +363,8 @@ def _made(
     if not runs_on(of.device):
         check(of, spec, amax, noise)
         return None
-    if amax is not None and amax.dtype != torch.float32:
-        amax = amax.float()
+    if amax is not None and (amax.dtype != torch.float32 or not amax.is_contiguous()):
+        amax = amax.float().contiguous()
     parts = None if noise is None else noise_parts(noise, of.device)
     key = (
         values,
@@ -375,7 +375,7 @@ def _made(
         of.device,
         None if up is None else (d is None, _along(x)),
         None if transform is None else _number(transform),
-        None if amax is None else (amax.numel(), amax.is_contiguous()),
+        None if amax is None else amax.numel(),
         None if parts is None else parts.kind,
         note is None,
     )
@@ -597,8 +597,6 @@ def _quantize_plan(
 
     of = _sources(x)[0]
     cut, levels, device = blocks_of(of, spec.tile, transform, choice), spec.scale.levels, of.device
-    if amax is not None:
-        assert amax.is_contiguous()
     whole = spec.tile == TENSOR
     # Of the tensor it is a pass of its own, unless given or found in one block.
     apart = levels > 0 and amax is None and (levels == 2 or (whole and not cut.fused))
