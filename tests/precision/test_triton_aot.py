@@ -7,8 +7,11 @@ import re
 import pytest
 import torch
 
-from precision.backends.triton import recording, version
+from precision.backends.triton import quantize_both, quantize_fused, recording, tile_amax, version
 from precision.backends.triton_aot import ARCHITECTURES, Compiled, cases, compile
+from precision.formats import E4M3 as E4M3_FORMAT
+from precision.scaling import TENSOR
+from precision.spec import OperandSpec
 
 E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 E5M2 = r"cvt\.rn\.satfinite\.e5m2x2\.f32"
@@ -115,3 +118,19 @@ def test_aot_recording_runs_nothing() -> None:
         CASES["swizzle"]()
     assert [launch.programs for launch in launches] == [132 * 16, 8192]  # of 16,384 blocks; of one each
     assert torch.equal(x, torch.ones(4, 4))
+
+
+def test_aot_a_block_that_32_bits_do_not_span_is_left_to_torch() -> None:
+    """Rows that lie 2^24 elements apart: a block of 128 of them is 2^31 long."""
+    near, far = (torch.empty_strided((256, 64), (stride, 1), device="meta") for stride in (2**20, 2**25))
+    spec = OperandSpec(format=E4M3_FORMAT)
+    with recording((9, 0)) as launches:
+        quantize_fused(near, spec)
+        assert quantize_both(near, spec) is not None
+        tile_amax(near, TENSOR)
+    assert len(launches) == 5
+    with recording((9, 0)) as launches:
+        quantize_fused(far, spec)
+        assert quantize_both(far, spec) is None
+        tile_amax(far, TENSOR)
+    assert launches == []

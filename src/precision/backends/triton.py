@@ -156,6 +156,8 @@ class Triton(Reference):
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
         if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not runs_on(x.device):
             return super().transformed(transform, x, left=left)
+        if not _near(x, blocks_of(x, TENSOR, transform)):
+            return super().transformed(transform, x, left=left)
         return hadamard(x, transform)
 
     def prepare(
@@ -391,8 +393,8 @@ def _made(
     if not runs_on(of.device):
         check(of, spec, amax, noise)
         return None
-    if amax is not None and amax.dtype != torch.float32:
-        amax = amax.float()
+    if amax is not None and (amax.dtype != torch.float32 or not amax.is_contiguous()):
+        amax = amax.float().contiguous()
     parts = None if noise is None else noise_parts(noise, of.device)
     key = (
         values,
@@ -403,7 +405,7 @@ def _made(
         of.device,
         None if up is None else (d is None, _along(x)),
         None if transform is None else _number(transform),
-        None if amax is None else (amax.numel(), amax.is_contiguous()),
+        None if amax is None else amax.numel(),
         None if parts is None else parts.kind,
         note is None,
     )
@@ -414,7 +416,7 @@ def _made(
         if note is not None and (amax is None or not _of_tensor(spec)):
             raise ValueError(f"{spec}: an amax is noted where that of the tensor is given")
         known = _fits(spec.format) and _tile_fits(spec.tile) and _rule_fits(spec.scale)
-        if of.numel() == 0 or not known:
+        if of.numel() == 0 or not known or not _near(of, blocks_of(of, spec.tile, transform)):
             return None
         if of.dtype not in DTYPES:  # where a transform of FP64 would be one in FP64: the caller's concern
             assert isinstance(x, Tensor)
@@ -625,8 +627,6 @@ def _quantize_plan(
 
     of = _sources(x)[0]
     cut, levels, device = blocks_of(of, spec.tile, transform, choice), spec.scale.levels, of.device
-    if amax is not None:
-        assert amax.is_contiguous()
     whole = spec.tile == TENSOR
     # Of the tensor it is a pass of its own, unless given or found in one block.
     apart = levels > 0 and amax is None and (levels == 2 or (whole and not cut.fused))
@@ -849,6 +849,8 @@ def _both_plan(
     (rows, cols), side = of.shape, max(2 * BOTH_SIDE if large else BOTH_SIDE, spec.tile.inner)
     warps = 0 if choice is None else choice.warps
     cut = replace(blocks(spec.tile, rows, cols), block_r=side, block_c=side, warps=warps)
+    if not _near(of, cut, both=True):
+        return None
     whole = spec.tile == TENSOR
     apart = amax is None and _of_tensor(spec)
     of_rows = spec.tile == Tile(1, -1)
@@ -907,6 +909,8 @@ def tile_amax(x: Tensor | Hidden, tile: Tile, transform: Hadamard | None = None)
     recorded = _recording.get() is not None
     plan = None if recorded else _PLANS.get(key)
     if plan is None:
+        if not _near(of, blocks_of(of, tile, transform)):
+            return TORCH.amax(_computed(x, transform), tile)
         launcher = amax_launcher(x, tile, transform)
         whole = launcher.constexprs["WHOLE_R"] or launcher.constexprs["WHOLE_C"]
         plan = launcher, torch.zeros if whole else torch.empty, tile.grid(*of.shape), signs_of(transform, of.device)
@@ -1268,6 +1272,15 @@ def _kind(what: str, of: Tensor, spec: OperandSpec, transform: Hadamard | None, 
     size = transform.size if transform is not None else 0
     parts = (what, laid, spec.format, spec.tile, spec.scale, spec.rounding.value, f"hadamard{size}", of.dtype, values)
     return "/".join(map(str, parts))
+
+
+def _near(x: Tensor, cut: Blocks, *, both: bool = False) -> bool:
+    """Whether 32 bits hold what lies between the elements of a block: of x, of what is made of it, and of its transpose
+    (``both``).
+    """
+    rows, cols = x.shape
+    tall, wide = max(x.stride(0), cols), max(x.stride(1), rows if both else 1)
+    return cut.block_r * tall + cut.block_c * wide < 2**31
 
 
 def _fits(format: NumberFormat) -> bool:
