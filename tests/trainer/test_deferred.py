@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -164,6 +166,23 @@ def test_a_deferred_run_goes_on_to_the_bit(tiny: Tiny, monkeypatch: pytest.Monke
     assert rows(path)[6:] == before[4:]
     again = read_tensors(path / "checkpoints" / "step-00000006")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_as_one(corpus: Path, tmp_path: Path) -> None:
+    """Loss, norm and skipping are those of all ranks; gradients of both replicas count once."""
+    options = ("precision=fp8_delayed", "optim.moments=fp8_tensor", "parallel.replicate=2", "optim.clip_norm=0.5")
+    script = str(Path(__file__).parents[1] / "deferred.py")
+    paths = []
+    for command in (["-m", "trainer"], [script]):
+        paths.append(tmp_path / str(len(paths)))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+        overrides = tiny_overrides(corpus, paths[-1], *PLAIN, *options)
+        done = subprocess.run([*launcher, *overrides], capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(paths[0]) == rows(paths[1])
+    assert norms(paths[1]) == pytest.approx(norms(paths[0]), rel=1e-12)
+    assert same(saved(paths[0]), saved(paths[1]))
 
 
 class Reads(TorchDispatchMode):

@@ -1,0 +1,21 @@
+"""The trainer as it is on a GPU, on a CPU: torchrun tests/deferred.py OVERRIDES."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import replace
+
+from trainer import distributed
+from trainer.distributed import ParallelConfig, World
+
+_start = distributed.start
+
+
+def start(config: ParallelConfig) -> World:
+    """Decide on the device, read a step later."""
+    return replace(_start(config), deferred=True)
+
+
+if __name__ == "__main__":
+    distributed.start = start
+    runpy.run_module("trainer", run_name="__main__")
