@@ -275,6 +275,8 @@ def blocks(
         # A load gives a thread 8 elements of a column, and a warp 8 columns: with few rows the columns of a group meet
         # in few warps, so that a transform's stages are shuffles and not trips through shared memory.
         block_r, warps = min(high_r, max(low_r, 32)), 2 if block_c <= 64 else 4
+    if min(tall, wide) > 0 and tall * wide >= MAX_TILE and not warps:
+        warps = 8  # of 16, sm_100's assembler gives a thread 64 registers, and spills
     whole_r, whole_c = tall < 0, wide < 0
     fused = (not whole_r or block_r >= rows) and (not whole_c or block_c >= cols)
     return Blocks(
