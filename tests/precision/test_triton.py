@@ -75,7 +75,7 @@ FUSED = "silu(gate) * up: [triton, fused with the quantization of h, dgate and d
 WAYS = {
     "quantize_kernel": Way("mxfp8", "triton", "e4m3/1x32/e8m0-rceil  [triton]"),
     "quantize_both_kernel": Way("mxfp8", "triton", "e4m3/1x32/e8m0-rceil  [triton]"),
-    "amax_kernel": Way("fp8_delayed", "triton", "e4m3/tensor/delayed  [triton]"),
+    "amax_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
     "values_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
     "scaled_output_kernel": Way("fp8_current", "triton", "e4m3/tensor/fp32  [triton]"),
     "hadamard_kernel": Way(

@@ -55,6 +55,18 @@ class TritonDot(Triton):
         # Its products read codes.
         return super().prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note)
 
+    def both(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None = None,
+        noise: tuple[Noise, Noise] | None = None,
+        note: Tensor | None = None,
+        values: bool = False,
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        return super().both(x, spec, amax=amax, noise=noise, note=note)
+
     def gemm(
         self,
         a: Quantized | Prepared | Tensor,
