@@ -138,7 +138,7 @@ class CodesAllGather:
         )
         if not alike:
             raise RuntimeError(
-                "parallel.fp8_all_gather=true: this torch lays out what FSDP gathers in another way than torch 2.11 to 2.13"
+                "parallel.fp8_all_gather=true: this torch lays out what FSDP gathers in another way than 2.11 to 2.13"
             )
         self.checked = True
 
