@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason := versions.fails(item.nodeid):
-            item.add_marker(pytest.mark.xfail(reason=str(reason), strict=True))
+            item.add_marker(pytest.mark.xfail(reason=str(reason), strict=reason.always))
 
 
 def _unknown(config: pytest.Config) -> list[str]:

@@ -14,11 +14,12 @@ from packaging.version import Version
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """Versions of a package before this one."""
+    """Versions of a package before this one. ``always`` is False where it depends on something else."""
 
     package: str
     fixed: str
     reason: str
+    always: bool = True
 
     def applies(self) -> bool:
         return Version(version(self.package)) < Version(self.fixed)
@@ -33,12 +34,20 @@ RESUME = Before(
 SCALED_MM = Before("torch", "2.12", "F.scaled_mm has no kernel for a CPU")
 FMA = Before("triton", "3.9", "the interpreter rounds an FMA twice, where a GPU rounds it once")
 E4M3_SCALES = Before("triton", "3.8", "tl.dot_scaled with E4M3 scales does not compile before Blackwell: see why_not")
+INDEX = Before("triton", "3.9", "with numpy 2.5 the interpreter makes no loop bound of its arrays", always=False)
+ADA = Before(
+    "triton", "3.7", "after other architectures in one process, code of sm_90 comes out for sm_89", always=False
+)
 
 FAILS = {
     "tests/precision/test_callback.py::test_two_processes_train_one_model[resumed]": RESUME,
     "tests/precision/test_callback.py::test_two_processes_resume_with_amaxes_of_their_own": RESUME,
     "tests/precision/test_scaled_mm.py::test_the_cpu_multiplies_what_it_takes_alike": SCALED_MM,
     "tests/precision/interpreted.py::test_adamw_over_narrow_states": FMA,
+    "tests/precision/interpreted.py::test_updates_are_those_of_plain_torch": FMA,
+    "tests/precision/interpreted.py::test_products_of_codes": INDEX,
+    "tests/precision/interpreted.py::test_products_by_name_alone": INDEX,
+    "tests/precision/test_triton_aot.py::test_aot[gemm mxfp8-89]": ADA,
     "tests/precision/test_triton_aot.py::test_aot[gemm nvfp4-89]": E4M3_SCALES,
     "tests/precision/test_triton_aot.py::test_aot[gemm nvfp4-90]": E4M3_SCALES,
 }
