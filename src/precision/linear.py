@@ -397,6 +397,11 @@ class QuantLinear(nn.Module):
 
     # What ``precision.traced`` calls.
 
+    def computes_by(self, kind: int, device: torch.device) -> bool:
+        mode, held = self.mode, self.amax_held
+        there = self.weight.device.type == device.type and not (held is not None and held.is_meta)
+        return there and kind in (mode.kind, mode.kind_of_inputs)
+
     def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
         rows = x.reshape(-1, self.in_features)
         call = self._call(x, {})
@@ -412,22 +417,22 @@ class QuantLinear(nn.Module):
 
     def traced_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
-    ) -> tuple[list[Tensor], slice | None]:
+    ) -> tuple[list[Tensor], tuple[int, ...] | None]:
         rows, given = x.reshape(-1, self.in_features), {}
         if made:
             names, layout = _LAYOUTS["made", self.mode.kind_of_inputs, tuple(x.shape), differentiated]
             given = dict(zip(names, _unflat(made, layout), strict=True))
-        y, kept, _ = forward_pass(self._call(x, dict(given)), rows, weight, bias, differentiated)
-        outputs, which, start = [y.view(*x.shape[:-1], self.out_features)], None, 0
-        if isinstance(kept, Quantized):
-            tensors, _LAYOUTS["kept", self.mode.kind, tuple(x.shape[:-1])] = _flat([kept])
-            for operand in given.values():
-                stop = start + len(_flat([operand])[0])
-                same = isinstance(operand, Quantized) and operand.codes is kept.codes
-                which = slice(start, stop) if same else which
-                start = stop
-            outputs += tensors if which is None else []
-        return outputs, which
+        y, kept, _ = forward_pass(self._call(x, given), rows, weight, bias, differentiated)
+        outputs = [y.view(*x.shape[:-1], self.out_features)]
+        if not isinstance(kept, Quantized):
+            return outputs, None
+        tensors, _LAYOUTS["kept", self.mode.kind, tuple(x.shape[:-1])] = _flat([kept])
+        places = {id(tensor): place for place, tensor in enumerate(made)}
+        which = tuple(places[id(tensor)] for tensor in tensors if id(tensor) in places)
+        if which:
+            assert len(which) == len(tensors), "what is kept is made in one place"
+            return outputs, which
+        return [*outputs, *tensors], None
 
     def traced_backward(
         self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
@@ -823,8 +828,9 @@ _LAYOUTS: dict[Hashable, Any] = {}
 
 
 def _flat(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """Operands as tensors, and how to have them back."""
+    """Operands as tensors, and how to have them back. A tensor that several share is there once."""
     tensors: list[Tensor] = []
+    places: dict[int, int] = {}
     layout: list[Any] = []
     for operand in operands:
         parts: tuple[Tensor | None, ...]
@@ -835,16 +841,18 @@ def _flat(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Any, ...]]:
             parts, rest = (operand.matrix, operand.factor), (Prepared,)
         else:
             parts, rest = (operand,), (Tensor,)
-        layout.append((rest, tuple(part is not None for part in parts)))
-        tensors += [part for part in parts if part is not None]
+        for part in parts:
+            if part is not None and id(part) not in places:
+                places[id(part)] = len(tensors)
+                tensors.append(part)
+        layout.append((rest, tuple(None if part is None else places[id(part)] for part in parts)))
     return tensors, tuple(layout)
 
 
 def _unflat(tensors: Sequence[Tensor], layout: tuple[Any, ...]) -> list[Operand]:
-    left = iter(tensors)
     operands: list[Operand] = []
-    for (kind, *rest), there in layout:
-        parts = [next(left) if is_there else None for is_there in there]
+    for (kind, *rest), places in layout:
+        parts = [None if place is None else tensors[place] for place in places]
         if kind is Quantized:
             (codes, scales, tensor_scale), (shape, spec, transposed) = parts, rest
             assert codes is not None

@@ -26,13 +26,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 class Traced(Protocol):
     """A module whose passes are operators. Lists of tensors are flat; how they are read, the module knows by shape."""
 
+    def computes_by(self, kind: int, device: torch.device) -> bool:
+        """Whether this kind is what it computes by now, on such a device."""
+
     def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
         """What is made of x [..., in_features], that depends on nothing but x and the kind."""
 
     def traced_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
-    ) -> tuple[list[Tensor], slice | None]:
-        """[y, what backward keeps], and which of ``made`` it keeps besides; None: it keeps x itself."""
+    ) -> tuple[list[Tensor], tuple[int, ...] | None]:
+        """[y, what backward keeps], and which of ``made`` it keeps instead; if neither, it keeps x itself."""
 
     def traced_backward(
         self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
@@ -86,17 +89,18 @@ class _Like(NamedTuple):
         return _Like(tuple(x.shape), x.stride(), x.dtype)
 
 
-_kept_of: dict[tuple[Any, ...], slice | None] = {}
+_kept_of: dict[tuple[Any, ...], tuple[int, ...] | None] = {}
 _outputs: dict[tuple[Any, ...], list[_Like]] = {}
 
 
-def _some(kind: int) -> Traced:
-    module: Traced = next(iter(_of_kind[kind]))
+def _some(kind: int, device: torch.device) -> Traced:
+    """A module that computes by this kind now: a schedule may have had others join it and leave."""
+    module: Traced = next(module for module in _of_kind[kind] if module.computes_by(kind, device))
     return module
 
 
 def _inputs(x: Tensor, kind: int, differentiated: bool) -> list[Tensor]:
-    return _some(kind).traced_inputs(x.detach(), differentiated)
+    return _some(kind, x.device).traced_inputs(x.detach(), differentiated)
 
 
 def _linear(
@@ -146,7 +150,9 @@ def _linear_fake(
     if key not in _outputs:
         with unset_fake_temporarily(), torch.no_grad():
             zeros = _zeros(x), _zeros(weight), None if bias is None else _zeros(bias)
-            outputs, _kept_of[key] = _some(kind).traced_forward(*zeros, [_zeros(y) for y in made], differentiated)
+            outputs, _kept_of[key] = _some(kind, x.device).traced_forward(
+                *zeros, [_zeros(y) for y in made], differentiated
+            )
             _outputs[key] = [_Like.of(y) for y in outputs]
     return _empty(x, _outputs[key])
 
@@ -166,7 +172,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, bias, made, token, kind, differentiated = inputs
     _, *own = output
     which = _kept_of["linear", kind, _static(x), differentiated]
-    kept = [x] if which is None and not own else [*made[which or slice(0)], *own]
+    kept = own or ([x] if which is None else [made[place] for place in which])
     ctx.save_for_backward(weight, token, *(kept if differentiated else []))
     ctx.kind, ctx.has_bias, ctx.num_made = kind, bias is not None, len(made)
     ctx.set_materialize_grads(False)

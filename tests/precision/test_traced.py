@@ -72,9 +72,9 @@ def _afresh() -> None:
     counters.clear()
 
 
-def made(name: str, blocks: int = 2) -> tuple[Model, Plan]:
+def made(name: str, blocks: int = 2, schedule: tuple[Any, ...] = ()) -> tuple[Model, Plan]:
     model = Model(blocks).bfloat16()
-    return model, apply(load(name, RECIPES[name]), model, tokens=32)
+    return model, apply(load(name, RECIPES[name], schedule), model, tokens=32)
 
 
 def trained(model: Model, plan: Plan, steps: int = 3) -> list[Tensor]:
@@ -120,6 +120,16 @@ def test_many_blocks_are_one_graph() -> None:
         layer.compile(backend=graphs.backend)
     trained(model, plan, 1)
     assert counters["stats"]["unique_graphs"] == 2  # for training, and without gradients
+
+
+def test_a_schedule_changes_what_is_compiled() -> None:
+    """Linears that have computed by a kind, and no longer do, do not stand for those that do."""
+    schedule = ({"steps": [1, 2], "gemms": ["fprop", "wgrad"], "recipe": "fp8_rowwise"}, {"steps": [2, 3]})
+    eager = trained(*made("fp8_current", 2, schedule))
+    model, plan = made("fp8_current", 2, schedule)
+    for layer in model.layers:
+        layer.compile(backend=Graphs().backend)
+    assert all(map(torch.equal, eager, trained(model, plan)))
 
 
 def test_what_is_not_needed_is_not_computed() -> None:
