@@ -5,8 +5,8 @@ order and the width of the sums differ. The claim, to be confirmed by ``scripts/
 signal-to-noise ratio of at least ``SQNR_DB`` against the reference's product of the same codes.
 
 ``PRODUCTS`` is what torch 2.11 to 2.13, built for CUDA 12.9 or later, is documented to take: its own checks of shapes,
-strides and dtypes (``torch/_meta_registrations.py``), its dispatch by architecture and formats (``ScaledBlas.cpp``), its
-tests' shapes. **None of it has run on a GPU here.** Of every call:
+strides and dtypes (``torch/_meta_registrations.py``), its dispatch by architecture and formats (``ScaledBlas.cpp``),
+its tests' shapes. **None of it has run on a GPU here.** Of every call:
 
 * a is row-major [m, k], b column-major [k, n]: both are stored with the contraction last (TN, the one layout that all
   four architectures take), so the codes of a transposed square tile are copied once.
