@@ -429,8 +429,8 @@ KINDS = {
     "products": r"gemm|nvjet|xmma|cutlass|cublas|sm90_|splitK",
     "optimizer": r"multi_tensor|adam",
     "collectives": r"nccl",
-    "copies": r"memcpy|memset|copy|cat_",
     "inductor": r"^triton_",
+    "copies": r"memcpy|memset|copy|cat_",
 }
 
 
@@ -465,7 +465,12 @@ def _profiled(what: str, averages: Any) -> Iterator[Row]:
     """``averages`` of a profile: of kernels on the device where there is one, of torch's operations where not."""
     there = torch.autograd.DeviceType.CUDA if cuda() else torch.autograd.DeviceType.CPU
     name = "self_device_time_total" if cuda() else "self_cpu_time_total"
-    events = [(event.key, getattr(event, name), event.count) for event in averages if event.device_type == there]
+    events = [
+        (event.key, getattr(event, name), event.count)
+        for event in averages
+        # FSDP and optimizers annotate spans, which hold kernels that are counted themselves.
+        if event.device_type == there and not getattr(event, "is_user_annotation", False)
+    ]
     events = sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
     total = sum(us for _, us, _ in events)
     if not total:  # counters of the device may be out of a virtual machine's reach

@@ -11,10 +11,13 @@ is, and a linear whose spec is empty is ``F.linear``.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -186,6 +189,24 @@ def _number(key: Hashable) -> int:
     return _KEYS.setdefault(key, len(_KEYS))
 
 
+def _stable(*parts: object) -> int:
+    """A number that means the same in every process: compiled graphs hold it, and are found on disk by what they hold.
+
+    ``parts`` are told apart by their representation; one with an address in it is found by nobody.
+    """
+    digest = hashlib.sha256(repr((_sources(), *parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+@functools.cache
+def _sources() -> str:
+    """What an operator gives follows from this code, too."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _resolved(spec: LinearSpec, backends: Sequence[Backend]) -> Resolved:
     slots = []
     for number in range(6):
@@ -321,15 +342,17 @@ class QuantLinear(nn.Module):
         resolved = _resolved(spec, backends)
         slots = resolved.slots
         unseen_columns = tuple((column, slot, transform) for column, (slot, transform) in unseen.items())
-        kind = _number((spec, backends, unseen_columns, self.in_features, self.out_features, self.bias is not None))
+        by = [backend.identity for backend in backends]
+        shape = self.in_features, self.out_features, self.bias is not None
+        inputs = [(slot, slots[slot].spec, slots[slot].gemm.transform, by[slot // 2][0]) for slot in (X, WGRAD_X)]
         return Mode(
             spec=spec,
             backends=backends,  # type: ignore[arg-type]
             resolved=resolved,
             column_of={slot: self.columns.index(column) for slot, column in columns.items()},
             unseen=unseen_columns,
-            kind=kind,
-            kind_of_inputs=_number(("inputs", slots[X].key, slots[WGRAD_X].key, *resolved[1:], self.in_features)),
+            kind=_stable(spec, by, unseen_columns, shape),
+            kind_of_inputs=_stable("inputs", inputs, resolved[1:], self.in_features),
             empty=all(slot.spec is None for slot in slots),
             shares=slots[X].spec is not None
             and not unseen_columns

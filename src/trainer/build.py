@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -220,6 +221,9 @@ def build_model(
         plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
     except ValueError as error:
         raise UserError(f"precision: {error}") from error
+    if parallel.compiles(world.device):
+        # All blocks share what is compiled: for training and validation, in both precisions, by phase of a schedule.
+        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
     for block in model.layers:
         block.recompute = parallel.activation_checkpointing
         if parallel.compiles(world.device):

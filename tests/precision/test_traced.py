@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +133,32 @@ def test_a_schedule_changes_what_is_compiled() -> None:
     for layer in model.layers:
         layer.compile(backend=Graphs().backend)
     assert all(map(torch.equal, eager, trained(model, plan)))
+
+
+KINDS = """
+from precision.recipe import apply, load
+from test_traced import RECIPES, Model
+for name in RECIPES:
+    model = Model(1)
+    apply(load(name, RECIPES[name]), model, tokens=32)
+    print(name, model.layers[0].q.mode.kind, model.layers[0].q.mode.kind_of_inputs)
+"""
+
+
+def test_kinds_are_the_same_in_every_process() -> None:
+    """Compiled graphs hold them and are kept on disk: another recipe's graph must not be found by its number."""
+    found = {}
+    for name in reversed(RECIPES):
+        linear = made(name, 1)[0].layers[0].q
+        assert isinstance(linear, QuantLinear)
+        found[name] = [str(linear.mode.kind), str(linear.mode.kind_of_inputs)]
+    process = subprocess.run([sys.executable, "-c", KINDS], capture_output=True, text=True, check=True, env=paths())
+    assert {name: kinds for name, *kinds in map(str.split, process.stdout.splitlines())} == found
+    assert len({kind for kinds in found.values() for kind in kinds}) == 2 * len(found)
+
+
+def paths() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_what_is_not_needed_is_not_computed() -> None:

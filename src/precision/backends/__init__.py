@@ -34,6 +34,10 @@ class Backend(Protocol):
         """In plan.txt and in ``precision.backend``."""
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        """What it computes depends on: who quantizes first, and nothing that differs by process."""
+
+    @property
     def notes(self) -> bool:
         """Whether ``prepare`` and ``both`` note amaxes while they quantize, in the same pass."""
 

@@ -20,6 +20,10 @@ class Reference:
     notes = False
     reads_rows = False
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         return None
 

@@ -190,6 +190,10 @@ class ScaledMM:
         return "scaled_mm"
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        return f"{self.quantizer.name} for {self.name}", str(self.device), str(self.shape), str(self.fast)
+
+    @property
     def notes(self) -> bool:
         return self.quantizer.notes
 

@@ -564,10 +564,9 @@ class Room:
     def filled(self, codes: Tensor, scales: Tensor | None, tensor_scale: Tensor | None) -> Quantized | Prepared:
         if self.values:
             factor = scales if tensor_scale is None else tensor_scale
-            return Prepared(matrix=codes, factor=None if factor is None else factor.view(()))
+            return Prepared(matrix=codes, factor=_scalar(factor))
         assert scales is not None
-        if tensor_scale is not None:
-            tensor_scale = tensor_scale.view(())
+        tensor_scale = _scalar(tensor_scale)
         return Quantized(codes=codes, scales=scales, tensor_scale=tensor_scale, shape=self.shape, spec=self.spec)
 
 
@@ -775,6 +774,10 @@ def quantize_both(
     return pair
 
 
+def _scalar(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 0 else x.view(())
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class BothPlan:
     """The launches of ``quantize_both``, ready but for their tensors; as ``QuantizePlan``."""
@@ -819,6 +822,10 @@ class BothPlan:
             None if first is None else first.step,
             None if first is None else first.first,
         )
+        # What both have is one tensor, not two views: compiled code takes two for memory of their own.
+        tensor_scale = _scalar(tensor_scale)
+        if row.values and scales_t is None:
+            scales = _scalar(scales)
         other = scales if scales_t is None else scales_t
         return row.filled(codes, scales, tensor_scale), column.filled(codes_t, other, tensor_scale)  # type: ignore[return-value]
 
