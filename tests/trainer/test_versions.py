@@ -75,8 +75,8 @@ def resolved(name: str) -> Any:
 
 def is_there(name: str) -> bool:
     name, _, parameter = name.rstrip(")").partition("(")
-    if name.startswith("torch.ops."):
-        return True  # what is registered where the program runs
+    if name.startswith(("torch.ops.", "torch._C._cuda")):
+        return True  # what is registered where the program runs, and what builds for CUDA have
     try:
         found = resolved(name)
         parameters = inspect.signature(found).parameters.values() if parameter else []
