@@ -71,7 +71,8 @@ def resources() -> list[str]:
                 call()
             for launch in launches:
                 code = compile(launch, architecture)
-                cell = f"{code.registers}, {code.shared}" + (f", {code.spilled} spilled" if code.spilled else "")
+                spilled = f", {code.spilled} spilled" if code.spilled else ""
+                cell = f"{code.registers}, {code.shared}, {code.count('bar.sync')}{spilled}"
                 rows.setdefault(f"{launch.kernel.__name__} | {launch.num_warps}", []).append(cell)
         lines += [f"| {name} | {kernel} | {' | '.join(cells)} |" for kernel, cells in rows.items()]
     return lines

@@ -719,13 +719,15 @@ class Call:
         spec, backends = it.spec, self.module.backends
         if spec is None or its.spec is None or self.observer is not None:
             return None
-        alike = spec == its.spec or (it.square and spec == replace(its.spec, source=Source.ORIGINAL))
-        if not alike:
-            return None
         if it.gemm.transform is not None or its.gemm.transform is not None:
+            return None
+        # Codes of a square tile are reused by transposing them: they are those of the original.
+        if spec != its.spec and not (it.square and spec == replace(its.spec, source=Source.ORIGINAL)):
             return None
         if it.square and not (backends[slot // 2].reads_rows and backends[other // 2].reads_rows):
             return None  # one is the other, transposed
+        if it.delayed and not backends[slot // 2].notes:
+            return None
         noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
         return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
@@ -835,7 +837,8 @@ def kept_of(call: Call, x: Tensor, a: Operand) -> Operand:
         return x
     if call.resolved.x_transposes:
         columns = call.columns_made(x)
-        return a.t() if columns is None and isinstance(a, Quantized) else columns or a
+        assert isinstance(a, Quantized), "made as codes, as keeps_first says"
+        return a.t() if columns is None else columns
     if _reuses(spec.wgrad.b):
         return call.reused(WGRAD_X, a, codes=True)
     return call.operand(WGRAD_X, x.mT, codes=True)

@@ -173,14 +173,27 @@ def test_initial_weights_are_the_same_at_every_world_size(runs: Path) -> None:
         assert all(torch.equal(other[name], saved[0][name]) for name in saved[0])
 
 
-def test_one_process_goes_on_from_what_two_saved(runs: Path, corpus: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "llama-2", tmp_path / "run")
-    (tmp_path / "run" / "done.json").unlink()
-    for path in list_checkpoints(tmp_path / "run" / "checkpoints")[7:]:
+def cut(run_dir: Path, copied: Path, step: int) -> Path:
+    """A run as if it had been stopped after this step."""
+    shutil.copytree(run_dir, copied)
+    (copied / "done.json").unlink()
+    for path in list_checkpoints(copied / "checkpoints")[step:]:
         shutil.rmtree(path)
-    assert train_here(load_config(tiny_overrides(corpus, tmp_path / "run", *TRAIN))) is ExitCode.FINISHED
-    assert json.loads((tmp_path / "run" / "env.json").read_text())["started_at_step"] == 7
-    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "llama-1"), rel=0, abs=1e-5)
+    return copied
+
+
+def test_a_run_goes_on_from_what_one_process_saved_and_from_what_two_did(
+    runs: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """One keeps whole parameters where two shard them; 1 -> 2 -> 1 gives what one gives."""
+    two = cut(runs / "llama-1", tmp_path / "two", 4)
+    run_to_end(tiny_overrides(corpus, two, *TRAIN), 2)
+    assert json.loads((two / "env.json").read_text())["started_at_step"] == 4
+    one = cut(two, tmp_path / "one", 7)
+    assert train_here(load_config(tiny_overrides(corpus, one, *TRAIN))) is ExitCode.FINISHED
+    assert json.loads((one / "env.json").read_text())["started_at_step"] == 7
+    for run_dir in (two, one):
+        assert losses(run_dir) == pytest.approx(losses(runs / "llama-1"), rel=0, abs=1e-5)
 
 
 def test_a_run_killed_in_every_way_ends_like_one_left_alone(runs: Path, corpus: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ class Triton(Reference):
 
     name = "triton"
     notes = True
+    multiplies_codes = False  # else values, where BF16 holds them
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if not runs_on(device):
@@ -177,7 +178,7 @@ class Triton(Reference):
         """
         if transform is not None and not (isinstance(transform, Hadamard) and x.dtype in DTYPES):
             x, transform = self.transformed(transform, x, left=left), None
-        if not codes:
+        if not codes and not self.multiplies_codes:
             made = prepare_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
             if made is not None:
                 return made
@@ -193,6 +194,7 @@ class Triton(Reference):
         note: Tensor | None = None,
         values: bool = False,
     ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        values = values and not self.multiplies_codes
         return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values)
 
     def gemm(
@@ -432,7 +434,7 @@ def _made(
 
         plan = planned(chosen(_kind("one", of, spec, transform, values), of.device, run))
         if not recorded:
-            _remember(key, plan, spec, transform)
+            _remember(key, plan)
     return plan.made(of, up, d, amax, parts, note)
 
 
@@ -521,7 +523,7 @@ def _number(thing: Hashable) -> int:
     return number
 
 
-def _remember(key: Hashable, plan: Any, *_: object) -> None:
+def _remember(key: Hashable, plan: Any) -> None:
     if len(_PLANS) >= MAX_PLANS:
         _PLANS.clear()
     _PLANS[key] = plan

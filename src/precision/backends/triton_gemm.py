@@ -15,10 +15,9 @@ from torch import Tensor
 
 from precision.backends.triton import Triton, capability, interpreted, launch, version
 from precision.formats import E2M1, E4M3, E5M2, pack4, unpack4
-from precision.noise import Noise
 from precision.quantize import Prepared, Quantized
 from precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec, Transform
+from precision.spec import GemmSpec, OperandSpec
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -27,6 +26,7 @@ class TritonDot(Triton):
     """The ``triton`` backend with products on tensor cores."""
 
     name = "triton_dot"
+    multiplies_codes = True
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if gemm.a is None or gemm.b is None:
@@ -39,33 +39,6 @@ class TritonDot(Triton):
         if kinds[0] == "nvfp4" and (0, 0) < capability(device) < (10, 0) and version() < (3, 8):
             return "triton before 3.8 does not compile products of blocks with E4M3 scales for GPUs before Blackwell"
         return None
-
-    def prepare(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None,
-        noise: Noise | None,
-        transform: Transform | None,
-        left: bool,
-        codes: bool,
-        note: Tensor | None = None,
-    ) -> Quantized | Prepared:
-        # Its products read codes.
-        return super().prepare(x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note)
-
-    def both(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None = None,
-        noise: tuple[Noise, Noise] | None = None,
-        note: Tensor | None = None,
-        values: bool = False,
-    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
-        return super().both(x, spec, amax=amax, noise=noise, note=note)
 
     def gemm(
         self,
