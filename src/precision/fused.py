@@ -203,7 +203,7 @@ class FusedSwiGLU:
         differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
         made = gate.clock.recent.of(x)
         calls = tuple(
-            Call(linear, linear.active, *place, of_x, None, None)
+            Call.of(linear, linear.active, *place, of_x)
             for linear, of_x in zip(linears, (made, made, None), strict=True)
         )
         weights = (gate.weight, up.weight, down.weight)

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -385,24 +384,23 @@ class QuantLinear(nn.Module):
     # otherwise.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized(self, x: Tensor, spec: LinearSpec) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        rows_of_a_sample = self.clock.rows_of_a_sample(x, len(rows))
-        # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
-        differentiated = torch.is_grad_enabled() and self.weight.requires_grad
-        made = self.clock.recent.of(x)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
+        rows_of_a_sample = self.clock.rows_of_a_sample(x, x.numel() // self.in_features)
+        # Inside a Function every input that may have a gradient seems to want one, also where none is being taken.
+        differentiated = torch.is_grad_enabled() and weight.requires_grad
+        made = self.clock.recent.of(x)
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        if autocast:  # as it treats a plain linear; inside, what is in float32 has its reason
-            dtype = torch.get_autocast_dtype(kind)
-            made = made if x.dtype == dtype else None
-            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-                rows, weight, bias, self, spec, rows_of_a_sample, made, differentiated
-            )
-        return y.view(*x.shape[:-1], self.out_features)
+        if not torch.is_autocast_enabled(kind):
+            y: Tensor = _Linear.apply(x, weight, bias, self, spec, rows_of_a_sample, made, differentiated)  # type: ignore[no-untyped-call]
+            return y
+        # As it treats a plain linear; inside, what is in float32 has its reason.
+        dtype = torch.get_autocast_dtype(kind)
+        made = made if x.dtype == dtype else None
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            y = _Linear.apply(x, weight, bias, self, spec, rows_of_a_sample, made, differentiated)  # type: ignore[no-untyped-call]
+        return y
 
     def reset_state(self, value: float = 0.0) -> None:
         """Forget every amax. ``value``: what is held instead, 0 for a scale of 1, or ``UNKNOWN``."""
@@ -474,7 +472,7 @@ class QuantLinear(nn.Module):
         """``x``: the input or the gradient of the output, with the dimensions that they share."""
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         clock = self.clock
-        return Call(self, self.active, clock.first_sample, clock.rows_of_a_sample(x, rows), made, None, None)
+        return Call.of(self, self.active, clock.first_sample, clock.rows_of_a_sample(x, rows), made)
 
     def noise(self, slot: int, call: Call) -> Noise:
         """Of the slot's tensor where ``call`` stands in the data; that of a weight is the same everywhere."""
@@ -518,12 +516,12 @@ class QuantLinear(nn.Module):
         self.noted[column] = self.noted.get(column, 0) + 1
         if not self.mode.backends[slot // 2].notes or self._unknown():
             return self.amax_for(slot, x), None
-        places = self._places
-        if places is None or places[0] is not self.amax_history or places[1] is not self.amax_held:
+        places, history, held = self._places, self._buffers["amax_history"], self._buffers["amax_held"]
+        if places is None or places[0] is not history or places[1] is not held:
             both = (tensor.view(-1, 1).unbind() for tensor in (self.amax_held, self.amax_history[0]))
             places = self._places = self.amax_history, self.amax_held, tuple(zip(*both, strict=True))
-        held, note = places[2][column]
-        return held, note if self.training else None
+        scaling, note = places[2][column]
+        return scaling, note if self.training else None
 
     def _unknown(self) -> bool:
         """Whether a held amax may be unknown. Asks the device until it is not."""
@@ -565,7 +563,12 @@ class QuantLinear(nn.Module):
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
 
 
+_reshaped = torch.ops.aten._unsafe_view.default
+
+
 class _Linear(torch.autograd.Function):
+    """x [..., in_features] to y [..., out_features]. Views are taken inside: outside each would be two nodes more."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -578,38 +581,50 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Operand] | None,
         differentiated: bool,
     ) -> Tensor:
-        stats = module.statistics(x) if module.statistics is not None else None
-        # One that computes plainly is measured from outside.
-        observer = module.observer if differentiated and module.training and spec != LinearSpec() else None
-        call = Call(module, spec, module.clock.first_sample, rows_of_a_sample, made, stats, observer)
-        y, kept, ctx.noted = forward_pass(call, x, weight, bias, differentiated)
-        seen = (x,) if observer is not None else ()
+        rows = x.reshape(-1, module.in_features)
+        stats = module.statistics(rows) if module.statistics is not None else None
+        observer = module.observer
+        if observer is not None and not (differentiated and module.training and spec != LinearSpec()):
+            observer = None  # one that computes plainly is measured from outside
+        call = Call.of(module, spec, module.clock.first_sample, rows_of_a_sample, made, stats, observer)
+        y, kept, ctx.noted = forward_pass(call, rows, weight, bias, differentiated)
+        seen = (rows,) if observer is not None else ()
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
             ctx.save_for_backward(weight, stats, kept, *seen)
             ctx.kept = None
-        ctx.call, ctx.has_bias = call.without_input(), bias is not None
-        return y
+        ctx.call, ctx.has_bias, ctx.shape = call.without_input(), bias is not None, x.shape
+        # Not as a view: what a Function returns as one cannot be written to.
+        return y if x.dim() == 2 else _reshaped(y, [*x.shape[:-1], module.out_features])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, stats, *pieces = ctx.saved_tensors
-        kept: Operand = pieces[0]
-        if ctx.kept is not None:
-            shape, spec, transposed = ctx.kept
-            codes, scales, tensor_scale = pieces[:3]
-            kept = Quantized(
-                codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
-            )
-        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        call: Call = ctx.call.with_stats(stats)
-        seen = (ctx.noted, pieces[-1]) if call.observer is not None else None
-        dx, dw = backward_pass(call, dy, weight, kept, needed, seen)
-        dbias = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, dw, dbias, None, None, None, None, None
+        # Not by a decorator: it would enter and leave a mode that holds already, unless a graph of gradients is made.
+        return _differentiated_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, stats, *pieces = ctx.saved_tensors
+    rows = dy.reshape(-1, dy.shape[-1])
+    kept: Operand = pieces[0]
+    if ctx.kept is not None:
+        shape, spec, transposed = ctx.kept
+        codes, scales, tensor_scale = pieces[:3]
+        kept = Quantized(
+            codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
+        )
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    call: Call = ctx.call.with_stats(stats)
+    seen = (ctx.noted, pieces[-1]) if call.observer is not None else None
+    dx, dw = backward_pass(call, rows, weight, kept, needed, seen)
+    dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
+    dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return dx, dw, dbias, None, None, None, None, None
+
+
+_differentiated_once = once_differentiable(_backward)
 
 
 def forward_pass(
@@ -671,29 +686,41 @@ def backward_pass(
     return dx, dw
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes several times as long to make
 class Call:
     """One forward pass of a linear and its backward pass: they use one spec and one place in the data."""
 
     module: QuantLinear
     spec: LinearSpec
+    resolved: Resolved
     first_sample: Tensor
     rows_of_a_sample: int
     made: dict[Hashable, Operand] | None  # of x, in the forward pass
     stats: Tensor | None  # what transforms read
     observer: Observer | None
 
+    @classmethod
+    def of(
+        cls,
+        module: QuantLinear,
+        spec: LinearSpec,
+        first_sample: Tensor,
+        rows_of_a_sample: int,
+        made: dict[Hashable, Operand] | None,
+        stats: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> Call:
+        mode = module.mode
+        resolved = mode.resolved if spec is mode.spec else _resolved(spec, mode.backends)
+        return cls(module, spec, resolved, first_sample, rows_of_a_sample, made, stats, observer)
+
     def with_stats(self, stats: Tensor | None) -> Call:
         return self if stats is self.stats else replace(self, stats=stats)
 
     def without_input(self) -> Call:
         """What backward keeps of it: what it reads alone."""
-        return Call(self.module, self.spec, self.first_sample, self.rows_of_a_sample, None, None, self.observer)
-
-    @property
-    def resolved(self) -> Resolved:
-        mode = self.module.mode
-        return mode.resolved if self.spec is mode.spec else _resolved(self.spec, mode.backends)
+        place = self.first_sample, self.rows_of_a_sample
+        return Call(self.module, self.spec, self.resolved, *place, None, None, self.observer)
 
     def gemm(self, slot: int) -> GemmSpec:
         return (self.spec.fprop, self.spec.dgrad, self.spec.wgrad)[slot // 2]

@@ -73,6 +73,21 @@ def test_an_empty_spec_is_a_plain_linear(shape: tuple[int, ...], bias: bool) -> 
     assert all(map(torch.equal, run(module, x, dy), plain(module.weight, module.bias, x, dy)))
 
 
+@pytest.mark.parametrize("shape", [(ROWS,), (2, ROWS // 2), (0, 3)])
+def test_the_output_can_be_written_to_and_differentiated_once(shape: tuple[int, ...]) -> None:
+    """As that of a plain linear, but that codes have no second derivative: it is refused, not wrong."""
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=TENSOR8, b=TENSOR8)))
+    x = samples(*shape, INS).requires_grad_()
+    y = module(x)
+    expected = y.detach() + 1
+    y += 1
+    assert torch.equal(y, expected)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert dx.shape == x.shape
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("slot", range(6))
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_slot_alone_changes_its_own_gemm(slot: int, backend: str) -> None:

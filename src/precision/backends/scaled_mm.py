@@ -26,7 +26,6 @@ import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +82,9 @@ class Product:
     fast: bool
     hint: str = ""
 
+
+MAX_CALLS = 256
+"""How many kinds of products are known at a time: as many as there are shapes of batches."""
 
 FAST_BY_DEFAULT = (89, 90)
 """Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
@@ -181,7 +183,7 @@ class ScaledMM:
     shape: tuple[int | None, int, int] | None = None
     device: torch.device | None = None
     fast: bool = False
-    _calls: dict[tuple[int, int, torch.dtype], _Resolved] = field(
+    _calls: dict[tuple[int, int, tuple[int, int], tuple[int, int], torch.dtype], Multiplication] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
 
@@ -212,6 +214,8 @@ class ScaledMM:
         """For one GEMM, with the backend that quantizes there. ``fast``: as ``GemmSpec.fast_accum``."""
         if fast is None:
             fast = self.detect(device) in FAST_BY_DEFAULT
+        if isinstance(quantizer, triton.Triton):
+            quantizer = triton.FOR_PRODUCTS
         return replace(self, shape=shape, device=device, quantizer=quantizer, fast=fast)
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
@@ -279,7 +283,7 @@ class ScaledMM:
         if not isinstance(a, Quantized) or not isinstance(b, Quantized):  # a step that the recipe leaves alone
             return self.quantizer.gemm(a, b, bias=bias, dtype=dtype)
         # By identity: to hash and to compare specs takes longer than to launch a product.
-        key = id(a.spec), id(b.spec), dtype
+        key = id(a.spec), id(b.spec), a.shape, b.shape, dtype
         known = self._calls.get(key)
         if known is None:
             arch = self.detect(a.codes.device)
@@ -287,8 +291,10 @@ class ScaledMM:
             product = find(a.spec, b.spec, arch, dtype)
             if isinstance(product, str):
                 raise ValueError(f"{a.spec} x {b.spec}: {product}")
-            known = self._calls[key] = _Resolved(product, a.spec, b.spec)
-        return multiply(known.product, a, b, bias=bias, dtype=dtype, fast=self.fast)
+            if len(self._calls) >= MAX_CALLS:
+                self._calls.clear()
+            known = self._calls[key] = multiplication(product, a, b, dtype=dtype, fast=self.fast)
+        return known.of(a, b, bias)
 
     def note(self, gemm: GemmSpec) -> str:
         """Which product it is, who quantizes, what is padded and translated, and where no sum is fast."""
@@ -307,14 +313,6 @@ class ScaledMM:
         slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
         fast = ["fast sums"] if gemm.fast_accum is None and self.fast and product.fast else []
         return ", ".join([*parts, *translated, *slow, *fast])
-
-
-class _Resolved(NamedTuple):
-    """The product of two specs; they are kept, as they are known by their identity."""
-
-    product: Product
-    a: OperandSpec
-    b: OperandSpec
 
 
 @functools.cache
@@ -385,74 +383,139 @@ def multiply(
 
     ``fast``: with fast sums, if it has them.
     """
-    (m, k), n = a.shape, b.shape[0]
-    if 0 in (m, n, k):
-        y = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
-        return y if bias is None else y + bias.to(dtype)
-    afterwards = product.scales is Scales.ROW_AFTERWARDS
-    fused = bias is not None and product.bias and dtype != torch.float32
-    padded_m, padded_n, padded_k = (_up(size, by) for size, by in zip((m, n, k), product.multiples, strict=True))
-    left, right = _side(a, product, padded_m, padded_k), _side(b, product, padded_n, padded_k)
-    right_scales = [right.scales[0].mT] if product.scales is Scales.ROW else right.scales
-    added = bias.to(dtype) if fused and bias is not None else None
-    y = scaled_mm(
-        left.codes,
-        right.codes.t(),
-        left.scales,
-        left.recipes,
-        right_scales,
-        right.recipes,
-        swizzle_a=left.swizzles,
-        swizzle_b=right.swizzles,
-        bias=added if added is None or padded_n == n else pad(added, (0, padded_n - n)),
-        output_dtype=torch.float32 if afterwards or (bias is not None and not fused) else dtype,
-        use_fast_accum=fast and product.fast,
+    return multiplication(product, a, b, dtype=dtype, fast=fast).of(a, b, bias)
+
+
+def multiplication(product: Product, a: Quantized, b: Quantized, *, dtype: torch.dtype, fast: bool) -> Multiplication:
+    """``multiply`` of operands such as these."""
+    sizes = a.shape[0], b.shape[0], a.shape[1]
+    m, n, k = (_up(size, by) for size, by in zip(sizes, product.multiples, strict=True))
+    return Multiplication(
+        product=product,
+        specs=(a.spec, b.spec),
+        sizes=sizes,
+        padded=(m, n),
+        dtype=dtype,
+        fast=fast and product.fast,
+        left=_Side(product, a.spec, a.shape, m, k),
+        right=_Side(product, b.spec, b.shape, n, k),
     )
-    if (padded_m, padded_n) != (m, n):
-        y = y[:m, :n]
-    if afterwards:
-        y = y * _row_scales(a, m) * _row_scales(b, n).mT
-    if bias is not None and not fused:
-        y = y + bias
-    return y.to(dtype).contiguous()
 
 
-class _Side(NamedTuple):
-    """The arguments that one operand becomes: codes [rows, k] (or [rows, k / 2] of E2M1), row-major."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiplication:
+    """A product of operands of two specs and shapes: all that can be known before their codes are there.
 
-    codes: Tensor
-    scales: list[Tensor]
-    recipes: list[ScalingType]
-    swizzles: list[SwizzleType]
+    Args:
+        specs: of the operands; kept, as they are known by their identity.
+        sizes: m, n, k.
+        padded: m and n as they are computed.
+        dtype: of the output.
+        fast: whether sums are fast.
+        left, right: how the operands are read.
+    """
+
+    product: Product
+    specs: tuple[OperandSpec, OperandSpec]
+    sizes: tuple[int, int, int]
+    padded: tuple[int, int]
+    dtype: torch.dtype
+    fast: bool
+    left: _Side
+    right: _Side
+
+    def of(self, a: Quantized, b: Quantized, bias: Tensor | None) -> Tensor:
+        """y [m, n]; ``bias`` [n] in any dtype."""
+        m, n, k = self.sizes
+        product, dtype, left, right = self.product, self.dtype, self.left, self.right
+        if 0 in (m, n, k):
+            y = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
+            return y if bias is None else y + bias.to(dtype)
+        afterwards = product.scales is Scales.ROW_AFTERWARDS
+        fused = bias is not None and product.bias and dtype != torch.float32
+        wide = afterwards or (bias is not None and not fused)
+        right_scales = right.scales(b)
+        added = bias.to(dtype) if fused and bias is not None else None
+        y = scaled_mm(
+            left.codes(a),
+            right.codes(b).t(),
+            left.scales(a),
+            left.recipes,
+            [right_scales[0].mT] if product.scales is Scales.ROW else right_scales,
+            right.recipes,
+            swizzle_a=left.swizzles,
+            swizzle_b=right.swizzles,
+            bias=added if added is None or self.padded[1] == n else pad(added, (0, self.padded[1] - n)),
+            output_dtype=torch.float32 if wide else dtype,
+            use_fast_accum=self.fast,
+        )
+        if self.padded != (m, n):
+            y = y[:m, :n]
+        if afterwards:
+            y = y * _row_scales(a, m) * _row_scales(b, n).mT
+        if bias is not None and not fused:
+            y = y + bias
+        if y.dtype != dtype:
+            y = y.to(dtype)
+        return y if y.is_contiguous() else y.contiguous()
 
 
-def _side(q: Quantized, product: Product, rows: int, k: int) -> _Side:
-    codes = _codes(q, product, rows, k)
-    flat, swizzled = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
-    match product.scales:
-        case Scales.TENSOR:
-            scale = _decode_scales(q).reshape(1)
-            return _Side(codes=codes, scales=[scale], recipes=[ScalingType.TensorWise], swizzles=[flat])
-        case Scales.ROW_AFTERWARDS:
-            return _Side(codes=codes, scales=[_one(codes.device)], recipes=[ScalingType.TensorWise], swizzles=[flat])
-        case Scales.ROW:
-            return _Side(codes=codes, scales=[_row_scales(q, rows)], recipes=[ScalingType.RowWise], swizzles=[flat])
-        case Scales.BLOCK:
-            scales, recipe = _block_scales(q, rows, k)
-            return _Side(codes=codes, scales=[scales], recipes=[recipe], swizzles=[flat])
-        case Scales.MX:
-            exponents = q.scales if q.spec.scale.format == E8M0 else E8M0.encode(q.scales)
-            scales = _in_order(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)
-            return _Side(codes=codes, scales=[scales], recipes=[ScalingType.BlockWise1x32], swizzles=[swizzled])
-        case Scales.NV:
-            assert q.tensor_scale is not None
-            scales = _in_order(_per_vector(q, q.scales, rows, k, 16)).view(torch.float8_e4m3fn)
-            return _Side(
-                codes=codes,
-                scales=[scales, q.tensor_scale.reshape(1)],
-                recipes=[ScalingType.BlockWise1x16, ScalingType.TensorWise],
-                swizzles=[swizzled, flat],
-            )
+class _Side:
+    """How an operand of one spec and shape is read: codes [rows, k] (or [rows, k / 2] of E2M1), row-major."""
+
+    def __init__(self, product: Product, spec: OperandSpec, shape: tuple[int, int], rows: int, k: int) -> None:
+        self.product, self.rows, self.k = product, rows, k
+        kind, fitting = product.scales, shape == (rows, k)
+        # What lies in memory as the hardware reads it.
+        self.codes_dtype = spec.format.dtype if fitting and spec.format.dtype in _NATIVE and min(shape) > 1 else None
+        plain = spec.scale.format is None
+        self.scales_shape: tuple[int, ...] | None = None
+        if plain and kind is Scales.TENSOR:
+            self.scales_shape = (1,)
+        elif plain and kind is Scales.ROW and fitting and _granularity(spec) is Scales.ROW:
+            self.scales_shape = (rows, 1)
+        self.column_scales = (rows, k // 128) if plain and fitting and spec.tile.outer == 1 else None
+        flat, swizzled = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
+        self.recipes, self.swizzles = {
+            Scales.TENSOR: ([ScalingType.TensorWise], [flat]),
+            Scales.ROW_AFTERWARDS: ([ScalingType.TensorWise], [flat]),
+            Scales.ROW: ([ScalingType.RowWise], [flat]),
+            Scales.BLOCK: (
+                [ScalingType.BlockWise1x128 if spec.tile.outer == 1 else ScalingType.BlockWise128x128],
+                [flat],
+            ),
+            Scales.MX: ([ScalingType.BlockWise1x32], [swizzled]),
+            Scales.NV: ([ScalingType.BlockWise1x16, ScalingType.TensorWise], [swizzled, flat]),
+        }[kind]
+
+    def codes(self, q: Quantized) -> Tensor:
+        if self.codes_dtype is not None and not q.transposed and q.codes.is_contiguous():
+            return q.codes.view(self.codes_dtype)
+        return _codes(q, self.product, self.rows, self.k)
+
+    def scales(self, q: Quantized) -> list[Tensor]:
+        scales, shape, rows, k = q.scales, self.scales_shape, self.rows, self.k
+        if shape is not None and not q.transposed and scales.is_contiguous():
+            return [scales if scales.shape == shape else scales.view(shape)]
+        match self.product.scales:
+            case Scales.TENSOR:
+                return [_decode_scales(q).reshape(1)]
+            case Scales.ROW_AFTERWARDS:
+                return [_one(scales.device)]
+            case Scales.ROW:
+                return [_row_scales(q, rows)]
+            case Scales.BLOCK:
+                columns = scales.mT if q.transposed else scales
+                if self.column_scales == columns.shape and columns.stride() == (1, len(columns)):
+                    return [columns]
+                return [_block_scales(q, rows, k)]
+            case Scales.MX:
+                exponents = scales if q.spec.scale.format == E8M0 else E8M0.encode(scales)
+                return [_in_order(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)]
+            case Scales.NV:
+                assert q.tensor_scale is not None
+                vectors = _in_order(_per_vector(q, scales, rows, k, 16)).view(torch.float8_e4m3fn)
+                return [vectors, q.tensor_scale.reshape(1)]
 
 
 def _codes(q: Quantized, product: Product, rows: int, k: int) -> Tensor:
@@ -509,17 +572,17 @@ def _row_scales(q: Quantized, rows: int) -> Tensor:
     return _padded(_decode_scales(q).expand(q.shape[0], 1), rows, 1, value=1.0).contiguous()
 
 
-def _block_scales(q: Quantized, rows: int, k: int) -> tuple[Tensor, ScalingType]:
+def _block_scales(q: Quantized, rows: int, k: int) -> Tensor:
     """FP32, column-major: [rows, k / 128], or [k / 128 rounded up to 4, rows / 128]; 1 for padding."""
     scales = _decode_scales(q)
     columns = k // 128
     if q.spec.tile.outer == 1:
         scales = _padded(scales, rows, columns, value=1.0)
-        return scales.mT.contiguous().mT, ScalingType.BlockWise1x128
+        return scales.mT.contiguous().mT
     squares = -(-rows // 128)
     columns = _up(columns, 4)
     scales = _padded(scales, squares, columns, value=1.0)
-    return scales.contiguous().mT, ScalingType.BlockWise128x128
+    return scales.contiguous().mT
 
 
 def _per_vector(q: Quantized, scales: Tensor, rows: int, k: int, size: int) -> Tensor:

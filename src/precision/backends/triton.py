@@ -54,8 +54,9 @@ MODES = {Power.FLOOR: 0, Power.CEIL: 1, Power.EVEN: 2, Power.RCEIL: 3}
 MAX_TILE = 128 * 128  # elements that one program holds
 
 
+@functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+    """Whether kernels run in Triton's interpreter, on the CPU: Triton asks once, too."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -114,7 +115,13 @@ class Triton(Reference):
     """The reference with Triton kernels for all that reads or writes a matrix, but for the products.
 
     Plain torch where there is no kernel: for other devices, empty matrices, odd tiles.
+
+    Args:
+        by_column: FP32 scales of parts of a row, where kernels write them, lie in memory column by column.
     """
+
+    def __init__(self, *, by_column: bool = False) -> None:
+        self.by_column = by_column
 
     name = "triton"
     notes = True
@@ -137,7 +144,7 @@ class Triton(Reference):
         return None
 
     def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
-        return quantize_fused(x, spec, amax=amax, noise=noise)
+        return quantize_fused(x, spec, amax=amax, noise=noise, by_column=self.by_column)
 
     def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
         """As ``precision.quantize.operand``, bit for bit; but powers of two per tile, which it takes relative to the
@@ -182,7 +189,7 @@ class Triton(Reference):
             made = prepare_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
             if made is not None:
                 return made
-        return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
+        return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note, by_column=self.by_column)
 
     def both(
         self,
@@ -195,7 +202,7 @@ class Triton(Reference):
         values: bool = False,
     ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         values = values and not self.multiplies_codes
-        return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values)
+        return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values, by_column=self.by_column)
 
     def gemm(
         self,
@@ -216,6 +223,10 @@ class Triton(Reference):
         else:
             y = left.float() @ right.float().mT
         return scaled_output(y, factors, bias, dtype)
+
+
+FOR_PRODUCTS = Triton(by_column=True)
+"""What quantizes for native products, which read them so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,16 +358,18 @@ def quantize_fused(
     noise: Noise | None = None,
     transform: Hadamard | None = None,
     note: Tensor | None = None,
+    by_column: bool = False,
 ) -> Quantized:
     """As ``precision.quantize.quantize`` of ``transform.left(x)``, bit for bit, without writing that.
 
     Args:
         note: FP32 of one element: becomes the amax of what is quantized if that is larger (NaN is largest). For one
             scale of the tensor, or a tensor level, made of an ``amax`` that is given.
+        by_column: as in ``Triton``.
 
     Raises ValueError as ``quantize``, and for a note where the amax is not given.
     """
-    made = _made(x, spec, amax, noise, transform, note, values=False)
+    made = _made(x, spec, amax, noise, transform, note, values=False, by_column=by_column)
     if made is not None:
         assert isinstance(made, Quantized)
         return made
@@ -377,7 +390,7 @@ def prepare_fused(
     """What ``Triton.operand`` gives of ``quantize_fused``, without codes; None where BF16 does not hold it."""
     if not _values_fit(spec):
         return None
-    made = _made(x, spec, amax, noise, transform, note, values=True)
+    made = _made(x, spec, amax, noise, transform, note, values=True, by_column=False)
     assert not isinstance(made, Quantized)
     return made
 
@@ -391,6 +404,7 @@ def _made(
     note: Tensor | None,
     *,
     values: bool,
+    by_column: bool,
 ) -> Quantized | Prepared | None:
     """Codes or values by kernels; None where there are none."""
     of, up, d = _sources(x)
@@ -412,6 +426,7 @@ def _made(
         None if amax is None else amax.numel(),
         None if parts is None else parts.kind,
         note is None,
+        by_column,
     )
     recorded = _recording.get() is not None
     plan = None if recorded else _PLANS.get(key)
@@ -424,10 +439,10 @@ def _made(
             return None
         if of.dtype not in DTYPES:  # where a transform of FP64 would be one in FP64: the caller's concern
             assert isinstance(x, Tensor)
-            return _made(x.float(), spec, amax, noise, transform, note, values=values)
+            return _made(x.float(), spec, amax, noise, transform, note, values=values, by_column=by_column)
 
         def planned(choice: Choice | None) -> QuantizePlan:
-            return _quantize_plan(x, spec, amax, parts, transform, choice, values=values)
+            return _quantize_plan(x, spec, amax, parts, transform, choice, values=values, by_column=by_column)
 
         def run(choice: Choice | None) -> Quantized | Prepared:
             return planned(choice).made(of, up, d, amax, parts, note)
@@ -531,12 +546,16 @@ def _remember(key: Hashable, plan: Any) -> None:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Room:
-    """Where a kernel writes a matrix: codes [outer, bytes] or BF16 values, scales, the tensor's scale."""
+    """Where a kernel writes a matrix: codes [outer, bytes] or BF16 values, scales, the tensor's scale.
+
+    ``by_column``: as in ``Triton``; of no consequence to other scales.
+    """
 
     spec: OperandSpec
     shape: tuple[int, int]
     device: torch.device
     values: bool
+    by_column: bool = False
 
     codes: tuple[int, int] = field(init=False)
     grid: tuple[int, int] = field(init=False)
@@ -552,6 +571,8 @@ class Room:
         self.scale_dtype = torch.float32 if self.spec.scale.format is None else torch.uint8
         self.two_level = self.spec.scale.levels == 2
         self.one_factor = self.spec.scale.levels == 1 and _one_factor(self.spec)
+        of_parts = self.spec.tile.outer == 1 and self.spec.tile.inner > 0
+        self.by_column = self.by_column and of_parts and self.spec.scale.format is None
 
     def make(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Codes or values, scales if they are kept, the scale of the tensor of a rule with two levels."""
@@ -561,6 +582,8 @@ class Room:
             scale = torch.empty(1, dtype=torch.float32, device=device) if self.one_factor else None
             return torch.empty(self.codes, dtype=torch.bfloat16, device=device), scale, tensor_scale
         codes = torch.empty(self.codes, dtype=torch.uint8, device=device)
+        if self.by_column:
+            return codes, torch.empty(self.grid[::-1], dtype=self.scale_dtype, device=device).mT, tensor_scale
         return codes, torch.empty(self.grid, dtype=self.scale_dtype, device=device), tensor_scale
 
     def filled(self, codes: Tensor, scales: Tensor | None, tensor_scale: Tensor | None) -> Quantized | Prepared:
@@ -625,6 +648,7 @@ def _quantize_plan(
     choice: Choice | None,
     *,
     values: bool,
+    by_column: bool = False,
 ) -> QuantizePlan:
     from precision.backends.triton_kernels import quantize_kernel
 
@@ -636,7 +660,7 @@ def _quantize_plan(
     of_tiles = not whole and not cut.fused and (levels == 2 or (levels == 1 and amax is None))
     tops = amax_launcher(x, TENSOR, transform, parts=True) if apart else None
     parts = tops.programs if tops is not None else 1
-    room = Room(spec=spec, shape=(of.shape[0], of.shape[1]), device=device, values=values)
+    room = Room(spec=spec, shape=(of.shape[0], of.shape[1]), device=device, values=values, by_column=by_column)
     return QuantizePlan(
         room=room,
         tensor_amax=tops,
@@ -653,6 +677,7 @@ def _quantize_plan(
                 "GIVEN": of_tiles or (levels == 1 and (apart or amax is not None)),
                 "PARTS": parts,
                 "VALUES": 0 if not values else 1 if _one_factor(spec) else 2,
+                "BY_COLUMN": room.by_column,
                 **cut.constexprs,
                 "HADAMARD": transform.size if transform is not None else 0,
             },
@@ -726,6 +751,7 @@ def quantize_both(
     noise: tuple[Noise, Noise] | None = None,
     note: Tensor | None = None,
     values: bool = False,
+    by_column: bool = False,
 ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
     """``quantize_fused`` of x and of its transpose, bit for bit, in one read; None where that is not to be had.
 
@@ -734,6 +760,7 @@ def quantize_both(
         noise: of x, and of its transpose: alike but for the key and ``transposed``.
         note: as in ``quantize_fused``.
         values: ``prepare_fused`` instead.
+        by_column: as in ``Triton``.
 
     The second of the pair is a matrix of its own, not transposed, also where both have one scale.
     """
@@ -752,13 +779,14 @@ def quantize_both(
         amax is None,
         None if parts is None else (parts[0].kind, parts[1].kind),
         note is None,
+        by_column,
     )
     recorded = _recording.get() is not None
     plan = None if recorded else _PLANS.get(key)
     if plan is None:
 
         def planned(choice: Choice | None) -> BothPlan | None:
-            return _both_plan(x, spec, amax, parts, note is not None, choice, values=values)
+            return _both_plan(x, spec, amax, parts, note is not None, choice, values=values, by_column=by_column)
 
         def run(choice: Choice | None) -> object:
             candidate = planned(choice)
@@ -841,6 +869,7 @@ def _both_plan(
     choice: Choice | None,
     *,
     values: bool,
+    by_column: bool = False,
 ) -> BothPlan | None:
     from precision.backends.triton_kernels import quantize_both_kernel
 
@@ -867,7 +896,10 @@ def _both_plan(
     of_rows = spec.tile == Tile(1, -1)
     tops = amax_launcher(x, TENSOR, parts=True) if apart else None
     parts = tops.programs if tops is not None else 1
-    rooms = [Room(spec=spec, shape=shape, device=device, values=values) for shape in ((rows, cols), (cols, rows))]
+    rooms = [
+        Room(spec=spec, shape=shape, device=device, values=values, by_column=by_column)
+        for shape in ((rows, cols), (cols, rows))
+    ]
     (_, bytes_c), (_, bytes_r) = (room.codes for room in rooms)
     return BothPlan(
         rooms=(rooms[0], rooms[1]),
@@ -888,6 +920,7 @@ def _both_plan(
                 "GIVEN": of_rows or (whole and spec.scale.levels == 1),
                 "PARTS": parts,
                 "VALUES": 0 if not values else 1 if _one_factor(spec) else 2,
+                "BY_COLUMN": rooms[0].by_column,
                 "WIDE": side if whole or of_rows else spec.tile.inner,
                 "WHOLE_R": whole,
                 "WHOLE_C": whole or of_rows,
@@ -1122,33 +1155,33 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
     but the pointers. So a compiled kernel is kept for every set of pointers that are multiples of 16; kernels with
     hooks, and versions of triton whose launchers are not known to take the same arguments, go triton's way.
     """
-    compiled = None
-    known = launcher.known
+    known = launcher.known and _recording.get() is None
+    odd = 0
     if known:
-        if _recording.get() is not None:
-            known = False
-        else:
-            runtime, active = _runtime()
-            device = active.get_current_device()
-            pointers: list[int | None] = []
-            odd, bit, elsewhere, at = 0, 1, False, launcher.device
-            for tensor in tensors:
-                if tensor is None:
-                    pointers.append(None)
-                else:
-                    pointer = tensor.data_ptr()
-                    if pointer & 15:
-                        odd |= bit
-                    elsewhere |= tensor.get_device() != at
-                    pointers.append(pointer)
-                bit += bit
-            compiled = None if elsewhere else launcher.compiled.get((device, odd))
-    if compiled is not None:
-        alike = pointers.count(None) == compiled.missing
-        if alike and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
-            stream = active.get_current_stream(device)
+        runtime, active = _runtime()
+        device, at = active.get_current_device(), launcher.device
+        pointers: list[int | None] = []
+        ends = 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                ends |= pointer
+                pointers.append(pointer)
+                known &= tensor.get_device() == at  # where one lies elsewhere, Triton says so
+        if ends & 15:
+            odd = sum(1 << place for place, pointer in enumerate(pointers) if (pointer or 0) & 15)
+        compiled = launcher.compiled.get((device, odd)) if known else None
+        if (
+            compiled is not None
+            and pointers.count(None) == compiled.missing
+            and not runtime.launch_enter_hook.calls
+            and not runtime.launch_exit_hook.calls
+        ):
             compiled.run(
-                *(launcher.programs, 1, 1, stream, compiled.function, compiled.metadata, None, None, None),
+                launcher.programs,
+                *(1, 1, active.get_current_stream(device), compiled.function, compiled.metadata, None, None, None),
                 *pointers,
                 *compiled.rest,
             )
@@ -1161,7 +1194,7 @@ def start(launcher: Launcher, *tensors: Tensor | None) -> None:
         **launcher.constexprs,
         num_warps=launcher.num_warps,
     )
-    if known and compiled is None and not elsewhere:
+    if known and compiled is None:
         names = launcher.kernel.arg_names[len(tensors) + len(launcher.numbers) :]
         launcher.compiled[device, odd] = _Compiled(
             run=kernel.run,

@@ -183,6 +183,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "mxfp8, columns": lambda: quantize_fused(x.mT, mxfp8),
         "mxfp8, rows and columns": lambda: quantize_both(x, mxfp8),
         "fp8 1x128, rows and columns": lambda: quantize_both(x, block),
+        "fp8 1x128, rows and columns, scales by column": lambda: quantize_both(x, block, by_column=True),
         "fp8 tensor, rows and columns": lambda: quantize_both(x, fp8),
         "fp8 tensor, rows and columns, amax given and noted": lambda: quantize_both(x, fp8, amax=top, note=top),
         "fp8 row, rows and columns": lambda: quantize_both(x, row),

@@ -514,8 +514,9 @@ def _emit(
     y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
     grid_rows, grid_cols, rows_of_a_sample,
     F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
-    VALUES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
+    VALUES: tl.constexpr, BY_COLUMN: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr,
+    WHOLE_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+    E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Write the codes and scales of a block y in FP32, or its VALUES; arguments as in ``quantize_kernel``.
 
@@ -540,7 +541,8 @@ def _emit(
                 mask = mask & (i + block_r < 1)
             if WHOLE_C:
                 mask = mask & (j + block_c < 1)
-            tl.store(scales + i * grid_cols + j, stored.to(scales.dtype.element_ty), mask=mask)
+            place = j * grid_rows + i if BY_COLUMN else i * grid_cols + j
+            tl.store(scales + place, stored.to(scales.dtype.element_ty), mask=mask)
         y = y * _each(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
     r, c = _places(block_r, block_c, BLOCK_R, BLOCK_C)
     mask, uniform = (r < rows) & (c < cols), y
@@ -582,7 +584,7 @@ def quantize_kernel(
     x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, note, signs, key, step, first,
     rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr, BY_COLUMN: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
@@ -592,9 +594,9 @@ def quantize_kernel(
     ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
     must lie in it as a whole. ``tensor_amax``, FP32 [PARTS], whose largest is the amax, is read instead where the tile
     is the tensor, and always by a two-level rule, which writes ``tensor_scale`` FP32 [1]. ``scales``: FP32, or uint8
-    codes. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with VALUES BF16 [rows, cols],
-    of code values (1) or times their tile's scale (2), and ``scales`` is written for a tensor's, or None. ``note`` FP32
-    [1]: becomes the amax of x if that is larger. ``key``, ``step``, ``first``: as in ``_uniform``.
+    codes, row by row or BY_COLUMN. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with VALUES BF16
+    [rows, cols], of code values (1) or times their tile's scale (2), and ``scales`` is written for a tensor's, or None.
+    ``note`` FP32 [1]: becomes the amax of x if that is larger. ``key``, ``step``, ``first``: as in ``_uniform``.
     """
     blocks_c = tl.cdiv(cols, BLOCK_C)
     whole, whole_decode = _tensor_scales(tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, WHOLE_R, WHOLE_C, HARDWARE)
@@ -610,7 +612,7 @@ def quantize_kernel(
         _emit(
             y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
             grid_rows, grid_cols, rows_of_a_sample,
-            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
             HARDWARE, E2M1_HARDWARE,
         )  # fmt: skip
     if note is not None:
@@ -622,15 +624,15 @@ def quantize_both_kernel(
     x, up, d, codes, scales, codes_t, scales_t, tile_amax, tile_amax_t, tensor_amax, tensor_scale, note,
     key, key_t, step, first, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr, BY_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """What ``quantize_kernel`` makes of x and of its transpose, in one read: tiles of 1 x WIDE, rows, or the tensor.
 
     ``codes``: [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: [cols, bytes_r], ``scales_t`` [cols, grid_r];
-    that of the tensor is one for both. ``key_t`` is that of the transpose's noise, whose
-    rows are the columns of the transpose; TRANSPOSED_NOISE: x's own rows are columns of what is counted, and its
+    scales row by row or BY_COLUMN; that of the tensor is one for both. ``key_t`` is that of the transpose's noise,
+    whose rows are the columns of the transpose; TRANSPOSED_NOISE: x's own rows are columns of what is counted, and its
     transpose's are not.
     """
     TALL: tl.constexpr = BLOCK if WHOLE_R else 1
@@ -647,13 +649,13 @@ def quantize_both_kernel(
         _emit(
             y, whole, whole_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
             rows, grid_c, rows_of_a_sample,
-            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
             HARDWARE, E2M1_HARDWARE,
         )  # fmt: skip
         _emit(
             tl.trans(y), whole, whole_decode, codes_t, scales_t, tile_amax_t, key_t, step, first, block_c, block_r,
             cols, rows, bytes_r, cols, grid_r, rows_of_a_sample,
-            F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
+            F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK, BLOCK,
             HARDWARE, E2M1_HARDWARE,
         )  # fmt: skip
     if note is not None:
