@@ -448,7 +448,7 @@ def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
         step()
         launches_then = Launcher.count
         best = float("inf")
-        for _ in range(7):
+        for _ in range(25):
             start = time.process_time()
             for _ in range(steps):
                 step()

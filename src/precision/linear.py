@@ -362,12 +362,17 @@ class QuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.spec}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of ``x``."""
+        """[..., in_features] -> [..., out_features], in the dtype of ``x``.
+
+        Raises ValueError for another number of features.
+        """
         high = self.clock.high_precision
         plain = high or (self.mode.empty and not (self.training and self.mode.unseen))
         # torch multiplies FP16 on a CPU in a scalar loop: the reference does it in float32.
         if plain and not (x.dtype == torch.float16 and x.device.type == "cpu"):
             return F.linear(x, self.weight, self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.path} takes {self.in_features} features; its input has shape {tuple(x.shape)}")
         if torch.compiler.is_compiling() and not high and self._traceable(x):
             mode = self.mode
             inputs = mode.kind_of_inputs if mode.shares else None
@@ -581,7 +586,7 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Operand] | None,
         differentiated: bool,
     ) -> Tensor:
-        rows = x.reshape(-1, module.in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, module.in_features)
         stats = module.statistics(rows) if module.statistics is not None else None
         observer = module.observer
         if observer is not None and not (differentiated and module.training and spec != LinearSpec()):
@@ -601,13 +606,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Not by a decorator: it would enter and leave a mode that holds already, unless a graph of gradients is made.
+        # No decorator: it would enter a mode that holds already, but where gradients are to have a graph.
         return _differentiated_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, stats, *pieces = ctx.saved_tensors
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     kept: Operand = pieces[0]
     if ctx.kept is not None:
         shape, spec, transposed = ctx.kept

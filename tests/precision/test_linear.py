@@ -88,6 +88,14 @@ def test_the_output_can_be_written_to_and_differentiated_once(shape: tuple[int, 
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("shape", [(6, 32), (48, 2), (3, 2, 32)])
+def test_an_input_of_another_width_is_refused(shape: tuple[int, ...]) -> None:
+    """Also where its elements would make whole rows."""
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=TENSOR8, b=TENSOR8)))
+    with pytest.raises(ValueError, match=r"layers\.0\.up_proj takes 48 features; its input has shape \("):
+        module(samples(*shape))
+
+
 @pytest.mark.parametrize("slot", range(6))
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_slot_alone_changes_its_own_gemm(slot: int, backend: str) -> None:
