@@ -19,8 +19,8 @@ Counted in one pass, with every operation of torch watched:
   optimizer
 
 Timed in other passes, with nothing watched: CPU time of the process for forward and backward, minimum of many. No time
-of the CUDA driver is in it, nor a product's launch, and as little as may be of what stands in for a GPU here
-(``unwatched``).
+of the CUDA driver and of its allocator is in it, nor a launch of Triton's or of a product, and as little as may be of
+what stands in for a GPU here (``unwatched``).
 """
 
 from __future__ import annotations
@@ -359,16 +359,23 @@ def unwatched() -> Iterator[None]:
 
     def allocating(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def make(*arguments: Any, device: Any = None, **more: Any) -> Tensor:
-            return original(*arguments, **more)
+            if device is None or device is GPU:
+                return original(*arguments, **more)
+            return original(*arguments, device=HOST if torch.device(device).type == "cuda" else device, **more)
 
         return make
+
+    def to(x: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        if isinstance(more.get("device", arguments[0] if arguments else None), torch.device | str):
+            arguments = arguments[not more.pop("device", None) :]
+        return originals[torch.Tensor, "to"](x, *arguments, **more) if arguments or more else x
 
     for name, value in {"device": GPU, "is_cuda": True, "is_cpu": False, "get_device": functools.partial(int)}.items():
         put(torch.Tensor, name, value)
     for owner, names in ((torch, FACTORIES), (torch.Tensor, METHODS)):
         for name in names:
             put(owner, name, allocating(originals[owner, name]))
-    put(torch.Tensor, "to", originals[torch.Tensor, "to"])
+    put(torch.Tensor, "to", to)
     try:
         yield
     finally:

@@ -334,7 +334,8 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     amax = top if hadamard is None and of_tensor else None
     if slot in module.mode.column_of:
         amax = module.amax_for(slot, x.gate, tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax)
-    return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard)
+    by_column = _by_column(call, slot)
+    return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard, by_column=by_column)
 
 
 def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
@@ -343,7 +344,12 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
     if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
         return None
-    return quantize_both(h, fprop.a)  # type: ignore[return-value]
+    return quantize_both(h, fprop.a, by_column=_by_column(call, X))  # type: ignore[return-value]
+
+
+def _by_column(call: Call, slot: int) -> bool:
+    """Whether the product that reads the slot wants scales of parts of a row so."""
+    return isinstance(call.module.backends[slot // 2], ScaledMM)
 
 
 def _gradients(
@@ -372,7 +378,9 @@ def _gradients(
         assert held[0] is not None
         assert held[1] is not None
         amaxes = held[0], held[1]
-    first_made, second_made = quantize_gradients(source, spec, amaxes=amaxes, noises=noises, transform=hadamard)
+    first_made, second_made = quantize_gradients(
+        source, spec, amaxes=amaxes, noises=noises, transform=hadamard, by_column=_by_column(calls[0], slot)
+    )
     return (first_made.t(), second_made.t()) if transposed and square else (first_made, second_made)
 
 

@@ -364,7 +364,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of ``x``.
 
-        Raises ValueError for another number of features.
+        Raises ValueError for another number of features, where it quantizes; what ``F.linear`` raises elsewhere.
         """
         high = self.clock.high_precision
         plain = high or (self.mode.empty and not (self.training and self.mode.unseen))
@@ -571,8 +571,12 @@ class QuantLinear(nn.Module):
 _reshaped = torch.ops.aten._unsafe_view.default
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 class _Linear(torch.autograd.Function):
-    """x [..., in_features] to y [..., out_features]. Views are taken inside: outside each would be two nodes more."""
+    """x [..., in_features] to y [..., out_features]. Views are taken inside: outside each would be a node more."""
 
     @staticmethod
     def forward(
@@ -586,23 +590,23 @@ class _Linear(torch.autograd.Function):
         made: dict[Hashable, Operand] | None,
         differentiated: bool,
     ) -> Tensor:
-        rows = x if x.dim() == 2 else x.reshape(-1, module.in_features)
+        rows = _rows(x)
         stats = module.statistics(rows) if module.statistics is not None else None
         observer = module.observer
         if observer is not None and not (differentiated and module.training and spec != LinearSpec()):
             observer = None  # one that computes plainly is measured from outside
         call = Call.of(module, spec, module.clock.first_sample, rows_of_a_sample, made, stats, observer)
         y, kept, ctx.noted = forward_pass(call, rows, weight, bias, differentiated)
-        seen = (rows,) if observer is not None else ()
+        seen = (x,) if observer is not None else ()
         if isinstance(kept, Quantized):
             ctx.save_for_backward(weight, stats, kept.codes, kept.scales, kept.tensor_scale, *seen)
             ctx.kept = kept.shape, kept.spec, kept.transposed
         else:
-            ctx.save_for_backward(weight, stats, kept, *seen)
+            ctx.save_for_backward(weight, stats, x if kept is rows else kept, *seen)
             ctx.kept = None
         ctx.call, ctx.has_bias, ctx.shape = call.without_input(), bias is not None, x.shape
         # Not as a view: what a Function returns as one cannot be written to.
-        return y if x.dim() == 2 else _reshaped(y, [*x.shape[:-1], module.out_features])
+        return y if x.dim() == 2 and not y._is_view() else _reshaped(y, [*x.shape[:-1], module.out_features])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -612,17 +616,19 @@ class _Linear(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, stats, *pieces = ctx.saved_tensors
-    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
-    kept: Operand = pieces[0]
+    rows = _rows(dy)
+    kept: Any = pieces[0]  # None where the weight has no gradient
     if ctx.kept is not None:
         shape, spec, transposed = ctx.kept
         codes, scales, tensor_scale = pieces[:3]
         kept = Quantized(
             codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
         )
+    elif kept is not None:
+        kept = _rows(kept)
     needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     call: Call = ctx.call.with_stats(stats)
-    seen = (ctx.noted, pieces[-1]) if call.observer is not None else None
+    seen = (ctx.noted, _rows(pieces[-1])) if call.observer is not None else None
     dx, dw = backward_pass(call, rows, weight, kept, needed, seen)
     dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
     dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None

@@ -54,16 +54,28 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 library = torch.library.Library("pretended", "FRAGMENT")
 library.define("thrice(Tensor x) -> Tensor")
 library.impl("thrice", lambda x: x * 2 + 1 - x, "CompositeExplicitAutograd")
-m.watch = m.Watch()
-counted = {}
-with m.watch:
-    x, h = torch.ones(2, 2, device=m.GPU), torch.ones(2, 2)
-    assert x.device.type == "cuda" and x.is_cuda and h.device.type == "cpu"
-    for text in json.loads(sys.argv[2]):
-        m.watch.counts.clear()
-        eval(text)
-        counted[text] = dict(m.watch.counts)
-print(json.dumps([counted, *(m.measure(name, 3, 1) for name in ("fp8_current", "fp8_delayed"))]))
+
+
+def counted():
+    m.watch = m.Watch()
+    counted = {}
+    with m.watch:
+        x, h = torch.ones(2, 2, device=m.GPU), torch.ones(2, 2)
+        assert x.device.type == "cuda" and x.is_cuda and h.device.type == "cpu"
+        for text in json.loads(sys.argv[2]):
+            m.watch.counts.clear()
+            eval(text)
+            counted[text] = dict(m.watch.counts)
+    return counted
+
+
+before = counted()
+rows = [m.measure(name, 3, 1) for name in ("fp8_current", "fp8_delayed")]
+with m.unwatched():
+    x = torch.ones(2, 2, device="cuda")
+    assert x.to(x.device) is x and x.to(device=m.GPU, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert x.to(m.GPU, torch.bfloat16).dtype == torch.bfloat16 and torch.empty(2, device="meta").is_meta
+print(json.dumps([before, counted(), *rows]))
 """
 
 
@@ -83,8 +95,9 @@ def test_a_gpu_that_is_not_there(script: ModuleType) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    counted, *rows = json.loads(result.stdout)
-    assert counted == COUNTED
+    before, after, *rows = json.loads(result.stdout)
+    assert before == COUNTED
+    assert after == COUNTED
     for row in rows:
         assert row["unseen"] == []
         assert row["backends"] == "scaled_mm/scaled_mm/scaled_mm"

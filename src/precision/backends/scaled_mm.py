@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -82,9 +82,6 @@ class Product:
     fast: bool
     hint: str = ""
 
-
-MAX_CALLS = 256
-"""How many kinds of products are known at a time: as many as there are shapes of batches."""
 
 FAST_BY_DEFAULT = (89, 90)
 """Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
@@ -183,9 +180,6 @@ class ScaledMM:
     shape: tuple[int | None, int, int] | None = None
     device: torch.device | None = None
     fast: bool = False
-    _calls: dict[tuple[int, int, tuple[int, int], tuple[int, int], torch.dtype], Multiplication] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
 
     @property
     def name(self) -> str:
@@ -282,18 +276,19 @@ class ScaledMM:
         """
         if not isinstance(a, Quantized) or not isinstance(b, Quantized):  # a step that the recipe leaves alone
             return self.quantizer.gemm(a, b, bias=bias, dtype=dtype)
-        # By identity: to hash and to compare specs takes longer than to launch a product.
-        key = id(a.spec), id(b.spec), a.shape, b.shape, dtype
-        known = self._calls.get(key)
+        # Specs by identity: to hash and to compare them takes longer than to launch a product.
+        codes = a.codes
+        key = id(a.spec), id(b.spec), a.shape, b.shape, dtype, self.fast, codes.get_device(), self.detect
+        known = _CALLS.get(key)
         if known is None:
-            arch = self.detect(a.codes.device)
+            arch = self.detect(codes.device)
             assert arch is not None, "chosen for a device that it does not know"
             product = find(a.spec, b.spec, arch, dtype)
             if isinstance(product, str):
                 raise ValueError(f"{a.spec} x {b.spec}: {product}")
-            if len(self._calls) >= MAX_CALLS:
-                self._calls.clear()
-            known = self._calls[key] = multiplication(product, a, b, dtype=dtype, fast=self.fast)
+            if len(_CALLS) >= MAX_CALLS:
+                _CALLS.clear()
+            known = _CALLS[key] = multiplication(product, a, b, dtype=dtype, fast=self.fast)
         return known.of(a, b, bias)
 
     def note(self, gemm: GemmSpec) -> str:
@@ -458,6 +453,11 @@ class Multiplication:
         if y.dtype != dtype:
             y = y.to(dtype)
         return y if y.is_contiguous() else y.contiguous()
+
+
+_CALLS: dict[Hashable, Multiplication] = {}
+"""Products of all linears; each holds the specs that it is known by."""
+MAX_CALLS = 4096
 
 
 class _Side:

@@ -177,6 +177,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "fp8 row": lambda: quantize_fused(x, row),
         "fp8 row, columns": lambda: quantize_fused(x.mT, row),
         "fp8 1x128": lambda: quantize_fused(x, block),
+        "fp8 1x128, scales by column": lambda: quantize_fused(x, block, by_column=True),
         "fp8 1x128, columns": lambda: quantize_fused(x.mT, block),
         "fp8 128x128": lambda: quantize_fused(x, replace(block, tile=Tile(128, 128))),
         "mxfp8": lambda: quantize_fused(x, mxfp8),

@@ -237,10 +237,11 @@ def quantize_gradients(
     amaxes: tuple[Tensor, Tensor] | None = None,
     noises: tuple[Noise, Noise] | None = None,
     transform: Hadamard | None = None,
+    by_column: bool = False,
 ) -> tuple[Quantized, Quantized]:
     """dgate and dup, quantized as ``precision.quantize.quantize`` does after ``transform``, bit for bit, in one read.
 
-    ``amaxes`` and ``noises`` are those of the two; their noises differ in the key alone.
+    ``amaxes`` and ``noises`` are of the two; noises differ in the key alone. ``by_column``: as in ``Triton``.
     """
     from precision.backends.triton_fused_kernels import swiglu_backward_kernel
 
@@ -260,7 +261,7 @@ def quantize_gradients(
         given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
     elif levels and amaxes is None and not cut.fused:
         given = gradient_amaxes(gradients, spec.tile, transform)
-    room = Room(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False)
+    room = Room(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False, by_column=by_column)
     outputs = [room.make() for _ in range(2)]
     parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
     pointers: list[Tensor | None] = []
@@ -281,6 +282,7 @@ def quantize_gradients(
         TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
         GIVEN=given[0] is not None,
         PARTS=1,
+        BY_COLUMN=room.by_column,
         **cut.constexprs,
         HADAMARD=transform.size if transform is not None else 0,
         num_warps=2 * cut.num_warps,

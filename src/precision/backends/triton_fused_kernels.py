@@ -237,7 +237,7 @@ def swiglu_backward_kernel(
     up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key,
     step, first, rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
     ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr,
+    GIVEN: tl.constexpr, PARTS: tl.constexpr, BY_COLUMN: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE_R: tl.constexpr, WHOLE_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
     E2M1_HARDWARE: tl.constexpr,
@@ -259,12 +259,12 @@ def swiglu_backward_kernel(
     _emit(
         dgate, gate_whole, gate_decode, gate_codes, gate_scales, gate_amax, gate_key, step, first,
         block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, False, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, BY_COLUMN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
         HARDWARE, E2M1_HARDWARE,
     )  # fmt: skip
     _emit(
         dup, up_whole, up_decode, up_codes, up_scales, up_amax, up_key, step, first,
         block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, False, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
+        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, BY_COLUMN, TALL, WIDE, WHOLE_R, WHOLE_C, BLOCK_R, BLOCK_C,
         HARDWARE, E2M1_HARDWARE,
     )  # fmt: skip
