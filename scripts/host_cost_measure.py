@@ -366,8 +366,9 @@ def unwatched() -> Iterator[None]:
         return make
 
     def to(x: Tensor, *arguments: Any, **more: Any) -> Tensor:
-        if isinstance(more.get("device", arguments[0] if arguments else None), torch.device | str):
-            arguments = arguments[not more.pop("device", None) :]
+        more.pop("device", None)
+        if arguments and isinstance(arguments[0], torch.device | str):
+            arguments = arguments[1:]
         return originals[torch.Tensor, "to"](x, *arguments, **more) if arguments or more else x
 
     for name, value in {"device": GPU, "is_cuda": True, "is_cpu": False, "get_device": functools.partial(int)}.items():

@@ -175,8 +175,7 @@ class FusedSwiGLU:
     ) -> str | None:
         for name, (_, backends) in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             for backend in backends:
-                quantizer = backend.quantizer if isinstance(backend, ScaledMM) else backend
-                if not isinstance(quantizer, Triton):
+                if not isinstance(quantizer := _quantizer(backend), Triton):
                     return f"{quantizer.name} quantizes for {name}"
         if gate != up:
             return "gate_proj and up_proj are quantized differently"
@@ -198,6 +197,7 @@ class FusedSwiGLU:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fused(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self._linears()
+        gate.require_width(x)
         rows = x.reshape(-1, gate.in_features)
         place = gate.clock.first_sample, gate.clock.rows_of_a_sample(x, len(rows))
         differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
@@ -348,8 +348,15 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
 
 
 def _by_column(call: Call, slot: int) -> bool:
-    """Whether the product that reads the slot wants scales of parts of a row so."""
-    return isinstance(call.module.backends[slot // 2], ScaledMM)
+    """How scales of the slot lie: as in ``Triton``, which quantizes where this is fused."""
+    quantizer = _quantizer(call.module.backends[slot // 2])
+    assert isinstance(quantizer, Triton)
+    return quantizer.by_column
+
+
+def _quantizer(backend: Backend) -> Backend:
+    """Who makes the codes that this backend multiplies."""
+    return backend.quantizer if isinstance(backend, ScaledMM) else backend
 
 
 def _gradients(

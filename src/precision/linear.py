@@ -371,14 +371,18 @@ class QuantLinear(nn.Module):
         # torch multiplies FP16 on a CPU in a scalar loop: the reference does it in float32.
         if plain and not (x.dtype == torch.float16 and x.device.type == "cpu"):
             return F.linear(x, self.weight, self.bias)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"{self.path} takes {self.in_features} features; its input has shape {tuple(x.shape)}")
+        self.require_width(x)
         if torch.compiler.is_compiling() and not high and self._traceable(x):
             mode = self.mode
             inputs = mode.kind_of_inputs if mode.shares else None
             return traced.linear(x, self.weight, self.bias, self.token, mode.kind, inputs)
         y: Tensor = self._quantized(x, LinearSpec() if high else self.active)
         return y
+
+    def require_width(self, x: Tensor) -> None:
+        """Raises ValueError unless x is [..., in_features]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.path} takes {self.in_features} features; its input has shape {tuple(x.shape)}")
 
     def _traceable(self, x: Tensor) -> bool:
         """Whether what this call computes follows from its tensors, its token and its mode."""

@@ -608,10 +608,10 @@ def test_swiglu_in_front_of_a_cast(dtype: torch.dtype) -> None:
 
 
 class MLP(nn.Module):
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, *, bias: bool, width: int = 32, hidden: int = 48) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(32, 48, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(48, 32, bias=bias)
+        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -679,6 +679,38 @@ def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str,
     assert all(map(equal, ours, theirs))
     _, own = trained(kind, dtype, "reference", args)
     assert (ours[0] - own[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * own[0].norm()
+
+
+def test_a_fused_mlp_writes_scales_as_native_products_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of h, dgate and dup in blocks are copied by nobody; outputs and gradients are those of the reference."""
+    blocks = scaled_mm._block_scales
+
+    def run(quantizers: tuple[object, ...], copied: set[bool]) -> list[Tensor]:
+        torch.manual_seed(0)
+        mlp = MLP(bias=False, width=256, hidden=256)
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": mlp})])}).bfloat16()
+
+        def noting(q: Quantized, *sizes: int) -> Tensor:
+            copied.add(q.spec.tile.outer == 1)
+            return blocks(q, *sizes)
+
+        with monkeypatch.context() as patch, pretend(patch, 90):
+            patch.setattr(backends, "QUANTIZERS", quantizers)
+            patch.setattr(scaled_mm, "_block_scales", noting)
+            args = {"base": "fp8_block", "form": "token", "fuse": "always"}
+            plan = apply(load("smooth_swiglu", args), model, tokens=256)
+            assert str(plan).count("block-wise FP8 of sm_90") == 9
+            assert ("[triton, fused" in str(plan)) == (quantizers != (REFERENCE,))
+            plan.begin_step(0, 0, 1)
+            x = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+            y = mlp(x)
+            y.backward(torch.sin(100 * y.detach()))
+        return [y.detach(), x.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    copied: tuple[set[bool], set[bool]] = set(), set()
+    ours, theirs = run((Triton(), REFERENCE), copied[0]), run((REFERENCE,), copied[1])
+    assert all(map(torch.equal, ours, theirs))
+    assert copied == ({False}, {False, True})
 
 
 def test_a_fused_mlp_keeps_the_laws_of_its_linears() -> None:
@@ -836,7 +868,7 @@ def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, 
 
     def run(quantizers: tuple[object, ...], out: int, rows: int, columns: int) -> list[Tensor]:
         torch.manual_seed(0)
-        linear = nn.Linear(columns, out, bias=out % 16 == 0)
+        linear = nn.Linear(columns, out, bias=rows % 16 == 0)
         model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(linear)])}).bfloat16()
         with monkeypatch.context() as patch, pretend(patch, 90):
             patch.setattr(backends, "QUANTIZERS", quantizers)

@@ -120,12 +120,12 @@ class Triton(Reference):
         by_column: FP32 scales of parts of a row, where kernels write them, lie in memory column by column.
     """
 
-    def __init__(self, *, by_column: bool = False) -> None:
-        self.by_column = by_column
-
     name = "triton"
     notes = True
     multiplies_codes = False  # else values, where BF16 holds them
+
+    def __init__(self, *, by_column: bool = False) -> None:
+        self.by_column = by_column
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         if not runs_on(device):
