@@ -175,7 +175,8 @@ class FusedSwiGLU:
     ) -> str | None:
         for name, (_, backends) in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             for backend in backends:
-                if not isinstance(quantizer := _quantizer(backend), Triton):
+                quantizer = backend.quantizer if isinstance(backend, ScaledMM) else backend
+                if not isinstance(quantizer, Triton):
                     return f"{quantizer.name} quantizes for {name}"
         if gate != up:
             return "gate_proj and up_proj are quantized differently"
@@ -334,7 +335,7 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     amax = top if hadamard is None and of_tensor else None
     if slot in module.mode.column_of:
         amax = module.amax_for(slot, x.gate, tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax)
-    by_column = _by_column(call, slot)
+    by_column = module.backends[slot // 2].by_column
     return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard, by_column=by_column)
 
 
@@ -344,19 +345,7 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
     if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
         return None
-    return quantize_both(h, fprop.a, by_column=_by_column(call, X))  # type: ignore[return-value]
-
-
-def _by_column(call: Call, slot: int) -> bool:
-    """How scales of the slot lie: as in ``Triton``, which quantizes where this is fused."""
-    quantizer = _quantizer(call.module.backends[slot // 2])
-    assert isinstance(quantizer, Triton)
-    return quantizer.by_column
-
-
-def _quantizer(backend: Backend) -> Backend:
-    """Who makes the codes that this backend multiplies."""
-    return backend.quantizer if isinstance(backend, ScaledMM) else backend
+    return quantize_both(h, fprop.a, by_column=call.module.backends[0].by_column)  # type: ignore[return-value]
 
 
 def _gradients(
@@ -386,7 +375,12 @@ def _gradients(
         assert held[1] is not None
         amaxes = held[0], held[1]
     first_made, second_made = quantize_gradients(
-        source, spec, amaxes=amaxes, noises=noises, transform=hadamard, by_column=_by_column(calls[0], slot)
+        source,
+        spec,
+        amaxes=amaxes,
+        noises=noises,
+        transform=hadamard,
+        by_column=calls[0].module.backends[slot // 2].by_column,
     )
     return (first_made.t(), second_made.t()) if transposed and square else (first_made, second_made)
 

@@ -45,6 +45,10 @@ class Backend(Protocol):
     def reads_rows(self) -> bool:
         """Whether ``gemm`` reads codes along the contraction, so that those of a transpose would be copied."""
 
+    @property
+    def by_column(self) -> bool:
+        """Whether FP32 scales of parts of a row lie in memory column by column, where kernels write them."""
+
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
         """None if this backend takes the GEMM of ``shape`` (m, n, k; m None if unknown), else why not."""
 

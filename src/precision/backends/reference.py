@@ -19,6 +19,7 @@ class Reference:
     name = "reference"
     notes = False
     reads_rows = False
+    by_column = False
 
     @property
     def identity(self) -> tuple[str, ...]:

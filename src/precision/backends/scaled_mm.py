@@ -197,6 +197,10 @@ class ScaledMM:
     def reads_rows(self) -> bool:
         return True
 
+    @property
+    def by_column(self) -> bool:
+        return self.quantizer.by_column
+
     def settled(
         self,
         shape: tuple[int | None, int, int],
