@@ -18,6 +18,7 @@ from trainer import distributed
 from trainer.config import TrainConfig, load_config
 from trainer.distributed import World
 from trainer.errors import ExitCode
+from trainer.files import sha256_of
 from trainer.prepare import prepare
 from trainer.run import run
 
@@ -118,6 +119,13 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 def tiny_overrides(corpus: Path, run_dir: Path, *overrides: str, gpt: bool = False) -> list[str]:
     model = ["model=gpt2_tiny"] if gpt else ["model=llama_tiny", *TINY_LLAMA]
     return [*model, *TINY, f"data.path={corpus}", f"run.dir={run_dir}", *overrides]
+
+
+def sign(checkpoint: Path) -> None:
+    """Have the checksums of a checkpoint say what its files hold now."""
+    files = [file for file in checkpoint.iterdir() if file.name != "checksums.json"]
+    checksums = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+    (checkpoint / "checksums.json").write_text(json.dumps(checksums))
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ import time
 
 import native
 from trainer.kernels import KERNELS
+from trainer.lifeline import end_with_launcher, launched_by_torchrun
 
-if __name__ == "__main__":  # compilers work while this process imports torch
-    native.begin(*KERNELS)
+if __name__ == "__main__":
+    end_with_launcher()
+    native.begin(*KERNELS)  # compilers work while this process imports torch
 
 import hydra
 from hydra._internal.utils import get_args_parser
 
 from trainer.config import CONFIG_DIR, load_config
-from trainer.distributed import launched_by_torchrun
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode, RunFailed, UserError
 from trainer.run import run
 
 
@@ -37,6 +38,9 @@ def main() -> int:
         return run(config)
     except UserError as error:
         return _complain(error)
+    except RunFailed as error:  # of this rank: another one may see something else, or nothing any more
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.FAILED
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint stands", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -13,13 +13,14 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,11 +32,16 @@ from torch.distributed.tensor import DTensor
 from trainer.distributed import World, say
 from trainer.errors import UserError, one_line
 from trainer.files import sha256_of, sync_directory, write_json
+from trainer.metadata import NAME as METADATA
+from trainer.metadata import ForbiddenError, Reader
 from trainer.state import RECIPE_PREFIX, TrainState, local
 
+T = TypeVar("T")
 FORMAT = 1
 _META, _CHECKSUMS = "meta.json", "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_HAD = re.compile(r"step-\d{8,}(\.damaged(-\d+)?)?")
+_SLOW_SECONDS = 5.0  # that training may wait for a write before that is said
 
 
 @dataclass(kw_only=True)
@@ -43,15 +49,18 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept. A run that ends or is stopped always writes one."""
 
     every: int = 100  # steps; 0 = only at the end
+    every_minutes: float = 0.0  # also whenever so much time has gone since the last; 0 = never
     keep_last: int = 2
     keep_every: int = 0  # also keep every n-th step for good; 0 = none
     asynchronous: bool = True  # write in the background while training goes on
+    max_failures: int = 3  # writes that fail in a row before the run ends as failed; 0 = never
 
     def validate(self) -> None:
         """Raises ValueError for counts out of range."""
-        for field, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
-            if getattr(self, field) < least:
-                raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {least}")
+        least = {"every": 0, "every_minutes": 0, "keep_last": 1, "keep_every": 0, "max_failures": 0}
+        for field, smallest in least.items():
+            if not getattr(self, field) >= smallest:
+                raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {smallest}")
 
 
 class RecipeChange(Enum):
@@ -76,6 +85,29 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
+class Together(Protocol):
+    """What looking for a checkpoint asks of the ranks: ``World``, or ``Alone``."""
+
+    rank: int
+    size: int
+
+    def on_main(self, function: Callable[[], T]) -> T: ...
+
+    def gather(self, value: T) -> list[T]: ...
+
+
+class Alone:
+    """A process without a group."""
+
+    rank, size = 0, 1
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints under ``directory`` that were finished, oldest first."""
     if not directory.is_dir():
@@ -85,53 +117,158 @@ def list_checkpoints(directory: Path) -> list[Path]:
     )
 
 
-def examine(path: Path) -> Checkpoint:
-    """Compare every file with its checksum and read the description. Raises ValueError saying what is wrong."""
+def had_checkpoints(directory: Path) -> bool:
+    """Whether one was ever finished there, be it damaged now."""
+    return directory.is_dir() and any(_HAD.fullmatch(path.name) for path in directory.iterdir())
+
+
+def examine(path: Path, together: Together | None = None) -> Checkpoint:
+    """Compare every file with its checksum, each rank its share, and read the description.
+
+    Raises ValueError for damage: a file that is missing, or of a wrong size or content. Raises UserError where that
+    cannot be known, as the file cannot be read just now; and for a checkpoint that was made to execute something.
+    """
+    together = together or Alone()
+    described = together.on_main(lambda: _readable(path, lambda: _describe_files(path)))
+    if isinstance(described, str):
+        raise ValueError(described)
+    checksums, meta = described
+    # The largest first, each to the rank that has least to do.
+    loads, mine = [0] * together.size, []
+    for name, (size, digest) in sorted(checksums.items(), key=lambda item: (-item[1][0], item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += size
+        if rank == together.rank:
+            mine.append((name, size, digest))
+    found: str | UserError | None
     try:
-        checksums = json.loads((path / _CHECKSUMS).read_text())
-        for name, (size, digest) in checksums.items():
-            file = path / name
-            if not file.exists():
-                raise ValueError(f"{name} is missing")
-            if file.stat().st_size != size:
-                raise ValueError(f"{name} has {file.stat().st_size} bytes, not {size}")
-            if sha256_of(file) != digest:
-                raise ValueError(f"{name} does not match its checksum")
-        meta = json.loads((path / _META).read_text())
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from error
-    except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError("its description is damaged") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"it has format {meta.get('format')}, not {FORMAT}")
+        found = _readable(path, lambda: next(filter(None, (_damage(path / n, s, d) for n, s, d in mine)), None))
+    except UserError as error:
+        found = error
+    everywhere = together.gather(found)
+    for problem in everywhere:
+        if isinstance(problem, UserError):
+            raise problem
+    if (damage := next((problem for problem in everywhere if problem), None)) is not None:
+        raise ValueError(damage)
+    problem = together.on_main(lambda: _readable(path, lambda: _index_damage(path, meta)))
+    if problem is not None:
+        raise ValueError(problem)
     return Checkpoint(path, meta)
 
 
-def newest(directory: Path, *, tidy: bool = False) -> Checkpoint | None:
+def _readable(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except OSError as error:
+        file = Path(error.filename).name if error.filename else "a file of it"
+        raise UserError(
+            f"checkpoint {path}: {file} cannot be read now ({error.strerror or error}); that is no damage, nothing was "
+            "changed: mend the cause and run the same command again"
+        ) from error
+
+
+def _describe_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, Any]] | str:
+    """The checksums and ``meta.json``; or what is wrong with them."""
+    read = {}
+    for name in (_CHECKSUMS, _META):
+        try:
+            read[name] = json.loads((path / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{name} is missing"
+        except IsADirectoryError:
+            return f"{name} is a directory"
+        except (ValueError, RecursionError):
+            return f"{name} is no JSON"
+        if not isinstance(read[name], dict):
+            return f"{name} is no JSON object"
+    checksums, meta = read[_CHECKSUMS], read[_META]
+    for name, entry in checksums.items():
+        whole = isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+        if not whole or Path(name).name != name:
+            return f"{_CHECKSUMS} is damaged at {name[:80]!r}"
+    if missing := {METADATA, _META} - checksums.keys():
+        return f"{_CHECKSUMS} lacks {min(missing)}"
+    return {name: (size, digest) for name, (size, digest) in checksums.items()}, meta
+
+
+def _damage(file: Path, size: int, digest: str) -> str | None:
+    try:
+        there = file.stat().st_size
+        if there != size:
+            return f"{file.name} has {there} bytes, not {size}"
+        return None if sha256_of(file) == digest else f"{file.name} does not match its checksum"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{file.name} is missing"
+    except IsADirectoryError:
+        return f"{file.name} is a directory"
+
+
+def _index_damage(path: Path, meta: dict[str, Any]) -> str | None:
+    if meta.get("format") != FORMAT:
+        return f"it has format {meta.get('format')}, not {FORMAT}"
+    kinds = {"recipe": dict, "tensors": dict, "data": str, "step": int, "world_size": int, "micro_batch_size": int}
+    for key, kind in kinds.items():
+        if not isinstance(meta.get(key), kind):
+            return f"{_META} has no {key}"
+    if not {"name", "args"} <= meta["recipe"].keys():
+        return f"{_META} has no recipe"
+    try:
+        Reader(path, meta["tensors"]).read_metadata()
+    except ValueError as error:
+        return str(error)
+    except ForbiddenError as error:
+        raise UserError(
+            f"checkpoint {path} is refused: {error}, so somebody has changed its {METADATA}; nothing of it was "
+            "executed; remove it to use the one before"
+        ) from error
+    return None
+
+
+def newest(directory: Path, *, tidy: bool = False, together: Together | None = None) -> Checkpoint | None:
     """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over.
 
     With ``tidy``, which only the run that owns the directory may ask for, remains of killed writes and prunings are
-    removed, and damaged checkpoints get another name: they must not count among those that are kept.
+    removed, and damaged checkpoints get another name: they must not count among those that are kept. Raises UserError
+    as ``examine`` does. With ``together``, all ranks call it.
     """
-    if not directory.is_dir():
-        return None
-    for path in sorted(directory.glob("step-*.incomplete")):
-        say(f"checkpoint {path} was never finished: passed over")
-        if tidy:
-            shutil.rmtree(path, ignore_errors=True)
-    if tidy:
-        for path in directory.glob("step-*.deleting"):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in reversed(list_checkpoints(directory)):
+    together = together or Alone()
+    for path in together.on_main(lambda: _candidates(directory, tidy)):
         try:
-            return examine(path)
+            return examine(path, together)
         except ValueError as error:
-            say(f"checkpoint {path} is damaged ({error}): passed over")
-            if tidy:
-                aside = path.with_suffix(".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            reason = str(error)
+        together.on_main(lambda path=path, reason=reason: _pass_over(path, reason, tidy))
     return None
+
+
+def _candidates(directory: Path, tidy: bool) -> list[Path]:
+    """What to look at, newest first."""
+    try:
+        if not directory.is_dir():
+            return []
+        for path in sorted(directory.glob("step-*.incomplete")):
+            say(f"checkpoint {path} was never finished: passed over")
+            if tidy:
+                shutil.rmtree(path, ignore_errors=True)
+        if tidy:
+            for path in directory.glob("step-*.deleting"):
+                shutil.rmtree(path, ignore_errors=True)
+        return list_checkpoints(directory)[::-1]
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read now ({error.strerror or error}): nothing was changed") from error
+
+
+def _pass_over(path: Path, reason: str, tidy: bool) -> None:
+    say(f"checkpoint {path} is damaged ({reason}): passed over")
+    if tidy:
+        number = 0
+        while (aside := path.with_suffix(f".damaged{f'-{number}' if number else ''}")).exists():
+            number += 1
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise UserError(f"{path} cannot be renamed ({error.strerror or error}): nothing was changed") from error
 
 
 def load_into(
@@ -169,15 +306,22 @@ def load_into(
             for both in (tensors, there)
         )
     _require_same_tensors(checkpoint.path, there, _describe(tensors))
-    dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=process_group)
+    _load(Reader(checkpoint.path, checkpoint.meta["tensors"]), tensors, process_group=process_group)
     state.read_counters()
     if other_recipe:
         state.plan.forget()
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint whose names start with ``prefix``, in this process alone."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    """The whole tensors of a checkpoint whose names start with ``prefix``, in this process alone.
+
+    Raises UserError for one that cannot be read.
+    """
+    try:
+        reader = Reader(path, json.loads((path / _META).read_bytes())["tensors"])
+        metadata = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ForbiddenError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
@@ -185,8 +329,15 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant here
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        _load(reader, tensors, no_dist=True)
     return tensors
+
+
+def _load(reader: Reader, tensors: dict[str, Tensor], **how: Any) -> None:
+    try:
+        dcp.load(tensors, storage_reader=reader, **how)
+    except (CheckpointException, OSError, RuntimeError, ValueError, ForbiddenError) as error:
+        raise UserError(f"checkpoint {reader.directory} cannot be read: {_reason(error)}") from error
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -219,10 +370,24 @@ class Checkpointer:
         self._world = world
         self._meta = dict(meta)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[str | None] | None = None
         self._pending_step = -1
+        self._began = time.monotonic()  # of the last write, or of this run
+        self._told_sync = False
         self.saved_step: int | None = None  # newest complete one
         self.last_error: str | None = None
+        self.failures = 0  # in a row
+
+    @property
+    def overdue(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have gone; rank 0's clock is the one that counts."""
+        minutes = self._config.every_minutes
+        return minutes > 0 and time.monotonic() - self._began >= 60 * minutes
+
+    @property
+    def given_up(self) -> bool:
+        """Whether ``checkpoint.max_failures`` writes in a row have failed."""
+        return 0 < self._config.max_failures <= self.failures
 
     def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
         """Load ``checkpoint``, which ``newest`` found; one of another recipe without what that recipe remembered."""
@@ -240,6 +405,7 @@ class Checkpointer:
         A write that fails is reported in one line and keeps the checkpoints there are; training goes on.
         """
         self.wait()
+        self._began = time.monotonic()
         if self.saved_step == state.step:
             return
         if self._world.max(float(not state.is_finite()))[0]:
@@ -248,16 +414,11 @@ class Checkpointer:
             return
         tensors = state.tensors()
         meta = self._meta | {"format": FORMAT, "step": state.step, "tensors": _describe(tensors)}
-        size = sum(local(tensor).nbytes for tensor in tensors.values())
+        (size,) = self._world.sum(sum(local(tensor).nbytes for tensor in tensors.values()))
         partial = self.directory / f"step-{state.step:08}.incomplete"
-        (total,) = self._world.sum(size)
-        self.last_error = self._world.on_main(lambda: self._make_room(partial, total))
-        if self.last_error is not None:
-            self._report()
-            return
         # Copied here, so that the next step may change the state while the thread writes.
         snapshot = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._pending = self._executor.submit(self._write, snapshot, partial, meta, prune)
+        self._pending = self._executor.submit(self._write, snapshot, partial, meta, size, prune)
         self._pending_step = state.step
         if not self._config.asynchronous:
             self.wait()
@@ -266,14 +427,22 @@ class Checkpointer:
         """Until the write under way has ended; afterwards ``saved_step`` and ``last_error`` say how."""
         if self._pending is None:
             return
+        self._world.watch.at(f"waiting for the checkpoint of step {self._pending_step}")
         pending, self._pending = self._pending, None
-        error = pending.exception()
-        failed = self._world.on_main(lambda: _reason(error) if error else None)
+        started = time.monotonic()
+        # Ranks agree in the thread, which waits longer than a step may: here all have the same answer, at one time.
+        failed = pending.result()
+        waited = time.monotonic() - started
         if failed is None:
-            self.saved_step, self.last_error = self._pending_step, None
+            self.saved_step, self.last_error, self.failures = self._pending_step, None, 0
         else:
-            self.last_error = f"checkpoint at step {self._pending_step} not written in {self.directory}: {failed}"
+            self.last_error, self.failures = failed, self.failures + 1
             self._report()
+        if waited >= _SLOW_SECONDS and self._world.is_main:
+            say(
+                f"warning: training waited {waited:.0f} s for the checkpoint of step {self._pending_step}, which took "
+                f"{time.monotonic() - self._began:.0f} s to write: a slow disk, or too small a checkpoint.every"
+            )
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
@@ -298,26 +467,52 @@ class Checkpointer:
             return f"no checkpoint can be written in {self.directory}: {error.strerror or error}"
         return None
 
-    def _write(self, tensors: dict[str, Tensor], partial: Path, meta: dict[str, Any], prune: bool) -> None:
-        # One thread a rank; DCP keeps the ranks together, and returns on rank 0 once all have written.
+    def _write(
+        self, tensors: dict[str, Tensor], partial: Path, meta: dict[str, Any], size: float, prune: bool
+    ) -> str | None:
+        """In one thread a rank; what went wrong, the same on all ranks."""
+        problem = self._world.gather_written(self._make_room(partial, size) if self._world.is_main else None)[0]
+        if problem is not None:
+            return problem
+        written: dict[str, tuple[int, str]] | str
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._world.checkpoint)
-            if self._world.is_main:
-                self._commit(partial, meta)
-                if prune:
-                    self._prune()
-        except BaseException:
-            if self._world.is_main:
+            # Each rank its own files: one alone would read all that the others have written.
+            own = sorted(partial.glob(f"__{self._world.rank}_*"))
+            written = {path.name: (path.stat().st_size, sha256_of(path)) for path in own}
+        except BaseException as error:
+            written = _reason(error)
+        everywhere = self._world.gather_written(written)
+        problem = next((problem for problem in everywhere if isinstance(problem, str)), None)
+        if self._world.is_main:
+            try:
+                if problem is None:
+                    self._commit(partial, meta, [each for each in everywhere if isinstance(each, dict)])
+            except BaseException as error:
+                problem = _reason(error)
+            if problem is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
+            elif prune:
+                try:
+                    self._prune()
+                except OSError as error:
+                    say(f"warning: {self.directory}: old checkpoints cannot be removed: {error.strerror or error}")
+        problem = self._world.gather_written(problem)[0]
+        step = int(meta["step"])
+        return problem and f"checkpoint at step {step} not written in {self.directory}: {problem}"
 
-    def _commit(self, partial: Path, meta: dict[str, Any]) -> None:
+    def _commit(self, partial: Path, meta: dict[str, Any], written: list[dict[str, tuple[int, str]]]) -> None:
         write_json(partial / _META, meta)
-        files = sorted(path for path in partial.iterdir() if path.name != _CHECKSUMS)
-        write_json(partial / _CHECKSUMS, {path.name: [path.stat().st_size, sha256_of(path)] for path in files})
-        sync_directory(partial)
+        own = {name: ((partial / name).stat().st_size, sha256_of(partial / name)) for name in (METADATA, _META)}
+        write_json(partial / _CHECKSUMS, {name: entry for each in [*written, own] for name, entry in each.items()})
+        self._sync(partial)
         partial.rename(partial.with_suffix(""))
-        sync_directory(self.directory)
+        self._sync(self.directory)
+
+    def _sync(self, directory: Path) -> None:
+        if not sync_directory(directory) and not self._told_sync:
+            self._told_sync = True
+            say(f"{directory}: its file system cannot flush directories; a power cut may cost the newest checkpoint")
 
     def _prune(self) -> None:
         every = self._config.keep_every

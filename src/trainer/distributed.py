@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import signal
+import socket
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.errors import UserError, one_line
+from trainer.errors import RunFailed, UserError, one_line
+from trainer.lifeline import PARENT, launched_by_torchrun, lost_launcher
+from trainer.watch import Watch
 
 T = TypeVar("T")
-LOST_LAUNCHER = 255  # beside the signal numbers
-
-# Taken at import, before anything can have died: an orphan's parent is no longer this process.
-_PARENT = os.getppid()
+TIME_IS_UP, LOST_LAUNCHER = 254, 255  # beside the signal numbers
+FLIGHTS = "flight_recorder_rank_"  # torch appends the rank
+_CLOCK = re.compile(r"\d+(:[0-5]\d){0,2}")
+_LATE = ("Timed out waiting", "Application timeout")
+_BROKEN = (*_LATE, "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+_CHECKPOINT_SECONDS = 24 * 3600  # of a collective of the checkpoint thread: a slow disk is no reason to end a run
+_CONNECT_SECONDS = 60  # to the launcher, which is there before its workers
+_ASK_SECONDS = 0.1
+_ATTEMPT = "narrowgauge/attempt"
 
 
 @dataclass(kw_only=True)
@@ -41,18 +55,19 @@ class ParallelConfig:
     fp8_all_gather: bool = False  # gather weights as the codes that GEMMs read, where that changes nothing
     activation_checkpointing: bool = False  # recompute each block in backward
     threads: int | None = None  # CPU threads a process; null shares the cores out
-    timeout_seconds: int = 1800  # of a collective
+    timeout_seconds: int = 1800  # of a collective while training
+    start_timeout_seconds: int = 7200  # of one before: other processes may be checking files, or arrive late
 
     def validate(self) -> None:
         """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be kept."""
-        for field in ("reshard_after_forward", "compile", "deterministic"):
-            value = getattr(self, field)
+        for name in ("reshard_after_forward", "compile", "deterministic"):
+            value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
-                raise ValueError(f"parallel.{field}={value}: must be auto, true or false")
-        for field in ("replicate", "threads", "timeout_seconds"):
-            value = getattr(self, field)
+                raise ValueError(f"parallel.{name}={value}: must be auto, true or false")
+        for name in ("replicate", "threads", "timeout_seconds", "start_timeout_seconds"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"parallel.{field}={value}: must be at least 1")
+                raise ValueError(f"parallel.{name}={value}: must be at least 1")
         if self.fp8_all_gather and self.reshard_after_forward is False:
             raise ValueError(
                 "parallel.fp8_all_gather=true needs parallel.reshard_after_forward=true: "
@@ -72,7 +87,7 @@ class ParallelConfig:
         return device.type == "cpu" or self.deterministic is True
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among the others."""
 
@@ -80,13 +95,21 @@ class World:
     size: int
     local_size: int
     device: torch.device
-    control: Any  # gloo group for small messages, of the main thread
+    control: Any  # gloo group for small messages, of the main thread: until training begins one that waits longer
     checkpoint: Any  # gloo group of the checkpoint thread: two threads must not share one
     deferred: bool = False  # decide on the device about a step, and read its numbers while the next one is computed
+    watch: Watch = field(default_factory=Watch)
+    steps: Any = None  # what ``control`` is while training
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def begin_training(self) -> None:
+        """From now on ranks wait for one another as long as ``parallel.timeout_seconds`` says."""
+        if self.steps is not None:
+            self.control = self.steps
+        self.watch.training()
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over ranks, in float64."""
@@ -99,13 +122,15 @@ class World:
         if self.size == 1:
             return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op, group=self.control)
+        with self.watch.waiting():
+            dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` [of the host] summed over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
+            with self.watch.waiting():
+                dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.control)
         return tensor
 
     def add_up_there(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +147,8 @@ class World:
                 box[0] = function()
             except (UserError, OSError) as error:
                 box[1] = _message(error)
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with self.watch.waiting():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
@@ -134,11 +160,24 @@ class World:
             result = function()
         except (UserError, OSError) as caught:
             error = _message(caught)
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, error, group=self.control)
+        errors = self.gather(error)
         if (first := next((text for text in errors if text is not None), None)) is not None:
             raise UserError(first)
         return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, on all ranks; of small things."""
+        with self.watch.waiting():
+            return self._gather(value, self.control)
+
+    def gather_written(self, value: T) -> list[T]:
+        """``gather`` of the checkpoint thread, which waits as long as a disk may take."""
+        return self._gather(value, self.checkpoint)
+
+    def _gather(self, value: T, group: Any) -> list[T]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group)
+        return values
 
     def mesh(self, config: ParallelConfig) -> DeviceMesh:
         """The device mesh: [shard], or [replicate, shard].
@@ -176,18 +215,133 @@ def start(config: ParallelConfig) -> World:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        device = PartialState(cpu=not cuda).device
-    control, checkpoint = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    step, start = (timedelta(seconds=seconds) for seconds in (config.timeout_seconds, config.start_timeout_seconds))
+    store, rank, size, beats = _meet(start)
+    watch = Watch(rank, size, beats)
+    watch.start()
+    try:
+        dist.init_process_group(backend, timeout=step, store=store, rank=rank, world_size=size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            device = PartialState(cpu=not cuda).device
+        starting, steps = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (start, step))
+        checkpoint = dist.new_group(backend="gloo", timeout=timedelta(seconds=_CHECKPOINT_SECONDS))
+    except RuntimeError as error:
+        raise RunFailed(f"rank {rank}: the processes cannot reach one another: {one_line(error)}") from error
     # A CPU has no queue that runs on while a number is read, and is the reference: its norm is summed tensor by tensor.
-    deferred = device.type != "cpu"
-    return World(dist.get_rank(), dist.get_world_size(), local_size, device, control, checkpoint, deferred)
+    return World(rank, size, local_size, device, starting, checkpoint, device.type != "cpu", watch, steps)
+
+
+def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
+    """A store for the process group, this rank, the number of ranks, and a connection of its own to that store.
+
+    torchrun's agent keeps one store over restarts, in which the addresses of processes that are gone still stand; so
+    the ranks of one attempt agree on a prefix. They cannot take it from the number of restarts, which agents on several
+    hosts count each for itself: rank 0 draws one, and a rank is sure of it once rank 0 has read the rank's own token
+    under it.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return dist.HashStore(), 0, 1, None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _choose_interface(host, port)
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        if of_agent:
+            connect = timedelta(seconds=min(_CONNECT_SECONDS, limit.total_seconds()))
+            store = dist.TCPStore(host, port, is_master=False, timeout=connect, wait_for_workers=False)
+            store.set_timeout(limit)
+        else:
+            store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=limit, multi_tenant=True)
+    except RuntimeError as error:
+        raise RunFailed(
+            f"rank {rank}: {host}:{port}, where the processes meet, is not there: {one_line(error)}"
+        ) from error
+    prefix = _agree(store, rank, size, limit)
+    return dist.PrefixStore(prefix, store), rank, size, dist.PrefixStore(prefix, store.clone())
+
+
+def _agree(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:
+    """The prefix of this attempt. Raises RunFailed naming the ranks that do not come."""
+    token, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
+    if rank == 0:
+        prefix = f"narrowgauge/{token}"
+        store.set(_ATTEMPT, prefix)
+        keys = [f"{prefix}/joins/{other}" for other in range(1, size)]
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [str(other) for other, key in enumerate(keys, 1) if not store.check([key])]
+                raise RunFailed(f"of {size} ranks {', '.join(missing)} did not come {_within(limit)}")
+            time.sleep(_ASK_SECONDS)
+        store.set(f"{prefix}/met", json.dumps([store.get(key).decode() for key in keys]))
+        return prefix
+    joined = ""
+    while time.monotonic() < deadline:
+        if store.check([_ATTEMPT]):
+            prefix = store.get(_ATTEMPT).decode()
+            if prefix != joined:  # else it stands already
+                store.set(f"{prefix}/joins/{rank}", token)
+                joined = prefix
+            if store.check([f"{prefix}/met"]) and json.loads(store.get(f"{prefix}/met"))[rank - 1] == token:
+                return prefix
+        time.sleep(_ASK_SECONDS)
+    raise RunFailed(f"rank {rank}: rank 0 did not come {_within(limit)}")
+
+
+def _within(limit: timedelta) -> str:
+    return f"within parallel.start_timeout_seconds={limit.total_seconds():.0f}"
+
+
+def _choose_interface(host: str, port: int) -> None:
+    """Where there are several hosts: have gloo use the interface that leads to where they meet, not the host's name."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: it only asks for the route
+            own = probe.getsockname()[0]
+    except OSError:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def record_flights(directory: Path) -> None:
+    """Have torch's flight recorder keep the last collectives; NCCL's watchdog writes them to ``directory`` itself.
+
+    Before the process group is formed: torch reads these once.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # as versions of torch call it
+        os.environ.setdefault(name, str(directory.absolute() / FLIGHTS))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def broken_connection(error: BaseException) -> bool:
+    """Whether ``error`` is of a collective that another rank did not end."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
+
+
+def explain_broken(error: BaseException, world: World, directory: Path) -> str:
+    """One line about a collective that another rank did not end.
+
+    After a time limit torch's flight recorder is written to ``directory``.
+    """
+    where = f"in: {world.watch.section}"
+    if not any(words in str(error) for words in _LATE):
+        return f"rank {world.rank} lost the connection to another rank {where}; what that one, or torchrun, says is why"
+    file = directory / f"{FLIGHTS}{world.rank}.json"
+    try:
+        file.write_bytes(torch._C._distributed_c10d._dump_fr_trace_json())
+        recorded = f"; the last collectives are in {file}"
+    except (OSError, AttributeError, RuntimeError):
+        recorded = ""
+    accused = world.watch.accuse() or "no heartbeat tells of which"
+    return f"rank {world.rank} waited in vain for another rank {where}: {accused}{recorded}"
 
 
 def _fix_order_of_sums() -> None:
@@ -227,28 +381,27 @@ def finish() -> None:
     PartialState._reset_state()
 
 
-def launched_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def launcher_pid() -> int:
     """The process that ends this run when it is killed: torchrun, or this process itself."""
-    return _PARENT if launched_by_torchrun() else os.getpid()
+    return PARENT if launched_by_torchrun() else os.getpid()
 
 
 class StopRequest:
-    """Whether this process was asked to stop: SIGTERM, SIGUSR1, Ctrl-C, or the launcher is gone.
+    """Whether this process was asked to stop: SIGTERM, SIGHUP, SIGUSR1, Ctrl-C, ``train.stop_after``, or the launcher
+    is gone."""
 
-    torchrun's workers live in sessions of their own, so a killed launcher leaves them training: they look themselves.
-    """
+    _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
+    def __init__(self, stop_after: str | None = None) -> None:
+        """``stop_after``: HH:MM:SS since torchrun, or this process, began."""
         self._code = 0
+        self._stop_after = stop_after
+        self._deadline = None if stop_after is None else _began() + seconds_of(stop_after)
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
+        # nohup's SIGHUP stays ignored.
+        wanted = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -258,18 +411,36 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._code:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self._code = number
+        self._code = LOST_LAUNCHER if lost_launcher() else number
 
     @property
     def code(self) -> int:
-        """0, or the number of the signal, or LOST_LAUNCHER. Cheap enough to ask at every step."""
-        if not self._code and launched_by_torchrun() and os.getppid() != _PARENT:
+        """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
+        if not self._code and lost_launcher():
             self._code = LOST_LAUNCHER
+        if not self._code and self._deadline is not None and time.time() >= self._deadline:
+            self._code = TIME_IS_UP
         return self._code
 
-    @staticmethod
-    def describe(code: int) -> str:
+    def describe(self, code: int) -> str:
+        if code == TIME_IS_UP:
+            return f"train.stop_after={self._stop_after}"
         return "the launcher is gone" if code == LOST_LAUNCHER else signal.Signals(code).name
+
+
+def seconds_of(text: str) -> float:
+    """HH:MM:SS, MM:SS or seconds. Raises ValueError for anything else."""
+    if not _CLOCK.fullmatch(text):
+        raise ValueError(f"{text!r} is not HH:MM:SS")
+    return float(sum(int(part) * 60**place for place, part in enumerate(reversed(text.split(":")))))
+
+
+def _began() -> float:
+    """When torchrun, or this process without it, was started: a worker that it starts again has no more time."""
+    try:
+        return psutil.Process(launcher_pid()).create_time()
+    except psutil.Error:
+        return time.time()
 
 
 def say(text: str) -> None:

@@ -13,6 +13,13 @@ class ExitCode(IntEnum):
     STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command goes on
 
 
+class RunFailed(Exception):
+    """What ended a run that was neither the user's mistake nor ours: another rank, a machine, its memory.
+
+    The message is one line.
+    """
+
+
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and the nearest valid choice."""
 

@@ -79,6 +79,6 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
         assert source is not None
         result = validate(subject.state, source, subject.world, stop, subject.precision)
     if isinstance(result, int):
-        raise UserError(f"stopped by {StopRequest.describe(result)}")
+        raise UserError(f"stopped by {stop.describe(result)}")
     loss = result[0] / result[1]
     return Evaluation(loss, math.exp(min(loss, 700.0)), result[0] / math.log(2) / size, int(result[1]))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)
 
 
 def sha256_of(path: Path) -> str:
@@ -17,7 +21,7 @@ def sha256_of(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write under another name, flush to the disk, then rename."""
     partial = path.with_name(f"{path.name}.incomplete")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -28,10 +32,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames inside ``path`` survive a power cut."""
+def sync_directory(path: Path) -> bool:
+    """Make renames inside ``path`` survive a power cut. False where the file system (CIFS, some FUSE) has no such."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
+
+
+def lock(file: IO[Any], *, shared: bool = False) -> bool | None:
+    """Take an flock without waiting: True if it is held now, False if another holds it, None if there are no locks."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        return False if error.errno == errno.EWOULDBLOCK else None

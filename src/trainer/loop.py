@@ -21,7 +21,7 @@ from precision.probe import Probe, check_settings
 from precision.updates import can_gate, gated_step, multiply
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
-from trainer.distributed import StopRequest, World
+from trainer.distributed import StopRequest, World, seconds_of
 from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate, measured_step
@@ -36,12 +36,18 @@ class LoopConfig:
     steps: int
     micro_batch_size: Any = "auto"  # sequences a process computes at once; auto: the largest that fits
     max_nonfinite_in_a_row: int = 10  # skipped steps before the run ends as diverged
+    stop_after: str | None = None  # HH:MM:SS since the launcher began: then a checkpoint, and exit code 75
 
     def validate(self) -> None:
         """Raises ValueError for counts below one."""
         for name in ("steps", "max_nonfinite_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if self.stop_after is not None:
+            try:
+                seconds_of(self.stop_after)
+            except ValueError as error:
+                raise ValueError(f"train.stop_after={self.stop_after}: {error}") from error
         size = self.micro_batch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"train.micro_batch_size={size}: must be 'auto' or a whole number from 1")
@@ -134,6 +140,7 @@ class Job:
     last_eval: dict[str, Any] | None = field(default=None)
     unlogged: Unlogged | None = None  # the last step, while its numbers are still on the device
     logged_at: float = 0.0  # on the clock, when the last step's numbers were there
+    overdue: bool = False  # a checkpoint, by the clock, as of the last step
 
     def log(self, row: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -192,6 +199,7 @@ def train(job: Job) -> Outcome:
     as diverged at the step at which it would anyway.
     """
     state, total = job.state, job.config.steps
+    job.world.begin_training()
     # A run stopped before or in a validation that was due makes up for it.
     missed = 0 < state.step < total and _due(job.eval_config.every, state.step) and job.evaluated_step < state.step
     if missed and (stop_code := evaluate(job)):
@@ -206,7 +214,8 @@ def train(job: Job) -> Outcome:
         evaluation = _due(job.eval_config.every, state.step) or state.step == total
         careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
         known = not job.world.deferred or result.loss_scale is not None
-        if known or stop_code or evaluation or careful or _due(job.checkpoint_every, state.step):
+        save = job.overdue or _due(job.checkpoint_every, state.step)
+        if known or stop_code or evaluation or careful or save:
             settle(job)
 
         if state.nonfinite_in_a_row >= job.config.max_nonfinite_in_a_row:
@@ -222,8 +231,11 @@ def train(job: Job) -> Outcome:
         if stop_code:
             job.checkpointer.save(state, prune=sound)
             return _stopped(job, stop_code)
-        if state.step == total or (sound and _due(job.checkpoint_every, state.step)):
+        if state.step == total or (sound and save):
             job.checkpointer.save(state, prune=sound)
+        if job.checkpointer.given_up:
+            reason = f"{job.checkpointer.failures} checkpoints in a row failed: {job.checkpointer.last_error}"
+            return Outcome(Status.failed, state.step, reason)
 
     if stop_code := evaluate(job):
         return _stopped(job, stop_code)
@@ -260,7 +272,8 @@ def train_step(job: Job, step: int) -> tuple[StepResult, int]:
         result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
     if job.probe is not None and watched:
         _log_probe(job, job.probe, step + 1)
-    (stop_code,) = job.world.max(job.stop.code)
+    overdue = job.world.is_main and job.checkpointer.overdue  # one clock decides for all
+    stop_code, job.overdue = job.world.max(job.stop.code, overdue)
     return result, int(stop_code)
 
 
@@ -270,7 +283,9 @@ def update_from(
     """Forward and backward over the micro-batches of ``step``, one update, or none if something is not finite."""
     model, optimizer, plan, device = state.model, state.optimizer, state.plan, world.device
     plan.begin_step(step, source.first_sample(step), total_steps)
+    world.watch.at(f"step {step + 1}, reading its batch")
     batches = [source.batch(step, micro) for micro in range(source.num_micro)]
+    world.watch.at(f"step {step + 1}")
     # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
     (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -390,6 +405,7 @@ def evaluate(job: Job) -> int:
     if job.validation is None:
         return 0
     config = job.eval_config
+    job.world.watch.at(f"the validation at step {job.state.step}")
     result = validate(job.state, job.validation, job.world, job.stop, config.precision)
     if isinstance(result, int):
         return result
@@ -488,7 +504,7 @@ def _samples_per_step(job: Job) -> int:
 
 def _stopped(job: Job, code: int) -> Outcome:
     job.checkpointer.wait()
-    reason = f"stopped by {StopRequest.describe(code)}"
+    reason = f"stopped by {job.stop.describe(code)}"
     if job.checkpointer.saved_step != job.state.step:
         return Outcome(Status.failed, job.state.step, f"{reason}; {job.checkpointer.last_error}")
     return Outcome(Status.stopped, job.state.step, reason)

@@ -21,11 +21,11 @@ from trainer.build import (
     training_source,
     validation_source,
 )
-from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, newest
+from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, newest
 from trainer.config import TrainConfig, differences, load_run_config
 from trainer.data import Ahead
 from trainer.distributed import StopRequest, World, say
-from trainer.errors import ExitCode, UserError, one_line
+from trainer.errors import ExitCode, RunFailed, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, ProbeConfig, Status, train
 from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
@@ -46,34 +46,47 @@ _FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "
 
 
 def run(config: TrainConfig) -> ExitCode:
-    """Train as ``config`` says, or go on with what ``run.dir`` holds. Raises UserError for what the user can mend."""
-    world = distributed.start(config.parallel)
+    """Train as ``config`` says, or go on with what ``run.dir`` holds.
+
+    Raises UserError for what the user can mend, RunFailed for what another rank or the machine did.
+    """
     directory = RunDirectory(Path(config.run.dir))
+    distributed.record_flights(directory.path)
+    world = distributed.start(config.parallel)
     try:
-        with StopRequest() as stop:
+        with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
                 return _run(config, world, directory, stop)
+            except RuntimeError as error:
+                if not distributed.broken_connection(error):
+                    raise
+                raise RunFailed(distributed.explain_broken(error, world, directory.path)) from error
             finally:
                 directory.unlock()
     finally:
+        world.watch.stop()
         distributed.finish()
 
 
 def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest) -> ExitCode:
-    checkpoint = world.on_main(lambda: _examine(config, directory))
+    world.watch.at("looking for a checkpoint")
+    checkpoint = _find(config, world, directory)
     if checkpoint == "finished":
         return ExitCode.FINISHED
     assert checkpoint is None or isinstance(checkpoint, Checkpoint)
+    world.watch.at("opening the data")
     data = open_data(config.data, config.eval, world)
     if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
             "prepare the same data again, or choose another run.dir"
         )
+    world.watch.at("building the model")
     job = _build(config, world, directory, data, checkpoint, stop)
     try:
         outcome = train(job)
+        world.watch.at("the sample and the summary")
         _finish(config, job, directory, data, outcome)
         return outcome.status.exit_code
     except (Exception, KeyboardInterrupt) as error:
@@ -91,12 +104,21 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
             job.trackers.close()
 
 
-def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str | None:
-    """On rank 0: what to go on from; "finished" where there is nothing left to do."""
+def _find(config: TrainConfig, world: World, directory: RunDirectory) -> Checkpoint | str | None:
+    """What to go on from, on all ranks; "finished" where there is nothing left to do."""
+    world.on_main(lambda: _prepare(config, directory))
+    if config.run.resume is Resume.never:
+        return None
+    checkpoint = newest(directory.checkpoints, tidy=True, together=world)
+    return world.on_main(lambda: _judge(config, directory, checkpoint))
+
+
+def _prepare(config: TrainConfig, directory: RunDirectory) -> None:
+    """On rank 0: move aside what is not wanted, or refuse what is of another run."""
     if config.run.resume is Resume.never:
         if directory.has_run():
             directory.move_aside()
-        return None
+        return
     if directory.config.exists() and directory.has_run():
         changed = differences(load_run_config(directory.config), config)
         fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config)]
@@ -107,15 +129,24 @@ def _examine(config: TrainConfig, directory: RunDirectory) -> Checkpoint | str |
         shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
         if shown:
             say(f"going on with another config: {', '.join(shown)}")
-    checkpoint = newest(directory.checkpoints, tidy=True)
+
+
+def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint | None) -> Checkpoint | str | None:
+    """On rank 0: whether to go on from ``checkpoint``, or to start where there is none."""
     if checkpoint is None:
         if config.run.resume is Resume.must:
             raise UserError(f"run.resume=must: {directory.checkpoints} holds no usable checkpoint")
+        if had_checkpoints(directory.checkpoints):
+            raise UserError(
+                f"{directory.checkpoints} has checkpoints, and none is whole: mend one, or run.resume=never moves them "
+                "aside and starts at step 0"
+            )
         if directory.has_run():
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
+    identity = checkpoint.meta.get("identity", {})
     for key, value in sorted(_identity(config).items(), key=lambda item: _telling(item[0])):
-        if (there := checkpoint.meta["identity"].get(key, value)) != value:
+        if (there := identity.get(key, value)) != value:
             if _may_change(key, config):
                 continue
             raise UserError(f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: {_ways(key)}")
@@ -164,8 +195,10 @@ def _build(
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     wanted = config.train.micro_batch_size
-    if wanted == "auto" and checkpoint is not None and checkpoint.meta["world_size"] == world.size:
-        wanted = checkpoint.meta["micro_batch_size"]  # the order of sums must be the same after a restart
+    if wanted == "auto" and checkpoint is not None:
+        before = checkpoint.meta["micro_batch_size"]
+        if config.data.global_batch_size % (world.size * before) == 0:
+            wanted = before  # sums in the same order after a restart, and scales over the same samples
     compute = recipe_of(config.precision, config.optim).dtypes.compute
     micro_batch = micro_batch_size(wanted, model_config, config.data, config.parallel, world, compute)
     state = build_state(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -21,10 +20,10 @@ from typing import IO, Any
 import psutil
 import torch
 
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint import had_checkpoints
 from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
-from trainer.files import write_json, write_text
+from trainer.files import lock, write_json, write_text
 
 _SAY_AGAIN_SECONDS = 60.0
 
@@ -70,30 +69,34 @@ class RunDirectory:
         def exclusively() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = (self.path / ".lock").open("a+")
+                self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
             except OSError as error:
                 raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
             self._wait_for_lock(self._lock, stop)
             self._lock.seek(0)
             self._lock.truncate()
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launcher": launcher_pid()}, self._lock)
+            pid, launcher = os.getpid(), launcher_pid()
+            holder = {"host": socket.gethostname(), "pid": pid, "launcher": launcher}
+            json.dump(holder | {"began": _began(pid), "launcher_began": _began(launcher)}, self._lock)
             self._lock.flush()
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            lock(self._lock, shared=True)
 
         world.on_main(exclusively)
         if not world.is_main:
-            self._lock = (self.path / ".lock").open("a+")
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+            lock(self._lock, shared=True)
         world.sum(0.0)  # nobody goes on before everybody holds a share
 
     def _wait_for_lock(self, file: IO[str], stop: StopRequest) -> None:
         told = -_SAY_AGAIN_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                holder = self._holder()
+        while (taken := lock(file)) is not True:
+            holder = self._holder(file, wait=taken is False)
+            if taken is None:
+                if told < 0:
+                    say(f"{self.path}: its file system has no locks; another host's run in it would not be noticed")
+                    told = time.monotonic() - _SAY_AGAIN_SECONDS
+                if holder is None or holder["host"] != socket.gethostname() or not (holder["alive"] or holder["lives"]):
+                    return
             if holder is None or holder["alive"]:
                 who = "another run" if holder is None else f"process {holder['pid']} on {holder['host']}"
                 raise UserError(
@@ -106,17 +109,22 @@ class RunDirectory:
                 told = time.monotonic()
             time.sleep(0.2)
 
-    def _holder(self) -> dict[str, Any] | None:
-        for _ in range(20):  # it may be writing its name just now
+    def _holder(self, file: IO[str], *, wait: bool) -> dict[str, Any] | None:
+        """Who wrote itself into the lock; None if that cannot be read. ``wait``: it may be writing just now."""
+        for _ in range(20 if wait else 1):
             try:
-                holder: dict[str, Any] = json.loads((self.path / ".lock").read_text())
-                break
-            except ValueError:
-                time.sleep(0.1)
-        else:
-            return None
-        holder["alive"] = holder["host"] != socket.gethostname() or _is_running(holder["launcher"])
-        return holder
+                file.seek(0)
+                holder: dict[str, Any] = json.loads(file.read())
+                here = holder["host"] == socket.gethostname()
+                # An attempt of the launcher that started this process, too, is on its way out.
+                ours = here and holder["launcher"] == launcher_pid()
+                alive = not here or (not ours and _is_running(holder["launcher"], holder.get("launcher_began")))
+                lives = holder["pid"] != os.getpid() and _is_running(holder["pid"], holder.get("began"))
+                return holder | {"alive": alive, "lives": lives}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if wait:
+                    time.sleep(0.1)
+        return None
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -126,7 +134,7 @@ class RunDirectory:
 
     def has_run(self) -> bool:
         """Whether an earlier run left anything to lose."""
-        return self.metrics.exists() or self.done.exists() or bool(list_checkpoints(self.checkpoints))
+        return self.metrics.exists() or self.done.exists() or had_checkpoints(self.checkpoints)
 
     def move_aside(self) -> None:
         """Put an earlier run's files into a numbered directory beside the new ones."""
@@ -144,9 +152,9 @@ class RunDirectory:
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""
         try:
-            done = json.loads(self.done.read_text())
+            done = json.loads(self.done.read_text(encoding="utf-8"))
             return int(done["step"]) if done["status"] == "finished" else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
@@ -167,11 +175,21 @@ class RunDirectory:
             say(f"warning: {self.done} cannot be written: {error.strerror or error}")
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid: int, began: float | None) -> bool:
+    """Whether there is such a process, and, if ``began`` is known, whether it is the one that had this number then."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        process = psutil.Process(pid)
+        same = began is None or abs(process.create_time() - began) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, ValueError):
         return False
+
+
+def _began(pid: int) -> float | None:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
 
 
 def environment(world: World, restored_step: int) -> dict[str, Any]:

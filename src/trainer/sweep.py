@@ -7,7 +7,6 @@ no state beside the run directories: a job's own ``done.json`` says whether ther
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -45,6 +44,7 @@ from precision.recipe import close
 from trainer.config import CONFIG_DIR, load_config, parse
 from trainer.distributed import available_cores
 from trainer.errors import ExitCode, UserError, one_line
+from trainer.files import lock
 from trainer.metrics import read_metrics
 from trainer.slurm import sbatch_script
 from trainer.verify import command
@@ -458,15 +458,11 @@ def _next(jobs: Sequence[Job], shown: _Display) -> Job | None:
 
 
 def _in_use(directory: Path) -> bool:
-    lock = directory / ".lock"
-    if not lock.exists():
+    path = directory / ".lock"
+    if not path.exists():
         return False
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    with path.open("ab") as file:  # NFS locks for writing only what is open for writing
+        return lock(file) is False
 
 
 def _stop(jobs: Sequence[Job], number: signal.Signals) -> None:

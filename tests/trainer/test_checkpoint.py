@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sign
 
 from trainer import checkpoint as module
 from trainer.build import build_state, resolve_model
@@ -160,8 +161,8 @@ def test_damaged_ones_do_not_count_among_those_kept(two: Path, tiny: Tiny, world
 
 def test_none_is_left(two: Path, tmp_path: Path) -> None:
     for path in list_checkpoints(two):
-        (path / "checksums.json").write_text("{}")
         (path / "meta.json").write_text(json.dumps({"format": 99}))
+        sign(path)
     assert newest(two) is None
     assert newest(tmp_path / "nothing") is None
 

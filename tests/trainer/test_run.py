@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_overrides, train_here
+from conftest import sign, tiny_overrides, train_here
 
 from trainer import run as run_module
 from trainer.checkpoint import list_checkpoints, read_tensors
@@ -222,7 +222,7 @@ def test_other_tokens_than_the_checkpoints_are_refused(tiny: Tiny) -> None:
     meta = next((Path(config.run.dir) / "checkpoints").glob("*6/meta.json"))
     text = json.loads(meta.read_text())
     meta.write_text(json.dumps(text | {"data": "0" * 16}))
-    (meta.parent / "checksums.json").write_text("{}")
+    sign(meta.parent)
     assert "was trained on other tokens" in refusal(tiny("train.steps=9"))
 
 
@@ -234,7 +234,7 @@ def test_another_tokenizer_than_the_runs_is_refused(tiny: Tiny, tmp_path: Path) 
     train_here(config)
     for meta in (Path(config.run.dir) / "checkpoints").glob("*/meta.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "another"}))
-        (meta.parent / "checksums.json").write_text("{}")
+        sign(meta.parent)
     for use in (lambda: restore_run(Path(config.run.dir)), lambda: export_run(Path(config.run.dir), tmp_path / "hf")):
         with pytest.raises(UserError, match="was trained with the tokenizer of fingerprint another"):
             use()

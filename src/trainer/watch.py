@@ -1,0 +1,163 @@
+"""What every process is doing, so that a run that stands still says which rank it waits for.
+
+Each process writes a heartbeat into the store of the process group from a thread of its own: what it is doing, and how
+often that changed. A process that is stopped, or whose machine is gone, no longer beats; one that hangs beats on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from trainer.lifeline import launched_by_torchrun, lost_launcher
+
+_BEAT_SECONDS = 2.0
+_SILENT_SECONDS = 5 * _BEAT_SECONDS  # without a beat
+_SAY_SECONDS = 60.0  # without progress before rank 0 says so; doubled after every time
+_ENDED = 1
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's newest heartbeat, and when, on this process's clock, it was first seen."""
+
+    number: int
+    progress: int
+    section: str
+    waits: bool
+    seen: float
+
+
+class Watch:
+    """The sections of this process's work, and a thread that tells them.
+
+    ``store`` None, as for a process alone, tells nobody.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+        self._rank, self._size, self._store = rank, size, store
+        self._told = ("starting", False)  # section, and whether it is waiting for other ranks
+        self._progress = 0
+        self._beats = 0
+        self._training = False
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        if self._store is not None:
+            self._beat()
+        if self._store is not None or launched_by_torchrun():
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def at(self, section: str) -> None:
+        """This process begins ``section``."""
+        self._told = (section, False)
+        self._progress += 1
+
+    @property
+    def section(self) -> str:
+        return self._told[0]
+
+    def training(self) -> None:
+        """From now on a lost launcher must not end this process at once: there is something to save."""
+        self._training = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for others."""
+        before = self._told
+        self._told = (before[0], True)
+        try:
+            yield
+        finally:
+            self._told = before
+            self._progress += 1
+
+    def accuse(self) -> str:
+        """Which ranks stand still, and in which section, found out within a few beats. Empty if nothing is known."""
+        if self._store is None:
+            return ""
+        try:
+            first = self._read({})
+            time.sleep(_SILENT_SECONDS)
+            return _describe(self._read(first), self._rank, time.monotonic())
+        except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0
+            return ""
+
+    def _run(self) -> None:
+        seen: dict[int, Beat] = {}
+        moved, wait = time.monotonic(), _SAY_SECONDS
+        while not self._end.wait(_BEAT_SECONDS):
+            if lost_launcher() and not self._training:
+                os._exit(_ENDED)  # the main thread may be inside a library that no signal reaches
+            if self._store is None:
+                continue
+            try:
+                self._beat()
+                if self._rank:
+                    continue
+                before, seen = seen, self._read(seen)
+            except (RuntimeError, ValueError):
+                continue
+            if any(rank not in before or beat.progress != before[rank].progress for rank, beat in seen.items()):
+                moved, wait = time.monotonic(), _SAY_SECONDS
+            elif time.monotonic() - moved >= wait:
+                stood = time.monotonic() - moved
+                print(f"no progress for {stood:.0f} s: {_describe(seen, 0, time.monotonic())}", flush=True)
+                wait *= 2
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        self._beats += 1
+        with self._lock:
+            self._store.set(f"beat/{self._rank}", json.dumps([self._beats, self._progress, *self._told]))
+
+    def _read(self, before: Mapping[int, Beat]) -> dict[int, Beat]:
+        assert self._store is not None
+        keys = [f"beat/{rank}" for rank in range(self._size)]
+        with self._lock:
+            if not self._store.check(keys):  # some have only just started
+                return dict(before)
+            told = self._store.multi_get(keys)
+        now, beats = time.monotonic(), {}
+        for rank, text in enumerate(told):
+            number, progress, section, waits = json.loads(text)
+            old = before.get(rank)
+            seen = now if old is None or old.number != number else old.seen
+            beats[rank] = Beat(number, progress, section, waits, seen)
+        return beats
+
+
+def _describe(beats: Mapping[int, Beat], reader: int, now: float) -> str:
+    """Silent ranks; else those that wait for nobody; else what all do."""
+    silent = {rank: beat for rank, beat in beats.items() if rank != reader and now - beat.seen >= _SILENT_SECONDS * 0.9}
+    if silent:
+        return "; ".join(
+            f"rank {rank} gives no sign of life, its last was in: {beat.section}" for rank, beat in silent.items()
+        )
+    working: dict[str, list[int]] = {}
+    for rank, beat in beats.items():
+        if not beat.waits:
+            working.setdefault(beat.section, []).append(rank)
+    if not working:
+        return "all ranks wait for one another"
+    return "; ".join(f"{_ranks(ranks)} in: {section}" for section, ranks in sorted(working.items()))
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown} {'are' if len(ranks) > 1 else 'is'}"
