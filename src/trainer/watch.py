@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from trainer.lifeline import launched_by_torchrun, lost_launcher
 
-_BEAT_SECONDS = 2.0
+_BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 5 * _BEAT_SECONDS  # without a beat
 _SAY_SECONDS = 60.0  # without progress before rank 0 says so; doubled after every time
 _ENDED = 1

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 import resource
+import shutil
 import signal
+import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from conftest import sign
+from conftest import sign, tiny_overrides
+from torch.distributed.checkpoint import metadata as kinds
 
 from trainer import checkpoint as module
+from trainer import distributed
 from trainer.build import build_state, resolve_model
 from trainer.checkpoint import (
     CheckpointConfig,
@@ -23,12 +32,13 @@ from trainer.checkpoint import (
     newest,
     read_tensors,
 )
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, load_config
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.state import TrainState
 
 META = {"recipe": {"name": "fp32", "args": {}}, "data": "x", "world_size": 1, "micro_batch_size": 8}
+T = TypeVar("T")
 Tiny = Callable[..., TrainConfig]
 
 
@@ -92,16 +102,24 @@ def test_last_and_every_are_kept(tiny: Tiny, world: World, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.incomplete"))
 
 
-@pytest.fixture
-def two(tiny: Tiny, world: World, tmp_path: Path) -> Path:
-    """Checkpoints at steps 1 and 2."""
-    state = make_state(tiny(), world)
-    checkpointer = saver(tmp_path / "two", world)
+@pytest.fixture(scope="module")
+def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made")
+    config = load_config(tiny_overrides(corpus, path / "run"))
+    world = distributed.start(config.parallel)
+    state, checkpointer = make_state(config, world), saver(path / "two", world)
     for _ in range(2):
         change(state)
         checkpointer.save(state)
     checkpointer.wait()
-    return tmp_path / "two"
+    distributed.finish()
+    return path / "two"
+
+
+@pytest.fixture
+def two(made: Path, tmp_path: Path) -> Path:
+    """Checkpoints at steps 1 and 2."""
+    return shutil.copytree(made, tmp_path / "two")
 
 
 def cut(file: Path) -> None:
@@ -253,3 +271,194 @@ def test_a_disk_that_fills_up_while_writing(two: Path, tiny: Tiny, world: World)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, previous)
     assert "checkpoint at step 3 not written" in message
+
+
+@pytest.mark.parametrize("number", ["ESTALE", "EIO", "EACCES", "EMFILE"])
+@pytest.mark.parametrize("where", ["data", "description"])
+def test_an_error_that_passes_is_no_damage(
+    two: Path, number: str, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(getattr(errno, number), os.strerror(getattr(errno, number)), str(two / "step-00000002" / "file"))
+
+    def fail(file: Path) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        if where == "data":
+            patch.setattr(module, "sha256_of", fail)
+        else:
+            patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(UserError, match=r"file cannot be read now .*no damage") as caught:
+            newest(two, tidy=True)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in two.iterdir()) == ["step-00000001", "step-00000002"]
+    found = newest(two, tidy=True)
+    assert found is not None
+    assert found.meta["step"] == 2
+
+
+DESCRIPTIONS = {
+    "list": "[1]",
+    "number": "3",
+    "null": "null",
+    "string": '"x"',
+    "nested": "[" * 100_000,
+    "object": "{}",
+    "bytes": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", ["meta.json", "checksums.json"])
+@pytest.mark.parametrize("content", DESCRIPTIONS)
+def test_a_description_that_is_another_json_is_damage(
+    two: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = DESCRIPTIONS[content]
+    (two / "step-00000002" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    if name == "meta.json":
+        sign(two / "step-00000002")
+    found = newest(two)
+    assert found is not None
+    assert found.meta["step"] == 1
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+class Executes:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, inner: object, marker: Path) -> None:
+        self.inner, self.marker = inner, marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _touch, (str(self.marker), self.inner)
+
+
+def _touch(marker: str, inner: object) -> object:
+    Path(marker).touch()
+    return inner
+
+
+def index_of(checkpoint: Path) -> Any:
+    return pickle.loads((checkpoint / ".metadata").read_bytes())  # our own, just written
+
+
+def replace_index(checkpoint: Path, index: object) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+    sign(checkpoint)
+
+
+def test_an_index_never_executes_anything(two: Path, tmp_path: Path) -> None:
+    last, marker = two / "step-00000002", tmp_path / "executed"
+    plain = index_of(last)
+    replace_index(last, Executes(plain, marker))
+    for use in (lambda: newest(two, tidy=True), lambda: read_tensors(last)):
+        with pytest.raises(UserError, match=r"it names .*_touch") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    assert sorted(path.name for path in two.iterdir()) == ["step-00000001", "step-00000002"]
+    # Of what is not a tensor torch's own loader unpickles the content.
+    name = next(iter(plain.state_dict_metadata))
+    plain.state_dict_metadata[name] = kinds.BytesStorageMetadata()
+    replace_index(last, plain)
+    with pytest.raises(UserError, match=r"names .*BytesStorageMetadata"):
+        newest(two)
+
+
+def test_an_index_reads_nothing_outside_of_its_checkpoint(two: Path) -> None:
+    last = two / "step-00000002"
+    plain = index_of(last)
+    for info in plain.storage_data.values():
+        info.relative_path = "../step-00000001/__0_0.distcp"
+    replace_index(last, plain)
+    with pytest.raises(UserError, match="outside of the checkpoint"):
+        newest(two)
+
+
+def test_an_index_of_other_tensors_is_damage(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = two / "step-00000002"
+    plain = index_of(last)
+    plain.state_dict_metadata.pop("train.step")
+    replace_index(last, plain)
+    (last / ".metadata").write_bytes(
+        (last / ".metadata").read_bytes() + b"tail"
+    )  # what follows the pickle plays no part
+    sign(last)
+    found = newest(two)
+    assert found is not None
+    assert found.meta["step"] == 1
+    assert "damaged (.metadata cannot be read" in capsys.readouterr().out
+
+
+class Rank:
+    """One of two ranks; the other finds nothing."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
+def test_ranks_share_the_files_to_check(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[str]] = []
+    real = module.sha256_of
+    for rank in (0, 1):
+        names: list[str] = []
+        monkeypatch.setattr(module, "sha256_of", lambda file, names=names: (names.append(file.name), real(file))[1])
+        examine(two / "step-00000002", Rank(rank))
+        read.append(names)
+    assert sorted(read[0] + read[1]) == [".metadata", "__0_0.distcp", "meta.json"]
+    assert all(read)
+
+
+def test_a_file_system_that_cannot_flush_directories(
+    tiny: Tiny, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    state, checkpointer = make_state(tiny(), world), saver(tmp_path, world)
+    for state.step in (1, 2):
+        checkpointer.save(state)
+        checkpointer.wait()
+    assert checkpointer.saved_step == 2
+    assert capsys.readouterr().out.count("cannot flush directories") == 1
+
+
+def test_writes_that_keep_failing_are_given_up(two: Path, tiny: Tiny, world: World) -> None:
+    (two.parent / "file").write_text("")
+    state, checkpointer = make_state(tiny(), world), saver(two.parent / "file" / "x", world, max_failures=2)
+    for state.step, given_up in ((3, False), (4, True)):
+        checkpointer.save(state)
+        checkpointer.wait()
+        assert checkpointer.given_up is given_up
+
+
+def test_a_slow_write_says_so(
+    two: Path, tiny: Tiny, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_SLOW_SECONDS", 0.05)
+    real = module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda file: (time.sleep(0.1), real(file))[1])
+    state = make_state(tiny(), world)
+    state.step = 3
+    saver(two, world, asynchronous=False).save(state)
+    assert "s for the checkpoint of step 3, which took" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_due_by_the_clock(two: Path, world: World) -> None:
+    assert not saver(two, world).overdue
+    assert not saver(two, world, every_minutes=60).overdue
+    assert saver(two, world, every_minutes=1e-9).overdue

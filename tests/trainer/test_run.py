@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from trainer import run as run_module
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import TrainConfig, load_config
 from trainer.data import Batch, ShuffledSource
+from trainer.distributed import seconds_of
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import read_metrics
 from trainer.verify import compare_runs
@@ -120,8 +124,8 @@ def test_partial_sums_of_products_are_not_narrow(dtype: str, request: pytest.Fix
     assert getattr(matmul, name) is False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("at", [0, 1, 5])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("at", [0, 5])
 def test_signals_finish_the_step_and_checkpoint(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int
 ) -> None:
@@ -265,6 +269,82 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     assert f"checkpoint {newest} is damaged" in out
     assert "at step 2 of 6" in out
     assert compare_runs(Path(alone.run.dir), Path(config.run.dir)) == []
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(tiny: Tiny) -> None:
+    config = tiny()
+    train_here(config)
+    directory = Path(config.run.dir) / "checkpoints"
+    for path in list_checkpoints(directory):
+        (path / "__0_0.distcp").write_bytes(b"")
+    longer = tiny("train.steps=8")
+    for _ in range(2):  # the second time they bear another name
+        assert "has checkpoints, and none is whole: mend one, or run.resume=never" in refusal(longer)
+    assert {path.suffix for path in directory.iterdir()} == {".damaged"}
+    assert train_here(tiny("train.steps=8", "run.resume=never")) is ExitCode.FINISHED
+    assert len(list((Path(config.run.dir) / "earlier-1" / "checkpoints").iterdir())) == 2
+
+
+def test_a_read_error_that_passes_costs_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    train_here(config)
+    before = {path.name for path in (Path(config.run.dir) / "checkpoints").iterdir()}
+
+    def fail(file: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.checkpoint.sha256_of", fail)
+        assert "cannot be read now (Stale file handle)" in refusal(tiny("train.steps=8"))
+    assert {path.name for path in (Path(config.run.dir) / "checkpoints").iterdir()} == before
+    assert train_here(tiny("train.steps=8")) is ExitCode.FINISHED
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks(
+    tiny: Tiny, number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    config = tiny("eval.tokens=0", "sample.tokens=0", "train.steps=2")
+    assert train_here(config) is ExitCode.FINISHED
+    assert capsys.readouterr().out.count("its file system has no locks") == 1
+    # Another run of this host is noticed all the same, by its name.
+    holder = {"host": socket.gethostname(), "pid": os.getppid(), "launcher": os.getppid()}
+    (Path(config.run.dir) / ".lock").write_text(json.dumps(holder))
+    assert f"is in use by process {os.getppid()} on {socket.gethostname()}" in refusal(tiny("train.steps=8"))
+    (Path(config.run.dir) / ".lock").write_text(json.dumps(holder | {"launcher_began": 1.0, "began": 1.0}))  # long gone
+    assert train_here(tiny("eval.tokens=0", "sample.tokens=0", "train.steps=3")) is ExitCode.FINISHED
+
+
+def test_a_run_ends_before_its_time_is_up(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("train.stop_after=00:00:01", "train.steps=100000", "checkpoint.every=0")
+    assert train_here(config) is ExitCode.STOPPED
+    assert done(config)["status"] == "stopped"
+    assert done(config)["reason"] == "stopped by train.stop_after=00:00:01"
+    assert list_checkpoints(Path(config.run.dir) / "checkpoints")[-1].name == f"step-{done(config)['step']:08}"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("01:30:00", 5400), ("2:05", 125), ("90", 90), ("100:00:00", 360_000)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_checkpoints_by_the_clock_are_ordinary_ones(tiny: Tiny) -> None:
+    config = tiny("checkpoint.every=0", "checkpoint.every_minutes=1e-9", "checkpoint.keep_last=9")
+    assert train_here(config) is ExitCode.FINISHED
+    assert [int(path.name[5:]) for path in list_checkpoints(Path(config.run.dir) / "checkpoints")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_that_keep_failing_end_the_run(tiny: Tiny) -> None:
+    config = tiny("checkpoint.every=1", "checkpoint.max_failures=2", "checkpoint.asynchronous=false")
+    Path(config.run.dir).mkdir()
+    (Path(config.run.dir) / "checkpoints").write_text("in the way")
+    assert train_here(config) is ExitCode.FAILED
+    assert done(config)["step"] == 2
+    assert "2 checkpoints in a row failed: no checkpoint can be written" in done(config)["reason"]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(
