@@ -61,6 +61,7 @@ HARDWARE = (
     "no NVIDIA GPU on this machine",
     "not on this machine:",
     "chromium is not installed",
+    "network namespaces need root",
     "no compiler, or a CPU without AVX512_BF16",
 )
 """How the reasons of skips begin that no version can mend."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -89,11 +92,11 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_many(configs: list[list[str]], processes: int, root: Path) -> None:
+def run_many(configs: list[list[str]], processes: int, root: Path, *more: str) -> None:
     """One run after the other, in one group of processes."""
     file = root / f"{processes}.json"
     file.write_text(json.dumps(configs))
-    script = [str(Path(__file__).parents[1] / "many.py"), str(file)]
+    script = [str(Path(__file__).parents[1] / "many.py"), str(file), *more]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command_line = [sys.executable, *(launcher if processes > 1 else []), *script]
     result = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=240)
@@ -206,14 +209,21 @@ def test_a_run_killed_in_every_way_ends_like_one_left_alone(runs: Path, corpus: 
     assert compare_runs(runs / "alone-2", tmp_path / "killed") == []
 
 
-def start(overrides: list[str], processes: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(overrides, processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(overrides: list[str], processes: int, *launcher: str) -> subprocess.Popen[str]:
+    argv = command(overrides, processes)
+    if launcher:
+        argv[3:3] = launcher
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def workers(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The trainers it has started, by rank."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "trainer" in process.cmdline() and "RANK" in (environment := process.environ()):
+                found[int(environment["RANK"])] = process
+    return found
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -227,15 +237,124 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 def test_orphans_checkpoint_and_leave(corpus: Path, tmp_path: Path) -> None:
     process = start(tiny_overrides(corpus, tmp_path / "run", "train.steps=100000", "checkpoint.every=0"), 2)
     wait_for_step(tmp_path / "run", 5, process)
-    workers = psutil.Process(process.pid).children(recursive=True)
+    there = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=30)
+    gone, alive = psutil.wait_procs(there, timeout=30)
     assert not alive
     assert len(gone) >= 2
     done = json.loads((tmp_path / "run" / "done.json").read_text())
     assert (done["status"], done["reason"]) == ("stopped", "stopped by the launcher is gone")
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{done['step']:08}"
+
+
+def test_ranks_that_are_killed_come_back_by_themselves(runs: Path, corpus: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(corpus, tmp_path / "run", *KILLED)
+    process = start(overrides, 2, "--max-restarts", "3")
+    for step, victims in ((8, (1,)), (18, (0,)), (28, (0, 1))):
+        wait_for_step(tmp_path / "run", step, process)
+        there = workers(process)
+        for rank in victims:
+            there[rank].kill()
+        psutil.wait_procs(there.values(), timeout=60)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
+    assert out.count("resuming ") == 3  # at the first restart, each time
+    assert "Traceback" not in out
+    assert compare_runs(runs / "alone-2", tmp_path / "run") == []
+
+
+def test_workers_end_with_their_launcher_from_their_first_moment(corpus: Path, tmp_path: Path) -> None:
+    process = start(tiny_overrides(corpus, tmp_path / "run", "train.steps=100000"), 2)
+    deadline = time.monotonic() + 60
+    while len(there := workers(process)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)  # far from a process group
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(there.values(), timeout=30)[1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_rank_that_stands_still_is_named(corpus: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(corpus, tmp_path / "run", "train.steps=100000", "parallel.timeout_seconds=3")
+    process = start(overrides, 2)
+    wait_for_step(tmp_path / "run", 3, process)
+    other = workers(process)[1]
+    other.suspend()
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if line.startswith("error:"))
+    other.kill()  # else torchrun waits for it
+    process.communicate(timeout=60)
+    assert line.startswith("error: rank 0 waited in vain for another rank in: step ")
+    assert ": rank 1 gives no sign of life, its last was in: step " in line
+    recorded = tmp_path / "run" / "flight_recorder_rank_0.json"
+    assert str(recorded) in line
+    assert json.loads(recorded.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")
+
+
+def test_a_slow_disk_is_no_rank_that_stands_still(corpus: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(corpus, tmp_path / "run", *STILL, "parallel.timeout_seconds=3")
+    run_many([overrides, [*overrides, "train.steps=2", "checkpoint.every=0"]], 2, tmp_path, "4")
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["started_at_step"] == 1
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[list[str], str]]]:
+    """Two hosts: how a command is run there, and the address."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"ng{os.getpid()}{side}" for side in "ab"]
+    links = [f"{name[-10:]}v" for name in names]
+
+    def ip(*arguments: str) -> int:
+        return subprocess.run(["ip", *arguments], check=False, capture_output=True).returncode
+
+    failed = sum(ip("netns", "add", name) for name in names)
+    failed += ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+    for name, link, address in zip(names, links, ("10.251.77.1", "10.251.77.2"), strict=True):
+        failed += ip("link", "set", link, "netns", name)
+        failed += ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+        failed += ip("-n", name, "link", "set", link, "up") + ip("-n", name, "link", "set", "lo", "up")
+    if failed:
+        pytest.skip("network namespaces need root and the command ip")
+    yield [(["ip", "netns", "exec", name], f"10.251.77.{number}") for number, name in enumerate(names, 1)]
+    for name in names:
+        ip("netns", "del", name)
+
+
+def test_two_hosts_come_back_too(runs: Path, corpus: Path, tmp_path: Path, hosts: list[tuple[list[str], str]]) -> None:
+    overrides = tiny_overrides(corpus, tmp_path / "run", *KILLED)
+    processes = []
+    for index, (there, address) in enumerate(hosts):
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][1]}:29400", "--rdzv-id", "hosts"]
+        meet += ["--rdzv-conf", f"is_host={index == 0}", "--local-addr", address, "--max-restarts", "3"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet]
+        processes.append(
+            subprocess.Popen(
+                [*there, *launcher, "-m", "trainer", *overrides],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    for step, host in ((8, 1), (24, 0)):
+        wait_for_step(tmp_path / "run", step, processes[0])
+        victims = list(workers(processes[host]).values())
+        assert len(victims) == 1
+        victims[0].kill()
+        psutil.wait_procs(victims, timeout=60)
+        resumed = tmp_path / "run" / "metrics.jsonl"
+        size = resumed.stat().st_size
+        while resumed.stat().st_size == size:  # until it is back
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+    out = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(out)
+    assert "".join(out).count("resuming ") == 2
+    assert compare_runs(runs / "alone-2", tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
