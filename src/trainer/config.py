@@ -23,6 +23,7 @@ from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig, SourceConfig, home_of
 from trainer.distributed import ParallelConfig
+from trainer.environ import require_text
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
@@ -151,6 +152,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Overrides in Hydra's grammar. Raises UserError for what is none."""
     parsed = []
     for text in overrides:
+        require_text(text)
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
