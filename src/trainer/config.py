@@ -159,32 +159,35 @@ def read_yaml(file: Path) -> DictConfig:
     try:
         _require_plain(text)
         tree = OmegaConf.load(io.StringIO(text))
-        if not isinstance(tree, DictConfig) or not tree:
-            raise ValueError("no key: value in it")
+        assert isinstance(tree, DictConfig)
         if "_target_" in _keys(OmegaConf.to_container(tree)):
             raise ValueError("it has a key _target_, which the trainer never writes: a config executes nothing")
         return tree
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from error
-    except OSError as error:  # OmegaConf's word for a scalar
-        raise ValueError("no key: value in it") from error
 
 
 def _require_plain(text: str) -> None:
-    depth = 0
+    depth = nodes = 0
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # before anything is made of it
         line = f"line {event.start_mark.line + 1}"
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MOST_DEPTH:
             raise ValueError(f"{line}: nested more than {_MOST_DEPTH} deep")
-        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            raise ValueError(f"{line}: an anchor or alias, which the trainer never writes")
+        if isinstance(event, yaml.NodeEvent):
+            nodes += 1
+            if nodes == 1 and not isinstance(event, yaml.MappingStartEvent):
+                break
+            if event.anchor is not None:
+                raise ValueError(f"{line}: an anchor or alias, which the trainer never writes")
         if isinstance(event, yaml.ScalarEvent):
             if found := _INTERPOLATION.search(event.value):
                 shown = one_line(ValueError(found[1]))[:60]
                 raise ValueError(f"{line}: {shown!r} is an interpolation, which the trainer never writes")
             if not is_text(event.value):
                 raise ValueError(f"{line}: {event.value[:60]!a} is no text")
+    if nodes < 2:
+        raise ValueError("no key: value in it")
 
 
 def _keys(tree: Any) -> Iterator[Any]:

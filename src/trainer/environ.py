@@ -63,5 +63,10 @@ def is_text(text: str) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """``text`` with what moves a cursor, breaks a line or cannot be written as its escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def _is_escaped(text: str) -> bool:
     return all(not "\ud800" <= char <= "\udfff" or "\udc80" <= char <= "\udcff" for char in text)
