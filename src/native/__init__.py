@@ -4,6 +4,9 @@ A package of its own because ``models`` and ``precision`` both have such kernels
 is built or loaded at import, and torch is not imported: ``begin`` can start the compilers before it is.
 
 What a source wants of the compiler beside the common flags stands in a line of its own, ``// flags: -f...``.
+
+A library is code: it is loaded only where this user alone can have written it, and whole. Behind it stands the SHA-256
+of what comes before, which no loader minds: one file, renamed into place, cannot be at odds with its digest.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -48,7 +52,12 @@ exit $status
 """
 _STALE_SECONDS = 600  # far longer than any source takes
 
-_begun: dict[Path, tuple[Thread, Future[Path]]] = {}
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_ANYTHING = stat.S_IRWXG | stat.S_IRWXO
+_DIGEST_BYTES = 32
+_TOKEN = os.urandom(8).hex()
+
+_begun: dict[Path, tuple[Thread, Future[int]]] = {}
 _compilers: set[subprocess.Popen[str]] = set()
 _ending = Event()
 
@@ -75,7 +84,7 @@ def begin(*sources: Path) -> None:
     if compiler is None:
         return
     for source in sources:
-        future: Future[Path] = Future()
+        future: Future[int] = Future()
         thread = Thread(target=_fulfil, args=(future, compiler, source), daemon=True)
         _begun[source] = thread, future
         thread.start()
@@ -95,7 +104,9 @@ def library(source: Path) -> ctypes.CDLL | None:
         begun = _begun.get(source)
         built = begun[1].result() if begun else _built(compiler, source)
         _begun.pop(source, None)  # not before: the end of a process that Ctrl-C stops here waits for the thread
-        return ctypes.CDLL(str(built))
+        # What was examined is what is loaded: nobody can put another file there in between. The descriptor stays open,
+        # for the loader knows libraries by their names, and another one of this number would be taken for this one.
+        return ctypes.CDLL(f"/proc/self/fd/{built}")
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
@@ -110,20 +121,21 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
 
-def _fulfil(future: Future[Path], compiler: str, source: Path) -> None:
+def _fulfil(future: Future[int], compiler: str, source: Path) -> None:
     try:
         future.set_result(_built(compiler, source))
     except BaseException as error:  # for whoever asks for the kernels
         future.set_exception(error)
 
 
-def _built(compiler: str, source: Path) -> Path:
+def _built(compiler: str, source: Path) -> int:
+    """A descriptor of the library, examined."""
     flags = (*_FLAGS, *_own_flags(source))
     target = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
-    if target.exists():
-        return target
+    if (built := _examined(target)) is not None:
+        return built
     with _one_at_a_time(target.with_suffix(".lock")) as alone:
-        if not target.exists():  # another rank may have built it meanwhile
+        if (built := _examined(target)) is None:  # another rank may have built it meanwhile
             _sweep(target, alone)
             with tempfile.NamedTemporaryFile(
                 dir=target.parent, prefix=f"{target.stem}-", suffix=".incomplete", delete=False
@@ -131,14 +143,56 @@ def _built(compiler: str, source: Path) -> Path:
                 pass
             try:
                 _compile([compiler, *flags, "-o", partial.name, str(source)])
+                _seal(Path(partial.name))
                 os.replace(partial.name, target)  # where locks do not hold, several put the same file there
+                _sync_directory(target.parent)
             finally:
                 Path(partial.name).unlink(missing_ok=True)
-    return target
+            built = _examined(target)
+    if built is None:
+        raise OSError(f"{target} does not read back as it was written")
+    return built
+
+
+def _seal(path: Path) -> None:
+    """Put the digest behind what the compiler wrote, take others' leave to write from it, and flush it to the disk."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.write(digest)
+        os.fchmod(file.fileno(), stat.S_IRWXU)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _examined(path: Path) -> int | None:
+    """A descriptor of ``path`` if it is a library that this user alone can have written, and whole; else None."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no link, and no wait for a pipe's end
+    except OSError:
+        return None
+    with open(descriptor, "rb", closefd=False) as file:
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE:
+            content = file.read()
+            if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
+                return descriptor
+        else:
+            warnings.warn(f"{path} may be somebody else's work: it is not loaded, but built anew", stacklevel=2)
+    os.close(descriptor)
+    return None
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _own_flags(source: Path) -> list[str]:
-    lines = [line for line in source.read_text().splitlines() if line.startswith(_FLAGS_OF_A_SOURCE)]
+    lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.startswith(_FLAGS_OF_A_SOURCE)]
     return [flag for line in lines for flag in line.removeprefix(_FLAGS_OF_A_SOURCE).split()]
 
 
@@ -157,7 +211,7 @@ def _one_at_a_time(path: Path) -> Iterator[bool]:
 
     Raises InterruptedError when this process ends before its turn.
     """
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         alone = _locked(file)
         try:
             yield alone
@@ -184,7 +238,8 @@ def _compile(command: list[str]) -> None:
         ["/bin/sh", "-c", _WITH_ITS_PARENT, "sh", *command],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         process_group=0,
     ) as process:
         assert process.stderr is not None
@@ -212,6 +267,7 @@ def _end_compilers() -> None:
         _end(process)
     for thread, _ in _begun.values():
         thread.join(timeout=5)
+    shutil.rmtree(_of_this_process(), ignore_errors=True)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -220,30 +276,59 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/narrowgauge``; where that cannot be written or trusted, a private place below ``$TMPDIR``."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     target = Path(home) / "narrowgauge"
+    why = None
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        if os.access(target, os.W_OK):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir(mode=stat.S_IRWXU, exist_ok=True)
+        why = _mistrust(target)
+        if why is None and os.access(target, os.W_OK):
             return target
     except OSError:  # a read-only home
         pass
-    target = Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
-    target.mkdir(mode=0o700, exist_ok=True)
-    if target.stat().st_uid != os.getuid():
-        raise OSError(f"{target} belongs to somebody else: what is loaded from there cannot be trusted")
-    return target
+    private = next(place for place in (_of_this_user(), _of_this_process()) if _is_private(place))
+    if why is not None:
+        warnings.warn(f"{why}: kernels are loaded from {private} instead", stacklevel=2)
+    return private
+
+
+def _mistrust(directory: Path) -> str | None:
+    """Why a library in ``directory`` may be somebody else's work."""
+    if {directory.lstat().st_uid, directory.stat().st_uid} != {os.getuid()}:  # of a link, and of where it leads
+        return f"{directory} belongs to another user"
+    if directory.stat().st_mode & _OTHERS_WRITE:
+        return f"{directory} can be written by other users (chmod go-w)"
+    return None
+
+
+def _of_this_user() -> Path:
+    return Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
+
+
+def _of_this_process() -> Path:
+    """Nobody knows its name before it is there; removed at the end."""
+    return _of_this_user().with_name(f"narrowgauge-{os.getuid()}-{os.getpid()}-{_TOKEN}")
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether ``directory``, which is made where it is not there, is this user's alone."""
+    with suppress(FileExistsError):
+        directory.mkdir(mode=stat.S_IRWXU)
+    found = directory.lstat()
+    return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & _OTHERS_ANYTHING
 
 
 def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     try:
-        cpu = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
-        )
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line for line in lines if line.startswith(("flags", "Feat")))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    parts = (source.read_text(), " ".join(flags), cpu, version)
+    told = subprocess.run([compiler, "--version"], check=True, capture_output=True)
+    version = told.stdout.decode(errors="replace")
+    parts = (source.read_text(encoding="utf-8"), " ".join(flags), cpu, version)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

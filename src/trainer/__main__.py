@@ -19,11 +19,18 @@ import hydra
 from hydra._internal.utils import get_args_parser
 
 from trainer.config import CONFIG_DIR, load_config
+from trainer.environ import check_environment, forgive_console
 from trainer.errors import ExitCode, RunFailed, UserError
 from trainer.run import run
 
 
 def main() -> int:
+    forgive_console()
+    try:
+        check_environment()
+    except UserError as error:  # said by each process: which of them are ranks is what is not known
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
     try:
         arguments = get_args_parser().parse_args()
         if arguments.multirun:

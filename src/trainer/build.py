@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo
@@ -42,6 +41,7 @@ from trainer.data import (
 from trainer.distributed import ParallelConfig, World, say
 from trainer.errors import UserError, one_line
 from trainer.loop import EvalConfig
+from trainer.machine import memory_of_process
 from trainer.optim import OptimConfig, build_optimizer
 from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
@@ -441,6 +441,7 @@ def micro_batch_size(
 ) -> int:
     """``wanted``, or for "auto" the largest that divides a process's share of the batch and fits in half its memory.
 
+    That of the process with the least, so that all take alike: every process calls this.
     ``dtype``: of activations, which counts where blocks are compiled on CUDA. One process takes at most half of the
     batch, as two would.
 
@@ -468,7 +469,7 @@ def micro_batch_size(
     fused = world.device.type == "cuda" and parallel.compiles(world.device)
     kept = dtype.itemsize if fused else None
     need = data.seq_len * activation_bytes_per_token(config, parallel, data.seq_len, kept)
-    budget = _memory_of_process(world) / 2
+    budget = -world.max(-_memory_of_process(world))[0] / 2  # of the process that has least: all take alike
     return max([size for size in divisors if size * need <= budget], default=1)
 
 
@@ -492,10 +493,10 @@ def activation_bytes_per_token(
 
 
 def _memory_of_process(world: World) -> float:
-    """Bytes of memory for one process. What the machine has, not what is free just now: a restart must decide alike."""
+    """Bytes of memory for one process. What it is given, not what is free just now: a restart must decide alike."""
     if world.device.type == "cuda":
         return float(torch.cuda.get_device_properties(world.device).total_memory)
-    return psutil.virtual_memory().total / world.local_size
+    return memory_of_process(world.local_size)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.environ import check_environment, forgive_console, require_text
 from trainer.errors import ExitCode, UserError
 
 
@@ -17,11 +18,15 @@ def script_main(main: Callable[..., Any], doc: str | None) -> None:
     The keyword-only parameters of ``main`` are the script's own ``key=value`` arguments, typed by their defaults;
     everything else goes to ``overrides``.
     """
+    forgive_console()
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print((doc or "").strip())
         sys.exit(ExitCode.FINISHED)
     try:
+        check_environment()
+        for argument in arguments:
+            require_text(argument)
         own, overrides = _split(main, arguments)
         code = main(overrides, **own)
     except UserError as error:

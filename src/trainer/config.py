@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
@@ -16,13 +20,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig, SourceConfig, home_of
 from trainer.distributed import ParallelConfig
+from trainer.environ import is_text, require_text
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
@@ -31,6 +35,8 @@ from trainer.optim import OptimConfig
 from trainer.rundir import RunConfig
 
 _SOURCES = "data.sources"
+_MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -71,11 +77,24 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""
-        return dict(flatten(OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)))
+        return dict(flatten(_plain(asdict(self))))
 
     def to_yaml(self) -> str:
-        """The config as YAML, which ``load_run_config`` reads back."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""
+        return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(self), escaped=True)))
+
+
+def _plain(value: Any, *, escaped: bool = False) -> Any:
+    """Enums by name; ``escaped``: strings such that OmegaConf reads back what they are now."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item, escaped=escaped) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, escaped=escaped) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    if escaped and isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def register_schemas() -> None:
@@ -116,15 +135,66 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
 def load_run_config(file: Path) -> TrainConfig:
     """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read."""
     try:
-        tree = OmegaConf.load(file)
-        assert isinstance(tree, DictConfig)
+        tree = read_yaml(file)
         schema = MODEL_SCHEMAS[tree.model.arch]
         tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
         return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree))
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
-    except (OSError, ValueError, AssertionError, KeyError, AttributeError, YAMLError, OmegaConfBaseException) as error:
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OmegaConfBaseException) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def read_yaml(file: Path) -> DictConfig:
+    """A ``config.yaml``, which may be anybody's: values as they stand there, of which nothing is looked up or built.
+
+    Raises OSError if it cannot be read, ValueError for what the trainer never writes: interpolations (``${oc.env:X}``
+    would put this machine's secrets into a report), ``_target_``, aliases, values nested without end.
+    """
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    text = file.read_text(encoding="utf-8")
+    try:
+        _require_plain(text)
+        tree = OmegaConf.load(io.StringIO(text))
+        assert isinstance(tree, DictConfig)
+        if "_target_" in _keys(OmegaConf.to_container(tree)):
+            raise ValueError("it has a key _target_, which the trainer never writes: a config executes nothing")
+        return tree
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _require_plain(text: str) -> None:
+    depth = nodes = 0
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # before anything is made of it
+        line = f"line {event.start_mark.line + 1}"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH:
+            raise ValueError(f"{line}: nested more than {_MOST_DEPTH} deep")
+        if isinstance(event, yaml.NodeEvent):
+            nodes += 1
+            if nodes == 1 and not isinstance(event, yaml.MappingStartEvent):
+                break
+            if event.anchor is not None:
+                raise ValueError(f"{line}: an anchor or alias, which the trainer never writes")
+        if isinstance(event, yaml.ScalarEvent):
+            if found := _INTERPOLATION.search(event.value):
+                shown = one_line(ValueError(found[1]))[:60]
+                raise ValueError(f"{line}: {shown!r} is an interpolation, which the trainer never writes")
+            if not is_text(event.value):
+                raise ValueError(f"{line}: {event.value[:60]!a} is no text")
+    if nodes < 2:
+        raise ValueError("no key: value in it")
+
+
+def _keys(tree: Any) -> Iterator[Any]:
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _keys(item)
+    if isinstance(tree, dict):
+        yield from tree
 
 
 def to_config(tree: Any) -> TrainConfig:
@@ -151,6 +221,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Overrides in Hydra's grammar. Raises UserError for what is none."""
     parsed = []
     for text in overrides:
+        require_text(text)
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.errors import RunFailed, UserError, one_line
 from trainer.lifeline import PARENT, launched_by_torchrun, lost_launcher
+from trainer.machine import available_cores
 from trainer.watch import Watch
 
 T = TypeVar("T")
@@ -367,11 +368,6 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 << 20)
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finish() -> None:

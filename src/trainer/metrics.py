@@ -103,7 +103,7 @@ def _repair(path: Path) -> int:
         try:
             json.loads(data[start:length])
             return length
-        except ValueError:
+        except (ValueError, RecursionError):
             length = start
     return 0
 
@@ -138,10 +138,21 @@ def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
-            whole = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)
-            yield number, row if whole else None
+            yield number, row if isinstance(row, dict) and _is_whole(row) else None
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    return type(row.get("step")) is int and 0 <= row["step"] < 2**63 and isinstance(row.get("kind"), str)
+
+
+def number(value: Any) -> float | None:
+    """``value`` as float, None if it is no finite number."""
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 class Console:

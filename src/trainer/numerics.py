@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from trainer.metrics import read_rows
+from trainer.environ import printable
+from trainer.metrics import number, read_rows
 
 _SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 _OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
@@ -70,7 +72,7 @@ def read_numerics(metrics: Path) -> Numerics | None:
     steps: dict[int, dict[str, dict[str, Entry]]] = {}
     for row in read_rows(metrics, "probe"):
         if isinstance(row.get("module"), str) and isinstance(row.get("slot"), str):
-            steps.setdefault(row["step"], {}).setdefault(row["module"], {})[row["slot"]] = row
+            steps.setdefault(row["step"], {}).setdefault(printable(row["module"]), {})[row["slot"]] = row
     return Numerics(steps=dict(sorted(steps.items()))) if steps else None
 
 
@@ -81,9 +83,9 @@ def worst_layers(runs: Mapping[str, Numerics]) -> dict[str, Any]:
         layers = numerics.steps[numerics.last]
         known = [(module, worst) for module, slots in layers.items() if (worst := _worst(slots)) is not None]
         for module, entry in sorted(known, key=lambda item: item[1]["sqnr_db"])[:_WORST]:
-            errors = [_number(layers[module].get(output, {}).get("relative_error")) for output in _OUTPUTS]
-            figures = [_number(entry[key]) for key in ("sqnr_db", "underflow_percent", "saturation_percent")]
-            rows.append((name, numerics.last, module, entry["slot"], entry["format"], *figures, *errors))
+            errors = [number(layers[module].get(output, {}).get("relative_error")) for output in _OUTPUTS]
+            figures = [number(entry.get(key)) for key in ("sqnr_db", "underflow_percent", "saturation_percent")]
+            rows.append((name, numerics.last, module, entry["slot"], str(entry.get("format", "-")), *figures, *errors))
     return {
         "title": f"The {_WORST} layers that rounding hurts most",
         "note": "By the operand with the lowest SQNR (10 log10 of the sum of squares over that of squared rounding "
@@ -130,8 +132,13 @@ def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
             cells = [[layers.get(module, {}).get(slot, {}) for slot in panel.slots] for module in modules]
             low, high = _range(numerics, chosen, panel)
             data.append(
-                {"type": "heatmap", "x": list(panel.slots), "y": modules, "colorscale": panel.colors}
-                | {"z": [[_number(cell.get(panel.key)) for cell in row] for row in cells]}
+                {
+                    "type": "heatmap",
+                    "x": list(panel.slots),
+                    "y": [escape(m) for m in modules],
+                    "colorscale": panel.colors,
+                }
+                | {"z": [[number(cell.get(panel.key)) for cell in row] for row in cells]}
                 | {"text": [[_told(cell) for cell in row] for row in cells], "hoverinfo": "x+y+z+text"}
                 | {"zmin": low, "zmax": high, "visible": step == chosen[-1]}
                 | {"xaxis": f"x{index + 1}" if index else "x", "name": panel.title, "hoverongaps": False}
@@ -168,32 +175,39 @@ def picture(recipe: str, numerics: Numerics, file: Path) -> None:
         zip(figure.subplots(1, len(_PANELS), width_ratios=widths), _PANELS, strict=True)
     ):
         cells = [[layers[module].get(slot, {}).get(panel.key) for slot in panel.slots] for module in layers]
-        values = [[math.nan if (value := _number(cell)) is None else value for cell in row] for row in cells]
+        values = [[math.nan if (value := number(cell)) is None else value for cell in row] for row in cells]
         low, high = _range(numerics, [numerics.last], panel)
         image = axes.imshow(values, aspect="auto", cmap=panel.map, vmin=low, vmax=high, interpolation="none")
         figure.colorbar(image, ax=axes, location="top", shrink=0.9)
         axes.set_xticks(range(len(panel.slots)), panel.slots, rotation=60, fontsize=7)
-        axes.set_yticks(range(len(layers)), list(layers) if index == 0 else [""] * len(layers), fontsize=6)
+        axes.set_yticks(
+            range(len(layers)), [plain_label(m) for m in layers] if index == 0 else [""] * len(layers), fontsize=6
+        )
         axes.set_xlabel(panel.title, fontsize=8)
-    figure.suptitle(f"{recipe}, step {numerics.last}", fontsize=9)
+    figure.suptitle(f"{plain_label(recipe)}, step {numerics.last}", fontsize=9)
     figure.savefig(file, metadata={"Software": None})
 
 
+def plain_label(text: str) -> str:
+    """For matplotlib, which takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
 def _worst(slots: Mapping[str, Entry]) -> Entry | None:
-    known = [slots[slot] for slot in _SLOTS if _number(slots.get(slot, {}).get("sqnr_db")) is not None]
+    known = [slots[slot] for slot in _SLOTS if number(slots.get(slot, {}).get("sqnr_db")) is not None]
     return min(known, key=lambda entry: float(entry["sqnr_db"])) if known else None
 
 
 def _told(cell: Entry) -> str:
-    amax = _number(cell.get("amax"))
-    return f"{cell.get('format', 'not seen')}" + (f"<br>amax {amax:.4g}" if amax is not None else "")
+    amax = number(cell.get("amax"))
+    return escape(str(cell.get("format", "not seen"))) + (f"<br>amax {amax:.4g}" if amax is not None else "")
 
 
 def _range(numerics: Numerics, steps: Sequence[int], panel: _Panel) -> tuple[float, float]:
     """Of the colours, one for all steps."""
     rows = (row for step in steps for slots in numerics.steps[step].values() for row in slots.values())
     values = [
-        value for row in rows if row.get("slot") in panel.slots and (value := _number(row.get(panel.key))) is not None
+        value for row in rows if row.get("slot") in panel.slots and (value := number(row.get(panel.key))) is not None
     ]
     low = min(values, default=0.0) if panel.low else 0.0
     high = max(values, default=1.0)
@@ -216,7 +230,3 @@ def _thinned(steps: Sequence[int]) -> list[int]:
     """At most ``_MOST_STEPS`` of them, evenly, the last one included."""
     every = math.ceil(len(steps) / _MOST_STEPS)
     return sorted(steps[::-1][::every])
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import html
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.environ import printable
 from trainer.errors import UserError
 from trainer.files import write_json, write_text
 
@@ -29,7 +31,7 @@ try:  # extra `report`
     from trainer.reporting.measures import RecipeSummary, Rung, Switch, ladder, summarize, switches
     from trainer.reporting.plots import HeatMap, Plot, plots, save_png, to_plotly
     from trainer.reporting.runs import Run, Settings, find_runs
-    from trainer.reporting.tables import Cell, Table, tables
+    from trainer.reporting.tables import Cell, Table, shown, tables
     from trainer.reporting.words import Verdict, limits, verdict
     from trainer.statistics import CONFIDENCE
 except ImportError as missing:
@@ -41,6 +43,8 @@ _RUN_COLUMNS = (
 )
 
 
+_FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\\t", "\\r")  # noqa: RUF001 - full width counts, too
+_MARKUP = re.compile(r"[\\`|*~]|](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")  # inside of a word an underscore is one
 _TO_HTML = str.maketrans("<>&`", ",:./")
 _DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
 DIGITS = _DIGITS.translate(_TO_HTML)
@@ -89,7 +93,7 @@ def make_report(runs: Sequence[Run], settings: Settings) -> Report:
     rungs, switched = ladder(runs, recipes, settings), switches(runs)
     numerics = numerics_of((run.recipe, run.path) for run in runs)
     maps = [LayerMap(name=f"numerics-{n}", recipe=r, numerics=each) for n, (r, each) in enumerate(numerics.items(), 1)]
-    worst = [Table(**worst_layers(numerics))] if numerics else []
+    worst = Table(**worst_layers(numerics))
     return Report(
         settings=settings,
         runs=runs,
@@ -98,7 +102,7 @@ def make_report(runs: Sequence[Run], settings: Settings) -> Report:
         switches=switched,
         verdicts=[verdict(summary, settings) for summary in recipes],
         limits=limits(runs, recipes, settings),
-        tables=[*tables(runs, recipes, rungs, switched, settings), *worst],
+        tables=[shown(table) for table in (*tables(runs, recipes, rungs, switched, settings), worst) if table.rows],
         plots=[*plots(runs, recipes, rungs), *maps],
     )
 
@@ -196,8 +200,17 @@ def _csv(runs: Sequence[Run]) -> str:
         sharpness = list(run.evals.get("sharpness", {0: None}).values())[-1]
         counts = [run.diverged_at, run.num_spikes, sharpness, len(run.corrupt)]
         told = [run.config_hash if run.values else None, run.tokens_per_second, run.seconds]
-        writer.writerow([run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *told])
+        row = [run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *told]
+        writer.writerow([_csv_cell(cell) for cell in row])
     return text.getvalue()
+
+
+def _csv_cell(cell: Any) -> Any:
+    """A spreadsheet takes a text that begins like these for a formula, and runs it."""
+    if cell is None or isinstance(cell, int | float):
+        return cell
+    text = printable(str(cell))
+    return f"'{text}" if text.lstrip().startswith(_FORMULAS) else text
 
 
 def _show(cell: Cell) -> str:
@@ -216,16 +229,24 @@ def _is_text(cell: Cell) -> bool:
 
 def _markdown(report: Report) -> str:
     lines = ["# Which recipe, and what it costs", ""]
-    lines += [f"- **{told.recipe}: {told.headline}.** {_sentence(told.details)}" for told in report.verdicts]
-    lines += ["", "## What these runs cannot say", "", *(f"- {limit}" for limit in report.limits)]
+    lines += [
+        f"- **{_md(told.recipe)}: {_md(told.headline)}.** {_md(_sentence(told.details))}" for told in report.verdicts
+    ]
+    lines += ["", "## What these runs cannot say", "", *(f"- {_md(limit)}" for limit in report.limits)]
     for table in report.tables:
-        lines += ["", f"## {table.title}", "", table.note, ""]
-        lines += ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-        lines += ["| " + " | ".join(_show(cell).replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+        lines += ["", f"## {_md(table.title)}", "", _md(table.note), ""]
+        lines += ["| " + " | ".join(map(_md, table.columns)) + " |", "|" + "---|" * len(table.columns)]
+        lines += ["| " + " | ".join(_md(_show(cell)) for cell in row) + " |" for row in table.rows]
     lines += ["", "## Plots"]
     for plot in report.plots:
-        lines += ["", f"{plot.title}. {plot.note}".strip(), "", f"![{plot.title}]({plot.name}.png)"]
+        title = _md(plot.title)
+        lines += ["", f"{title}. {_md(plot.note)}".strip(), "", f"![{title}]({plot.name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    """Text of one line that Markdown shows as it is: no tag, link, code, cell or emphasis begins in it."""
+    return _MARKUP.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def _sentence(text: str) -> str:

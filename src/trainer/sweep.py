@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -134,6 +135,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # console.log is a file, whatever the locale
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no threads here
             )

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file = tmp_path / "small.cpp"
     file.write_text(SOURCE)
     yield file
+    native.library.cache_clear()
     for pid in living(tmp_path):  # of a test that failed
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -201,3 +202,158 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     assert library.answer() == 42
     wanted = place / "narrowgauge" if home == "missing" else tmp_path / f"narrowgauge-{os.getuid()}"
     assert len(list(wanted.glob("small-*.so"))) == 1
+
+
+def built(place: Path) -> Path:
+    """The one library below ``place``."""
+    (found,) = place.glob("**/small-*.so")
+    return found
+
+
+def answer(source: Path) -> int:
+    """As a new process has it."""
+    native.library.cache_clear()
+    library = native.library(source)
+    assert library is not None
+    return int(library.answer())
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+def unsealed(content: bytes) -> bytes:
+    return content[:-32]
+
+
+@pytest.mark.parametrize("change", [half, flipped, empty, unsealed])
+def test_a_library_that_is_not_whole_is_built_anew(change: Callable[[bytes], bytes], source: Path) -> None:
+    """Loaded, it would end the process with SIGBUS, or compute something else."""
+    assert answer(source) == 42
+    file = built(source.parent)
+    whole = file.read_bytes()
+    file.unlink()  # this process has it mapped
+    file.write_bytes(change(whole))
+    file.chmod(0o700)
+    code = "print(native.library(source).answer())"
+    one = process(code, source)
+    assert (one.communicate(timeout=100)[0], one.returncode) == ("42\n", 0)
+    assert file.read_bytes() == whole
+    assert len(runs(source.parent)) == 2
+    assert answer(source) == 42
+    assert len(runs(source.parent)) == 2
+
+
+def other_code(source: Path, place: Path) -> bytes:
+    """A whole library of the same name that answers 13."""
+    text = source.read_text()
+    source.write_text(text.replace("ANSWER=42", "ANSWER=13"))
+    native.library.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place))
+        patch.setattr(native, "_fingerprint", lambda *_: "same")
+        assert answer(source) == 13
+    source.write_text(text)
+    return built(place).read_bytes()
+
+
+@pytest.fixture
+def planted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache, with a library in it that somebody may have put there."""
+    content = other_code(source, tmp_path / "elsewhere")
+    monkeypatch.setattr(native, "_fingerprint", lambda *_: "same")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    cache = tmp_path / "narrowgauge"
+    cache.mkdir(mode=0o700)
+    (cache / "small-same.so").write_bytes(content)
+    (cache / "small-same.so").chmod(0o700)
+    assert answer(source) == 13  # what is ours alone and whole is loaded
+    return cache
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_nothing_is_loaded_from_a_directory_that_others_can_write(mode: int, source: Path, planted: Path) -> None:
+    planted.chmod(mode)
+    with pytest.warns(UserWarning, match="narrowgauge can be written by other users .*: kernels are loaded from"):
+        assert answer(source) == 42
+    place = Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
+    assert built(place).parent == place
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in planted.iterdir()] == ["small-same.so"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone can give files away")
+@pytest.mark.parametrize("what", ["directory", "file", "link"])
+def test_nothing_of_another_user_is_loaded(what: str, source: Path, planted: Path) -> None:
+    """By root least of all."""
+    words = "narrowgauge belongs to another user"
+    if what == "directory":
+        os.chown(planted, 1234, 1234)
+    elif what == "link":
+        planted.rename(planted.with_name("there"))
+        planted.symlink_to("there")
+        os.chown(planted, 1234, 1234, follow_symlinks=False)
+    else:
+        os.chown(planted / "small-same.so", 1234, 1234)
+        words = "small-same.so may be somebody else's work"
+    with pytest.warns(UserWarning, match=words):
+        assert answer(source) == 42
+
+
+@pytest.mark.parametrize("what", ["writable", "link"])
+def test_a_library_that_others_can_write_is_built_anew(what: str, source: Path, planted: Path) -> None:
+    file = planted / "small-same.so"
+    if what == "link":
+        file.rename(planted / "there")
+        file.symlink_to("there")
+        assert answer(source) == 42
+    else:
+        file.chmod(0o720)
+        with pytest.warns(UserWarning, match=r"small-same.so may be somebody else's work"):
+            assert answer(source) == 42
+    assert file.stat().st_mode & 0o777 == 0o700
+    assert not file.is_symlink()
+
+
+@pytest.mark.parametrize("what", ["open", "link", "file"])
+def test_a_place_for_one_process_where_no_other_is_private(what: str, source: Path, planted: Path) -> None:
+    planted.chmod(0o777)
+    place = Path(tempfile.gettempdir()) / f"narrowgauge-{os.getuid()}"
+    if what == "open":
+        place.mkdir()
+        place.chmod(0o755)
+    elif what == "link":
+        (place.parent / "there").mkdir(mode=0o700)
+        place.symlink_to("there")
+    else:
+        place.write_text("")
+    code = f"import tempfile; tempfile.tempdir = {str(place.parent)!r}; native._fingerprint = lambda *_: 'same'; "
+    code += "print(native.library(source).answer())"
+    assert process(code, source).communicate(timeout=100)[0] == "42\n"
+    assert not list(place.parent.glob("**/*.so"))  # removed at the end
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002])
+def test_what_is_built_can_be_trusted_whatever_the_umask(mask: int, source: Path) -> None:
+    before = os.umask(mask)
+    try:
+        assert [answer(source), answer(source)] == [42, 42]
+    finally:
+        os.umask(before)
+    assert len(runs(source.parent)) == 1
+    assert [path.stat().st_mode & 0o777 for path in (built(source.parent), built(source.parent).parent)] == [0o700] * 2
+
+
+def test_libraries_of_one_process_are_told_apart(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.cpp"
+    other.write_text(SOURCE.replace("42", "43"))
+    assert [answer(source), answer(other), answer(source)] == [42, 43, 42]

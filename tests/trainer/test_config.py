@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import launch
+from omegaconf import OmegaConf
 
 from trainer.__main__ import main
-from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config
+from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, read_yaml
 from trainer.errors import ExitCode, UserError
 
 CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]
@@ -190,3 +192,94 @@ def test_help_and_cfg_show_and_run_nothing(tmp_path: Path) -> None:
 def test_flags_that_are_not_used_are_refused(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["trainer", *flags])
     assert main() == ExitCode.BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("cost ${x}", id="interpolation"),
+        pytest.param("${oc.env:HOME}", id="resolver"),
+        pytest.param("${", id="no-interpolation"),
+        pytest.param("\\${x} \\\\${x} $${x} \\", id="backslashes"),
+        pytest.param("1e3", id="number"),
+        pytest.param(" a: 'b' #c\n- é 東 ", id="yaml"),
+    ],
+)
+def test_every_text_is_read_back_as_it_was(text: str, tmp_path: Path) -> None:
+    config = load_config([])
+    config = replace(config, sample=replace(config.sample, prompt=text), log=replace(config.log, trackers=[text]))
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    tree = OmegaConf.to_object(read_yaml(tmp_path / "config.yaml"))
+    assert isinstance(tree, dict)
+    assert (tree["sample"]["prompt"], tree["log"]["trackers"]) == (text, [text])
+    assert config.flat()["sample.prompt"] == text
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+FOREIGN = [
+    pytest.param("sample: {prompt: '${oc.env:SECRET}'}", "line 1: '${oc.env:SECRET}' is an interpolation", id="env"),
+    pytest.param("a: 1\nb: x ${a}\n", "line 2: '${a}' is an interpolation", id="another-key"),
+    pytest.param("a: [{b: '\\\\${home:x}'}]", "is an interpolation", id="behind-two-backslashes"),
+    pytest.param("a: {b: ['${']}", "is an interpolation", id="not-closed"),
+    pytest.param("a: '${nothing:${oc.env:SECRET}}'", "is an interpolation", id="nested"),
+    pytest.param("model: {_target_: os.getcwd}", "it has a key _target_", id="target"),
+    pytest.param("model: [{_target_: os.getcwd}]", "it has a key _target_", id="target-in-a-list"),
+    pytest.param(BOMB, "line 1: an anchor or alias", id="bomb"),
+    pytest.param("a: &a [*a]", "line 1: an anchor or alias", id="circle"),
+    pytest.param("a: " + "[" * 100_000, "line 1: nested more than 20 deep", id="deep-list"),
+    pytest.param("a: " + "{b: " * 1000, "line 1: nested more than 20 deep", id="deep-mapping"),
+    pytest.param("a: !!python/object/apply:os.getcwd []", "could not determine a constructor", id="python"),
+    pytest.param("a: x\na: y", "duplicate key", id="twice"),
+    pytest.param("[1, 2]", "no key: value in it", id="list"),
+    pytest.param("3", "no key: value in it", id="number"),
+    pytest.param("null", "no key: value in it", id="null"),
+    pytest.param("", "no key: value in it", id="empty"),
+    pytest.param("a: [", "cannot be read", id="not-yaml"),
+    pytest.param("a: b\n---\na: c", "a single document", id="two-documents"),
+    pytest.param('a: "\\ud800"', "line 1", id="surrogate"),
+    pytest.param("a: '" + "x" * (1 << 20) + "'", "more than 1,048,576 bytes", id="long"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), FOREIGN)
+def test_what_the_trainer_never_writes_is_refused_in_one_line(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "swordfish")
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_run_config(file)
+    assert str(caught.value).startswith(f"{file} cannot be read: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "swordfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("  arch: llama\n", "  arch: [llama]\n", id="list-of-architectures"),
+        pytest.param("  arch: llama\n", "  arch: null\n", id="no-architecture"),
+        pytest.param("seed: 0\n", "seed: {a: 1}\n", id="seed"),
+        pytest.param("  args: {}\n", "  args: [1]\n", id="arguments"),
+        pytest.param("  schedule: []\n", "  schedule: [3]\n", id="schedule"),
+        pytest.param("  args: {}\n", "  args: {1: 2}\n", id="argument-without-a-name"),
+        pytest.param("  micro_batch_size: auto\n", "  micro_batch_size: {}\n", id="any"),
+        pytest.param("  lr: 0.003\n", "  lr: -1\n", id="out-of-range"),
+    ],
+)
+def test_a_config_of_other_types_is_refused_by_its_file(old: str, new: str, tmp_path: Path) -> None:
+    file, text = tmp_path / "config.yaml", load_config([]).to_yaml()
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_run_config(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_utf8_are_refused_in_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"a: caf\xe9\n")
+    with pytest.raises(UserError, match=r"config.yaml cannot be read: 'utf-8' codec"):
+        load_run_config(tmp_path / "config.yaml")

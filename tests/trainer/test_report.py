@@ -6,6 +6,7 @@ import csv
 import html.parser
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from chromium import CHROMIUM, browser
+from omegaconf import OmegaConf
 from scipy import stats
 
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.report import Report, Settings, find_runs, make_report, summarized, write_report
-from trainer.reporting.plots import HeatMap, Kind, Plot
+from trainer.plot import plot_losses
+from trainer.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
+from trainer.reporting.plots import HeatMap, Kind, Plot, to_plotly
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
 TOKENS = 8 * 256  # of a step
@@ -453,3 +457,181 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert "There is no run of bf16" in limits
     assert "Memory of weights and optimizer is not in the run directories of mxfp8" in limits
     assert "Sharpness was not measured" in limits
+
+
+DEEP = "[" * 100_000
+JUNK = {
+    "list": "[1, 2]",
+    "number": "3",
+    "null": "null",
+    "text": '"text"',
+    "deep": DEEP,
+    "deep-value": f'{{"status": {DEEP}',
+    "torn": '{"status": "fin',
+    "empty": "",
+    "bytes": "caf\udce9",
+    "long-number": "9" * 5000,
+}
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "env.json", "done.json", "metrics.jsonl", "plan.txt"])
+def test_a_malformed_file_is_passed_over_with_a_word(file: str, tmp_path: Path) -> None:
+    """One run for every kind of junk, beside one that is well."""
+    good = make_run(tmp_path, "bf16", 99)
+    for seed, content in enumerate(JUNK.values()):
+        (make_run(tmp_path, "bf16", seed) / file).write_bytes(content.encode(errors="surrogateescape"))
+    summary = summary_of(tmp_path)
+    assert summary["runs"][good.name]["final_loss"] == 3.0
+    bad = [name for name in summary["runs"] if name != good.name]
+    assert len(bad) == len(JUNK)
+    limits = "\n".join(summary["limits"])
+    for name, junk in zip(sorted(bad, key=lambda name: int(name.rpartition("=")[2])), JUNK, strict=True):
+        if file in ("env.json", "done.json"):
+            assert f"cannot be read: {name}/{file}: " in limits
+        elif file == "metrics.jsonl" and junk != "empty":
+            assert f"{name}/metrics.jsonl: 1 corrupt line skipped" in limits
+        elif file == "config.yaml":
+            assert summary["runs"][name]["state"] == "failed"
+
+
+ODD_ROWS = [
+    *({"kind": "train", "step": step, "loss": 1.0} for step in (-1, True, 1.5, "2", None, 10**400, [], 2**63)),
+    *({"kind": kind, "step": 1} for kind in (None, 3, [], {})),
+]
+ODD_VALUES: list[Any] = [None, "x", [], {}, [[]], 10**400, True, math.inf, math.nan, -1, 0, "<b>"]
+
+
+def test_rows_and_values_of_other_kinds_are_no_traceback(tmp_path: Path) -> None:
+    make_run(tmp_path, "bf16", 99)
+    for seed, odd in enumerate(ODD_VALUES):
+        path = make_run(tmp_path, "mxfp8", seed)
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        rows += [row | dict.fromkeys(("loss", "tokens_per_second", "grad_norm", "sharpness"), odd) for row in rows]
+        rows += [{"kind": "train", "step": 30}, {"kind": "eval", "step": 30}]
+        probe = dict.fromkeys(("sqnr_db", "underflow_percent", "format", "amax"), odd)
+        rows += [{"kind": "probe", "step": 1, "module": "m", "slot": "fprop.x"} | probe, *ODD_ROWS]
+        rows += [{"kind": "probe", "step": 1, "module": odd, "slot": "fprop.w"}]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        env = dict.fromkeys((*ENV, "device", "threads"), odd)
+        (path / "env.json").write_text(json.dumps(env | {"state_bytes": {"weights": odd}}))
+        (path / "done.json").write_text(json.dumps({"status": odd, "step": odd, "reason": odd}))
+    write_report([tmp_path], tmp_path / "out", Settings())
+    for path in tmp_path.glob("*precision=mxfp8*"):
+        plot_losses(path, tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(f"{key}:", value) for key in ("seed", "  lr", "  seq_len") for value in ("x", "[1]", "null", ".inf")],
+        ("  global_batch_size:", "9" * 400),
+    ],
+)
+def test_a_number_that_is_none_is_named(key: str, value: str, tmp_path: Path) -> None:
+    make_run(tmp_path, "bf16", 0)
+    path = make_run(tmp_path, "bf16", 1)
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(re.sub(rf"(?m)^{key} .*$", f"{key} {value}", text))
+    (run,) = [run for run in find_runs([tmp_path], Settings()) if run.path == path]
+    assert run.state == "failed"
+    assert re.search(rf"config.yaml cannot be read: .*{key.strip(' :')}=.* is no number", run.reason)
+    assert summary_of(tmp_path)["recipes"]["bf16"]["finished"] == 1
+
+
+def test_a_secret_of_this_machine_is_in_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "swordfish")
+    make_run(tmp_path, "bf16", 0)
+    config = make_run(tmp_path, "bf16", 1) / "config.yaml"
+    config.write_text(config.read_text().replace("  name: llama_tiny", "  name: ${oc.env:SECRET}"))
+    write_report([tmp_path], tmp_path / "out", Settings())
+    texts = {file.name: file.read_text() for file in (tmp_path / "out").glob("*.*") if file.suffix != ".png"}
+    assert "is an interpolation" in texts["report.md"]
+    assert not any("swordfish" in text for text in texts.values())
+
+
+EVIL = [
+    "<script>alert(1)</script>",
+    "a|b",
+    "`code`",
+    "[x](javascript:alert(1))",
+    "![x](http://evil)",
+    "*b* _i_ ~s~",
+    "&lt;b&gt;",
+    "two\nlines\r\t| cell",
+    "$\\frac{$",
+    "\x1b[31mred",
+    "\u202eevil",
+]
+FORMULAS = ["=1+1", "+1", "-1+cmd", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1"]  # noqa: RUF001
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of runs whose names, recipes, models, reasons, modules and devices are all of ``EVIL``."""
+    root = tmp_path_factory.mktemp("evil")
+    for seed in BASE:
+        make_run(root, "bf16", seed)
+    for number, text in enumerate([*EVIL, *FORMULAS]):
+        path = make_run(root / text.replace("/", "_"), "exmy_e8m5", number)
+        tree = yaml.safe_load((path / "config.yaml").read_text())
+        tree["model"]["name"] = tree["data"]["name"] = tree["precision"]["name"] = text
+        tree["precision"]["args"] |= {text: text} | ({"rounding": text} if number < 3 else {})
+        (path / "config.yaml").write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
+        (path / "env.json").write_text(json.dumps(ENV | {"device": text, "packages": {text: text}}))
+        (path / "done.json").write_text(json.dumps({"status": "finished", "step": 20, "reason": text}))
+        with (path / "metrics.jsonl").open("a") as file:
+            row = {"kind": "probe", "step": 20, "module": text, "slot": "fprop.x", "sqnr_db": 3.0, "format": text}
+            file.write(json.dumps(row) + "\n")
+        with (path / "plan.txt").open("a", encoding="utf-8") as file:
+            file.write(f"    fprop: {text}  [{text}]\n")
+    write_report([root], root / "out", Settings())
+    return root / "out"
+
+
+def test_markdown_shows_what_runs_are_called(evil: Path) -> None:
+    text = (evil / "report.md").read_text(encoding="utf-8")
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&amp;lt;b&amp;gt;" in text
+    for raw in ("<script", "\x1b", "\r", "\t", "\u202e", "[x](", "\n| cell"):
+        assert raw not in text
+    assert re.search(r"(?<!\\)`", text) is None
+    assert r"a\|b" in text
+    assert "fp8_block" in _md("fp8_block")
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) > 8
+    for table in tables:
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(re.findall(r"\|", table[1]))}
+
+
+def test_a_spreadsheet_takes_no_text_for_a_formula(evil: Path) -> None:
+    with (evil / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(BASE) + len(EVIL) + len(FORMULAS)
+    assert {f"'{text}" for text in FORMULAS if text[0] not in "\t\r"} <= {row["model"] for row in rows}
+    for row in rows:
+        for key in ("run", "recipe", "model", "data"):
+            assert row[key].lstrip()[:1] not in ("=", "+", "-", "@", "＝")  # noqa: RUF001
+            assert row[key].isprintable()
+        float(row["final_loss"])
+
+
+def test_the_page_has_no_element_of_theirs(evil: Path) -> None:
+    page = (evil / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert page.count("<script") == 2
+    parser = _Page()
+    parser.feed(page)
+    assert [address for address in parser.addresses if not address.startswith("#")] == ["data:,"]
+
+
+def test_figures_hold_no_markup_of_theirs(tmp_path: Path, evil: Path) -> None:
+    """plotly shows tags and links of labels; matplotlib's formulas have to be right, and names of files are ours."""
+    assert {path.name for path in evil.glob("ladder*.png")} == {f"ladder{n}.png" for n in range(3)} | {
+        "ladder_truncate.png"
+    }
+    assert {path.parent for path in evil.parent.rglob("*.png")} == {evil}
+    report = make_report(find_runs([evil.parent], Settings()), Settings())
+    for plot in report.plots:
+        figure = json.dumps(to_plotly(plot) if isinstance(plot, Plot | HeatMap) else plot.to_plotly())
+        assert "<script" not in figure
+        assert "<b>" not in figure

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from precision.recipe import close
+from trainer.environ import printable
 from trainer.errors import UserError
+from trainer.metrics import number
 from trainer.reporting.runs import Key, Product, Run, Settings, arguments, differing_arguments
 from trainer.statistics import (
     Equivalence,
@@ -238,8 +240,8 @@ def _state_bytes(runs: Sequence[Run]) -> dict[str, float]:
     for run in runs:
         told = run.environment.get("state_bytes")
         for name, size in told.items() if isinstance(told, dict) else ():
-            if isinstance(size, int | float):
-                parts[str(name)].append(float(size))
+            if (known := number(size)) is not None:
+                parts[printable(name)].append(known)
     return {name: math.fsum(sizes) / len(sizes) for name, sizes in parts.items()}
 
 
@@ -249,8 +251,10 @@ def ladder(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Sett
     for summary in recipes:
         values = next(run.values for run in runs if run.recipe == summary.recipe)
         if values.get("precision.recipe") == "exmy":
-            bits = [int(values[f"precision.args.{part}_bits"]) for part in ("exponent", "mantissa")]
-            rungs.append(Rung(bits[0], bits[1], str(values.get("precision.args.rounding", "")), summary))
+            bits = [number(values.get(f"precision.args.{part}_bits")) for part in ("exponent", "mantissa")]
+            if bits[0] is not None and bits[1] is not None:
+                rounding = str(values.get("precision.args.rounding", ""))
+                rungs.append(Rung(int(bits[0]), int(bits[1]), rounding, summary))
     base = [summary for summary in recipes if summary.recipe == settings.baseline == "bf16"]
     roundings = dict.fromkeys(rung.rounding for rung in rungs)
     return [*rungs, *(Rung(8, 7, rounding, summary) for rounding in roundings for summary in base)]

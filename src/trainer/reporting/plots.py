@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from trainer.environ import printable
+from trainer.numerics import plain_label
 from trainer.reporting.measures import RecipeSummary, Rung, losses_by_rate
 from trainer.reporting.runs import Run
 from trainer.reporting.tables import rung_text
@@ -111,7 +115,8 @@ def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence
     lines = [_over_tokens(curve, known, colors) for curve in curves]
     made = [_gaps(recipes, colors), lines[0], _rates(known, recipes, colors), *lines[1:]]
     maps = [
-        _heat_map([rung for rung in rungs if rung.rounding == way], way) for way in sorted({r.rounding for r in rungs})
+        _heat_map([rung for rung in rungs if rung.rounding == way], way, number)
+        for number, way in enumerate(sorted({r.rounding for r in rungs}))
     ]
     return [*maps, *(plot for plot in made if plot.marks)]
 
@@ -243,7 +248,8 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], colors: dict[s
     )
 
 
-def _heat_map(rungs: Sequence[Rung], rounding: str) -> HeatMap:
+def _heat_map(rungs: Sequence[Rung], rounding: str, number: int) -> HeatMap:
+    """``number``: in the name of its files, where the rounding has none that a file could bear."""
     exponents = sorted({rung.exponent for rung in rungs}, reverse=True)
     mantissas = sorted({rung.mantissa for rung in rungs}, reverse=True)
     cells = {(rung.mantissa, rung.exponent): rung for rung in rungs}
@@ -255,8 +261,8 @@ def _heat_map(rungs: Sequence[Rung], rounding: str) -> HeatMap:
         return 0.0 if is_bf16 and rung.summary.gap is None else rung.summary.gap
 
     return HeatMap(
-        name=f"ladder_{rounding}" if rounding else "ladder",
-        title=f"The bit ladder, rounding: {rounding}",
+        name=f"ladder_{rounding}" if re.fullmatch(r"\w+", rounding, re.ASCII) else f"ladder{number}",
+        title=printable(f"The bit ladder, rounding: {rounding}"),
         note="Gap to bf16 in nats per token, by bits of exponent and mantissa. No colour: no pair finished.",
         x_label="exponent",
         y_label="mantissa",
@@ -284,7 +290,7 @@ def to_plotly(plot: Plot | HeatMap) -> dict[str, Any]:
             "zeroline": False,
             "tickmode": "array",
             "tickvals": list(plot.ticks),
-            "ticktext": list(plot.ticks.values()),
+            "ticktext": [escape(text) for text in plot.ticks.values()],
         }
     y_axis: dict[str, Any] = {"title": {"text": plot.y_label}, "automargin": True, "zeroline": plot.zero_line}
     if plot.log_y:
@@ -300,10 +306,10 @@ def _trace(mark: Mark, color: str) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "x": list(mark.x),
         "y": list(mark.y),
-        "name": mark.recipe,
-        "text": mark.label,
+        "name": escape(mark.recipe),
+        "text": escape(mark.label),
         "hoverinfo": "x+y+text",
-        "legendgroup": mark.recipe,
+        "legendgroup": escape(mark.recipe),
         "showlegend": mark.in_legend,
     }
     match mark.kind:
@@ -341,7 +347,7 @@ def _heat_map_to_plotly(plot: HeatMap) -> dict[str, Any]:
     }
     # A cell without a number takes no text of the trace's own.
     notes = [
-        {"x": column, "y": row, "text": text.replace(", ", "<br>"), "showarrow": False, "font": {"size": 12}}
+        {"x": column, "y": row, "text": escape(text).replace(", ", "<br>"), "showarrow": False, "font": {"size": 12}}
         for row, texts in zip(plot.rows, plot.texts, strict=True)
         for column, text in zip(plot.columns, texts, strict=True)
         if text
@@ -379,13 +385,13 @@ def save_png(plot: Plot | HeatMap, file: Path) -> None:
         _draw_heat_map(axes, plot)
     else:
         _draw(axes, plot)
-    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.set(title=plain_label(plot.title), xlabel=plot.x_label, ylabel=plot.y_label)
     figure.savefig(file, metadata={"Software": None})
 
 
 def _draw(axes: Axes, plot: Plot) -> None:
     for mark in plot.marks:
-        color, label = plot.colors[mark.recipe], mark.recipe if mark.in_legend else None
+        color, label = plot.colors[mark.recipe], plain_label(mark.recipe) if mark.in_legend else None
         match mark.kind:
             case Kind.line | Kind.dotted:
                 style = ":" if mark.kind is Kind.dotted else "-"
@@ -403,7 +409,8 @@ def _draw(axes: Axes, plot: Plot) -> None:
     if plot.log_y:
         axes.set_yscale("log")
     if plot.ticks is not None:
-        axes.set_xticks(list(plot.ticks), list(plot.ticks.values()), rotation=0 if plot.log_x else 30)
+        labels = [plain_label(text) for text in plot.ticks.values()]
+        axes.set_xticks(list(plot.ticks), labels, rotation=0 if plot.log_x else 30)
         axes.minorticks_off()
     if plot.zero_line:
         axes.axhline(0, color="black", linewidth=0.8)

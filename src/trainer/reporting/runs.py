@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from trainer.config import flatten
+from trainer.config import flatten, read_yaml
+from trainer.environ import printable
 from trainer.errors import UserError, one_line
-from trainer.metrics import corrupt_lines, read_metrics
+from trainer.metrics import corrupt_lines, number, read_metrics
 from trainer.statistics import DivergenceRule, spike_score, spikes
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
@@ -35,6 +34,8 @@ _FREE = (
     "probe",
     "optim.moments",
 )
+_STATES = ("finished", "diverged", "stopped", "failed")  # of done.json
+_NUMBERS = ("seed", "optim.lr", "train.steps", "data.seq_len", "data.global_batch_size")
 TRAIN_SERIES = ("grad_norm", "update_ratio", "lost_updates", "edq")  # of train rows, where they have them
 EVAL_SERIES = ("loss", "sharpness")  # of eval rows
 _PRODUCT = re.compile(r"\s+(fprop|dgrad|wgrad): (.+?)(?:  \[(.+)\])?")
@@ -87,6 +88,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)  # env.json
     products: dict[Product, int] = field(default_factory=dict)  # of plan.txt, with their number
     corrupt: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # files beside metrics.jsonl, with the reason
 
     @property
     def seed(self) -> int:
@@ -126,7 +128,8 @@ def find_runs(directories: Sequence[Path], settings: Settings) -> list[Run]:
         marks = (file for name in ("config.yaml", "console.log") for file in root.rglob(name))
         for path in sorted({mark.parent for mark in marks}):
             if not any(part.startswith("earlier-") for part in path.relative_to(root).parts):
-                found.setdefault(path.resolve(), str(path.relative_to(root)) if path != root else path.name)
+                name = str(path.relative_to(root)) if path != root else path.name
+                found.setdefault(path.resolve(), printable(name))
     if not found:
         raise UserError(f"no run directories in {', '.join(map(str, directories))}: a run has a config.yaml")
     runs = sorted((read_run(path, name, settings) for path, name in found.items()), key=lambda run: run.name)
@@ -140,41 +143,47 @@ def read_run(path: Path, name: str, settings: Settings) -> Run:
     if not (path / "config.yaml").exists():
         return run
     try:
-        run.values = dict(flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        run.state, run.reason = "failed", f"config.yaml cannot be read: {one_line(error)}"
+        values = dict(flatten(OmegaConf.to_container(read_yaml(path / "config.yaml"), resolve=True)))
+        if bad := [key for key in _NUMBERS if key in values and number(values[key]) is None]:
+            raise ValueError(f"{bad[0]}={values[bad[0]]!r} is no number")
+        run.values = values
+    except (OSError, ValueError) as error:
+        run.state, run.reason = "failed", printable(f"config.yaml cannot be read: {one_line(error)}")
         return run
     run.tokens_per_step = int(run.values.get("data.global_batch_size") or 0) * int(run.values.get("data.seq_len") or 0)
-    run.environment, run.products = _json(path / "env.json"), read_products(path / "plan.txt")
+    run.environment, run.products = _json(path / "env.json", run), read_products(path / "plan.txt")
     metrics = path / "metrics.jsonl"
     run.corrupt = corrupt_lines(metrics)
     evals = read_metrics(metrics, "eval")
     _read_rows(run, read_metrics(metrics, "train"), evals)
-    _judge(run, _json(path / "done.json"), evals, settings.rule)
+    _judge(run, _json(path / "done.json", run), evals, settings.rule)
     run.num_spikes, run.spike_score = len(spikes(run.losses)), spike_score(run.losses)
     return run
 
 
 def _read_rows(run: Run, rows: Mapping[int, Mapping[str, Any]], evals: Mapping[int, Mapping[str, Any]]) -> None:
-    run.steps, run.losses = list(rows), [_number(row.get("loss")) for row in rows.values()]
+    run.steps, run.losses = list(rows), [number(row.get("loss")) for row in rows.values()]
     run.step = max(rows, default=0)
     for name in TRAIN_SERIES:
-        values = [_number(row.get(name)) for row in rows.values()]
+        values = [number(row.get(name)) for row in rows.values()]
         if any(value is not None for value in values):
             run.series[name] = values
     for name in EVAL_SERIES:
-        points = {step: value for step, row in evals.items() if (value := _number(row.get(name))) is not None}
+        points = {step: value for step, row in evals.items() if (value := number(row.get(name))) is not None}
         if points:
             run.evals[name] = points
-    rates = [rate for row in rows.values() if (rate := _number(row.get("tokens_per_second")))]
+    rates = [rate for row in rows.values() if (rate := number(row.get("tokens_per_second")))]
     run.tokens_per_second = statistics.median(rates) if rates else None
     run.seconds = math.fsum(run.tokens_per_step / rate for rate in rates) if rates else None
 
 
 def _judge(run: Run, done: Mapping[str, Any], evals: Mapping[int, Mapping[str, Any]], rule: DivergenceRule) -> None:
     """State, step of divergence and final loss, from ``done.json``, the rule and the last validation."""
-    last = _number(evals[max(evals)].get("loss")) if evals else None
-    run.state, run.reason = str(done.get("status", "unfinished")), str(done.get("reason") or "")
+    last = number(evals[max(evals)].get("loss")) if evals else None
+    run.state, run.reason = done.get("status", "unfinished"), printable(str(done.get("reason") or ""))
+    if done and run.state not in _STATES:
+        run.unreadable.append(printable(f"done.json: no status is called {run.state!r}"))
+        run.state = "unfinished"
     run.diverged_at = rule.first_step(run.steps, run.losses if run.over else _open_end(run.losses))
     if run.state == "diverged" and run.diverged_at is None:
         run.diverged_at = run.step
@@ -219,7 +228,7 @@ def _label(runs: Sequence[Run]) -> None:
         differing = differing_arguments(members)
         for run in members:
             told = [f"{k}={v}" for k, v in arguments(run).items() if k in differing]
-            run.recipe = f"{name} ({', '.join(told)})" if told else name
+            run.recipe = printable(f"{name} ({', '.join(told)})" if told else name)
 
 
 def arguments(run: Run) -> dict[str, str]:
@@ -235,13 +244,18 @@ def differing_arguments(runs: Iterable[Run]) -> list[str]:
     return sorted({k for one in sets for k in one if any(one[k] != other.get(k) for other in sets)})
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, run: Run) -> dict[str, Any]:
+    """Nothing where there is no file; where it holds no JSON object, ``run`` says so."""
     try:
-        value = json.loads(file.read_text())
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError):
+        value = json.loads(file.read_bytes())
+        if isinstance(value, dict):
+            return value
+        reason = f"a {type(value).__name__}, no object"
+    except FileNotFoundError:
         return {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except RecursionError:
+        reason = "nested without end"
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+    run.unreadable.append(printable(f"{file.name}: {reason}"))
+    return {}

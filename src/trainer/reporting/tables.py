@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from trainer.environ import printable
+from trainer.metrics import number
 from trainer.reporting.measures import RecipeSummary, Rung, Switch, is_emulated, mean
 from trainer.reporting.runs import Product, Run, Settings
 from trainer.sharpness import EPSILON
@@ -40,9 +42,9 @@ def tables(
     switched: Sequence[Switch],
     settings: Settings,
 ) -> list[Table]:
-    """All that have something to say."""
+    """All there are; those without rows have nothing to say."""
     known = [run for run in runs if run.values]
-    made = [
+    return [
         _losses(recipes, settings),
         _divergences(recipes, settings),
         _learning_rates(recipes, settings),
@@ -56,7 +58,13 @@ def tables(
         _products(known, recipes),
         _versions(known),
     ]
-    return [table for table in made if table.rows]
+
+
+def shown(table: Table) -> Table:
+    """The table with every text on one line, of characters that can be written."""
+    cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in table.rows]
+    columns = [printable(column) for column in table.columns]
+    return replace(table, title=printable(table.title), columns=columns, rows=cells)
 
 
 def _losses(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
@@ -169,7 +177,7 @@ def _switches(switched: Sequence[Switch]) -> Table:
         rows.append((*told, mean(switch.differences), *_ends(interval), sign_test(switch.differences)))
     return Table(
         title="Ingredients",
-        note="Variants of one recipe that differ in one argument: validation loss with `to` minus that with `from`, "
+        note='Variants of one recipe that differ in one argument: validation loss with "to" minus that with "from", '
         "over pairs of the same config and seed.",
         columns=("recipe", "argument", "from", "to", "pairs", "difference", "low", "high", "sign-test p"),
         rows=rows,
@@ -242,7 +250,7 @@ def _origin(runs: Sequence[Run]) -> Table:
         names = ("revision", "device", "world_size")
         env = [_text(run.environment.get(name)) for name in names]
         parameters, data = run.environment.get("parameters"), _text(run.environment.get("data"))
-        size = f"{parameters:,}" if isinstance(parameters, int) else "-"
+        size = f"{parameters:,}" if isinstance(parameters, int) and number(parameters) is not None else "-"
         tokens = f"{int(run.values.get('train.steps') or 0) * run.tokens_per_step:,}"
         return (*env, _text(run.values.get("model.name")), size, _text(run.values.get("data.name")), data, tokens)
 

@@ -143,6 +143,7 @@ def limits(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Sett
         for run in runs
         if run.corrupt
     ]
+    says += [f"Passed over, as it cannot be read: {run.name}/{reason}." for run in runs for reason in run.unreadable]
     return says
 
 
