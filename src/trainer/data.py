@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import reprlib
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -168,20 +169,15 @@ _SINCE_VERSION_1 = {"bad_rows": 0, "max_line_bytes": 0}  # no part of the finger
 def shard_info(value: Any) -> ShardInfo:
     """``value`` out of a JSON file, once it is what it has to be. Raises ValueError."""
     if not isinstance(value, dict):
-        raise ValueError(f"a shard is {_shown(value)}, not an object")
+        raise ValueError(f"a shard is {reprlib.repr(value)}, not an object")
     info = _SINCE_VERSION_1 | value
     for key, kind in get_type_hints(ShardInfo).items():
         if type(info.get(key)) is not kind or (kind is int and info[key] < 0):
-            raise ValueError(f"{key} of a shard is {_shown(info.get(key))}")
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info.get(key))}")
     for key in ("file", "documents_file"):
         if info[key] != Path(info[key]).name:
-            raise ValueError(f"{key} of a shard is {_shown(info[key])}, not a name in its directory")
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info[key])}, not a name in its directory")
     return cast(ShardInfo, info)
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 @dataclass(frozen=True)
@@ -292,14 +288,16 @@ def _read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[s
     """Type of the tokens, fingerprint and vocabulary of the tokenizer, shards by split. Raises ValueError."""
     tokenizer, splits, dtype = (manifest.get(key) for key in ("tokenizer", "splits", "dtype"))
     if dtype not in ("<u2", "<u4"):
-        raise ValueError(f"dtype is {_shown(dtype)}, not '<u2' or '<u4'")
+        raise ValueError(f"dtype is {reprlib.repr(dtype)}, not '<u2' or '<u4'")
     if not isinstance(tokenizer, dict) or not isinstance(splits, dict):
         raise ValueError("tokenizer and splits are not objects")
     made_by, vocab_size = tokenizer.get("fingerprint"), tokenizer.get("vocab_size")
     if type(made_by) is not str or type(vocab_size) is not int or vocab_size < 1:
-        raise ValueError(f"a tokenizer of fingerprint {_shown(made_by)} and vocab_size {_shown(vocab_size)}")
+        raise ValueError(
+            f"a tokenizer of fingerprint {reprlib.repr(made_by)} and vocab_size {reprlib.repr(vocab_size)}"
+        )
     if wrong := [name for name, shards in splits.items() if not isinstance(shards, list)]:
-        raise ValueError(f"the split {_shown(wrong[0])} is not a list")
+        raise ValueError(f"the split {reprlib.repr(wrong[0])} is not a list")
     return np.dtype(dtype), made_by, vocab_size, {name: [*map(shard_info, splits[name])] for name in splits}
 
 
@@ -325,7 +323,7 @@ class TokenShards:
         try:
             manifest = read_json(file)
             if manifest.get("version") != MANIFEST_VERSION:
-                version = _shown(manifest.get("version"))
+                version = reprlib.repr(manifest.get("version"))
                 raise UserError(f"{self.directory} has version {version}, not {MANIFEST_VERSION}: {again}")
             self.dtype, made_by, self.vocab_size, self.splits = _read_manifest(manifest)
         except FileNotFoundError as error:
@@ -360,8 +358,8 @@ class TokenShards:
                 return np.asarray(np.memmap(file, np.uint8, mode="r") if os.fstat(file.fileno()).st_size else [], "u1")
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: {self._again}") from error
-        except OSError as error:
-            hint = " (ulimit -n allows more)" if error.errno == errno.EMFILE else ""
+        except (OSError, ValueError) as error:  # the second for a name that can be none
+            hint = " (ulimit -n allows more)" if getattr(error, "errno", None) == errno.EMFILE else ""
             raise UserError(f"{path} cannot be opened: {one_line(error)}{hint}") from error
 
     def tokens(self, shard: ShardInfo) -> np.ndarray:

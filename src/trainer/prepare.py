@@ -25,7 +25,7 @@ from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home
 from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
 from trainer.remote import remote_path
-from trainer.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from trainer.tokenizer import DAMAGED, TextTokenizer, is_broken, load_tokenizer, train_bpe
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -85,11 +85,16 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
 
 
 def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
-    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet."""
+    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet.
+
+    Half a tokenizer is none: it is moved aside. One that can be read is replaced only ``again``.
+    """
     target = Path(config.tokenizer)
-    if config.tokenizer == "bytes" or (target.exists() and not again):
+    own = Path(home_of(config.path)) in target.parents
+    broken = own and is_broken(target)
+    if config.tokenizer == "bytes" or (target.exists() and not again and not broken):
         return
-    if Path(home_of(config.path)) not in target.parents:
+    if not own:
         raise UserError(
             f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only a tokenizer inside data.path={config.path} is trained when missing)"
@@ -97,6 +102,9 @@ def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
             else f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only one inside {home_of(config.path)} is trained when missing)"
         )
+    if broken and (file := target / "tokenizer.json").exists():
+        print(f"{file} is cut short: it is kept as {file.name}{DAMAGED}")
+        file.replace(file.with_name(f"{file.name}{DAMAGED}"))
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
     texts = texts_of(config.files(["train"])["train"], config.row_limits)
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
