@@ -14,7 +14,7 @@ import transformers
 from conftest import make_texts, write_corpus
 
 from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts, write_sample
+from trainer.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
 from trainer.data import DataConfig, permute
 from trainer.errors import UserError
 from trainer.prepare import prepare
@@ -114,6 +114,107 @@ def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, cont
     assert words in str(caught.value)
     assert str(caught.value).startswith(str(first_file(corpus)))
     assert "\n" not in str(caught.value)
+
+
+def test_no_bytes_at_all_are_a_damaged_file_and_no_rows_a_whole_one(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        corpus = small(tmp_path / split)
+        file = next((corpus / "en").glob(f"c4-{split}.00000-*"))
+        file.write_bytes(b"")
+        with pytest.raises(UserError, match="damaged or truncated gzip after line 0: the file has 0 bytes"):
+            prepare(data(corpus, "data.tokenizer=bytes"), 1)
+        file.write_bytes(gzip.compress(b""))
+        assert prepare(data(corpus, "data.tokenizer=bytes"), 1)["splits"][split][0]["documents"] == 0
+
+
+def test_lines_of_white_space_are_no_rows_and_are_counted_as_lines(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(b"\n" + GOOD + b" \t\r\n\n" + GOOD + b"\n  "))
+    assert list(read_texts(first_file(corpus))) == ["fine", "fine"]
+    (info, _) = prepare(data(corpus, "data.vocab_size=300"), 1)["splits"]["train"]  # trains a tokenizer on it as well
+    assert (info["documents"], info["empty_documents"], info["bad_rows"]) == (2, 0, 0)
+    first_file(corpus).write_bytes(gzip.compress(b"\n\n" + GOOD + b"\n{nonsense"))
+    with pytest.raises(UserError, match="line 5 is not JSON"):
+        list(read_texts(first_file(corpus)))
+
+
+LONG = json.dumps({"text": "x" * 500}).encode() + b"\n"
+BAD_LINES = [
+    b"{nonsense\n",
+    b"[" * 100_000 + b"\n",
+    b'{"url": "x"}\n',
+    b'{"text": ["fine"]}\n',
+    b'{"text": "\xff"}\n',
+    b'{"text": "\\ud800"}\n',
+    b'{"text": "fine", "number": ' + b"1" * 5000 + b"}\n",
+    b"null\n",
+]
+
+
+def test_as_many_bad_rows_as_are_allowed_are_left_out_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(GOOD + b"".join(BAD_LINES) + b"\n" + GOOD))
+    few = data(corpus, "data.tokenizer=bytes", f"data.max_bad_rows={len(BAD_LINES) - 1}")
+    with pytest.raises(UserError) as caught:
+        prepare(few, 1)
+    allowed = f"the file has {len(BAD_LINES) - 1} such rows before it, data.max_bad_rows={len(BAD_LINES) - 1} of a file"
+    assert str(caught.value).startswith(f"{first_file(corpus)}: line 9 has no string field 'text' ({allowed}")
+    enough = data(corpus, "data.tokenizer=bytes", f"data.max_bad_rows={len(BAD_LINES)}")
+    manifest = prepare(enough, 1)
+    (first, second) = manifest["splits"]["train"]
+    assert [(info["documents"], info["empty_documents"], info["bad_rows"]) for info in (first, second)] == [
+        (2, 0, len(BAD_LINES)),
+        (30, 0, 0),
+    ]
+    assert f"{len(BAD_LINES)} bad rows left out, in 1 of 3 files" in capfd.readouterr().out
+    assert prepare(enough, 1) == manifest
+    assert prepare(data(corpus, "data.tokenizer=bytes", "data.max_bad_rows=99"), 1) == manifest
+    with pytest.raises(UserError, match=r"line 2 is not JSON: .* .data.max_bad_rows=0 of a file may be left out"):
+        prepare(data(corpus, "data.tokenizer=bytes"), 1)  # what stands has left out more than is allowed now
+
+
+def test_a_line_that_is_too_long_is_a_bad_row_and_a_shorter_limit_makes_other_shards(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(GOOD + LONG + GOOD))
+    size = len(LONG) - 1  # without the line's end
+
+    def documents(*overrides: str) -> int:
+        return prepare(data(corpus, "data.tokenizer=bytes", *overrides), 1)["splits"]["train"][0]["documents"]
+
+    assert documents() == documents(f"data.max_line_bytes={size}") == 3
+    shorter = f"data.max_line_bytes={size - 1}"
+    with pytest.raises(UserError, match=f"line 2 is longer than data.max_line_bytes={size - 1} "):
+        documents(shorter)
+    assert documents(shorter, "data.max_bad_rows=1") == 2
+    assert documents("data.max_bad_rows=1") == 3
+    first_file(corpus).write_bytes(gzip.compress(LONG.rstrip()))  # the last one has no end of its own
+    assert documents(f"data.max_line_bytes={size}") == 1
+    assert documents(shorter, "data.max_bad_rows=1") == 0
+
+
+def test_a_line_without_an_end_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    readline = gzip.GzipFile.readline
+
+    def noting(file: gzip.GzipFile, size: int = -1) -> bytes:
+        asked.append(size)
+        return readline(file, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "readline", noting)
+    monkeypatch.setattr("trainer.corpus._PIECE_BYTES", 1000)
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(b'{"text": "' + b"x" * 100_000 + b'"}\n' + GOOD))
+    bad = BadRows(RowLimits(max_line_bytes=900, max_bad_rows=1))
+    assert list(read_texts(first_file(corpus), bad=bad)) == ["fine"]
+    assert len(asked) > 100
+    assert max(asked) == 1000
+    assert min(asked) > 0
+    asked.clear()
+    with pytest.raises(UserError, match=r"line 1 is longer than data.max_line_bytes=900"):
+        list(read_texts(first_file(corpus), bad=BadRows(RowLimits(max_line_bytes=900))))
+    assert len(asked) == 1  # where none may be left out, the rest is not even read
 
 
 def test_one_bad_file_loses_nothing_of_the_others(tmp_path: Path) -> None:
