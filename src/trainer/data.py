@@ -35,7 +35,7 @@ from trainer.remote import MIN_BYTES_PER_SECOND, remote_path
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 _NPY_HEADER_BYTES = 1 << 14
-_OTHER_OPEN_FILES = 1024
+_OTHER_OPEN_FILES = 256  # to come, beside those that are
 _MIXTURE_BLOCK = 10_000  # samples in which every source of a mixture has its exact share
 
 
@@ -304,7 +304,7 @@ def _read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[s
 def _allow_open_files(count: int) -> None:
     """Raise the limit of this process, as far as it may: a memory map keeps its file open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_OPEN_FILES
+    wanted = len(os.listdir("/dev/fd")) + count + _OTHER_OPEN_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
