@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import gzip
+import io
 import json
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +347,178 @@ class TestTokenizers:
         with pytest.raises(UserError, match="no end-of-text token '<none>'"):
             load_tokenizer(str(bpe), "<none>")
 
+    @pytest.mark.parametrize("config", ["tokenizer_config.json", "config.json"])
+    def test_a_tokenizer_that_is_a_program_is_refused_and_never_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+    ) -> None:
+        directory, marker = tmp_path / "program", tmp_path / "marker"
+        directory.mkdir()
+        reference = {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.Own"}
+        (directory / config).write_text(json.dumps({"auto_map": reference, "tokenizer_class": "Own"}))
+        (directory / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))
+        with pytest.raises(UserError, match=f"Python of its own .auto_map in {config}., which is never run") as caught:
+            load_tokenizer(str(directory))
+        assert "\n" not in str(caught.value)
+        assert sys.stdin.tell() == 0  # nothing was asked
+        assert not marker.exists()
+        # With a tokenizer.json beside it there is nothing to run.
+        train_bpe(["a b c"], 257, tmp_path / "bpe", progress=False)
+        (tmp_path / "bpe" / "tokenizer.json").rename(directory / "tokenizer.json")
+        assert load_tokenizer(str(directory)).vocab_size == 257
+        assert not marker.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("tokenizer_config.json", b'{"tokenizer_class": "ByT5Tokenizer"}'),
+            ("tokenizer_config.json", b'{"tokenizer_class": ["a"]}'),
+            ("tokenizer.model", b"\0nonsense"),
+            ("vocab.pkl", b"cos\nsystem\n"),
+            ("tekken.json", b"{}"),
+            ("README.md", b""),
+        ],
+        ids=["no fast one", "a class that is a list", "sentencepiece", "pickle", "tekken", "nothing"],
+    )
+    def test_other_tokenizers_are_one_line(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="not a tokenizer that can be read") as caught:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
+
+    NOT_OBJECTS = {
+        "list": b"[]",
+        "number": b"7",
+        "null": b"null",
+        "not JSON": b"{",
+        "other bytes": b"\xff",
+        "deep": b"[" * 100_000,
+        "deep inside": b'{"eos_token": ' + b"[" * 100_000,
+    }
+
+    @pytest.mark.parametrize("kind", NOT_OBJECTS)
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    def test_settings_that_are_none_are_one_line(self, bpe: Path, name: str, kind: str) -> None:
+        (bpe / name).write_bytes(self.NOT_OBJECTS[kind])
+        words = "not a tokenizer that can be read" if name == "tokenizer.json" else f"{bpe / name} cannot be read: "
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            load_tokenizer(str(bpe))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "token",
+        [["a"], 3, {"content": 5}, {"content": ["a"]}, None],
+        ids=["list", "number", "number inside", "list inside", "null"],
+    )
+    def test_an_end_of_text_that_is_no_text_is_looked_for_elsewhere(self, bpe: Path, token: object) -> None:
+        (bpe / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        assert load_tokenizer(str(bpe)).eot == 0
+
+    def test_a_vocabulary_that_lacks_the_text_is_one_line(self, tmp_path: Path) -> None:
+        model = {"type": "WordLevel", "vocab": {"a": 0, END_OF_TEXT: 1}, "unk_token": "?"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+        with pytest.raises(UserError, match=r"data.tokenizer cannot tokenize the text: "):
+            load_tokenizer(str(tmp_path)).encode_batch(["b"])
+
+    def test_a_disk_that_is_full_while_it_is_written_leaves_none(self, tmp_path: Path) -> None:
+        corpus = small(tmp_path)
+        config = data(corpus, "data.vocab_size=400")
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))  # to every file, as a disk would to all
+        try:
+            with pytest.raises(UserError, match="tokenizer: the tokenizer cannot be written: ") as caught:
+                prepare(config, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert "\n" not in str(caught.value)
+        assert [file.name for file in corpus.iterdir()] == ["en"]
+        assert prepare(config, 1)["tokenizer"]["vocab_size"] > 257
+
+    @pytest.mark.parametrize("left", ["half", "nothing", "settings only", "none after a damaged one"])
+    def test_half_a_tokenizer_in_the_corpus_is_trained_again(self, tmp_path: Path, left: str) -> None:
+        corpus = small(tmp_path / "c")
+        config = data(corpus, "data.vocab_size=300")
+        fingerprint = prepare(config, 1)["tokenizer"]["fingerprint"]
+        file = corpus / "tokenizer" / "tokenizer.json"
+        half = file.read_bytes()[:2000]
+        if left == "half":
+            file.write_bytes(half)
+        else:
+            file.unlink()
+        if left == "none after a damaged one":
+            file.with_name("tokenizer.json.damaged").write_bytes(half)
+        if left == "nothing":
+            for other in file.parent.iterdir():
+                other.unlink()
+        assert prepare(config, 1)["tokenizer"]["fingerprint"] == fingerprint
+        if left == "half":
+            assert file.with_name("tokenizer.json.damaged").read_bytes() == half
+        assert not list(corpus.rglob("*.incomplete"))
+
+    def test_half_a_tokenizer_elsewhere_and_a_strange_one_stay_as_they_are(self, bpe: Path, tmp_path: Path) -> None:
+        half = (bpe / "tokenizer.json").read_bytes()[:2000]
+        (bpe / "tokenizer.json").write_bytes(half)
+        corpus = small(tmp_path / "c")
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus, f"data.tokenizer={bpe}"), 1)
+        strange = corpus / "tokenizer"
+        strange.mkdir()
+        (strange / "tokenizer.json").write_text('{"version": "9"}')
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus), 1)
+        (strange / "tokenizer.json").rename(strange / "vocab.json")
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus), 1)
+        assert (bpe / "tokenizer.json").read_bytes() == half
+        assert (strange / "vocab.json").read_text() == '{"version": "9"}'
+
+    def test_one_that_is_trained_again_is_replaced_when_whole(self, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = {file.name: file.read_bytes() for file in bpe.iterdir()}
+        (bpe / "notes.txt").write_text("mine")
+
+        def fail(self: object, directory: Path) -> None:
+            (directory / "tokenizer.json").write_text("{")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+            with pytest.raises(UserError, match="cannot be written: "):
+                train_bpe(["other text"], 260, bpe, progress=False)
+        (bpe / "notes.txt").unlink()
+        assert {file.name: file.read_bytes() for file in bpe.iterdir()} == before
+        train_bpe(["other text"], 260, bpe, progress=False)
+        assert load_tokenizer(str(bpe)).vocab_size == 260
+        assert {file.name for file in bpe.iterdir()} == set(before)
+
     def test_only_the_corpus_own_tokenizer_is_trained_when_missing(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="only a tokenizer inside"):
             prepare(data(small(tmp_path / "c"), f"data.tokenizer={tmp_path / 'elsewhere'}"), 1)
+
+
+def test_a_disk_that_is_full_while_a_shard_is_written_is_one_line(tmp_path: Path) -> None:
+    config = data(small(tmp_path), "data.tokenizer=bytes")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"the shard train.00000-of-00002 cannot be written: ") as caught:
+            prepare(config, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(config.shards_dir).iterdir())
+    assert prepare(config, 1)["splits"]["train"][0]["documents"] == 30
+
+
+def test_nothing_asks_whether_it_may_run_what_it_loads() -> None:
+    """`transformers` asks on standard input where `trust_remote_code` is left out, and then runs what it found."""
+    calls = []
+    for file in [*ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/**/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                calls.append((file.name, given.get("trust_remote_code")))
+    assert calls
+    assert [name for name, value in calls if value != "False"] == []
