@@ -281,7 +281,7 @@ def _within(seconds: float, function: Callable[[], HTTPResponse]) -> HTTPRespons
     thread.join(seconds)
     if not outcome:
         late.set()
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
+        raise TimeoutError(f"no answer in {seconds:.3g} s")
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
