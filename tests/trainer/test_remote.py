@@ -214,7 +214,10 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(mirror: Mirror, monkeypat
         ("Content-Length", "9" * 5000),
         ("Content-Length", "many"),
     ],
-    ids=["no size", "superscript", "endless", "another part", "length²", "negative length", "endless length", "word"],
+    ids=[
+        *("no size", "superscript", "endless", "another part"),
+        *("superscript length", "negative length", "endless length", "word"),
+    ],
 )
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 def test_headers_that_are_nonsense_are_one_line(mirror: Mirror, name: str, value: str, ranges: bool) -> None:
