@@ -141,7 +141,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _inject(base: Path, target: Path, strength: float, channels: int, common: list[str]) -> None:
     """Write ``base`` with outliers in every block to ``target``, and what they are like to ``outliers.json``."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     tokens = _probed(load_config(common).data)
     counts = tokens.flatten().bincount()
     token = int((counts - tokens.numel() / 200).abs().argmin())
@@ -174,7 +174,9 @@ def _start_loss(start: Path, arm: str, common: list[str]) -> float:
     """Loss in nats a token of the start over the probed text, its products as the arm computes them."""
     cached = start / f"loss-{arm}.json"
     if not cached.exists():
-        model = transformers.AutoModelForCausalLM.from_pretrained(start, local_files_only=True).bfloat16()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            start, local_files_only=True, trust_remote_code=False
+        ).bfloat16()
         config = load_config([*common, *ARMS[arm]])
         plan = apply(load(config.precision.recipe, config.precision.args), model)
         plan.forget()

@@ -5,7 +5,9 @@ Llama differs by a prefix. GPT-2 keeps its weights as [in, out] and query, key a
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,58 +140,80 @@ def to_hf_config(config: LlamaConfig | GPTConfig, end_of_text: int | None) -> di
 def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTConfig:
     """Our config of the model that a ``config.json`` describes.
 
-    Raises ValueError for an architecture, activation, bias or rotary scaling that is not built here.
+    Raises ValueError for an architecture, activation, bias or rotary scaling that is not built here, and for what is
+    no size.
     """
     kind = theirs.get("model_type")
     if kind == "gpt2":
         _require(theirs, "activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh"))
         _require(theirs, "scale_attn_by_inverse_layer_idx", False, (False,))
-        return GPTConfig(
+        width = _number(theirs, "n_embd")
+        gpt = GPTConfig(
             name=name,
-            vocab_size=theirs["vocab_size"],
-            hidden_size=theirs["n_embd"],
-            intermediate_size=theirs.get("n_inner") or 4 * theirs["n_embd"],
-            num_layers=theirs["n_layer"],
-            num_heads=theirs["n_head"],
-            max_seq_len=theirs.get("n_positions", 1024),
-            norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
-            tie_embeddings=theirs.get("tie_word_embeddings", True),
+            vocab_size=_number(theirs, "vocab_size"),
+            hidden_size=width,
+            intermediate_size=_number(theirs, "n_inner", 4 * width),
+            num_layers=_number(theirs, "n_layer"),
+            num_heads=_number(theirs, "n_head"),
+            max_seq_len=_number(theirs, "n_positions", 1024),
+            norm_eps=_number(theirs, "layer_norm_epsilon", 1e-5),
+            tie_embeddings=_require(theirs, "tie_word_embeddings", True, (True, False)),
         )
+        gpt.validate()
+        return gpt
     if kind != "llama":
-        raise ValueError(f"model_type {kind!r} is not built here; there are: llama, gpt2")
+        raise ValueError(f"model_type {reprlib.repr(kind)} is not built here; there are: llama, gpt2")
     _require(theirs, "hidden_act", "silu", ("silu",))
     _require(theirs, "attention_bias", False, (False,))
     _require(theirs, "mlp_bias", False, (False,))
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters or rope_scaling is {reprlib.repr(rope)}, not an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rotary scaling {rope_type!r} is not built here; there are: default, llama3")
+        raise ValueError(f"rotary scaling {reprlib.repr(rope_type)} is not built here; there are: default, llama3")
     scaling = None
     if rope_type == "llama3":
         scaling = RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_seq_len=rope["original_max_position_embeddings"],
+            factor=_number(rope, "factor", kind=float),
+            low_freq_factor=_number(rope, "low_freq_factor", kind=float),
+            high_freq_factor=_number(rope, "high_freq_factor", kind=float),
+            original_max_seq_len=_number(rope, "original_max_position_embeddings"),
         )
-    heads = theirs["num_attention_heads"]
-    return LlamaConfig(
+    heads = _number(theirs, "num_attention_heads")
+    llama = LlamaConfig(
         name=name,
-        vocab_size=theirs["vocab_size"],
-        hidden_size=theirs["hidden_size"],
-        intermediate_size=theirs["intermediate_size"],
-        num_layers=theirs["num_hidden_layers"],
+        vocab_size=_number(theirs, "vocab_size"),
+        hidden_size=_number(theirs, "hidden_size"),
+        intermediate_size=_number(theirs, "intermediate_size"),
+        num_layers=_number(theirs, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=theirs.get("num_key_value_heads") or heads,
-        head_dim=theirs.get("head_dim"),
-        max_seq_len=theirs.get("max_position_embeddings", 2048),
-        rope_theta=rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)),
+        num_kv_heads=_number(theirs, "num_key_value_heads", heads),
+        head_dim=None if theirs.get("head_dim") is None else _number(theirs, "head_dim"),
+        max_seq_len=_number(theirs, "max_position_embeddings", 2048),
+        rope_theta=_number(rope, "rope_theta", _number(theirs, "rope_theta", 10_000.0)),
         rope_scaling=scaling,
-        norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        tie_embeddings=theirs.get("tie_word_embeddings", False),
+        norm_eps=_number(theirs, "rms_norm_eps", 1e-6),
+        tie_embeddings=_require(theirs, "tie_word_embeddings", False, (True, False)),
     )
+    llama.validate()
+    return llama
 
 
-def _require(theirs: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> None:
-    if (value := theirs.get(key, default)) not in allowed:
-        raise ValueError(f"{key}={value!r} is not built here; it must be {' or '.join(map(repr, allowed))}")
+def _require(theirs: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+    value = theirs.get(key, default)
+    if not any(value == one and type(value) is type(one) for one in allowed):
+        shown = " or ".join(map(repr, allowed))
+        raise ValueError(f"{key}={reprlib.repr(value)} is not built here; it must be {shown}")
+    return value
+
+
+def _number(theirs: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
+    """The positive number under ``key``, of the kind of its default. Raises ValueError for anything else."""
+    value = default if theirs.get(key) is None else theirs[key]
+    kind = kind if default is None else type(default)
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    if type(value) not in {int, kind} or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {reprlib.repr(value)}, not a positive {'whole ' * (kind is int)}number")
+    return value

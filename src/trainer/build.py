@@ -23,7 +23,7 @@ from precision.all_gather import gather_codes
 from precision.codecs import chosen
 from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
 from precision.updates import CodecAdamW
-from trainer.corpus import CorpusFile, corpus_files
+from trainer.corpus import CorpusFile
 from trainer.data import (
     DataConfig,
     DataSource,
@@ -119,9 +119,9 @@ def open_windows(config: DataConfig, tokenizer: TextTokenizer, split: str, token
     Raises UserError for text or shards that cannot be used.
     """
     if config.stream:
-        files = corpus_files(config.path, [split], max_files=config.max_files, attempts=config.attempts)[split]
+        files = config.files([split])[split]
         wanted = -(-tokens // config.seq_len) * config.seq_len + 1 if tokens else None
-        return _text_windows(*read_head(files, tokenizer, wanted), config, split)
+        return _text_windows(*read_head(files, tokenizer, wanted, config.row_limits), config, split)
     return _windows(_open_shards(config, tokenizer), config, split, tokens)
 
 
@@ -173,15 +173,15 @@ def _open_stream(config: DataConfig, evaluation: EvalConfig, world: World) -> Da
     def read() -> tuple[list[CorpusFile], list[str], Any]:
         # By one process, for all: the same view of a directory that may change, and one request instead of many.
         tokenizer = _open_tokenizer(config)
-        files = corpus_files(config.path, max_files=config.max_files, attempts=config.attempts)
+        files = config.files()
         wanted = -(-evaluation.tokens // config.seq_len) * config.seq_len + 1
-        head = read_head(files["validation"], tokenizer, wanted) if evaluation.tokens else None
+        head = read_head(files["validation"], tokenizer, wanted, config.row_limits) if evaluation.tokens else None
         return files["train"], [file.identity() for file in files["train"]], head
 
     files, identities, head = world.on_main(read)
     tokenizer = world.on_all(lambda: _open_tokenizer(config))
     validation = _text_windows(*head, config, "validation") if head is not None else None
-    training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows)
+    training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows, config.row_limits)
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
     content = [[file.index, identity] for file, identity in zip(files, identities, strict=True)]

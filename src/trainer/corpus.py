@@ -8,15 +8,16 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
-from trainer.errors import UserError
-from trainer.remote import RemoteFile, list_remote, remote_path
+from trainer.errors import UserError, one_line
+from trainer.remote import MIN_BYTES_PER_SECOND, RemoteFile, list_remote, remote_path
 
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"c4-(?P<split>train|validation)\.(?P<index>\d{5})-of-(?P<count>\d{5})\.json\.gz")
@@ -24,6 +25,7 @@ _OFFICIAL = [  # where a web server lists nothing: the sets of C4's en and realn
     *("c4-train.00000-of-01024.json.gz", "c4-train.00000-of-00512.json.gz"),
     *("c4-validation.00000-of-00008.json.gz", "c4-validation.00000-of-00001.json.gz"),
 ]
+_PIECE_BYTES = 1 << 20  # of a line that is too long to be kept
 _SAMPLE_TRAIN_FILES = 8
 _SAMPLE_DOCUMENT_BYTES = 2400
 _SAMPLE_HELD_OUT = 20  # every 20th speech, whole, is validation
@@ -57,15 +59,21 @@ class CorpusFile:
 
 
 def corpus_files(
-    path: Path | str, splits: Sequence[str] = SPLITS, *, max_files: int | None = None, attempts: int = 8
+    path: Path | str,
+    splits: Sequence[str] = SPLITS,
+    *,
+    max_files: int | None = None,
+    attempts: int = 8,
+    min_bytes_per_second: int = MIN_BYTES_PER_SECOND,
 ) -> dict[str, list[CorpusFile]]:
     """The files of each of ``splits`` under ``path`` (its ``en/``, or itself), in order; the first ``max_files``.
 
-    Raises UserError for a missing directory or server, for one without such files, and for a set with a hole.
+    ``attempts`` and ``min_bytes_per_second`` as of ``RemoteFile``. Raises UserError for a missing directory or server,
+    for one without such files, and for a set with a hole.
     """
     url = remote_path(str(path)) if not Path(path).is_dir() else None
     if url is not None:
-        listing = list_remote(url, _NAME, _OFFICIAL, attempts)
+        listing = list_remote(url, _NAME, _OFFICIAL, attempts, min_bytes_per_second)
         place, names = listing.directory, listing.names
     else:
         directory = _local_directory(Path(path))
@@ -108,50 +116,150 @@ def _first_files(
     return files[:wanted]
 
 
-def read_lines(
-    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None
-) -> Iterator[tuple[int, bytes]]:
-    """The lines of one file and their numbers from 1. ``on_bytes`` hears how many compressed bytes have been read.
+class Line(NamedTuple):
+    """A line of a file: its number from 1, and its bytes, which are left out of one that is too long."""
 
-    Raises UserError, with the file and the line, for a damaged gzip and for a file that cannot be read.
+    number: int
+    content: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What is no row: a line of more bytes than this, or one of so many in each file that are none for other reasons.
+
+    A line of white space is no row and no bad one.
+    """
+
+    max_line_bytes: int = 64 << 20
+    max_bad_rows: int = 0
+
+
+DEFAULT_LIMITS = RowLimits()
+
+
+class BadRow(UserError):
+    """A line that holds no text."""
+
+
+class BadRows:
+    """Counts the rows of one file that are left out. Of those allowed, the first is said on standard error, if asked.
+
+    Args:
+        heard: False for rows that another process tells of, or that were told of before.
+    """
+
+    def __init__(self, limits: RowLimits, *, heard: bool = False) -> None:
+        self.limits = limits
+        self.heard = heard
+        self.count = 0
+
+    def leave_out(self, error: BadRow) -> None:
+        """Raises UserError if it is one too many."""
+        allowed = self.limits.max_bad_rows
+        if self.count == allowed:
+            before = f"the file has {allowed:,} such rows before it, " if allowed else ""
+            raise UserError(f"{error} ({before}data.max_bad_rows={allowed} of a file may be left out)") from error
+        self.count += 1
+        if self.heard and self.count == 1:
+            say_aside(f"warning: {error}; left out, as up to data.max_bad_rows={allowed} rows of a file are")
+
+    def sum_up(self, path: Path | RemoteFile) -> None:
+        """Say how many there were, at the end of the file."""
+        if self.heard and self.count:
+            say_aside(f"{path}: {self.count:,} bad row{'s' * (self.count > 1)} left out of the whole file")
+
+
+def say_aside(line: str) -> None:
+    """Not by `say`: every process reads files of its own, and standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_lines(
+    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None, limits: RowLimits = DEFAULT_LIMITS
+) -> Iterator[Line]:
+    """The lines of one file that are not white space. ``on_bytes`` hears how many compressed bytes have been read.
+
+    Raises UserError, with the file and the line, for a damaged gzip, for a file that cannot be read, and, where no row
+    may be bad, for a line that is too long: at once, for it may have no end.
     """
     number = position = 0
     try:
         with path.open("rb") as raw, gzip.open(cast(BinaryIO, raw)) as lines:
-            for number, line in enumerate(cast(BinaryIO, lines), 1):
-                yield number, line
+            while content := lines.readline(limits.max_line_bytes + 1):
+                number += 1
+                size = len(content)
+                if size > limits.max_line_bytes and not content.endswith(b"\n"):
+                    content = b""
+                    if not limits.max_bad_rows:
+                        BadRows(limits).leave_out(_too_long(path, number, limits))
+                    while part := lines.readline(_PIECE_BYTES):
+                        size += len(part)
+                        if part.endswith(b"\n"):
+                            break
+                if not content or not content.isspace():
+                    yield Line(number, content, size)
                 if (now := raw.tell()) != position:
                     on_bytes(now - position)
                     position = now
+            if not raw.tell():  # which the library takes for the end of a whole file
+                raise EOFError("the file has 0 bytes")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged or truncated gzip after line {number}: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or one_line(error)}") from error
 
 
-def read_texts(path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """The texts of one file, in order. Raises UserError as ``read_lines`` and ``text_of`` do."""
-    for number, line in read_lines(path, on_bytes):
-        yield text_of(line, path, number)
+def read_texts(
+    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
+) -> Iterator[str]:
+    """The texts of one file, in order, without the rows that ``bad`` lets out (None: none may be bad).
 
-
-def text_of(line: bytes, path: Path | RemoteFile, number: int) -> str:
-    """The text of line ``number``.
-
-    Raises UserError, with the file and the line, for one that is not a JSON object with a string ``text``, and for
-    text that is not valid Unicode.
+    Raises UserError as ``read_lines`` and ``BadRows`` do.
     """
+    bad = bad or BadRows(DEFAULT_LIMITS)
+    for line in read_lines(path, on_bytes, bad.limits):
+        try:
+            text = text_of(line, path, bad.limits)
+        except BadRow as error:
+            bad.leave_out(error)
+        else:
+            yield text
+
+
+def texts_of(files: Sequence[CorpusFile], limits: RowLimits) -> Iterator[str]:
+    """The texts of several files, in order; says what is left out. Raises UserError as ``read_texts``."""
+    for file in files:
+        bad = BadRows(limits, heard=True)
+        yield from read_texts(file.path, bad=bad)
+        bad.sum_up(file.path)
+
+
+def text_of(line: Line, path: Path | RemoteFile, limits: RowLimits) -> str:
+    """The text of a line.
+
+    Raises BadRow, with the file and the line, for one that is too long or not a JSON object with a string ``text``, and
+    for text that is not valid Unicode.
+    """
+    if line.size and not line.content:
+        raise _too_long(path, line.number, limits)
     try:
-        row = json.loads(line)
+        row = json.loads(line.content)
         text = row["text"]
         text.encode()  # a lone surrogate is valid JSON and not valid text
-    except UnicodeError as error:
-        raise UserError(f"{path}: line {number} is not valid UTF-8: {error.reason}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise BadRow(f"{path}: line {line.number} is not valid UTF-8: {error.reason}") from error
+    except RecursionError:
+        raise BadRow(f"{path}: line {line.number} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise BadRow(f"{path}: line {line.number} is not JSON: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: line {number} has no string field 'text'") from error
-    return text
+        raise BadRow(f"{path}: line {line.number} has no string field 'text'") from error
+    return text  # type: ignore[no-any-return]
+
+
+def _too_long(path: Path | RemoteFile, number: int, limits: RowLimits) -> BadRow:
+    return BadRow(f"{path}: line {number} is longer than data.max_line_bytes={limits.max_line_bytes}")
 
 
 def write_sample(path: Path) -> None:

@@ -8,26 +8,34 @@ run to several such streams, again by a permutation.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import os
 import re
+import reprlib
+import resource
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
-from trainer.files import sha256_of
-from trainer.remote import remote_path
+from trainer.corpus import SPLITS, CorpusFile, RowLimits, corpus_files
+from trainer.errors import UserError, one_line
+from trainer.files import read_json
+from trainer.remote import MIN_BYTES_PER_SECOND, remote_path
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+_NPY_HEADER_BYTES = 1 << 14
+_OTHER_OPEN_FILES = 256  # to come, beside those that are
 _MIXTURE_BLOCK = 10_000  # samples in which every source of a mixture has its exact share
 
 
@@ -52,6 +60,9 @@ class DataConfig:
     verify: bool = True  # compare the shards' checksums at every start (sizes are always compared)
     max_files: int | None = None  # the first ones of each split; null is all
     attempts: int = 8  # at reading from a server, the waits between them doubling from half a second to a minute
+    min_bytes_per_second: int = MIN_BYTES_PER_SECOND  # a server that sends less for half a minute failed; 0: any rate
+    max_line_bytes: int = RowLimits.max_line_bytes  # a longer line is a bad row: one in memory costs several times that
+    max_bad_rows: int = 0  # of each file, left out and counted: too long, no JSON, no string `text`, invalid Unicode
     stream: bool = False  # train from the text itself, without token shards
     lanes: int = 64  # of a stream, at most: files read at a time over all processes
     shuffle_rows: int = 1024  # of a stream: rows of a file that are shuffled among themselves
@@ -65,6 +76,20 @@ class DataConfig:
     @property
     def shards_dir(self) -> str:
         return self.shards or str(Path(home_of(self.path)) / "shards" / Path(self.tokenizer).stem)
+
+    @property
+    def row_limits(self) -> RowLimits:
+        return RowLimits(self.max_line_bytes, self.max_bad_rows)
+
+    def files(self, splits: Sequence[str] = SPLITS) -> dict[str, list[CorpusFile]]:
+        """The corpus's files by split. Raises as ``corpus_files``."""
+        return corpus_files(
+            self.path,
+            splits,
+            max_files=self.max_files,
+            attempts=self.attempts,
+            min_bytes_per_second=self.min_bytes_per_second,
+        )
 
     def parts(self) -> dict[str, DataConfig]:
         """The config of each source by its name; of a config without a mixture, itself.
@@ -82,9 +107,13 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ValueError for impossible sizes and weights."""
-        for name in ("seq_len", "global_batch_size", "tokenizer_train_bytes", "attempts", "lanes", "shuffle_rows"):
+        sizes = ("seq_len", "global_batch_size", "tokenizer_train_bytes", "attempts", "lanes", "shuffle_rows")
+        for name in (*sizes, "max_line_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("min_bytes_per_second", "max_bad_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must not be negative")
         if self.max_files is not None and self.max_files < 1:
             raise ValueError(f"data.max_files={self.max_files}: must be at least 1, or null for all")
         if self.vocab_size < 257:
@@ -127,9 +156,28 @@ class ShardInfo(TypedDict):
     tokens: int
     documents: int
     empty_documents: int
+    bad_rows: int  # left out
+    max_line_bytes: int  # beyond which they were bad; 0: no such limit, as in shards of older versions
     bytes: int
     sha256: str
     documents_sha256: str
+
+
+_SINCE_VERSION_1 = {"bad_rows": 0, "max_line_bytes": 0}  # no part of the fingerprint: tokens say it all
+
+
+def shard_info(value: Any) -> ShardInfo:
+    """``value`` out of a JSON file, once it is what it has to be. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a shard is {reprlib.repr(value)}, not an object")
+    info = _SINCE_VERSION_1 | value
+    for key, kind in get_type_hints(ShardInfo).items():
+        if type(info.get(key)) is not kind or (kind is int and info[key] < 0):
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info.get(key))}")
+    for key in ("file", "documents_file"):
+        if info[key] != Path(info[key]).name:
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info[key])}, not a name in its directory")
+    return cast(ShardInfo, info)
 
 
 @dataclass(frozen=True)
@@ -236,48 +284,113 @@ class Windows(Protocol):
     def num_bytes(self, num_windows: int) -> float: ...
 
 
+def _read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[str, list[ShardInfo]]]:
+    """Type of the tokens, fingerprint and vocabulary of the tokenizer, shards by split. Raises ValueError."""
+    tokenizer, splits, dtype = (manifest.get(key) for key in ("tokenizer", "splits", "dtype"))
+    if dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype is {reprlib.repr(dtype)}, not '<u2' or '<u4'")
+    if not isinstance(tokenizer, dict) or not isinstance(splits, dict):
+        raise ValueError("tokenizer and splits are not objects")
+    made_by, vocab_size = tokenizer.get("fingerprint"), tokenizer.get("vocab_size")
+    if type(made_by) is not str or type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(
+            f"a tokenizer of fingerprint {reprlib.repr(made_by)} and vocab_size {reprlib.repr(vocab_size)}"
+        )
+    if wrong := [name for name, shards in splits.items() if not isinstance(shards, list)]:
+        raise ValueError(f"the split {reprlib.repr(wrong[0])} is not a list")
+    return np.dtype(dtype), made_by, vocab_size, {name: [*map(shard_info, splits[name])] for name in splits}
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit of this process, as far as it may: a memory map keeps its file open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/dev/fd")) + count + _OTHER_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
 class TokenShards:
-    """The prepared corpus of one directory.
+    """The prepared corpus of one directory, opened: what is prepared anew meanwhile has other files.
 
     Raises UserError if there is none, if a shard is missing or damaged, or if another tokenizer made it.
     """
 
     def __init__(self, config: DataConfig, tokenizer_fingerprint: str) -> None:
         self.directory = Path(config.shards_dir)
-        again = "run python scripts/prepare_data.py with the same data options"
+        self._again = again = "run python scripts/prepare_data.py with the same data options"
+        file = self.directory / MANIFEST
         try:
-            manifest = json.loads((self.directory / MANIFEST).read_text())
+            manifest = read_json(file)
+            if manifest.get("version") != MANIFEST_VERSION:
+                version = reprlib.repr(manifest.get("version"))
+                raise UserError(f"{self.directory} has version {version}, not {MANIFEST_VERSION}: {again}")
+            self.dtype, made_by, self.vocab_size, self.splits = _read_manifest(manifest)
         except FileNotFoundError as error:
             raise UserError(f"no token shards in {self.directory}: {again}") from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.directory / MANIFEST} cannot be read ({error}): {again}") from error
-        if manifest.get("version") != MANIFEST_VERSION:
-            raise UserError(f"{self.directory} has version {manifest.get('version')}, not {MANIFEST_VERSION}: {again}")
-        made_by = manifest["tokenizer"]["fingerprint"]
+            raise UserError(f"{file} cannot be read ({one_line(error)}): {again}") from error
         if made_by != tokenizer_fingerprint:
             raise UserError(
                 f"data.tokenizer={config.tokenizer} (fingerprint {tokenizer_fingerprint}) did not make the shards in "
                 f"{self.directory} (fingerprint {made_by}): {again}, or name the tokenizer that did"
             )
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.splits: dict[str, list[ShardInfo]] = manifest["splits"]
-        self.dtype = np.dtype(manifest["dtype"])
-        self.fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-        for shard in (shard for shards in self.splits.values() for shard in shards):
-            file = self.directory / shard["file"]
-            size = file.stat().st_size if file.exists() else -1
-            if size != shard["tokens"] * self.dtype.itemsize:
-                state = "is missing" if size < 0 else f"has {size} bytes, not {shard['tokens'] * self.dtype.itemsize}"
-                raise UserError(f"{file} {state}: {again}")
-            if not (self.directory / shard["documents_file"]).exists():
-                raise UserError(f"{self.directory / shard['documents_file']} is missing: {again}")
+        splits = {
+            split: [{key: shard[key] for key in shard if key not in _SINCE_VERSION_1} for shard in shards]
+            for split, shards in manifest["splits"].items()
+        }
+        content = json.dumps(manifest | {"splits": splits}, sort_keys=True)
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        every = [shard for shards in self.splits.values() for shard in shards]
+        _allow_open_files(2 * len(every))
+        self._bytes = {name: self._open(name) for shard in every for name in (shard["file"], shard["documents_file"])}
+        for shard in every:
+            size, wanted = len(self._bytes[shard["file"]]), shard["tokens"] * self.dtype.itemsize
+            if size != wanted:
+                raise UserError(f"{self.directory / shard['file']} has {size} bytes, not {wanted}: {again}")
+            self.ends(shard)
+
+    def _open(self, name: str) -> np.ndarray:
+        """A memory map of the whole file."""
+        path = self.directory / name
+        try:
+            with path.open("rb") as file:
+                return np.asarray(np.memmap(file, np.uint8, mode="r") if os.fstat(file.fileno()).st_size else [], "u1")
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: {self._again}") from error
+        except (OSError, ValueError) as error:  # the second for a name that can be none
+            hint = " (ulimit -n allows more)" if getattr(error, "errno", None) == errno.EMFILE else ""
+            raise UserError(f"{path} cannot be opened: {one_line(error)}{hint}") from error
+
+    def tokens(self, shard: ShardInfo) -> np.ndarray:
+        """uint16 or uint32 [tokens], as they were opened."""
+        return self._bytes[shard["file"]].view(self.dtype)
+
+    def ends(self, shard: ShardInfo) -> np.ndarray:
+        """Tokens and UTF-8 bytes up to each document's end, int64 [documents, 2], as they were opened.
+
+        Raises UserError if the file holds something else.
+        """
+        content, path = self._bytes[shard["documents_file"]], self.directory / shard["documents_file"]
+        file = io.BytesIO(content[:_NPY_HEADER_BYTES])
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if version != (1, 0) or (shape, fortran, dtype) != ((shard["documents"], 2), False, np.int64):
+                raise ValueError(f"{dtype} {list(shape)}, not int64 [{shard['documents']}, 2]")
+            ends = content[file.tell() :].view(np.int64).reshape(shape)
+            if len(ends) and ends[-1].tolist() != [shard["tokens"], shard["bytes"]]:
+                raise ValueError("its last row is not the number of tokens and bytes")
+        except Exception as error:  # the header's parser raises what Python's own does
+            raise UserError(f"{path} is damaged ({one_line(error)}): {self._again}") from error
+        return ends
 
     def verify(self) -> None:
-        """Compare every shard's checksum. Raises UserError for a damaged one."""
+        """Compare the checksum of everything that was opened. Raises UserError for what is damaged."""
         for shard in (shard for shards in self.splits.values() for shard in shards):
             checksums = {shard["file"]: shard["sha256"], shard["documents_file"]: shard["documents_sha256"]}
             for name, checksum in checksums.items():
-                if sha256_of(self.directory / name) != checksum:
+                if hashlib.sha256(self._bytes[name]).hexdigest() != checksum:
                     raise UserError(
                         f"{self.directory / name} is damaged (checksum differs): "
                         "run python scripts/prepare_data.py again"
@@ -289,10 +402,9 @@ class TokenStream:
 
     def __init__(self, shards: TokenShards, split: str, seq_len: int) -> None:
         self.seq_len = seq_len
-        self._infos = [info for info in shards.splits[split] if info["tokens"]]
-        self._directory = shards.directory
-        self._dtype = shards.dtype
-        self._maps: dict[int, Any] = {}
+        self._shards = shards
+        self._infos = [info for info in shards.splits.get(split, []) if info["tokens"]]
+        self._tokens = [shards.tokens(info) for info in self._infos]
         self._ends = np.cumsum([info["tokens"] for info in self._infos], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self._infos else 0
         self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
@@ -310,7 +422,7 @@ class TokenStream:
         while start < stop:
             begin = int(self._ends[shard]) - self._infos[shard]["tokens"]
             end = min(stop, int(self._ends[shard]))
-            parts.append(self._map(shard)[start - begin : end - begin])
+            parts.append(self._tokens[shard][start - begin : end - begin])
             start, shard = end, shard + 1
         return np.concatenate(parts).astype(np.int64)
 
@@ -324,17 +436,12 @@ class TokenStream:
             if remaining >= info["tokens"]:
                 remaining, total = remaining - info["tokens"], total + info["bytes"]
                 continue
-            ends = np.load(self._directory / info["documents_file"], mmap_mode="r")
+            ends = self._shards.ends(info)
             document = int(np.searchsorted(ends[:, 0], remaining, side="right"))
             tokens_before, bytes_before = ends[document - 1] if document else (0, 0)
             tokens, size = ends[document] - (tokens_before, bytes_before)
             return total + float(bytes_before) + float(size) * (remaining - int(tokens_before)) / float(tokens)
         return total
-
-    def _map(self, shard: int) -> Any:
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._directory / self._infos[shard]["file"], self._dtype, mode="r")
-        return self._maps[shard]
 
 
 class TrainingSource(ABC):

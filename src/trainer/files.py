@@ -53,3 +53,14 @@ def lock(file: IO[Any], *, shared: bool = False) -> bool | None:
         return True
     except OSError as error:
         return False if error.errno == errno.EWOULDBLOCK else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ValueError, one line, if it holds anything else; OSError as reading does."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not a JSON object")
+    return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -21,12 +20,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.corpus import SPLITS, CorpusFile, corpus_files, read_texts, write_sample
-from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home_of
-from trainer.errors import UserError
-from trainer.files import sha256_of, write_json
+from trainer.corpus import SPLITS, BadRows, CorpusFile, RowLimits, read_texts, texts_of, write_sample
+from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home_of, shard_info
+from trainer.errors import UserError, one_line
+from trainer.files import read_json, sha256_of, write_json
 from trainer.remote import remote_path
-from trainer.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from trainer.tokenizer import DAMAGED, TextTokenizer, is_broken, load_tokenizer, train_bpe
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -51,7 +50,7 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     if config.name == "sample" and not (path / "en").is_dir():
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = corpus_files(config.path, splits, max_files=config.max_files, attempts=config.attempts)
+    files = config.files(splits)
     if remote_path(config.path) and not path.is_dir():
         size = sum(file.size for group in files.values() for file in group)
         number = sum(map(len, files.values()))
@@ -59,10 +58,13 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     target = Path(config.shards_dir)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.shards={target}: cannot be made: {one_line(error)}") from error
 
     everything = [file for split in files.values() for file in split]
-    infos = {file: info for file in everything if (info := _standing(file, tokenizer, target)) is not None}
+    infos = {file: info for file in everything if (info := _standing(file, config, tokenizer, target))}
     todo = [file for file in everything if file not in infos]
     if infos and todo:
         print(f"{len(infos)} of {len(everything)} shards stand already in {target}")
@@ -74,16 +76,25 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
         "dtype": _dtype(tokenizer),
         "splits": {split: [infos[file] for file in split_files] for split, split_files in files.items()},
     }
-    write_json(target / MANIFEST, manifest)
+    _write_description(target / MANIFEST, manifest)
+    if bad := {file: info["bad_rows"] for file, info in infos.items() if info["bad_rows"]}:
+        most = max(bad, key=lambda file: bad[file])
+        where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {most.path}"
+        print(f"{sum(bad.values()):,} bad rows left out, in {where} ({target / MANIFEST} counts them by file)")
     return manifest
 
 
 def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
-    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet."""
+    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet.
+
+    Half a tokenizer is none: it is moved aside. One that can be read is replaced only ``again``.
+    """
     target = Path(config.tokenizer)
-    if config.tokenizer == "bytes" or (target.exists() and not again):
+    own = Path(home_of(config.path)) in target.parents
+    broken = own and is_broken(target)
+    if config.tokenizer == "bytes" or (target.exists() and not again and not broken):
         return
-    if Path(home_of(config.path)) not in target.parents:
+    if not own:
         raise UserError(
             f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only a tokenizer inside data.path={config.path} is trained when missing)"
@@ -91,9 +102,11 @@ def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
             else f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only one inside {home_of(config.path)} is trained when missing)"
         )
+    if broken and (file := target / "tokenizer.json").exists():
+        print(f"{file} is cut short: it is kept as {file.name}{DAMAGED}")
+        file.replace(file.with_name(f"{file.name}{DAMAGED}"))
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    files = corpus_files(config.path, ["train"], max_files=config.max_files, attempts=config.attempts)["train"]
-    texts = itertools.chain.from_iterable(read_texts(file.path) for file in files)
+    texts = texts_of(config.files(["train"])["train"], config.row_limits)
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
 
 
@@ -110,19 +123,29 @@ def _shard_name(file: CorpusFile) -> str:
     return f"{file.split}.{file.index:05}-of-{file.count:05}"
 
 
-def _standing(file: CorpusFile, tokenizer: TextTokenizer, target: Path) -> ShardInfo | None:
-    """The finished shard of ``file`` in ``target``, unless source, tokenizer or shard have changed since."""
+def _standing(file: CorpusFile, config: DataConfig, tokenizer: TextTokenizer, target: Path) -> ShardInfo | None:
+    """The finished shard of ``file`` in ``target``, unless source, tokenizer, limits or shard have changed since."""
+    name = _shard_name(file)
     try:
-        info: ShardInfo = json.loads((target / f"{_shard_name(file)}.json").read_text())
+        info = shard_info(read_json(target / f"{name}.json"))
         same = (
-            info["source_identity"] == file.identity()
+            (info["file"], info["documents_file"]) == (f"{name}.bin", f"{name}.docs.npy")
+            and info["source_identity"] == file.identity()
             and info["tokenizer"] == tokenizer.fingerprint
+            and _has_same_rows(info, config.row_limits)
             and info["sha256"] == sha256_of(target / info["file"])
             and info["documents_sha256"] == sha256_of(target / info["documents_file"])
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     return info if same else None
+
+
+def _has_same_rows(info: ShardInfo, limits: RowLimits) -> bool:
+    longest = info["max_line_bytes"] or limits.max_line_bytes
+    if info["bad_rows"]:  # some may have been too long then, and not now
+        return info["bad_rows"] <= limits.max_bad_rows and longest == limits.max_line_bytes
+    return longest <= limits.max_line_bytes
 
 
 def _tokenize_all(
@@ -141,7 +164,7 @@ def _tokenize_all(
         if processes > 1:
             return _tokenize_in_pool(files, config, target, processes, cpus, bar)
         tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
-        return {file: _tokenize(file, target, tokenizer, bar.update) for file in files}
+        return {file: _tokenize(file, target, tokenizer, config.row_limits, bar.update) for file in files}
 
 
 def _tokenize_in_pool(
@@ -154,7 +177,7 @@ def _tokenize_in_pool(
     arguments = (read, config.tokenizer, config.eot_token, threads)
     done: dict[CorpusFile, ShardInfo] = {}
     with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
-        jobs = {pool.submit(_tokenize_in_worker, file, target): file for file in files}
+        jobs = {pool.submit(_tokenize_in_worker, file, target, config.row_limits): file for file in files}
         pending = set(jobs)
         try:
             while pending:
@@ -176,19 +199,38 @@ def _start_worker(read: Any, tokenizer: str, eot_token: str | None, environment:
     _tokenizer = load_tokenizer(tokenizer, eot_token)
 
 
-def _tokenize_in_worker(file: CorpusFile, target: Path) -> ShardInfo:
-    return _tokenize(file, target, _tokenizer, _report)
+def _tokenize_in_worker(file: CorpusFile, target: Path, limits: RowLimits) -> ShardInfo:
+    return _tokenize(file, target, _tokenizer, limits, _report)
 
 
-def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes: Callable[[int], object]) -> ShardInfo:
-    """Tokenize one file. The shard appears under its name only when whole; its ``.json`` comes last."""
+def _tokenize(
+    file: CorpusFile,
+    target: Path,
+    tokenizer: TextTokenizer,
+    limits: RowLimits,
+    on_bytes: Callable[[int], object],
+) -> ShardInfo:
+    """Tokenize one file. The shard appears under its name only when whole; its ``.json`` comes last.
+
+    Raises UserError for text that cannot be read and a shard that cannot be written.
+    """
+    try:
+        return _write_shard(file, target, tokenizer, BadRows(limits), on_bytes)
+    except OSError as error:
+        raise UserError(f"{target}: the shard {_shard_name(file)} cannot be written: {one_line(error)}") from error
+
+
+def _write_shard(
+    file: CorpusFile, target: Path, tokenizer: TextTokenizer, bad: BadRows, on_bytes: Callable[[int], object]
+) -> ShardInfo:
     name, dtype = _shard_name(file), np.dtype(_dtype(tokenizer))
     binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
     partial = binary.with_suffix(f".bin.{os.getpid()}.incomplete")
+    partial_documents = documents.with_suffix(f".npy.{os.getpid()}.incomplete")
     digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
     try:
         with partial.open("wb") as output:
-            for chunk_of_texts in _chunks(read_texts(file.path, on_bytes)):
+            for chunk_of_texts in _chunks(read_texts(file.path, on_bytes, bad)):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
                 encoded = tokenizer.encode_batch(texts)
@@ -202,10 +244,17 @@ def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes
                     ends.append((tokens, size))
             output.flush()
             os.fsync(output.fileno())
-        np.save(documents, np.array(ends, dtype=np.int64).reshape(-1, 2))
+        with partial_documents.open("wb") as output:
+            np.save(output, np.array(ends, dtype=np.int64).reshape(-1, 2))
+            output.flush()
+            os.fsync(output.fileno())
+        documents_sha256 = sha256_of(partial_documents)
+        # Renamed, never written in place: a run that has the old ones open keeps them.
+        partial_documents.replace(documents)
         partial.replace(binary)
     finally:
         partial.unlink(missing_ok=True)
+        partial_documents.unlink(missing_ok=True)
     info: ShardInfo = {
         "file": binary.name,
         "documents_file": documents.name,
@@ -215,12 +264,21 @@ def _tokenize(file: CorpusFile, target: Path, tokenizer: TextTokenizer, on_bytes
         "tokens": tokens,
         "documents": len(ends),
         "empty_documents": empty,
+        "bad_rows": bad.count,
+        "max_line_bytes": bad.limits.max_line_bytes,
         "bytes": size,
         "sha256": digest.hexdigest(),
-        "documents_sha256": sha256_of(documents),
+        "documents_sha256": documents_sha256,
     }
     write_json(target / f"{name}.json", info)
     return info
+
+
+def _write_description(path: Path, value: Any) -> None:
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def _report(count: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.errors import UserError, one_line
+from trainer.files import read_json
 
 
 class PretrainedDirectory:
@@ -25,9 +26,9 @@ class PretrainedDirectory:
         self.config: dict[str, Any] = self._json("config.json")
         self._files = self._find_tensors()
 
-    def _json(self, name: str) -> Any:
+    def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text())
+            return read_json(self.path / name)
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no {name}: not a `transformers` checkpoint") from error
         except (OSError, ValueError) as error:
@@ -35,7 +36,15 @@ class PretrainedDirectory:
 
     def _find_tensors(self) -> dict[str, Path]:
         if (self.path / "model.safetensors.index.json").exists():
-            names = self._json("model.safetensors.index.json")["weight_map"]
+            names = self._json("model.safetensors.index.json").get("weight_map")
+            if not isinstance(names, dict):
+                raise UserError(f"{self.path}/model.safetensors.index.json has no object weight_map")
+            for name, file in names.items():
+                if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+                    raise UserError(
+                        f"{self.path}/model.safetensors.index.json: {reprlib.repr(name)} lies in {reprlib.repr(file)}, "
+                        "which is not the name of a safetensors file in the same directory"
+                    )
             return {name: self.path / file for name, file in names.items()}
         file = self.path / "model.safetensors"
         if not file.exists():
@@ -57,4 +66,7 @@ class PretrainedDirectory:
         if name not in self._files:
             raise UserError(f"{self.path} lacks the tensor {name}")
         with self._open(self._files[name]) as opened:
-            return opened.get_tensor(name)
+            try:
+                return opened.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self._files[name]} lacks the tensor {name}: {one_line(error)}") from error

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.corpus import CorpusFile, read_lines, read_texts, text_of
+from trainer.corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, read_lines, text_of, texts_of
 from trainer.data import Batch, TrainingSource, permute
 from trainer.errors import UserError
 from trainer.tokenizer import TextTokenizer
@@ -42,6 +42,7 @@ class TextStream:
     seq_len: int
     max_lanes: int
     shuffle_rows: int
+    limits: RowLimits = DEFAULT_LIMITS
 
     def num_lanes(self, global_batch: int) -> int:
         """The largest divisor of the batch that neither the files nor ``data.lanes`` forbid."""
@@ -77,10 +78,23 @@ class _Piece:
 
 
 class Lane:
-    """One endless sequence of tokens. Starts, or goes on, at ``position``; raises UserError where text is bad."""
+    """One endless sequence of tokens. Starts, or goes on, at ``position``; raises UserError where text is bad.
 
-    def __init__(self, stream: TextStream, seed: int, lane: int, num_lanes: int, position: Sequence[int]) -> None:
+    ``heard``: whether this lane says which rows it leaves out, in the first epoch.
+    """
+
+    def __init__(
+        self,
+        stream: TextStream,
+        seed: int,
+        lane: int,
+        num_lanes: int,
+        position: Sequence[int],
+        *,
+        heard: bool = False,
+    ) -> None:
         self._stream = stream
+        self._heard = heard
         self._seed = seed
         self._lane, self._num_lanes = lane, num_lanes
         epoch, place, row, self._offset, self._windows = position
@@ -142,15 +156,27 @@ class Lane:
             epoch, place = epoch + 1, 0
 
     def _read_file(self, file: CorpusFile, epoch: int, first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Rows from ``first`` on in shuffled order, and the tokens of each that has text."""
+        """Rows from ``first`` on in shuffled order, and the tokens of each that has text.
+
+        A bad row keeps its place, so that positions do not depend on how many are allowed. Those before ``first`` are
+        looked at again where some are, for they count.
+        """
         before = 0
-        for number, block in enumerate(_blocks(file, self._stream.shuffle_rows)):
+        limits = self._stream.limits
+        bad = BadRows(limits)
+        for number, block in enumerate(_blocks(file, self._stream.shuffle_rows, limits)):
             order = permute(np.arange(len(block)), len(block), f"{self._seed}:{epoch}:{file.index}:{number}")
             ahead: list[tuple[int, str]] = []
             size = 0
-            for place in range(max(0, first - before), len(block)):
-                line_number, line = block[order[place]]
-                if text := text_of(line, file.path, line_number):
+            start = max(0, first - before)
+            for place in range(0 if limits.max_bad_rows else start, len(block)):
+                bad.heard = self._heard and epoch == 0 and place >= start
+                try:
+                    text = text_of(block[order[place]], file.path, limits)
+                except BadRow as error:
+                    bad.leave_out(error)
+                    continue
+                if text and place >= start:
                     ahead.append((before + place, text))
                     size += len(text)
                 if size >= _AHEAD_CHARACTERS:
@@ -159,6 +185,7 @@ class Lane:
             if ahead:
                 yield from self._tokenize(ahead)
             before += len(block)
+        bad.sum_up(file.path)
 
     def _tokenize(self, rows: Sequence[tuple[int, str]]) -> Iterator[tuple[int, np.ndarray]]:
         tokenizer = self._stream.tokenizer
@@ -172,12 +199,12 @@ def _with_end(ids: list[int], tokenizer: TextTokenizer) -> np.ndarray:
     return np.fromiter(itertools.chain(ids, (tokenizer.eot,)), np.int32, len(ids) + 1)
 
 
-def _blocks(file: CorpusFile, rows: int) -> Iterator[list[tuple[int, bytes]]]:
-    block: list[tuple[int, bytes]] = []
+def _blocks(file: CorpusFile, rows: int, limits: RowLimits) -> Iterator[list[Line]]:
+    block: list[Line] = []
     size = 0
-    for number, line in read_lines(file.path):
-        block.append((number, line))
-        size += len(line)
+    for line in read_lines(file.path, limits=limits):
+        block.append(line)
+        size += line.size  # also of one that is too long, so that the limit changes no block
         if len(block) == rows or size >= _BLOCK_BYTES:
             yield block
             block, size = [], 0
@@ -251,8 +278,14 @@ class StreamSource(TrainingSource):
 
     def _open_and_read(self, positions: list[list[int]]) -> tuple[np.ndarray, Tensor]:
         for lane in self.lane_numbers:
-            self._lanes[lane] = Lane(self._stream, self._seed, lane, self._num_lanes, positions[lane])
+            self._lanes[lane] = Lane(
+                self._stream, self._seed, lane, self._num_lanes, positions[lane], heard=self._begins(lane)
+            )
         return self._read()
+
+    def _begins(self, lane: int) -> bool:
+        """Whether the lane's first sample of a step is here, which is so on one rank."""
+        return self._rank_offset <= lane * self._lane_share
 
     def _read(self) -> tuple[np.ndarray, Tensor]:
         """This rank's share of the next step, and the positions after it of the lanes whose first sample is here."""
@@ -260,7 +293,7 @@ class StreamSource(TrainingSource):
         skipped = self._rank_offset - self.lane_numbers[0] * self._lane_share
         position = torch.zeros_like(self.position)
         for lane in self.lane_numbers:
-            if self._rank_offset <= lane * self._lane_share:
+            if self._begins(lane):
                 position[lane] = torch.tensor(self._lanes[lane].position)
         return windows[skipped : skipped + self._share], position
 
@@ -291,14 +324,14 @@ class TextWindows:
 
 
 def read_head(
-    files: Sequence[CorpusFile], tokenizer: TextTokenizer, num_tokens: int | None
+    files: Sequence[CorpusFile], tokenizer: TextTokenizer, num_tokens: int | None, limits: RowLimits = DEFAULT_LIMITS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whole documents until there are ``num_tokens`` tokens (None: all).
 
     Gives the tokens, int32, and the tokens and UTF-8 bytes up to each document's end, int64 [documents, 2].
     """
     parts, ends, tokens, size = [], [], 0, 0
-    for text in (text for file in files for text in read_texts(file.path)):
+    for text in texts_of(files, limits):
         if not text:
             continue
         if num_tokens is not None and tokens >= num_tokens:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import UserError, one_line
+from trainer.files import read_json, sync_directory
 
 END_OF_TEXT = "<|endoftext|>"
 # A longer text costs the library a hundred times its size in memory, so it is cut where no token can lie across.
 _LONG_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_INCOMPLETE = ".incomplete"
+DAMAGED = ".damaged"
+_SAVED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 
 
@@ -66,7 +72,11 @@ class FastTokenizer:
         return self._encode(texts)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # bare, as of a vocabulary without the token for what it lacks
+            raise UserError(f"data.tokenizer cannot tokenize the text: {one_line(error)}") from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -128,12 +138,9 @@ def _load_fast(name: str, eot_token: str | None) -> tuple[Tokenizer, str]:
         raise UserError(f"data.tokenizer={name}: no such file or directory (scripts/train_tokenizer.py makes one)")
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        if file.exists():
-            tokenizer = Tokenizer.from_file(str(file))
-        else:
-            from transformers import AutoTokenizer  # only for what `tokenizers` cannot read by itself
-
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True).backend_tokenizer
+        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else _converted(path)
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError ...
         raise UserError(f"data.tokenizer={name}: not a tokenizer that can be read: {one_line(error)}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
@@ -147,17 +154,69 @@ def _load_fast(name: str, eot_token: str | None) -> tuple[Tokenizer, str]:
     )
 
 
+def _converted(directory: Path) -> Tokenizer:
+    """By `transformers`, without running what the directory holds. Raises UserError for one that would have to."""
+    for name in ("tokenizer_config.json", "config.json"):
+        if "auto_map" in _settings(directory / name):
+            raise UserError(
+                f"data.tokenizer={directory} has no tokenizer.json but Python of its own (auto_map in {name}), which "
+                "is never run: name a tokenizer.json, or a directory that `save_pretrained` of a fast tokenizer wrote"
+            )
+    from transformers import AutoTokenizer  # only for what `tokenizers` cannot read by itself
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is wrong is said in the error
+    try:
+        # Explicitly: left out, it asks on standard input.
+        theirs = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
+    if not isinstance(tokenizer := getattr(theirs, "backend_tokenizer", None), Tokenizer):
+        raise ValueError(f"{type(theirs).__name__} is not one of the `tokenizers` library")
+    return tokenizer
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A JSON object, or none if there is no such file. Raises UserError for anything else."""
+    try:
+        return read_json(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+
+
 def _configured_end_token(directory: Path) -> list[str]:
-    file = directory / "tokenizer_config.json"
-    if not file.exists():
-        return []
-    token = json.loads(file.read_text()).get("eos_token")
+    token = _settings(directory / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    return [token] if token else []
+    return [token] if token and isinstance(token, str) else []
+
+
+def is_broken(directory: Path) -> bool:
+    """Whether ``directory`` holds what an interrupted ``train_bpe`` of an older version left: half a tokenizer or none.
+
+    What is JSON is somebody's tokenizer, even if it cannot be used here.
+    """
+    file = directory / "tokenizer.json"
+    try:
+        if file.is_file():
+            json.loads(file.read_bytes())
+            return False
+        return directory.is_dir() and all(
+            one.name in _SAVED or one.name.endswith((_INCOMPLETE, DAMAGED)) for one in directory.iterdir()
+        )
+    except RecursionError:
+        return False
+    except ValueError:
+        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progress: bool = True) -> None:
-    """Train a byte-level BPE of ``vocab_size`` entries (Radford et al. 2019) and write it for `transformers`."""
+    """Train a byte-level BPE of ``vocab_size`` entries (Radford et al. 2019) and write it for `transformers`.
+
+    It replaces what stands in ``directory``. Raises UserError if it cannot be written.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -168,13 +227,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
         show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: the tokenizer cannot be written: {one_line(error)}") from error
     _save(tokenizer, END_OF_TEXT, directory)
 
 
 def _save(tokenizer: Tokenizer, eot_token: str, directory: Path) -> None:
+    """Whole or not there; in a directory that there is, ``tokenizer.json`` comes last. Raises UserError."""
     from transformers import PreTrainedTokenizerFast  # a second that only those wait who write a tokenizer
 
-    PreTrainedTokenizerFast(
+    stands = directory.is_dir()
+    name = f"{directory.name}.{os.getpid()}{_INCOMPLETE}"
+    partial = directory / name if stands else directory.with_name(name)
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eot_token, bos_token=eot_token, clean_up_tokenization_spaces=False
-    ).save_pretrained(directory)
+    )
+    try:
+        fast.save_pretrained(partial)
+        for file in partial.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if not stands:
+            partial.replace(directory)
+        else:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "tokenizer.json"):
+                file.replace(directory / file.name)
+        sync_directory(directory if stands else directory.parent)
+    except Exception as error:  # the libraries raise bare Exception as well as OSError
+        raise UserError(f"{directory}: the tokenizer cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

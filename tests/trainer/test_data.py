@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +205,164 @@ def test_shards_that_are_damaged(own: Callable[..., TrainConfig]) -> None:
     assert "cannot be read" in refused(config)
     (directory / "manifest.json").write_text(json.dumps({"version": 99}))
     assert "has version 99" in refused(config)
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"7", b"null", b'"text"', b"", b"\xff", DEEP, b'{"version": ' + DEEP, b"{}"],
+    ids=["list", "number", "null", "string", "empty", "other bytes", "deep list", "deep inside", "no version"],
+)
+def test_manifests_that_are_none(own: Callable[..., TrainConfig], content: bytes) -> None:
+    config = own()
+    (Path(config.data.shards_dir) / "manifest.json").write_bytes(content)
+    message = refused(config)
+    assert "manifest.json cannot be read (" in message or "has version None, not 1" in message
+    assert "prepare_data.py" in message
+
+
+WRONG: dict[str, tuple[list[str | int], object]] = {
+    "no dtype": (["dtype"], None),
+    "other dtype": (["dtype"], "object"),
+    "tokenizer is a list": (["tokenizer"], [1]),
+    "fingerprint is a number": (["tokenizer", "fingerprint"], 3),
+    "vocabulary is text": (["tokenizer", "vocab_size"], "257"),
+    "vocabulary of nothing": (["tokenizer", "vocab_size"], 0),
+    "splits is a list": (["splits"], []),
+    "a split is an object": (["splits", "train"], {"a": 1}),
+    "a shard is a number": (["splits", "train", 0], 5),
+    "tokens are text": (["splits", "train", 0, "tokens"], "10"),
+    "tokens are negative": (["splits", "train", 0, "tokens"], -1),
+    "tokens are a fraction": (["splits", "train", 0, "tokens"], 1.5),
+    "documents are true": (["splits", "train", 0, "documents"], True),
+    "no checksum": (["splits", "train", 0, "sha256"], None),
+    "a path": (["splits", "train", 0, "file"], "../bytes/train.00000-of-00001.bin"),
+    "an absolute path": (["splits", "train", 0, "documents_file"], "/etc/passwd"),
+    "no name": (["splits", "train", 0, "file"], ""),
+    "a zero byte": (["splits", "train", 0, "file"], "a\0b"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_manifests_of_wrong_types(own: Callable[..., TrainConfig], name: str) -> None:
+    config, (keys, value) = own(), WRONG[name]
+    file = Path(config.data.shards_dir) / "manifest.json"
+    manifest = inner = json.loads(file.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    file.write_text(json.dumps(manifest))
+    message = refused(config)
+    assert "cannot be read" in message or "cannot be opened" in message
+    assert str(file.parent) in message
+
+
+def npy(array: object, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+class Marker:
+    """Loading its pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["empty", "garbage", "cut", "header only", "floats", "one column", "fewer rows", "by columns", "pickled", "pickle"],
+)
+def test_tables_of_documents_that_are_none(own: Callable[..., TrainConfig], tmp_path: Path, kind: str) -> None:
+    config = own()
+    file = Path(config.data.shards_dir) / "train.00000-of-00001.docs.npy"
+    good = np.load(file)
+    marker = tmp_path / "marker"
+    file.write_bytes(
+        {
+            "empty": lambda: b"",
+            "garbage": lambda: b"nonsense" * 100,
+            "cut": lambda: file.read_bytes()[:-8],
+            "header only": lambda: file.read_bytes()[:60],
+            "floats": lambda: npy(good.astype(float)),
+            "one column": lambda: npy(good[:, 0]),
+            "fewer rows": lambda: npy(good[:-1]),
+            "by columns": lambda: npy(np.asfortranarray(good)),
+            "pickled": lambda: npy(np.array([[Marker(marker)] * 2] * len(good), dtype=object), allow_pickle=True),
+            "pickle": lambda: pickle.dumps(Marker(marker)),
+        }[kind]()
+    )
+    with pytest.raises(UserError) as caught:  # without a look at checksums
+        TokenShards(config.data, "bytes")
+    assert f"{file} is damaged" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    prepare(config.data, workers=1)
+    assert np.array_equal(np.load(file), good)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"7", b"null", b"", b"\xff", DEEP, b"{}", b'{"file": ["x"]}'],
+    ids=["list", "number", "null", "empty", "other bytes", "deep", "no keys", "wrong type"],
+)
+def test_a_description_of_a_shard_that_is_none_is_made_again(own: Callable[..., TrainConfig], content: bytes) -> None:
+    data = own().data
+    before = prepare(data, workers=1)
+    (Path(data.shards_dir) / "train.00000-of-00001.json").write_bytes(content)
+    assert prepare(data, workers=1) == before
+
+
+def test_shards_prepared_anew_leave_what_is_open_as_it_was(tmp_path: Path) -> None:
+    corpus = tmp_path / "c"
+    for seed in (1, 2):
+        texts = {"train": [make_texts(9, seed), make_texts(9, seed + 5)], "validation": [make_texts(5, seed + 8)]}
+        write_corpus(corpus, texts)
+        config = load_config([f"data.path={corpus}", "data.tokenizer=bytes"]).data
+        manifest = prepare(config, workers=1)
+        if seed == 1:
+            shards = TokenShards(config, "bytes")
+            streams = [TokenStream(shards, split, 32) for split in ("train", "validation")]
+            before = [[one.window(index) for index in range(one.num_windows)] for one in streams]
+            sizes = [[one.num_bytes(count) for count in range(one.num_windows + 1)] for one in streams]
+            first = manifest
+    assert manifest["splits"]["train"][0]["sha256"] != first["splits"]["train"][0]["sha256"]
+    assert [[one.window(index).tolist() for index in range(one.num_windows)] for one in streams] == [
+        [window.tolist() for window in windows] for windows in before
+    ]
+    assert [[one.num_bytes(count) for count in range(one.num_windows + 1)] for one in streams] == sizes
+    shards.verify()  # of what is open
+    assert not np.array_equal(stream(corpus).window(0), before[0][0])
+
+
+def test_what_was_left_out_is_no_part_of_the_fingerprint(own: Callable[..., TrainConfig]) -> None:
+    """So that shards of a version that did not count it are those of this one."""
+    data = own().data
+    file = Path(data.shards_dir) / "manifest.json"
+    fingerprint = TokenShards(data, "bytes").fingerprint
+    manifest = json.loads(file.read_text())
+    for shard in (shard for shards in manifest["splits"].values() for shard in shards):
+        del shard["bad_rows"], shard["max_line_bytes"]
+    file.write_text(json.dumps(manifest))
+    assert TokenShards(data, "bytes").fingerprint == fingerprint
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, {"train": [["ab"]] * 40, "validation": [["xyz"]]})
+    prepare(load_config([f"data.path={corpus}", "data.tokenizer=bytes"]).data, workers=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+        assert stream(corpus, 119).window(0).tolist() == [97, 98, 256] * 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_corpus_shorter_than_a_window(own: Callable[..., TrainConfig]) -> None:

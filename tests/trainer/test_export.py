@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import transformers
 from conftest import train_here
 from safetensors.torch import load_file, save_file
 
+from models.hf import to_hf_config
+from models.llama import LlamaConfig
 from trainer import distributed
+from trainer.build import pretrained_config
 from trainer.checkpoint import read_tensors
 from trainer.config import TrainConfig
 from trainer.errors import ExitCode, UserError
 from trainer.evaluation import Evaluation, evaluate_on, open_pretrained, open_run
 from trainer.export import export_run
 from trainer.metrics import read_metrics
+from trainer.pretrained import PretrainedDirectory
 from trainer.tokenizer import load_tokenizer, save_for_transformers, train_bpe
 
 Tiny = Callable[..., TrainConfig]
@@ -114,6 +119,106 @@ def test_directories_that_do_not_fit(directory: Path, tiny: Tiny, tmp_path: Path
     (directory / "config.json").unlink()
     assert "holds no config.json" in refusal(tiny(start))
     assert "no such directory" in refusal(tiny(f"model.init_from={tmp_path / 'none'}"))
+
+
+DEEP = "[" * 100_000
+NOT_OBJECTS = {"list": "[]", "number": "7", "null": "null", "text": '"x"', "deep": DEEP, "deep inside": '{"a": ' + DEEP}
+
+
+def complaint(directory: Path) -> str:
+    def read() -> None:
+        opened = PretrainedDirectory(str(directory))
+        pretrained_config(opened)
+        opened.tensor("model.norm.weight")
+
+    with pytest.raises(UserError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def small_directory(tmp_path: Path) -> Path:
+    """A Llama's config and one of its tensors."""
+    config = to_hf_config(LlamaConfig(name="x", hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4,
+                                      num_kv_heads=2, vocab_size=257), 256)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", NOT_OBJECTS)
+def test_descriptions_that_are_none(small_directory: Path, kind: str) -> None:
+    for name in ("model.safetensors.index.json", "config.json"):
+        (small_directory / name).write_text(NOT_OBJECTS[kind])
+        assert f"{small_directory / name} cannot be read: " in complaint(small_directory)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        ["model.safetensors"],
+        {"model.norm.weight": 3},
+        {"model.norm.weight": None},
+        {"model.norm.weight": "../model.safetensors"},
+        {"model.norm.weight": "/tmp/model.safetensors"},
+        {"model.norm.weight": ".."},
+        {"model.norm.weight": ""},
+        {"model.norm.weight": "pytorch_model.bin"},
+    ],
+    ids=["missing", "list", "number", "null", "above", "absolute", "only dots", "empty", "pickle"],
+)
+def test_indices_that_lead_elsewhere(small_directory: Path, files: object) -> None:
+    (small_directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert f"{small_directory}/model.safetensors.index.json" in complaint(small_directory)
+
+
+def test_indices_that_do_not_fit_their_files(small_directory: Path) -> None:
+    index = small_directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "none.safetensors"}}))
+    assert "none.safetensors cannot be read" in complaint(small_directory)
+    save_file({"other": torch.ones(1)}, small_directory / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    assert "model.safetensors lacks the tensor model.norm.weight" in complaint(small_directory)
+
+
+NO_CONFIGS: dict[str, tuple[str, object]] = {
+    "no type": ("model_type", None),
+    "a type in lists": ("model_type", [["llama"]]),
+    "no vocabulary": ("vocab_size", None),
+    "vocabulary as text": ("vocab_size", "257"),
+    "vocabulary that is true": ("vocab_size", True),
+    "half a token": ("vocab_size", 1.5),
+    "no width": ("hidden_size", 0),
+    "negative width": ("hidden_size", -32),
+    "width in a list": ("intermediate_size", [64]),
+    "layers in an object": ("num_hidden_layers", {"a": 1}),
+    "heads that do not divide": ("num_attention_heads", 5),
+    "key heads that do not divide": ("num_key_value_heads", 3),
+    "head size as text": ("head_dim", "8"),
+    "base as text": ("rope_theta", "big"),
+    "eps that is none": ("rms_norm_eps", float("nan")),
+    "negative eps": ("rms_norm_eps", -1e-5),
+    "rotary list": ("rope_parameters", [1]),
+    "rotary text": ("rope_parameters", "default"),
+    "rotary type in a list": ("rope_parameters", {"rope_type": ["llama3"]}),
+    "scaling without numbers": ("rope_parameters", {"rope_type": "llama3"}),
+    "scaling as text": ("rope_parameters", {"rope_type": "llama3", "factor": "8"}),
+    "tied by text": ("tie_word_embeddings", "yes"),
+    "bias by an object": ("attention_bias", {}),
+    "activation by number": ("hidden_act", 3),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_configs_that_no_model_has(small_directory: Path, name: str) -> None:
+    file, (key, value) = small_directory / "config.json", NO_CONFIGS[name]
+    config = json.loads(file.read_text()) | {key: value}
+    if key == "rope_theta":
+        del config["rope_parameters"]
+    file.write_text(json.dumps(config))
+    assert re.match(re.escape(f"{file}: ") + r"\S+ .*(is|must|not) ", complaint(small_directory))
 
 
 def test_exports_that_are_refused(directory: Path, tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import gzip
+import io
 import json
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +19,7 @@ import transformers
 from conftest import make_texts, write_corpus
 
 from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts, write_sample
+from trainer.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
 from trainer.data import DataConfig, permute
 from trainer.errors import UserError
 from trainer.prepare import prepare
@@ -114,6 +119,107 @@ def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, cont
     assert words in str(caught.value)
     assert str(caught.value).startswith(str(first_file(corpus)))
     assert "\n" not in str(caught.value)
+
+
+def test_no_bytes_at_all_are_a_damaged_file_and_no_rows_a_whole_one(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        corpus = small(tmp_path / split)
+        file = next((corpus / "en").glob(f"c4-{split}.00000-*"))
+        file.write_bytes(b"")
+        with pytest.raises(UserError, match="damaged or truncated gzip after line 0: the file has 0 bytes"):
+            prepare(data(corpus, "data.tokenizer=bytes"), 1)
+        file.write_bytes(gzip.compress(b""))
+        assert prepare(data(corpus, "data.tokenizer=bytes"), 1)["splits"][split][0]["documents"] == 0
+
+
+def test_lines_of_white_space_are_no_rows_and_are_counted_as_lines(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(b"\n" + GOOD + b" \t\r\n\n" + GOOD + b"\n  "))
+    assert list(read_texts(first_file(corpus))) == ["fine", "fine"]
+    (info, _) = prepare(data(corpus, "data.vocab_size=300"), 1)["splits"]["train"]  # trains a tokenizer on it as well
+    assert (info["documents"], info["empty_documents"], info["bad_rows"]) == (2, 0, 0)
+    first_file(corpus).write_bytes(gzip.compress(b"\n\n" + GOOD + b"\n{nonsense"))
+    with pytest.raises(UserError, match="line 5 is not JSON"):
+        list(read_texts(first_file(corpus)))
+
+
+LONG = json.dumps({"text": "x" * 500}).encode() + b"\n"
+BAD_LINES = [
+    b"{nonsense\n",
+    b"[" * 100_000 + b"\n",
+    b'{"url": "x"}\n',
+    b'{"text": ["fine"]}\n',
+    b'{"text": "\xff"}\n',
+    b'{"text": "\\ud800"}\n',
+    b'{"text": "fine", "number": ' + b"1" * 5000 + b"}\n",
+    b"null\n",
+]
+
+
+def test_as_many_bad_rows_as_are_allowed_are_left_out_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(GOOD + b"".join(BAD_LINES) + b"\n" + GOOD))
+    few = data(corpus, "data.tokenizer=bytes", f"data.max_bad_rows={len(BAD_LINES) - 1}")
+    with pytest.raises(UserError) as caught:
+        prepare(few, 1)
+    allowed = f"the file has {len(BAD_LINES) - 1} such rows before it, data.max_bad_rows={len(BAD_LINES) - 1} of a file"
+    assert str(caught.value).startswith(f"{first_file(corpus)}: line 9 has no string field 'text' ({allowed}")
+    enough = data(corpus, "data.tokenizer=bytes", f"data.max_bad_rows={len(BAD_LINES)}")
+    manifest = prepare(enough, 1)
+    (first, second) = manifest["splits"]["train"]
+    assert [(info["documents"], info["empty_documents"], info["bad_rows"]) for info in (first, second)] == [
+        (2, 0, len(BAD_LINES)),
+        (30, 0, 0),
+    ]
+    assert f"{len(BAD_LINES)} bad rows left out, in 1 of 3 files" in capfd.readouterr().out
+    assert prepare(enough, 1) == manifest
+    assert prepare(data(corpus, "data.tokenizer=bytes", "data.max_bad_rows=99"), 1) == manifest
+    with pytest.raises(UserError, match=r"line 2 is not JSON: .* .data.max_bad_rows=0 of a file may be left out"):
+        prepare(data(corpus, "data.tokenizer=bytes"), 1)  # what stands has left out more than is allowed now
+
+
+def test_a_line_that_is_too_long_is_a_bad_row_and_a_shorter_limit_makes_other_shards(tmp_path: Path) -> None:
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(GOOD + LONG + GOOD))
+    size = len(LONG) - 1  # without the line's end
+
+    def documents(*overrides: str) -> int:
+        return prepare(data(corpus, "data.tokenizer=bytes", *overrides), 1)["splits"]["train"][0]["documents"]
+
+    assert documents() == documents(f"data.max_line_bytes={size}") == 3
+    shorter = f"data.max_line_bytes={size - 1}"
+    with pytest.raises(UserError, match=f"line 2 is longer than data.max_line_bytes={size - 1} "):
+        documents(shorter)
+    assert documents(shorter, "data.max_bad_rows=1") == 2
+    assert documents("data.max_bad_rows=1") == 3
+    first_file(corpus).write_bytes(gzip.compress(LONG.rstrip()))  # the last one has no end of its own
+    assert documents(f"data.max_line_bytes={size}") == 1
+    assert documents(shorter, "data.max_bad_rows=1") == 0
+
+
+def test_a_line_without_an_end_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    readline = gzip.GzipFile.readline
+
+    def noting(file: gzip.GzipFile, size: int = -1) -> bytes:
+        asked.append(size)
+        return readline(file, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "readline", noting)
+    monkeypatch.setattr("trainer.corpus._PIECE_BYTES", 1000)
+    corpus = small(tmp_path)
+    first_file(corpus).write_bytes(gzip.compress(b'{"text": "' + b"x" * 100_000 + b'"}\n' + GOOD))
+    bad = BadRows(RowLimits(max_line_bytes=900, max_bad_rows=1))
+    assert list(read_texts(first_file(corpus), bad=bad)) == ["fine"]
+    assert len(asked) > 100
+    assert max(asked) == 1000
+    assert min(asked) > 0
+    asked.clear()
+    with pytest.raises(UserError, match=r"line 1 is longer than data.max_line_bytes=900"):
+        list(read_texts(first_file(corpus), bad=BadRows(RowLimits(max_line_bytes=900))))
+    assert len(asked) == 1  # where none may be left out, the rest is not even read
 
 
 def test_one_bad_file_loses_nothing_of_the_others(tmp_path: Path) -> None:
@@ -241,6 +347,178 @@ class TestTokenizers:
         with pytest.raises(UserError, match="no end-of-text token '<none>'"):
             load_tokenizer(str(bpe), "<none>")
 
+    @pytest.mark.parametrize("config", ["tokenizer_config.json", "config.json"])
+    def test_a_tokenizer_that_is_a_program_is_refused_and_never_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+    ) -> None:
+        directory, marker = tmp_path / "program", tmp_path / "marker"
+        directory.mkdir()
+        reference = {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.Own"}
+        (directory / config).write_text(json.dumps({"auto_map": reference, "tokenizer_class": "Own"}))
+        (directory / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))
+        with pytest.raises(UserError, match=f"Python of its own .auto_map in {config}., which is never run") as caught:
+            load_tokenizer(str(directory))
+        assert "\n" not in str(caught.value)
+        assert sys.stdin.tell() == 0  # nothing was asked
+        assert not marker.exists()
+        # With a tokenizer.json beside it there is nothing to run.
+        train_bpe(["a b c"], 257, tmp_path / "bpe", progress=False)
+        (tmp_path / "bpe" / "tokenizer.json").rename(directory / "tokenizer.json")
+        assert load_tokenizer(str(directory)).vocab_size == 257
+        assert not marker.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("tokenizer_config.json", b'{"tokenizer_class": "ByT5Tokenizer"}'),
+            ("tokenizer_config.json", b'{"tokenizer_class": ["a"]}'),
+            ("tokenizer.model", b"\0nonsense"),
+            ("vocab.pkl", b"cos\nsystem\n"),
+            ("tekken.json", b"{}"),
+            ("README.md", b""),
+        ],
+        ids=["no fast one", "a class that is a list", "sentencepiece", "pickle", "tekken", "nothing"],
+    )
+    def test_other_tokenizers_are_one_line(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="not a tokenizer that can be read") as caught:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
+
+    NOT_OBJECTS = {
+        "list": b"[]",
+        "number": b"7",
+        "null": b"null",
+        "not JSON": b"{",
+        "other bytes": b"\xff",
+        "deep": b"[" * 100_000,
+        "deep inside": b'{"eos_token": ' + b"[" * 100_000,
+    }
+
+    @pytest.mark.parametrize("kind", NOT_OBJECTS)
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    def test_settings_that_are_none_are_one_line(self, bpe: Path, name: str, kind: str) -> None:
+        (bpe / name).write_bytes(self.NOT_OBJECTS[kind])
+        words = "not a tokenizer that can be read" if name == "tokenizer.json" else f"{bpe / name} cannot be read: "
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            load_tokenizer(str(bpe))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "token",
+        [["a"], 3, {"content": 5}, {"content": ["a"]}, None],
+        ids=["list", "number", "number inside", "list inside", "null"],
+    )
+    def test_an_end_of_text_that_is_no_text_is_looked_for_elsewhere(self, bpe: Path, token: object) -> None:
+        (bpe / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        assert load_tokenizer(str(bpe)).eot == 0
+
+    def test_a_vocabulary_that_lacks_the_text_is_one_line(self, tmp_path: Path) -> None:
+        model = {"type": "WordLevel", "vocab": {"a": 0, END_OF_TEXT: 1}, "unk_token": "?"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+        with pytest.raises(UserError, match=r"data.tokenizer cannot tokenize the text: "):
+            load_tokenizer(str(tmp_path)).encode_batch(["b"])
+
+    def test_a_disk_that_is_full_while_it_is_written_leaves_none(self, tmp_path: Path) -> None:
+        corpus = small(tmp_path)
+        config = data(corpus, "data.vocab_size=400")
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))  # to every file, as a disk would to all
+        try:
+            with pytest.raises(UserError, match="tokenizer: the tokenizer cannot be written: ") as caught:
+                prepare(config, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert "\n" not in str(caught.value)
+        assert [file.name for file in corpus.iterdir()] == ["en"]
+        assert prepare(config, 1)["tokenizer"]["vocab_size"] > 257
+
+    @pytest.mark.parametrize("left", ["half", "nothing", "settings only", "none after a damaged one"])
+    def test_half_a_tokenizer_in_the_corpus_is_trained_again(self, tmp_path: Path, left: str) -> None:
+        corpus = small(tmp_path / "c")
+        config = data(corpus, "data.vocab_size=300")
+        fingerprint = prepare(config, 1)["tokenizer"]["fingerprint"]
+        file = corpus / "tokenizer" / "tokenizer.json"
+        half = file.read_bytes()[:2000]
+        if left == "half":
+            file.write_bytes(half)
+        else:
+            file.unlink()
+        if left == "none after a damaged one":
+            file.with_name("tokenizer.json.damaged").write_bytes(half)
+        if left == "nothing":
+            for other in file.parent.iterdir():
+                other.unlink()
+        assert prepare(config, 1)["tokenizer"]["fingerprint"] == fingerprint
+        if left == "half":
+            assert file.with_name("tokenizer.json.damaged").read_bytes() == half
+        assert not list(corpus.rglob("*.incomplete"))
+
+    def test_half_a_tokenizer_elsewhere_and_a_strange_one_stay_as_they_are(self, bpe: Path, tmp_path: Path) -> None:
+        half = (bpe / "tokenizer.json").read_bytes()[:2000]
+        (bpe / "tokenizer.json").write_bytes(half)
+        corpus = small(tmp_path / "c")
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus, f"data.tokenizer={bpe}"), 1)
+        strange = corpus / "tokenizer"
+        strange.mkdir()
+        (strange / "tokenizer.json").write_text('{"version": "9"}')
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus), 1)
+        (strange / "tokenizer.json").rename(strange / "vocab.json")
+        with pytest.raises(UserError, match="not a tokenizer that can be read"):
+            prepare(data(corpus), 1)
+        assert (bpe / "tokenizer.json").read_bytes() == half
+        assert (strange / "vocab.json").read_text() == '{"version": "9"}'
+
+    def test_one_that_is_trained_again_is_replaced_when_whole(self, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = {file.name: file.read_bytes() for file in bpe.iterdir()}
+        (bpe / "notes.txt").write_text("mine")
+
+        def fail(self: object, directory: Path) -> None:
+            (directory / "tokenizer.json").write_text("{")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+            with pytest.raises(UserError, match="cannot be written: "):
+                train_bpe(["other text"], 260, bpe, progress=False)
+        (bpe / "notes.txt").unlink()
+        assert {file.name: file.read_bytes() for file in bpe.iterdir()} == before
+        train_bpe(["other text"], 260, bpe, progress=False)
+        assert load_tokenizer(str(bpe)).vocab_size == 260
+        assert {file.name for file in bpe.iterdir()} == set(before)
+
     def test_only_the_corpus_own_tokenizer_is_trained_when_missing(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="only a tokenizer inside"):
             prepare(data(small(tmp_path / "c"), f"data.tokenizer={tmp_path / 'elsewhere'}"), 1)
+
+
+def test_a_disk_that_is_full_while_a_shard_is_written_is_one_line(tmp_path: Path) -> None:
+    config = data(small(tmp_path), "data.tokenizer=bytes")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"the shard train.00000-of-00002 cannot be written: ") as caught:
+            prepare(config, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(config.shards_dir).iterdir())
+    assert prepare(config, 1)["splits"]["train"][0]["documents"] == 30
+
+
+def test_nothing_asks_whether_it_may_run_what_it_loads() -> None:
+    """`transformers` asks on standard input where `trust_remote_code` is left out, and then runs what it found."""
+    calls = []
+    for file in [*ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/**/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                calls.append((file.name, given.get("trust_remote_code")))
+    assert calls
+    assert [name for name, value in calls if value != "False"] == []

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from email.message import Message
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import pytest
 from conftest import make_texts, write_corpus
@@ -17,6 +25,7 @@ from trainer.corpus import corpus_files, read_texts
 from trainer.data import DataConfig, home_of
 from trainer.errors import UserError
 from trainer.prepare import prepare
+from trainer.remote import RemoteFile
 
 TRAIN = [make_texts(60, 1), make_texts(60, 2)]
 
@@ -108,6 +117,168 @@ def test_a_file_that_is_cut_on_the_server_is_not_taken_as_whole(mirror: Mirror) 
     path = mirror.root / "en" / "c4-train.00001-of-00002.json.gz"
     path.write_bytes(path.read_bytes()[:-30])
     assert "damaged or truncated gzip after line" in refusal(mirror.address)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are taken over a twentieth of a second."""
+    monkeypatch.setattr(remote, "_RATE_SECONDS", 0.05)
+
+
+SLOW = re.compile(r"sends [0-9,]+ bytes a second, less than data.min_bytes_per_second=10000; gave up after 3 attempts")
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize("slow_from", [0, 500], ids=["from the start", "from the middle"])
+def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
+    mirror: Mirror, capfd: pytest.CaptureFixture[str], ranges: bool, slow_from: int
+) -> None:
+    file = corpus_files(mirror.address, ["train"], attempts=3, min_bytes_per_second=10_000)["train"][0]
+    mirror.pause, mirror.pause_from, mirror.ranges = 0.002, slow_from, ranges
+    with pytest.raises(UserError) as caught:
+        list(read_texts(file.path))
+    assert str(caught.value).startswith(f"{mirror.address}/en/c4-train.00000-of-00002.json.gz: cannot be read after")
+    assert SLOW.search(str(caught.value))
+    lines = capfd.readouterr().err.splitlines()
+    assert [re.findall("; attempt . of 3", line) for line in lines] == [["; attempt 2 of 3"], ["; attempt 3 of 3"]]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_any_rate_will_do_if_asked_and_a_slow_reader_is_no_slow_server(mirror: Mirror) -> None:
+    mirror.pause, mirror.pause_from = 0.0005, 900
+    (file, _) = corpus_files(mirror.address, ["train"], attempts=1, min_bytes_per_second=0)["train"]
+    assert list(read_texts(file.path)) == TRAIN[0]
+    mirror.pause = 0.0
+    (file, _) = corpus_files(mirror.address, ["train"], attempts=1, min_bytes_per_second=10_000)["train"]
+    assert isinstance(file.path, RemoteFile)
+    with file.path.open() as reader:
+        while reader.read(100):
+            time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_server_that_cuts_after_every_few_bytes_is_given_up(mirror: Mirror) -> None:
+    file = corpus_files(mirror.address, ["train"], attempts=3, min_bytes_per_second=10_000)["train"][0]
+    mirror.always = 10
+    with pytest.raises(UserError, match="the connection ended early; gave up after 3 attempts"):
+        list(read_texts(file.path))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_index_that_never_ends_is_given_up(mirror: Mirror) -> None:
+    mirror.pause = 0.002
+    with pytest.raises(UserError) as caught:
+        corpus_files(mirror.address, ["train"], attempts=3, min_bytes_per_second=10_000)
+    assert str(caught.value).startswith(f"data.path={mirror.address}: cannot be reached: ")
+    assert SLOW.search(str(caught.value))
+
+
+def test_an_answer_whose_head_never_ends_is_given_up(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.04)
+    mirror.head_pause = 0.005
+    assert "no answer in 0.08 s; gave up after 3 attempts" in refusal(mirror.address)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["²", "-5", "1e9", "9" * 5000, "soon", "", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Oct 99999 07:28:00 GMT", "٣"],
+    ids=["superscript", "negative", "float", "endless", "word", "empty", "past", "no date", "other digits"],
+)
+def test_a_server_may_ask_for_nonsense_before_the_next_attempt(mirror: Mirror, value: str) -> None:
+    mirror.headers, mirror.faults = {"Retry-After": value.encode().decode("latin-1")}, [503, 429]
+    file = corpus_files(mirror.address, ["train"], attempts=3)["train"][0]
+    assert list(read_texts(file.path)) == TRAIN[0]
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote, "time", Mock(wraps=time, sleep=waits.append, time=lambda: 1_445_412_480.0 - 20))
+    file = corpus_files(mirror.address, ["train"], attempts=4)["train"][0]
+    for value in ("7", "Wed, 21 Oct 2015 07:28:00 GMT", "99999"):
+        mirror.headers, mirror.faults = {"Retry-After": value}, [503]
+        list(read_texts(file.path))
+        mirror.headers = {}
+    assert waits == [7.0, 20.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Content-Range", "bytes 0-1"),
+        ("Content-Range", "bytes ²-3/4"),
+        ("Content-Range", "bytes " + "9" * 5000 + "-1/1"),
+        ("Content-Range", "bytes 5-9/10"),
+        ("Content-Length", "²"),
+        ("Content-Length", "-1"),
+        ("Content-Length", "9" * 5000),
+        ("Content-Length", "many"),
+    ],
+    ids=[
+        *("no size", "superscript", "endless", "another part"),
+        *("superscript length", "negative length", "endless length", "word"),
+    ],
+)
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_headers_that_are_nonsense_are_one_line(mirror: Mirror, name: str, value: str, ranges: bool) -> None:
+    files = corpus_files(mirror.address, ["train"], attempts=2)["train"]
+    mirror.headers, mirror.ranges = {name: value.encode().decode("latin-1")}, ranges
+    if name == "Content-Length":
+        assert "the server does not say how long" in refusal(mirror.address)
+    if ranges == (name == "Content-Range"):  # the header that the answer is read by
+        with pytest.raises(UserError, match="cannot be read after line 0: ") as caught:
+            list(read_texts(files[0].path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("file:///etc/passwd", "is not allowed"),
+        ("ftp://127.0.0.1/x", "redirects from http to ftp, which is not followed"),
+        ("/en/c4-train.00000-of-00002.json.gz", "infinite loop"),
+    ],
+    ids=["file", "ftp", "loop"],
+)
+def test_redirects_that_lead_nowhere(mirror: Mirror, target: str, words: str) -> None:
+    file = corpus_files(mirror.address, ["train"], attempts=3)["train"][0]
+    mirror.redirect = target
+    mirror.requests.clear()
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        list(read_texts(file.path))
+    assert "\n" not in str(caught.value)
+    assert len(mirror.requests) <= 11  # not asked again
+
+
+def test_an_encrypted_server_that_sends_on_to_a_plain_one_is_not_followed() -> None:
+    request = Request("https://host/a", headers={"Authorization": "Bearer secret"})
+    with pytest.raises(HTTPError, match="https://host/a redirects from https to http, which is not followed"):
+        remote._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", Message(), "http://host/a")
+    following = remote._Redirects().redirect_request(
+        Request("https://host/a", method="HEAD"), io.BytesIO(), 302, "Found", Message(), "https://store/a"
+    )
+    assert following is not None
+    assert following.get_method() == "HEAD"
+
+
+def test_a_token_is_not_sent_on_to_another_server(mirror: Mirror, tmp_path: Path) -> None:
+    file = corpus_files(mirror.address, ["train"])["train"][0].path
+    assert isinstance(file, RemoteFile)
+    with serving(mirror.root) as store:
+        mirror.redirect = f"{store.address}/en/{file.name}"
+        secret = replace(file, headers=(("authorization", "Bearer secret"), ("x-other", "1")))
+        mirror.tokens.clear()
+        assert list(read_texts(secret)) == TRAIN[0]
+        assert (mirror.tokens, store.tokens) == (["Bearer secret"], [None])
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["http://[x", "http://h:99999", "http://h:x/", "http://", "http://a b/c"],
+    ids=["bracket", "port too large", "port in letters", "no host", "space"],
+)
+def test_addresses_that_are_none(path: str) -> None:
+    assert refusal(path).startswith(f"data.path={path}".rstrip("/") + ": ")
 
 
 def test_the_first_files_are_enough(mirror: Mirror) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import distributed, remote
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts
+from trainer.corpus import RowLimits, corpus_files, read_texts
 from trainer.errors import ExitCode, UserError
 from trainer.evaluation import evaluate_on, open_run
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
@@ -25,6 +25,7 @@ from trainer.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, trai
 from trainer.verify import compare_runs
 
 FILES = 5
+STRICT = RowLimits()
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("texts"), {"train": files, "validation": [make_texts(12, 9)]})
 
 
-def stream(path: Path, *, tokenizer: TextTokenizer | None = None, lanes: int = 64, rows: int = 8) -> TextStream:
-    return TextStream(corpus_files(path)["train"], tokenizer or ByteTokenizer(), 32, lanes, rows)
+def stream(
+    path: Path, *, tokenizer: TextTokenizer | None = None, lanes: int = 64, rows: int = 8, limits: RowLimits = STRICT
+) -> TextStream:
+    return TextStream(corpus_files(path)["train"], tokenizer or ByteTokenizer(), 32, lanes, rows, limits)
 
 
 def source(
@@ -174,10 +177,13 @@ BAD = [
     pytest.param(gzip.compress(b'{"text": "fine"}\n{"text": "\xff"}\n'), "line 2 is not valid UTF-8", id="not UTF-8"),
     pytest.param(gzip.compress(b'{"text": ""}\n'), "no text in 1 files that are read in turn", id="an empty text"),
     pytest.param(gzip.compress(b""), "no text in 1 files that are read in turn", id="nothing"),
+    pytest.param(b"", "damaged or truncated gzip after line 0: the file has 0 bytes", id="no bytes"),
 ]
 
 
-@pytest.mark.parametrize(("content", "words"), BAD, ids=["cut short", "no JSON", "other bytes", "empty text", "empty"])
+@pytest.mark.parametrize(
+    ("content", "words"), BAD, ids=["cut short", "no JSON", "other bytes", "empty text", "empty", "no bytes"]
+)
 def test_text_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = write_corpus(tmp_path, {"train": [["a"]], "validation": [["b"]]})
     file = corpus_files(path)["train"][0].path
@@ -210,6 +216,95 @@ def positions_after_batch(of: TextStream, steps: int, batch: int) -> Tensor:
     one = source(of, batch=batch)
     steps_of(one, 0, steps)
     return one.position.clone()
+
+
+def rewrite(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Change the lines of every training file."""
+    for file in (path / "en").glob("c4-train*"):
+        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+        file.write_bytes(gzip.compress(b"".join(change(lines))))
+
+
+def test_lines_of_white_space_change_no_batch(texts: Path, tmp_path: Path) -> None:
+    path = write_corpus(tmp_path, {"train": [make_texts(30, seed) for seed in range(3)], "validation": [["v"]]})
+    plain = steps_of(source(stream(path)), 0, 20)
+    rewrite(path, lambda lines: [b"\n", *[part for line in lines for part in (line, b" \t\r\n")], b"\n", b"  "])
+    assert torch.equal(steps_of(source(stream(path)), 0, 20), plain)
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Path:
+    """Three files of 30 rows, of which the same four are bad: two kinds, one of them too long for 2,000 bytes."""
+    path = write_corpus(tmp_path / "s", {"train": [make_texts(30, seed) for seed in range(3)], "validation": [["v"]]})
+
+    def spoil(lines: list[bytes]) -> list[bytes]:
+        for place in (2, 11, 25):
+            lines[place] = b"{nonsense\n"
+        lines[17] = json.dumps({"text": "x" * 3000}).encode() + b"\n"
+        return lines
+
+    rewrite(path, spoil)
+    return path
+
+
+LENIENT = RowLimits(max_line_bytes=2000, max_bad_rows=4)
+
+
+def test_bad_rows_are_left_out_alike_at_every_number_of_processes_and_on_resume(spoiled: Path) -> None:
+    of = stream(spoiled, limits=LENIENT)
+    alone = steps_of(source(of), 0, 30)
+    assert not (alone == ord("x")).flatten(0, 1).all(-1).any()
+    for stop in (1, 9, 20):
+        saved = positions_after(of, stop)
+        for world in (1, 4):
+            ranks = [source(of, rank, world) for rank in range(world)]
+            for one in ranks:
+                one.position.copy_(saved)
+            assert torch.equal(torch.cat([steps_of(one, stop, 30) for one in ranks], dim=1), alone[stop:])
+
+
+def test_a_higher_limit_goes_on_where_a_lower_one_stopped(spoiled: Path) -> None:
+    alone = steps_of(source(stream(spoiled, limits=LENIENT)), 0, 30)
+    strict = source(stream(spoiled, limits=RowLimits(max_line_bytes=2000, max_bad_rows=2)))
+    steps, position = 0, strict.position.clone()
+    with pytest.raises(UserError) as caught:  # noqa: PT012
+        while True:
+            step_of(strict, steps)
+            steps, position = steps + 1, strict.position.clone()
+    assert "the file has 2 such rows before it, data.max_bad_rows=2 of a file may be left out" in str(caught.value)
+    assert 0 < steps < 30
+    again = source(stream(spoiled, limits=LENIENT))
+    again.position.copy_(position)
+    assert torch.equal(steps_of(again, steps, 30), alone[steps:])
+    # Rows that the first part has read count in the second one too.
+    lower = source(stream(spoiled, limits=RowLimits(max_line_bytes=2000, max_bad_rows=1)))
+    lower.position.copy_(position)
+    with pytest.raises(UserError, match=r"data.max_bad_rows=1 of a file may be left out"):
+        step_of(lower, steps)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_what_is_left_out_is_said_once_a_file(spoiled: Path, capfd: pytest.CaptureFixture[str], world: int) -> None:
+    of = stream(spoiled, limits=LENIENT, lanes=2)
+    for rank in range(world):
+        one = source(of, rank, world)
+        steps_of(one, 0, 60)
+        assert int(one.position[:, 0].max()) >= 1 or rank  # into the second epoch
+    lines = capfd.readouterr().err.splitlines()
+    for file in of.files:
+        mine = [line for line in lines if str(file.path) in line]
+        assert len(mine) == 2
+        assert "left out, as up to data.max_bad_rows=4 rows of a file are" in mine[0]
+        assert mine[1] == f"{file.path}: 4 bad rows left out of the whole file"
+    assert len(lines) == 2 * len(of.files)
+
+
+def test_validation_leaves_bad_rows_out(spoiled: Path) -> None:
+    files = corpus_files(spoiled)["train"]
+    with pytest.raises(UserError, match="line 3 is not JSON"):
+        read_head(files, ByteTokenizer(), None)
+    _, ends = read_head(files, ByteTokenizer(), None, LENIENT)
+    assert len(ends) == 3 * 26
 
 
 # Whole runs
