@@ -29,6 +29,7 @@ from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.rundir import RunConfig
+from trainer.spikes import SpikeAction
 
 _SOURCES = "data.sources"
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -68,6 +69,12 @@ class TrainConfig:
             self.precision.validate_schedule(self.train.steps)
         except ValueError as error:
             raise UserError(f"precision.{one_line(error)}") from error
+
+        if self.train.spike is SpikeAction.rollback and self.checkpoint.every == 0:
+            raise UserError(
+                "train.spike=rollback goes back to a scheduled checkpoint, and checkpoint.every=0 writes none: set "
+                "checkpoint.every, or take train.spike=skip"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from precision.probe import Probe
 from precision.recipe import Plan
 from trainer import distributed
@@ -28,8 +30,9 @@ from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, ProbeConfig, Status, train
-from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
+from trainer.metrics import Console, MetricsFile, Trackers, evaluated_step
 from trainer.rundir import Resume, RunDirectory, environment
+from trainer.spikes import SpikeAction, SpikeWatch
 from trainer.stream import TextStream
 
 _FIXED_DATA = (
@@ -190,7 +193,11 @@ def _build(
         data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
     )
     state.position = source.position
-    checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta)
+    if config.train.spike is not SpikeAction.off:
+        state.spikes = SpikeWatch(config.train.spike_window, config.train.spike_deviations)
+        state.left_out = torch.zeros((), dtype=torch.int64)
+    rolls_back = config.train.spike is SpikeAction.rollback
+    checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta, keep_scheduled=rolls_back)
     if checkpoint is not None:
         checkpointer.restore(state, checkpoint)
         state.plan.resume(state.step, config.train.steps)
@@ -227,7 +234,7 @@ def _build(
     }
     env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
-    job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))
+    job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     if world.is_main:
         job.metrics = MetricsFile(directory.metrics)
         job.console = Console(config.log, config.train.steps, state.step)
