@@ -174,9 +174,10 @@ def load_into(
     here = _describe(tensors)
     # What is known of spikes hangs on train.spike, which may change within a run: what fits is read.
     known = {name for name in here.keys() | there.keys() if name.startswith(SPIKE_PREFIX)}
-    apart = [*without, *(name for name in known if there.get(name) != here.get(name))]
-    tensors = {name: value for name, value in tensors.items() if name not in apart}
-    there = {name: value for name, value in there.items() if name not in apart}
+    passed_over = {*without, *(name for name in known if there.get(name) != here.get(name))}
+    tensors, there = (
+        {name: value for name, value in both.items() if name not in passed_over} for both in (tensors, there)
+    )
     _require_same_tensors(checkpoint.path, there, _describe(tensors))
     dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=process_group)
     state.read_counters()
