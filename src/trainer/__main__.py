@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 
 import native
@@ -78,5 +79,14 @@ def _complain(error: UserError) -> int:
     return ExitCode.BAD_INPUT
 
 
+def _leave(code: int) -> None:
+    """End, even where a thread waits for a rank that is gone."""
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

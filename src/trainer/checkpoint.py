@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -34,7 +34,8 @@ from trainer.errors import UserError, one_line
 from trainer.files import sha256_of, sync_directory, write_json
 from trainer.metadata import NAME as METADATA
 from trainer.metadata import ForbiddenError, Reader
-from trainer.state import RECIPE_PREFIX, TrainState, local
+from trainer.spikes import COUNT, LEFT_OUT, SPIKE_PREFIX
+from trainer.state import POSITION, RECIPE_PREFIX, TrainState, local
 
 T = TypeVar("T")
 FORMAT = 1
@@ -112,9 +113,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints under ``directory`` that were finished, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(
-        (path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
-    )
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
 
 def had_checkpoints(directory: Path) -> bool:
@@ -278,15 +277,19 @@ def load_into(
     *,
     other_recipe: bool = False,
     of_ranks: bool = False,
+    without: Collection[str] = (),
 ) -> None:
     """Read the checkpoint into the state's own tensors, whatever world size wrote it.
 
     With ``other_recipe``, what the recipe of the checkpoint remembered is left out, and what this one remembers is
-    unknown. With ``of_ranks``, what several ranks remembered each for itself becomes their maximum.
+    unknown. With ``of_ranks``, what several ranks remembered each for itself becomes their maximum. Tensors named in
+    ``without`` stay as they are.
     Raises UserError if the checkpoint holds other tensors.
     """
-    tensors = state.tensors()
     there = checkpoint.meta["tensors"]
+    if LEFT_OUT in there and state.left_out is None:  # whatever this run does about spikes, data left out stays so
+        state.left_out = torch.zeros((), dtype=torch.int64)
+    tensors = state.tensors()
     apart = [name for name, value in tensors.items() if _is_of_ranks(name, there.get(name), value)]
     if apart and not of_ranks:
         ranks = there[apart[0]][1]
@@ -305,6 +308,13 @@ def load_into(
             {name: value for name, value in both.items() if not name.startswith(RECIPE_PREFIX)}
             for both in (tensors, there)
         )
+    here = _describe(tensors)
+    # What is known of spikes hangs on train.spike, which may change within a run: what fits is read.
+    known = {name for name in here.keys() | there.keys() if name.startswith(SPIKE_PREFIX)}
+    passed_over = {*without, *(name for name in known if there.get(name) != here.get(name))}
+    tensors, there = (
+        {name: value for name, value in both.items() if name not in passed_over} for both in (tensors, there)
+    )
     _require_same_tensors(checkpoint.path, there, _describe(tensors))
     _load(Reader(checkpoint.path, checkpoint.meta["tensors"]), tensors, process_group=process_group)
     state.read_counters()
@@ -364,8 +374,17 @@ def _require_same_tensors(path: Path, there: Mapping[str, Any], here: Mapping[st
 class Checkpointer:
     """Writes checkpoints of one run, one at a time. Every method is called on all ranks."""
 
-    def __init__(self, config: CheckpointConfig, directory: Path, world: World, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        directory: Path,
+        world: World,
+        meta: Mapping[str, Any],
+        *,
+        keep_scheduled: bool = False,  # the newest of those that were due, whatever was written after it
+    ) -> None:
         self.directory = directory
+        self._keep_scheduled = keep_scheduled
         self._config = config
         self._world = world
         self._meta = dict(meta)
@@ -398,6 +417,45 @@ class Checkpointer:
         if other_recipe:
             self._meta["recipe_changes"] = [*self._meta["recipe_changes"], {"step": state.step, "before": before}]
         self.saved_step = state.step
+
+    def roll_back(self, state: TrainState, step: int) -> str | None:
+        """Put ``state`` back to the checkpoint of ``step`` and remove the later ones; or why not, with nothing changed.
+
+        A text stream, which goes forward only, stays where it stands, as do the counts of spikes and of data left out.
+        """
+        self.wait()
+        found = self._find(step)
+        if isinstance(found, str):
+            return found
+        if state.spikes is not None:
+            state.spikes.forget()
+        kept = (POSITION, COUNT, LEFT_OUT)
+        self._world.on_all(lambda: load_into(found, state, self._world.checkpoint, without=kept))
+        # The newest first: those of a path that is left remain a whole path, which leads here again.
+        self._world.on_main(
+            lambda: _remove(path for path in reversed(list_checkpoints(self.directory)) if _step_of(path) > step)
+        )
+        self.saved_step = step
+        return None
+
+    def _find(self, step: int) -> Checkpoint | str:
+        """The checkpoint of ``step``, or why it is none to go back to; on all ranks alike."""
+        path = self.directory / f"step-{step:08}"
+        if step == 0:
+            return "there is no checkpoint before it"
+        if not self._world.on_main(path.is_dir):
+            return f"{path} was not written"
+        try:
+            checkpoint = examine(path, self._world)
+        except ValueError as error:
+            return f"checkpoint {path} is damaged ({error})"
+        if checkpoint.meta["recipe"] != self._meta["recipe"]:
+            return f"checkpoint {path} is of another recipe"
+        # Only a run that was stopped there has written it: one left alone must not do otherwise.
+        skipped = self._world.on_main(lambda: read_tensors(path, "train.nonfinite_in_a_row"))
+        if any(int(value) for value in skipped.values()):
+            return f"checkpoint {path} was written amid non-finite steps"
+        return checkpoint
 
     def save(self, state: TrainState, *, prune: bool = True) -> None:
         """Snapshot the state and write it, in the background if so configured; then remove what need not be kept.
@@ -444,8 +502,9 @@ class Checkpointer:
                 f"{time.monotonic() - self._began:.0f} s to write: a slow disk, or too small a checkpoint.every"
             )
 
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
+    def close(self, *, wait: bool = True) -> None:
+        """``wait`` False: where a write can wait for ever, for a rank that is gone."""
+        self._executor.shutdown(wait=wait, cancel_futures=not wait)
 
     def _report(self) -> None:
         if self._world.is_main:
@@ -515,12 +574,25 @@ class Checkpointer:
             say(f"{directory}: its file system cannot flush directories; a power cut may cost the newest checkpoint")
 
     def _prune(self) -> None:
-        every = self._config.keep_every
-        for path in list_checkpoints(self.directory)[: -self._config.keep_last]:
-            if not every or int(path.name[5:]) % every:
-                # Renamed first: what bears a checkpoint's name is whole, also if this is killed half-way.
-                going = path.rename(path.with_suffix(".deleting"))
-                shutil.rmtree(going, ignore_errors=True)
+        every, there = self._config.keep_every, list_checkpoints(self.directory)
+        due = [path for path in there if self._config.every and _step_of(path) % self._config.every == 0]
+        kept = due[-1:] if self._keep_scheduled else []
+        _remove(
+            path
+            for path in there[: -self._config.keep_last]
+            if path not in kept and (not every or _step_of(path) % every)
+        )
+
+
+def _remove(checkpoints: Iterable[Path]) -> None:
+    for path in checkpoints:
+        # Renamed first: what bears a checkpoint's name is whole, also if this is killed half-way.
+        going = path.rename(path.with_suffix(".deleting"))
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def _reason(error: BaseException) -> str:

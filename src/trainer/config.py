@@ -33,6 +33,7 @@ from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.rundir import RunConfig
+from trainer.spikes import SpikeAction
 
 _SOURCES = "data.sources"
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
@@ -74,6 +75,12 @@ class TrainConfig:
             self.precision.validate_schedule(self.train.steps)
         except ValueError as error:
             raise UserError(f"precision.{one_line(error)}") from error
+
+        if self.train.spike is SpikeAction.rollback and self.checkpoint.every == 0:
+            raise UserError(
+                "train.spike=rollback goes back to a scheduled checkpoint, and checkpoint.every=0 writes none: set "
+                "checkpoint.every, or take train.spike=skip"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""

@@ -26,6 +26,7 @@ from trainer.errors import ExitCode
 from trainer.metrics import Console, MetricsFile, Trackers
 from trainer.optim import OptimConfig, learning_rate, measured_step
 from trainer.sharpness import sharpness
+from trainer.spikes import Spike, SpikeAction
 from trainer.state import TrainState, evaluating, local
 
 
@@ -37,12 +38,18 @@ class LoopConfig:
     micro_batch_size: Any = "auto"  # sequences a process computes at once; auto: the largest that fits
     max_nonfinite_in_a_row: int = 10  # skipped steps before the run ends as diverged
     stop_after: str | None = None  # HH:MM:SS since the launcher began: then a checkpoint, and exit code 75
+    spike: SpikeAction = SpikeAction.off  # what is done about a step whose loss or gradient norm is far above the last
+    spike_window: int = 128  # applied steps that the mean and the deviation are of
+    spike_deviations: float = 6.0  # above the mean, in standard deviations, from which it is a spike
+    spike_limit: int = 10  # spikes that are dealt with; at the next one the run ends as diverged
 
     def validate(self) -> None:
-        """Raises ValueError for counts below one."""
-        for name in ("steps", "max_nonfinite_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        """Raises ValueError for counts that are too small, deviations that are not positive, and what is no time."""
+        for name, least in (("steps", 1), ("max_nonfinite_in_a_row", 1), ("spike_window", 2), ("spike_limit", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        if not 0 < self.spike_deviations < math.inf:
+            raise ValueError(f"train.spike_deviations={self.spike_deviations}: must be positive and finite")
         if self.stop_after is not None:
             try:
                 seconds_of(self.stop_after)
@@ -125,6 +132,7 @@ class Job:
     source: DataSource
     validation: DataSource | None
     validation_bytes: float  # of the text that the validation targets spell
+    micro_batch: int  # sequences
     tokens_per_step: int
     config: LoopConfig
     eval_config: EvalConfig
@@ -166,6 +174,7 @@ class StepResult:
     loss_scale: float | None = None  # of this step, if the recipe scales the loss
     caught: bool = False  # an overflow of scaled gradients that lowers the loss scale: no sign of divergence
     telemetry: dict[str, float] = field(default_factory=dict)  # of the update, at the steps it is asked for
+    spike: Spike | None = None  # found in its numbers
 
     @property
     def loss(self) -> float:
@@ -176,9 +185,13 @@ class StepResult:
         return self.read()[1]
 
     @property
-    def applied(self) -> bool:
-        """False: something was not finite and the parameters are as before."""
+    def finite(self) -> bool:
         return all(map(math.isfinite, self.read()))
+
+    @property
+    def applied(self) -> bool:
+        """False: something was not finite, or the step a spike, and the parameters are as before."""
+        return self.finite and self.spike is None
 
 
 @dataclass(frozen=True)
@@ -213,7 +226,7 @@ def train(job: Job) -> Outcome:
         job.unlogged = Unlogged(state.step, result, started, ended)
         evaluation = _due(job.eval_config.every, state.step) or state.step == total
         careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
-        known = not job.world.deferred or result.loss_scale is not None
+        known = not job.world.deferred or result.loss_scale is not None or state.spikes is not None
         save = job.overdue or _due(job.checkpoint_every, state.step)
         if known or stop_code or evaluation or careful or save:
             settle(job)
@@ -224,6 +237,14 @@ def train(job: Job) -> Outcome:
                 state.step,
                 f"{state.nonfinite_in_a_row} steps in a row with a non-finite loss or gradient",
             )
+        if result.spike is not None:
+            done = state.step
+            if outcome := _after_spike(job, result, result.spike):
+                return outcome
+            if state.step < done:  # rolled back
+                if stop_code:
+                    return _stopped(job, stop_code)
+                continue
         if not stop_code and _due(job.eval_config.every, state.step) and state.step < total:
             stop_code = evaluate(job)
         # In the middle of skipped steps the weights may be past saving: such a checkpoint replaces no other.
@@ -253,7 +274,7 @@ def settle(job: Job) -> None:
     if job.unlogged is None:
         return
     last, job.unlogged = job.unlogged, None
-    if last.result.applied:
+    if last.result.finite:
         job.state.nonfinite_in_a_row = 0
     elif not last.result.caught:
         job.state.nonfinite_in_a_row += 1
@@ -261,6 +282,44 @@ def settle(job: Job) -> None:
     before, job.logged_at = job.logged_at, time.monotonic()
     seconds = max(job.logged_at - max(last.started, before), last.ended - last.started)
     _log_step(job, last.step, last.result, seconds)
+
+
+def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
+    """Write down that the last step was a spike, and go back if so configured. The end of the run, if it ends here."""
+    state, config, every, step = job.state, job.config, job.checkpoint_every, job.state.step
+    assert state.spikes is not None
+    assert state.left_out is not None
+    ends = int(state.spikes.count) >= config.spike_limit
+    row: dict[str, Any] = {
+        "kind": "spike",
+        "step": step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "deviations": spike.deviations,
+        "action": "end" if ends else "skip",
+        "samples": _samples(job, step - 1, step),
+        "back_to": None,
+        "time": time.time(),
+    }
+    if not ends:
+        state.spikes.count += 1
+    if config.spike is SpikeAction.rollback and not ends:
+        # Not the newest there is: a run that was stopped on the way has others than one that was left alone.
+        target = (step - 1) // every * every
+        samples = _samples(job, target, step)
+        reason = job.checkpointer.roll_back(state, target)
+        if reason is None:
+            state.left_out += step - target
+            state.plan.resume(target, config.steps)
+            row |= {"action": "rollback", "samples": samples, "back_to": target}
+            job.say(f"back to step {target}: samples {samples[0]} to {samples[1]} of the run are left out")
+        else:
+            job.say(f"warning: not back to step {target}: {reason}; the run goes on without the update of step {step}")
+    job.log(row)
+    if not ends:
+        return None
+    reason = f"more than train.spike_limit={config.spike_limit} spikes: at step {step} {spike}"
+    return Outcome(Status.diverged, step, reason)
 
 
 def train_step(job: Job, step: int) -> tuple[StepResult, int]:
@@ -280,11 +339,12 @@ def train_step(job: Job, step: int) -> tuple[StepResult, int]:
 def update_from(
     state: TrainState, source: DataSource, world: World, config: OptimConfig, step: int, total_steps: int
 ) -> StepResult:
-    """Forward and backward over the micro-batches of ``step``, one update, or none if something is not finite."""
+    """Forward and backward over the micro-batches of ``step``; one update, or none if it is not finite, or a spike."""
     model, optimizer, plan, device = state.model, state.optimizer, state.plan, world.device
-    plan.begin_step(step, source.first_sample(step), total_steps)
+    data_step = state.data_step(step)
+    plan.begin_step(step, source.first_sample(data_step), total_steps)
     world.watch.at(f"step {step + 1}, reading its batch")
-    batches = [source.batch(step, micro) for micro in range(source.num_micro)]
+    batches = [source.batch(data_step, micro) for micro in range(source.num_micro)]
     world.watch.at(f"step {step + 1}")
     # Over all ranks and micro-batches, so that accumulation and world size change nothing but the order of sums.
     (total_weight,) = world.sum(sum(float(batch.weights.sum()) for batch in batches))
@@ -311,8 +371,8 @@ def update_from(
         if config.clip_norm > 0:
             there = (totals[1] / state.num_replicas).sqrt()
             factor = (config.clip_norm / (there + 1e-6)).clamp(max=1.0).float()
-        # A new loss scale and the telemetry hang on the numbers of this very step.
-        if loss_scale is None and not measured and can_gate(optimizer):
+        # A new loss scale, the telemetry, and whether it is a spike hang on the numbers of this very step.
+        if loss_scale is None and not measured and state.spikes is None and can_gate(optimizer):
             return _update_there(state, totals, factor, total_weight, lr)
         total_loss, total_squares = totals.tolist()
     else:
@@ -321,7 +381,9 @@ def update_from(
         total_loss, total_squares = world.sum(float(loss_sum), squares)
     loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     state.settle()
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    spike = state.spikes.observe(loss, grad_norm) if finite and state.spikes is not None else None
+    applied = finite and spike is None
     overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
     caught = overflow and plan.can_back_off
     telemetry: dict[str, float] = {}
@@ -336,7 +398,7 @@ def update_from(
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     plan.end_step(applied=applied, overflow=overflow)
-    return StepResult(lr, lambda: (loss, grad_norm), loss_scale, caught, telemetry)
+    return StepResult(lr, lambda: (loss, grad_norm), loss_scale, caught, telemetry, spike)
 
 
 def _totals_there(world: World, loss_sum: Tensor, gradients: list[Tensor]) -> Tensor:
@@ -472,16 +534,17 @@ def _log_step(job: Job, step: int, result: StepResult, seconds: float) -> None:
     if result.loss_scale is not None:
         row["loss_scale"] = result.loss_scale
     if not result.applied:
-        first = job.source.first_sample(step - 1) if job.world.is_main else 0
+        row["samples"] = first, last = _samples(job, step - 1, step)
         row["skipped"] = f"loss {result.loss}, grad norm {result.grad_norm}"
-        row["samples"] = [first, first + _samples_per_step(job) - 1]
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if result.spike is not None:
+            row["skipped"] = reason = f"spike: {result.spike}"
         if result.caught:
             row["skipped"] = f"gradient overflow at loss scale {result.loss_scale:g}"
             reason = f"{row['skipped']}, now {job.state.plan.loss_scale:g}"
         job.say(
             f"{'' if result.caught else 'warning: '}step {step} skipped on all ranks: {reason}; "
-            f"its batch is samples {first} to {row['samples'][1]} of the run"
+            f"its batch is samples {first} to {last} of the run"
         )
     job.log(row)
     if job.console is not None:
@@ -498,8 +561,10 @@ def _log_probe(job: Job, probe: Probe, step: int) -> None:
         job.trackers.log({"kind": "probe", "step": step} | values)
 
 
-def _samples_per_step(job: Job) -> int:
-    return job.source.first_sample(1) - job.source.first_sample(0)
+def _samples(job: Job, begin: int, end: int) -> list[int]:
+    """The first and the last sample, over all ranks, of steps ``begin`` (from 0) to before ``end``; of rank 0 alone."""
+    first, after = (job.source.first_sample(job.state.data_step(step)) for step in (begin, end))
+    return [first, after - 1]
 
 
 def _stopped(job: Job, code: int) -> Outcome:

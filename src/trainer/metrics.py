@@ -122,6 +122,17 @@ def read_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     return (row for row in _rows(path) if row["kind"] == kind)
 
 
+def evaluated_step(path: Path) -> int:
+    """The newest validation of the path that the run is on, -1 if there is none: those before a rollback are not."""
+    newest = -1
+    for row in _rows(path):
+        if row["kind"] == "eval":
+            newest = max(newest, row["step"])
+        elif row["kind"] == "spike" and isinstance(row.get("back_to"), int):
+            newest = min(newest, row["back_to"])
+    return newest
+
+
 def corrupt_lines(path: Path) -> list[int]:
     """The numbers, from 1, of the lines that ``read_metrics`` passes over: what is no row, a torn last one too."""
     return [number for number, row in _numbered(path) if row is None]

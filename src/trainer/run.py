@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from precision.probe import Probe
 from precision.recipe import Plan
 from trainer import distributed
@@ -28,8 +30,10 @@ from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, RunFailed, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, ProbeConfig, Status, train
-from trainer.metrics import Console, MetricsFile, Trackers, read_metrics
+from trainer.machine import out_of_memory_line
+from trainer.metrics import Console, MetricsFile, Trackers, evaluated_step
 from trainer.rundir import Resume, RunDirectory, environment
+from trainer.spikes import SpikeAction, SpikeWatch
 from trainer.stream import TextStream
 
 _FIXED_DATA = (
@@ -58,10 +62,12 @@ def run(config: TrainConfig) -> ExitCode:
             directory.lock(world, stop)
             try:
                 return _run(config, world, directory, stop)
-            except RuntimeError as error:
-                if not distributed.broken_connection(error):
-                    raise
-                raise RunFailed(distributed.explain_broken(error, world, directory.path)) from error
+            except (RuntimeError, MemoryError, OSError) as error:
+                if distributed.broken_connection(error):
+                    raise RunFailed(distributed.explain_broken(error, world, directory.path)) from error
+                if (line := out_of_memory_line(error)) is not None:
+                    raise RunFailed(_of_rank(world, line)) from error
+                raise
             finally:
                 directory.unlock()
     finally:
@@ -84,24 +90,34 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
         )
     world.watch.at("building the model")
     job = _build(config, world, directory, data, checkpoint, stop)
+    broken = False
     try:
         outcome = train(job)
         world.watch.at("the sample and the summary")
         _finish(config, job, directory, data, outcome)
         return outcome.status.exit_code
     except (Exception, KeyboardInterrupt) as error:
+        broken = distributed.broken_connection(error)
         # An error of one rank ends the others through a broken connection; each says what it saw.
+        line = out_of_memory_line(error, job.micro_batch)
         if world.is_main:
-            directory.write_done(Status.failed.value, job.state.step, f"{type(error).__name__}: {one_line(error)}")
+            reason = line or f"{type(error).__name__}: {one_line(error)}"
+            directory.write_done(Status.failed.value, job.state.step, reason)
+        if line is not None:
+            raise RunFailed(_of_rank(world, line)) from error
         raise
     finally:
-        job.checkpointer.close()  # the lock is given back only when nothing is being written any more
+        job.checkpointer.close(wait=not broken)  # the lock is given back only when nothing is being written any more
         if job.console is not None:
             job.console.close()
         if job.metrics is not None:
             job.metrics.close()
         if job.trackers is not None:
             job.trackers.close()
+
+
+def _of_rank(world: World, line: str) -> str:
+    return f"rank {world.rank}: {line}" if world.size > 1 else line
 
 
 def _find(config: TrainConfig, world: World, directory: RunDirectory) -> Checkpoint | str | None:
@@ -223,7 +239,11 @@ def _build(
         data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
     )
     state.position = source.position
-    checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta)
+    if config.train.spike is not SpikeAction.off:
+        state.spikes = SpikeWatch(config.train.spike_window, config.train.spike_deviations)
+        state.left_out = torch.zeros((), dtype=torch.int64)
+    rolls_back = config.train.spike is SpikeAction.rollback
+    checkpointer = Checkpointer(config.checkpoint, directory.checkpoints, world, meta, keep_scheduled=rolls_back)
     if checkpoint is not None:
         checkpointer.restore(state, checkpoint)
         state.plan.resume(state.step, config.train.steps)
@@ -244,6 +264,7 @@ def _build(
         source=batches,
         validation=validation,
         validation_bytes=validation_bytes,
+        micro_batch=micro_batch,
         tokens_per_step=config.data.global_batch_size * config.data.seq_len,
         config=config.train,
         eval_config=config.eval,
@@ -260,7 +281,7 @@ def _build(
     }
     env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
-    job.evaluated_step = world.on_main(lambda: max(read_metrics(directory.metrics, "eval"), default=-1))
+    job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     if world.is_main:
         job.metrics = MetricsFile(directory.metrics)
         job.console = Console(config.log, config.train.steps, state.step)

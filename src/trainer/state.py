@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from precision.recipe import Plan
+from trainer.spikes import LEFT_OUT, SpikeWatch
 
 RECIPE_PREFIX = "recipe."
 """Of the names of what the precision recipe remembers."""
@@ -21,10 +22,10 @@ POSITION = "data.position"
 
 @dataclass
 class TrainState:
-    """Model, optimizer, what the recipe remembers, and two counters.
+    """Model, optimizer, what the recipe remembers, and two counters; of spikes, what a run that looks for them knows.
 
     Data order, learning rate and noise are functions of (seed, step): they have no state. Only a text stream has a
-    position.
+    position, and only a rollback leaves data out.
     """
 
     model: nn.Module
@@ -34,6 +35,8 @@ class TrainState:
     step: int = 0  # steps done
     nonfinite_in_a_row: int = 0
     position: Tensor | None = None  # of the data, where it is no function of the step; the source keeps it up to date
+    spikes: SpikeWatch | None = None
+    left_out: Tensor | None = None  # int64 scalar: steps of data left out; None, which is none, where it is not saved
     unread: Callable[[], object] | None = None  # reads the numbers of the last step, where nothing has waited for them
     _counters: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -42,6 +45,10 @@ class TrainState:
         unread, self.unread = self.unread, None
         if unread is not None:
             unread()
+
+    def data_step(self, step: int) -> int:
+        """Whose batch, in the order of the data, ``step`` (both from 0) trains on."""
+        return step if self.left_out is None else step + int(self.left_out)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, alive: what a checkpoint saves, and loads into in place."""
@@ -53,6 +60,10 @@ class TrainState:
                 result[f"optim.{name}.{key}"] = value
         if self.position is not None:
             result[POSITION] = self.position
+        if self.spikes is not None:
+            result |= self.spikes.tensors()
+        if self.left_out is not None:
+            result[LEFT_OUT] = self.left_out
         result |= {f"{RECIPE_PREFIX}{name}": value for name, value in self.plan.state_tensors().items()}
         self._counters = {
             "train.step": torch.tensor(self.step),

@@ -66,6 +66,11 @@ def complaint(*overrides: str) -> str:
         ("optim.decay_fraction=2", "optim.decay_fraction=2.0"),
         ("train.steps=0", "train.steps=0: must be at least 1"),
         ("train.max_nonfinite_in_a_row=0", "train.max_nonfinite_in_a_row=0"),
+        ("train.spike=rolback", "train.spike: Invalid value 'rolback', expected one of [off, skip, rollback]"),
+        ("train.spike_window=1", "train.spike_window=1: must be at least 2"),
+        ("train.spike_deviations=0", "train.spike_deviations=0.0: must be positive and finite"),
+        ("train.spike_deviations=nan", "train.spike_deviations=nan: must be positive and finite"),
+        ("train.spike_limit=0", "train.spike_limit=0: must be at least 1"),
         ("train.micro_batch_size=0", "train.micro_batch_size=0: must be 'auto' or a whole number"),
         ("train.micro_batch_size=big", "train.micro_batch_size=big: must be 'auto' or a whole number"),
         ("eval.every=-1", "eval.every=-1"),
@@ -139,6 +144,12 @@ def test_every_mistake_is_one_line(override: str, words: str) -> None:
 )
 def test_every_mistake_in_a_mixture_is_one_line(override: str, words: str) -> None:
     assert words in complaint("data=mix", override)
+
+
+def test_a_rollback_needs_checkpoints() -> None:
+    words = "train.spike=rollback goes back to a scheduled checkpoint, and checkpoint.every=0 writes none"
+    assert words in complaint("train.spike=rollback", "checkpoint.every=0")
+    load_config(["train.spike=skip", "checkpoint.every=0"])
 
 
 def test_sources_can_be_written_at_once_or_one_by_one() -> None:

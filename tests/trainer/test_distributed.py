@@ -23,7 +23,7 @@ from trainer.__main__ import main
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import load_config
 from trainer.errors import ExitCode, UserError
-from trainer.metrics import read_metrics
+from trainer.metrics import read_metrics, read_rows
 from trainer.restore import restore_run
 from trainer.verify import command, compare_runs, run_killed, run_to_end
 
@@ -50,6 +50,13 @@ STILL = ("train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "eval.tokens
 KILLED = ("train.steps=40", "checkpoint.every=3", "eval.every=7", "train.micro_batch_size=2")
 
 
+# Numbers that jump, and a learning rate that does not depend on where a run ends.
+SPIKES = (
+    *("precision=fp32", "optim.lr=0.02", "optim.schedule=constant", "optim.warmup_steps=0", "eval.tokens=0"),
+    *("train.spike=rollback", "train.spike_window=5", "train.spike_deviations=2", "checkpoint.every=3"),
+    *("checkpoint.keep_last=1", "sample.tokens=0"),
+)
+
 # Equal micro-batches, whose blocks of 32 tokens lie within a sample: each rank quantizes what one process would.
 NARROW = ("train.steps=4", "train.micro_batch_size=2", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.tokens=0")
 RECIPES = {
@@ -75,6 +82,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("llama-1", *TRAIN),
             overrides("gpt-1", *TRAIN, gpt=True),
             overrides("still-1", *STILL),
+            overrides("spikes-1", *SPIKES, "train.steps=15"),
             *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4", "fp16")),
         ],
         2: [
@@ -83,6 +91,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("replicated-2", *TRAIN, "parallel=hsdp"),
             overrides("still-2", *STILL),
             overrides("alone-2", *KILLED),
+            overrides("spikes-2", *SPIKES, "train.steps=15"),
+            *(overrides("spikes-in-parts-2", *SPIKES, f"train.steps={steps}") for steps in (10, 13, 15)),
             *(overrides(f"{name}-2", *NARROW, *RECIPES[name]) for name in RECIPES),
         ],
         4: [overrides("hsdp-4", *TRAIN, "parallel=hsdp"), overrides("still-4", *STILL, "parallel=hsdp")],
@@ -122,6 +132,16 @@ def test_two_processes_scale_the_loss_and_skip_alike(runs: Path) -> None:
         assert [row.get(key) for row in one] == [row.get(key) for row in two]
     assert 1 <= sum("skipped" in row for row in one) < len(one)
     assert losses(runs / "fp16-2") == pytest.approx(losses(runs / "fp16-1"), rel=0, abs=2e-3)
+
+
+def test_two_processes_find_the_spikes_of_one_and_go_back_alike(runs: Path) -> None:
+    one, two, parts = (
+        [(row["step"], row["back_to"], row["samples"]) for row in read_rows(runs / name / "metrics.jsonl", "spike")]
+        for name in ("spikes-1", "spikes-2", "spikes-in-parts-2")
+    )
+    assert one == two == parts == [(11, 9, [72, 87]), (12, 9, [88, 111])]
+    assert losses(runs / "spikes-2") == pytest.approx(losses(runs / "spikes-1"), rel=0, abs=2e-3)
+    assert compare_runs(runs / "spikes-2", runs / "spikes-in-parts-2") == []
 
 
 def test_two_processes_see_the_amaxes_and_the_noise_of_one(runs: Path) -> None:

@@ -203,6 +203,17 @@ def test_corrupt_lines_are_named_skipped_and_counted(tmp_path: Path) -> None:
     assert any(f"{path.name}/metrics.jsonl: 3 corrupt lines skipped, number 5, 6, 25" in x for x in summary["limits"])
 
 
+def test_spikes_that_the_trainer_met_are_said(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "bf16", 0)
+    rows = [
+        {"kind": "spike", "step": step, "action": action, "samples": [8 * step, 8 * step + 7]}
+        for step, action in ((3, "skip"), (7, "rollback"), (7, "rollback"), (9, "rollback"))  # 7: met again
+    ]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert f"{path.name}: train.spike met 3 spikes (rollback 2, skip 1)." in summary_of(tmp_path)["limits"]
+
+
 def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directories in"):
         write_report([tmp_path], tmp_path, Settings())

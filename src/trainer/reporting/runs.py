@@ -7,7 +7,7 @@ import json
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from trainer.config import flatten, read_yaml
 from trainer.environ import printable
 from trainer.errors import UserError, one_line
-from trainer.metrics import corrupt_lines, number, read_metrics
+from trainer.metrics import corrupt_lines, number, read_metrics, read_rows
 from trainer.statistics import DivergenceRule, spike_score, spikes
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
@@ -82,6 +82,7 @@ class Run:
     diverged_at: int | None = None
     num_spikes: int = 0
     spike_score: float | None = None
+    spikes_met: dict[str, int] = field(default_factory=dict)  # by what the trainer did about them: ``train.spike``
     tokens_per_step: int = 0
     tokens_per_second: float | None = None
     seconds: float | None = None  # in steps, of the rows there are
@@ -158,6 +159,9 @@ def read_run(path: Path, name: str, settings: Settings) -> Run:
     _read_rows(run, read_metrics(metrics, "train"), evals)
     _judge(run, _json(path / "done.json", run), evals, settings.rule)
     run.num_spikes, run.spike_score = len(spikes(run.losses)), spike_score(run.losses)
+    # By its samples: one that a run came to again after a restart is the same one.
+    met = {str((row["step"], row.get("samples"))): str(row.get("action")) for row in read_rows(metrics, "spike")}
+    run.spikes_met = dict(Counter(met.values()))
     return run
 
 

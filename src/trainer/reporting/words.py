@@ -137,6 +137,10 @@ def limits(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Sett
     pending = [run for run in runs if not run.over]
     if pending:
         says.append(f"{plural(len(pending), 'run')} not over: {', '.join(run.name for run in pending)}.")
+    for run in runs:
+        if run.spikes_met:
+            met = ", ".join(f"{action} {count}" for action, count in sorted(run.spikes_met.items()))
+            says.append(f"{run.name}: train.spike met {plural(sum(run.spikes_met.values()), 'spike')} ({met}).")
     says += [
         f"{run.name}/metrics.jsonl: {plural(len(run.corrupt), 'corrupt line')} skipped, number "
         f"{', '.join(map(str, run.corrupt))}."
