@@ -147,7 +147,7 @@ def _describe(beats: Mapping[int, Beat], reader: int, now: float) -> str:
     silent = {rank: beat for rank, beat in beats.items() if rank != reader and now - beat.seen >= _SILENT_SECONDS * 0.9}
     if silent:
         return "; ".join(
-            f"rank {rank} gives no sign of life, its last was in: {beat.section}" for rank, beat in silent.items()
+            f"rank {rank} gives no sign of life, last heard of in: {beat.section}" for rank, beat in silent.items()
         )
     working: dict[str, list[int]] = {}
     for rank, beat in beats.items():

@@ -308,7 +308,7 @@ def test_a_rank_that_stands_still_is_named(corpus: Path, tmp_path: Path) -> None
     other.kill()  # else torchrun waits for it
     process.communicate(timeout=60)
     assert line.startswith("error: rank 0 waited in vain for another rank in: step ")
-    assert ": rank 1 gives no sign of life, its last was in: step " in line
+    assert ": rank 1 gives no sign of life, last heard of in: step " in line
     recorded = tmp_path / "run" / "flight_recorder_rank_0.json"
     assert str(recorded) in line
     assert json.loads(recorded.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")

@@ -43,8 +43,8 @@ def test_a_rank_that_is_silent_is_named(pair: tuple[Watch, Watch], capsys: pytes
     main.at("step 7")
     with main.waiting():
         out = heard(capsys, lambda out: "no progress" in out)
-        assert main.accuse() == "rank 1 gives no sign of life, its last was in: step 7, reading its batch"
-    assert "rank 1 gives no sign of life, its last was in: step 7, reading its batch" in out
+        assert main.accuse() == "rank 1 gives no sign of life, last heard of in: step 7, reading its batch"
+    assert "rank 1 gives no sign of life, last heard of in: step 7, reading its batch" in out
 
 
 def test_of_ranks_that_live_the_one_that_waits_for_nobody_is_named(
