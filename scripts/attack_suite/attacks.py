@@ -7,16 +7,18 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from trainer.files import write_text
 
+T = TypeVar("T")
 NOT_REACHED = "not reached: the budget was spent"
+NEEDED = "the run itself"  # the group of what other attacks of a part build on
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,13 @@ def table(results: Sequence[Result]) -> str:
     for key in ("group", "kind"):
         for part in dict.fromkeys(result.part for result in results):
             of_part = [result for result in results if result.part == part and getattr(result, key)]
-            for name in dict.fromkeys(getattr(result, key) for result in of_part):
-                rows.append(_row(part, name, [result for result in of_part if getattr(result, key) == name]))
+            groups = dict.fromkeys(getattr(result, key) for result in of_part)
+            rows += [_row(part, name, [one for one in of_part if getattr(one, key) == name]) for name in groups]
     rows.append(_row("all", "", results))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths))]  # noqa: B905
+        cells = [row[at].ljust(width) if at < 2 else row[at].rjust(width) for at, width in enumerate(widths)]
         lines.append("  ".join([*cells, row[5]]).rstrip())
     return "\n".join(lines)
 
@@ -188,8 +190,8 @@ def _serve(pipe: Any, log: Path) -> None:
         pipe.send(ended)
 
 
-def every_nth(attacks: Sequence[Attack], count: int) -> Iterator[Attack]:
-    """At most ``count`` of them, spread over the whole list."""
-    step = max(1.0, len(attacks) / count) if count else 1.0
-    for at in range(min(count, len(attacks)) if count else len(attacks)):
-        yield attacks[int(at * step)]
+def spread(things: Sequence[T], count: int) -> list[T]:
+    """``count`` of them, spread over the whole list; all, if that is 0 or more than there are."""
+    if not 0 < count < len(things):
+        return list(things)
+    return [things[at * len(things) // count] for at in range(count)]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from attack_suite.attacks import Attack, Child, Ended
+from attack_suite.attacks import NEEDED, Attack, Child, Ended
 from attack_suite.scene import Scene
 from trainer.config import TrainConfig, load_config
 from trainer.errors import ExitCode, UserError, one_line
@@ -266,9 +266,7 @@ def _of_meta() -> Iterator[Damage]:
 
 
 def _described(name: str, function: Callable[[dict[str, Any]], object], more: tuple[str, ...] = ()) -> Damage:
-    return Damage(
-        "checkpoint: forged description", name, _json(_META, function, seal=True), forged=True, more=more
-    )
+    return Damage("checkpoint: forged description", name, _json(_META, function, seal=True), forged=True, more=more)
 
 
 # DCP's metadata: a pickle, which names classes and tells where bytes lie ---------------------------------------------
@@ -641,7 +639,7 @@ def plan(scene: Scene, processes: int = 2, starts: int = 6) -> list[Attack]:
         return Ended()
 
     everything = list(kinds(processes))
-    attacks = [Attack("damage", "the run itself", "two checkpoints", base)]
+    attacks = [Attack("damage", NEEDED, "two checkpoints", base)]
     attacks += [inside(one.group, one.name, attempt, processes, one.group, one.name) for one in everything]
     for number in _ERRORS:
         for name in (_METADATA, _META, _CHECKSUMS, "__0_0.distcp"):

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,16 @@ def attacks_on(scene: Scene, configuration: Configuration, kills: Sequence[Kill]
 class Start:
     """One start of a run's command, and all processes that came of it."""
 
-    def __init__(self, overrides: Sequence[str], processes: int, run_dir: Path, name: str, max_restarts: int = 0):
+    def __init__(
+        self,
+        overrides: Sequence[str],
+        processes: int,
+        run_dir: Path,
+        name: str,
+        *,
+        max_restarts: int = 0,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.run_dir, self.name = run_dir, name
         self.metrics = run_dir / "metrics.jsonl"
         self.before = self.metrics.read_bytes().rfind(b"\n") + 1 if self.metrics.exists() else 0
@@ -169,7 +178,7 @@ class Start:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {MARK: self.mark},
+                env=os.environ | (env or {}) | {MARK: self.mark},
                 start_new_session=True,
             )
 
@@ -288,7 +297,7 @@ class Victim:
         run_dir = self.folder / name
         overrides = self._scene.overrides(run_dir, *self._overrides, gpt=self.configuration.gpt)
         label = name if name == "alone" else f"start_{self._starts}"
-        return Start(overrides, self.configuration.processes, run_dir, label, max_restarts)
+        return Start(overrides, self.configuration.processes, run_dir, label, max_restarts=max_restarts)
 
     def _ended(self, problems: list[str], note: str = "", missed: bool = False) -> Ended:
         self._wrong |= bool(problems)

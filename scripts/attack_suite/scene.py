@@ -19,7 +19,7 @@ TINY = (
 )
 LLAMA = ("model=llama_tiny", "model.num_kv_heads=2")
 GPT = ("model=gpt2_tiny",)
-_WORDS = "the of a narrow gauge train runs on two rails and carries bits over the hills é 東".split()
+_WORDS = ("the", "of", "a", "narrow", "gauge", "train", "runs", "on", "two", "rails", "carries", "bits", "é", "東")
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,9 @@ def kinds() -> Iterator[Kind]:
     yield Kind("cut every byte", _times(9, _cut(1)), right=(SAME,))
     yield Kind("cut before the first byte, for ever", _cut(0), right=(LINE,))
     yield Kind("no ranges", lambda h, c, n: h.whole(c, ranges=False), right=(SAME,))
-    no_ranges = _times(3, lambda h, c, n: h.whole(c, ranges=False, cut=n * 300), lambda h, c, n: h.whole(c, ranges=False))
+    no_ranges = _times(
+        3, lambda h, c, n: h.whole(c, ranges=False, cut=n * 300), lambda h, c, n: h.whole(c, ranges=False)
+    )
     yield Kind("no ranges, cut", no_ranges, right=(SAME,))
     yield Kind("another range than asked for", _other_range)
     for text in ("bytes 0-1/*", "bytes x", "", "bytes 99999999-99999999/1", "bytes 5-2/7"):
@@ -270,7 +272,12 @@ def kinds() -> Iterator[Kind]:
     yield Kind("a redirect to itself", loop, right=(LINE,))
     endless: Answer = lambda h, c, n: h.status(302, Location=f"{h.path}0?{time.monotonic_ns()}")  # noqa: E731
     yield Kind("redirects without end", endless, endless, endless, right=(LINE,))
-    for name, place in {"a file": "file:///etc/passwd", "nowhere": "http://", "nonsense": "::::", "text": "gopher://x/"}.items():
+    for name, place in {
+        "a file": "file:///etc/passwd",
+        "nowhere": "http://",
+        "nonsense": "::::",
+        "text": "gopher://x/",
+    }.items():
         yield Kind(f"a redirect to {name}", _status(302, Location=place), right=(LINE,))
     yield Kind("a redirect without a place", _status(302), right=(LINE,))
     yield Kind("a byte now and then", lambda h, c, n: h.drip(c, 0.3), limit=_SLOW_LIMIT_SECONDS)
@@ -422,8 +429,6 @@ def plan(scene: Scene) -> list[Attack]:
 
     def attack(kind: Kind) -> Attack:
         group = "training from a server" if kind.train else f"reading, right is {' or '.join(kind.right)}"
-        return Attack(
-            "servers", group, kind.name, lambda: child.call(attempt, scene, kind.name, limit=kind.limit)
-        )
+        return Attack("servers", group, kind.name, lambda: child.call(attempt, scene, kind.name, limit=kind.limit))
 
     return [attack(kind) for kind in kinds()]
