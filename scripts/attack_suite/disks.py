@@ -68,9 +68,9 @@ def faults() -> Iterator[Fault]:
         yield Fault("fsync_directory", number, "", once=False, goes_on=True)
     yield Fault("fsync_directory", errno.EINVAL, "", once=False, goes_on=True, processes=2)
     yield Fault("fsync_directory", errno.EIO, "/checkpoints", goes_on=True)
-    yield Fault("fsync", errno.EIO, ".incomplete", goes_on=True)
+    yield Fault("fsync", errno.EIO, "/checkpoints/", goes_on=True)
     yield Fault("fsync", errno.EIO, "/config.yaml")
-    yield Fault("fsync", errno.EIO, ".incomplete", once=False)
+    yield Fault("fsync", errno.EIO, "/checkpoints/", once=False)
     for path in ("/checkpoints/", ".distcp", "/meta.json", "/checksums.json"):
         yield Fault("write", errno.ENOSPC, path, after=100, goes_on=True)
     yield Fault("write", errno.ENOSPC, "/checkpoints/", after=100_000, goes_on=True)
