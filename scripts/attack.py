@@ -16,7 +16,7 @@ disks      system calls that fail, always or once: the same digits, or one line 
 
 configs is a number (the first ones) or parts of names, separated by ";". random_seed draws other kills, moments and
 samples. sample: so many attacks of each part but kills, spread over it; 0 is all. out: a new directory (default: a
-temporary one, removed where all is right). About 40 minutes on two cores.
+temporary one, removed where all is right).
 """
 
 import os

@@ -291,7 +291,7 @@ def _payloads(marker: Path) -> dict[str, bytes]:
         "posix.system": _calling("posix", "system", f"mkdir -p {marker}"),
         "eval": _calling("builtins", "eval", code),
         "exec": _calling("builtins", "exec", code),
-        "runpy": _calling("pathlib", "Path.mkdir", str(marker)),
+        "shutil.copytree": _calling("shutil", "copytree", str(marker.parent / "run"), str(marker)),
         "timeit": _calling("timeit", "timeit", code),
         "torch's own": _calling("torch.utils.collect_env", "run", f"mkdir -p {marker}"),
     }
