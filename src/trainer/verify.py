@@ -22,11 +22,12 @@ KILL_TARGETS = ("all", "launcher", "worker")
 _START_SECONDS = 600.0
 
 
-def command(overrides: Sequence[str], processes: int) -> list[str]:
-    """The command line of a run: plain Python for one process, torchrun for more."""
-    if processes == 1:
+def command(overrides: Sequence[str], processes: int, *, max_restarts: int = 0) -> list[str]:
+    """The command line of a run: plain Python for one process, torchrun for more, or where it is to restart workers."""
+    if processes == 1 and not max_restarts:
         return [sys.executable, "-m", "trainer", *overrides]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher += ["--max-restarts", str(max_restarts)] if max_restarts else []
     return [*launcher, "-m", "trainer", *overrides]
 
 
@@ -52,7 +53,7 @@ def run_killed(overrides: Sequence[str], processes: int, step: int, target: str)
         command(overrides, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + _START_SECONDS
-    while _newest_step(metrics, before) < step:
+    while newest_step(metrics, before) < step:
         if process.poll() is not None:
             raise UserError(f"the run ended with exit code {process.returncode} before step {step}")
         if time.monotonic() > deadline:
@@ -70,7 +71,7 @@ def run_killed(overrides: Sequence[str], processes: int, step: int, target: str)
     process.wait()
 
 
-def _newest_step(metrics: Path, start: int) -> int:
+def newest_step(metrics: Path, start: int = 0) -> int:
     """The highest train step in ``metrics`` after byte ``start``, 0 if there is none."""
     if not metrics.exists():
         return 0
@@ -81,11 +82,17 @@ def _newest_step(metrics: Path, start: int) -> int:
     return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
 
-def compare_runs(first: Path, second: Path) -> list[str]:
-    """What differs between two run directories: losses and gradient norms by step, validations, final tensors."""
+def compare_runs(first: Path, second: Path, *, after: int = -1) -> list[str]:
+    """What differs between two run directories: losses and gradient norms by step, validations, final tensors.
+
+    ``after``: rows of steps up to this one are not compared.
+    """
     problems = []
     for kind, keys in (("train", ("loss", "grad_norm", "lr", "tokens")), ("eval", ("loss", "bits_per_byte"))):
-        rows = [read_metrics(path / "metrics.jsonl", kind) for path in (first, second)]
+        rows = [
+            {step: row for step, row in read_metrics(path / "metrics.jsonl", kind).items() if step > after}
+            for path in (first, second)
+        ]
         if rows[0].keys() != rows[1].keys():
             problems.append(f"{kind} rows: steps {_span(rows[0])} and {_span(rows[1])}")
         for step in sorted(rows[0].keys() & rows[1].keys()):
