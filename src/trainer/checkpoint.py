@@ -150,7 +150,7 @@ def examine(path: Path, together: Together | None = None) -> Checkpoint:
             raise problem
     if (damage := next((problem for problem in everywhere if problem), None)) is not None:
         raise ValueError(damage)
-    problem = together.on_main(lambda: _readable(path, lambda: _index_damage(path, meta)))
+    problem = together.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
     if problem is not None:
         raise ValueError(problem)
     return Checkpoint(path, meta)
@@ -203,17 +203,19 @@ def _damage(file: Path, size: int, digest: str) -> str | None:
         return f"{file.name} is a directory"
 
 
-def _index_damage(path: Path, meta: dict[str, Any]) -> str | None:
+def _index_damage(path: Path, meta: dict[str, Any], checked: Collection[str]) -> str | None:
     if meta.get("format") != FORMAT:
         return f"it has format {meta.get('format')}, not {FORMAT}"
     kinds = {"recipe": dict, "tensors": dict, "data": str, "step": int, "world_size": int, "micro_batch_size": int}
     for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind):
+        if type(meta.get(key)) is not kind:
             return f"{_META} has no {key}"
-    if not {"name", "args"} <= meta["recipe"].keys():
-        return f"{_META} has no recipe"
+    if not {"name", "args"} <= meta["recipe"].keys() or not isinstance(meta.get("identity", {}), dict):
+        return f"{_META} does not say of which run it is"
+    if min(meta["step"], meta["world_size"] - 1, meta["micro_batch_size"] - 1) < 0:
+        return f"{_META} has numbers that cannot be"
     try:
-        Reader(path, meta["tensors"]).read_metadata()
+        used = Reader(path, meta["tensors"]).read_metadata().storage_data.values()
     except ValueError as error:
         return str(error)
     except ForbiddenError as error:
@@ -221,7 +223,8 @@ def _index_damage(path: Path, meta: dict[str, Any]) -> str | None:
             f"checkpoint {path} is refused: {error}, so somebody has changed its {METADATA}; nothing of it was "
             "executed; remove it to use the one before"
         ) from error
-    return None
+    unknown = {info.relative_path for info in used} - set(checked)
+    return f"{_CHECKSUMS} lacks {min(unknown)}" if unknown else None
 
 
 def newest(directory: Path, *, tidy: bool = False, together: Together | None = None) -> Checkpoint | None:

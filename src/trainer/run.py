@@ -282,8 +282,8 @@ def _build(
     env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
+    job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)
     if world.is_main:
-        job.metrics = MetricsFile(directory.metrics)
         job.console = Console(config.log, config.train.steps, state.step)
         job.trackers = Trackers(config.log, directory.path, _flat_values(config))
     return job
