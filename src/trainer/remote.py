@@ -91,8 +91,8 @@ class RemoteFile:
 class RemoteReader:
     """Reads a ``RemoteFile`` from its start to its end.
 
-    ``read`` raises OSError once ``attempts`` in a row have failed, or if the file is another one now. Between two
-    failures in a row lies less than a server of the least rate would have sent.
+    ``read`` raises OSError once ``attempts`` in a row have failed, or if the file is another one now. A byte ends such
+    a row, but not one of answers that are too slow: that takes as much as a server of the least rate would have sent.
     """
 
     def __init__(self, file: RemoteFile) -> None:
@@ -100,8 +100,9 @@ class RemoteReader:
         self._position = 0
         self._response: HTTPResponse | None = None
         self._rate = _Rate(file.min_bytes_per_second)
-        self._failures = 0
-        self._failed_at = 0  # the position
+        self._slow = 0  # answers in a row
+        self._slow_at = 0  # the position
+        self._broke: float | None = None  # when, on the clock
 
     def __enter__(self) -> RemoteReader:
         return self
@@ -124,12 +125,12 @@ class RemoteReader:
         parts, wanted = [], min(size, self._file.size - self._position)
         while wanted:
             what = f"{self._file.url} at byte {self._position:,}"
-            data = retried(self._read_once, what, self._file.attempts, wanted, failed=self._failures)
+            data = retried(self._read_once, what, self._file.attempts, wanted, failed=self._slow)
             parts.append(data)
             self._position += len(data)
             wanted -= len(data)
-            if self._position - self._failed_at >= max(1, self._file.min_bytes_per_second * _RATE_SECONDS):
-                self._failures = 0
+            if self._position - self._slow_at >= self._file.min_bytes_per_second * _RATE_SECONDS:
+                self._slow = 0
         return b"".join(parts)
 
     def _read_once(self, size: int) -> bytes:
@@ -137,9 +138,11 @@ class RemoteReader:
             if self._response is None:
                 self._response = self._open()
             return self._piece(self._response, size)
-        except BaseException:
+        except BaseException as error:
             self.close()
-            self._failures, self._failed_at = self._failures + 1, self._position
+            self._broke = time.monotonic()
+            if isinstance(error, TooSlow):
+                self._slow, self._slow_at = self._slow + 1, self._position
             raise
 
     def _piece(self, response: HTTPResponse, size: int) -> bytes:
@@ -161,7 +164,8 @@ class RemoteReader:
                 raise Changed(f"the file changed on the server: {size}:{tag}, not {self._file.identity()}")
             if first > self._position:
                 raise ConnectionError(f"the answer begins at byte {first:,}")
-            self._rate = _Rate(self._file.min_bytes_per_second)
+            if self._broke is not None:  # answers that break again and again are slow as well
+                self._rate.seconds += time.monotonic() - self._broke
             while first < self._position:  # a server that does not know ranges
                 first += len(self._piece(response, min(self._position - first, _CHUNK_BYTES)))
         except BaseException:
@@ -175,15 +179,15 @@ class _Rate:
 
     def __init__(self, least: int) -> None:
         self._least = least
-        self._bytes, self._seconds = 0, 0.0
+        self._bytes, self.seconds = 0, 0.0
 
     def read(self, response: HTTPResponse, size: int) -> bytes:
         """Up to ``size`` bytes, none only at the end. Raises TooSlow."""
         start = time.monotonic()
         data = response.read1(size)  # not `read`, which waits for all of them
-        self._bytes, self._seconds = self._bytes + len(data), self._seconds + time.monotonic() - start
-        if self._seconds >= _RATE_SECONDS:
-            rate, self._bytes, self._seconds = self._bytes / self._seconds, 0, 0.0
+        self._bytes, self.seconds = self._bytes + len(data), self.seconds + time.monotonic() - start
+        if self.seconds >= _RATE_SECONDS:
+            rate, self._bytes, self.seconds = self._bytes / self.seconds, 0, 0.0
             if rate < self._least:
                 raise TooSlow(f"sends {rate:,.0f} bytes a second, less than data.min_bytes_per_second={self._least}")
         return data
