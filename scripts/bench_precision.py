@@ -358,7 +358,7 @@ def main(
             rows.append(row)
     distributed.finish()
     if json:
-        Path(json).write_text(jsonlib.dumps(rows, indent=1) + "\n")
+        Path(json).write_text(jsonlib.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(
             failed = subprocess.run([*command, f"run.dir={root / f'{name}-seed{seed}'}"], check=False).returncode
             if failed:
                 print(f"{name}, seed {seed}: ended with code {failed}; going on", file=sys.stderr)
-        (root / "table.md").write_text(_table(root, names, numbers))
+        (root / "table.md").write_text(_table(root, names, numbers), encoding="utf-8")
     print(_table(root, names, numbers))
 
 
@@ -67,7 +67,7 @@ def _final_losses(root: Path, name: str, seeds: list[str]) -> dict[str, float]:
     found = {}
     for seed in seeds:
         run = root / f"{name}-seed{seed}"
-        if (run / "done.json").exists() and '"finished"' in (run / "done.json").read_text():
+        if (run / "done.json").exists() and '"finished"' in (run / "done.json").read_text(encoding="utf-8"):
             rows = read_metrics(run / "metrics.jsonl", "eval")
             found[seed] = rows[max(rows)]["loss"]
     return found

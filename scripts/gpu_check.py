@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         print(f"{row['check']}: {row['result']}", file=sys.stderr, flush=True)
         if "out" in own:
-            Path(own["out"]).write_text(json.dumps(rows, indent=1))
+            Path(own["out"]).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(f"\n{rows[0]['on'] if rows else 'no check has one of these words'}\n\n{table(rows)}")
     return int(any(row["result"] == "FAIL" for row in rows))
 

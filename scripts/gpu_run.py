@@ -104,7 +104,7 @@ def one(name: str, size: str, folder: Path, limit: float, environment: dict[str,
     rows, output = folder / "rows.jsonl", folder / "output"
     words = [f"size={size}", f"rows={rows}", f"folder={folder}", f"until={time.time() + limit}"]
     environment = environment | {MARK: str(folder)}
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command_of(name, words),
             stdout=file,
@@ -121,9 +121,13 @@ def one(name: str, size: str, folder: Path, limit: float, environment: dict[str,
             told = f"stopped at its limit of {limit:.0f} s"
         finally:
             end(process, str(folder))
-    lines = [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")] if rows.exists() else []
-    text = output.read_text(errors="replace")
-    with log.open("a") as file:
+    lines = (
+        [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        if rows.exists()
+        else []
+    )
+    text = output.read_text(errors="replace", encoding="utf-8")
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"== {name} {size}\n{text[-2_000_000:]}\n")
     entry: dict[str, object] = {"told": f"{told} ({time.monotonic() - begun:.0f} s)"}
     entry["rows"] = [row for row in lines if "what" in row]
@@ -168,7 +172,9 @@ def environment_of(site: str) -> dict[str, str]:
 def keep(file: Path, found: results.Results) -> None:
     """Replaced in one go: whoever stops this process finds the last whole state."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(found | {"goals": [vars_of(goal) for goal in results.goals(found)]}, indent=1))
+    part.write_text(
+        json.dumps(found | {"goals": [vars_of(goal) for goal in results.goals(found)]}, indent=1), encoding="utf-8"
+    )
     part.replace(file)
 
 

@@ -55,7 +55,9 @@ def main(
             sides.append(measured(Path(temporary) / "revision", recipes, steps))
         sides.append(measured(ROOT, recipes, steps))
     if json:
-        Path(json).write_text(json_module.dumps(dict(zip([rev, "here"][-len(sides) :], sides, strict=True)), indent=1))
+        Path(json).write_text(
+            json_module.dumps(dict(zip([rev, "here"][-len(sides) :], sides, strict=True)), indent=1), encoding="utf-8"
+        )
     print(table(sides))
     for row in sides[-1]:
         if names == "true" and "names" in row:
@@ -77,7 +79,7 @@ def measured(tree: Path, recipes: str, steps: int) -> list[dict[str, Any]]:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{tree}: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
-        rows: list[dict[str, Any]] = json_module.loads(out.read_text())
+        rows: list[dict[str, Any]] = json_module.loads(out.read_text(encoding="utf-8"))
     return rows
 
 

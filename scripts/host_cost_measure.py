@@ -492,4 +492,4 @@ if __name__ == "__main__":
             except Exception as error:  # a recipe that fails must not hide the others
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 rows.append({"recipe": name, "linears": num_linears, "error": reason})
-            Path(out).write_text(json.dumps(rows))
+            Path(out).write_text(json.dumps(rows), encoding="utf-8")

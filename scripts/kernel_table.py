@@ -84,14 +84,14 @@ def main() -> None:
         print("\n\n".join("\n".join(table) for table in tables.values()))
         return
     page = Path(sys.argv[1])
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         mark = MARK.format(name)
         filled = f"{mark}\n" + "\n".join(table) + f"\n{mark}"
         text, count = re.subn(f"{mark}.*?{mark}", filled, text, flags=re.DOTALL)
         if count != 1:
             sys.exit(f"{page} has no pair of markers {mark}")
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class Child:
 
 
 def _serve(pipe: Any, log: Path) -> None:
-    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     pipe.send(None)
     while True:
         function, arguments = pipe.recv()

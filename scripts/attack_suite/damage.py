@@ -137,7 +137,7 @@ def reseal(checkpoint: Path) -> None:
     """Write checksums that hold for what is there now."""
     files = sorted(file for file in checkpoint.iterdir() if file.name != _CHECKSUMS and file.is_file())
     sums = {file.name: [file.stat().st_size, sha256(file.read_bytes()).hexdigest()] for file in files}
-    (checkpoint / _CHECKSUMS).write_text(json.dumps(sums))
+    (checkpoint / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
 
 
 # Every kind -------------------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def _of_run(name: str, change: Change) -> Change:
 
 def _json(name: str, function: Callable[[dict[str, Any]], object], *, seal: bool) -> Change:
     def change(file: Path) -> None:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
         function(value)
-        file.write_text(json.dumps(value))
+        file.write_text(json.dumps(value), encoding="utf-8")
 
     return _of_newest(name, change, seal=seal)
 
@@ -233,9 +233,9 @@ def _of_checksums(tensors: str) -> Iterator[Damage]:
     def unnamed(name: str) -> Change:
         def apply(run_dir: Path) -> None:
             checkpoint = run_dir / "checkpoints" / NEWEST
-            sums = json.loads((checkpoint / _CHECKSUMS).read_text())
+            sums = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
             del sums[name]
-            (checkpoint / _CHECKSUMS).write_text(json.dumps(sums))
+            (checkpoint / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
             # In the numbers of the first tensor, behind the archive's own headers.
             _edit(lambda data: _flip(data, 700 if name == tensors else len(data) // 2))(checkpoint / name)
 
@@ -524,7 +524,7 @@ def _judge(damage: Damage, scene: Scene, run_dir: Path, code: int, told: str) ->
     if damage.steps < STEPS:
         differing = compare_runs(place / "base", run_dir, after=damage.steps)
         return differing[:2], "nothing to do"
-    started = json.loads((run_dir / "env.json").read_text())["started_at_step"]
+    started = json.loads((run_dir / "env.json").read_text(encoding="utf-8"))["started_at_step"]
     if started not in (1, 2):
         return [f"started at step {started} though it had checkpoints"], ""
     of_newest = NEWEST not in told
@@ -618,7 +618,7 @@ def started(scene: Scene, processes: int, group: str, name: str) -> Ended:
     if _marker(run_dir).exists():
         problems.append("CODE OF A FILE WAS RUN")
     if problems:
-        (run_dir.parent / "output.txt").write_text(told)
+        (run_dir.parent / "output.txt").write_text(told, encoding="utf-8")
         return Ended(problems, note, place=str(run_dir.parent))
     shutil.rmtree(run_dir.parent)
     return Ended([], note)

@@ -178,7 +178,7 @@ def _start(overrides: list[str], processes: int, folder: Path, name: str, env: d
     start = Start(overrides, processes, folder / "run", name, env=env)
     start.wait(lambda: False, _LIMIT_SECONDS)
     left = start.left_over(10.0)
-    return start.process.wait(), "\n".join([start.log.read_text(errors="replace"), *left])
+    return start.process.wait(), "\n".join([start.log.read_text(errors="replace", encoding="utf-8"), *left])
 
 
 def _digests(checkpoints: Path) -> dict[str, str]:

@@ -172,7 +172,7 @@ class Start:
         self.log = run_dir.parent / f"{name}.log"
         self.mark = f"{os.getpid()}:{run_dir}:{name}"
         self.begun = time.monotonic()
-        with self.log.open("w") as file:
+        with self.log.open("w", encoding="utf-8") as file:
             self.process = psutil.Popen(
                 command(overrides, processes, max_restarts=max_restarts),
                 stdout=file,
@@ -270,7 +270,9 @@ class Start:
         self.process.wait()
 
     def last_line(self) -> str:
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
+        ]
         told = [line for line in lines if line.startswith("error:")] or lines[-1:]
         return told[-1] if told else "no output"
 
@@ -375,7 +377,7 @@ class Victim:
     def _stopped(self, start: Start) -> list[str]:
         """A signal that asks a run in training to stop leaves a checkpoint and says so."""
         done = start.run_dir / "done.json"
-        status = done.read_text() if done.exists() else "no done.json"
+        status = done.read_text(encoding="utf-8") if done.exists() else "no done.json"
         if '"stopped"' in status or '"finished"' in status:
             return []
         return [f"not stopped in order: exit code {start.code}, {' '.join(status.split())}: {start.last_line()}"]

@@ -382,7 +382,7 @@ def _changed_text(scene: Scene, kind: Kind) -> Path:
 def _read(scene: Scene, kind: Kind, address: str) -> Ended:
     expected = _texts(str(scene.corpora[0]))
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    has = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + _MEMORY_BYTES, limits[1]))
     try:
         got = _texts(address)

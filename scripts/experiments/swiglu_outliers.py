@@ -108,7 +108,7 @@ def main(
             start = root / "starts" / f"seed{seed}-strength{strength:g}"
             if not (start / "outliers.json").exists():
                 _inject(exported, start, strength, channels, common)
-            measured = json.loads((start / "outliers.json").read_text())
+            measured = json.loads((start / "outliers.json").read_text(encoding="utf-8"))
             after = [f"model.init_from={start}", f"train.steps={steps}", f"seed={int(seed) + 1000}"]
             after += ["optim.lr=1e-3", "optim.schedule=constant"]
             for arm in arms.split(","):
@@ -117,10 +117,10 @@ def main(
                 row = {"arm": arm, "strength": strength, "seed": int(seed), **measured}
                 results.append({**row, "start_loss": _start_loss(start, arm, common), **_outcome(directory)})
             # Seed by seed, so that an early table compares like with like.
-            (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            (root / "table.md").write_text(_table(results))
+            (root / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (root / "table.md").write_text(_table(results), encoding="utf-8")
             _plot(results, root / "gaps.png")
-    print((root / "table.md").read_text())
+    print((root / "table.md").read_text(encoding="utf-8"))
 
 
 def _train(directory: Path, overrides: list[str]) -> None:
@@ -132,7 +132,7 @@ def _train(directory: Path, overrides: list[str]) -> None:
 
 def _outcome(directory: Path) -> dict[str, Any]:
     rows = read_metrics(directory / "metrics.jsonl", "eval")
-    status = json.loads((directory / "done.json").read_text())["status"]
+    status = json.loads((directory / "done.json").read_text(encoding="utf-8"))["status"]
     loss = rows[max(rows)]["loss"] if rows and status == "finished" else None
     skipped = sum("skipped" in row for row in read_metrics(directory / "metrics.jsonl", "train").values())
     return {"loss": loss, "status": status, "skipped": skipped}
@@ -166,7 +166,7 @@ def _inject(base: Path, target: Path, strength: float, channels: int, common: li
         lost.append(float(((h > 0) & (h < maxima.max() * E4M3_LOST)).sum() / (h > 0).sum()))
     model.save_pretrained(target)
     measured = {"spread": statistics.mean(spread), "lost": statistics.mean(lost), "token": token}
-    (target / "outliers.json").write_text(json.dumps(measured) + "\n")
+    (target / "outliers.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -181,8 +181,8 @@ def _start_loss(start: Path, arm: str, common: list[str]) -> float:
         plan = apply(load(config.precision.recipe, config.precision.args), model)
         plan.forget()
         losses = [float(model(input_ids=part, labels=part).loss) for part in _probed(config.data).split(16)]
-        cached.write_text(json.dumps(statistics.mean(losses)))
-    return float(json.loads(cached.read_text()))
+        cached.write_text(json.dumps(statistics.mean(losses)), encoding="utf-8")
+    return float(json.loads(cached.read_text(encoding="utf-8")))
 
 
 def _probed(data: DataConfig) -> Tensor:

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     from gpu_suite import stages
 
     task = stages.Task(own["size"], Path(own["folder"]), float(own["until"]))
-    with Path(own["rows"]).open("a") as file:
+    with Path(own["rows"]).open("a", encoding="utf-8") as file:
 
         def emit(row: stages.Row) -> None:
             file.write(json.dumps(row) + "\n")

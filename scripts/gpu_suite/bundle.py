@@ -28,7 +28,7 @@ def prepare(root: Path = ROOT) -> int:
         folder.mkdir()
     fetch(wheels)
     take_shards(root, extras)
-    (extras / "revision").write_text(f"{revision(root)}\n{fingerprint(root)}\n")
+    (extras / "revision").write_text(f"{revision(root)}\n{fingerprint(root)}\n", encoding="utf-8")
     return weigh(root)
 
 
@@ -47,7 +47,7 @@ def fetch(wheels: Path) -> None:
 
 def pinned(*names: str, root: Path = ROOT) -> list[str]:
     """``name==version`` of each, as constraints.txt has it. Raises KeyError for a name that it lacks."""
-    lines = (line.strip() for line in (root / "constraints.txt").read_text().splitlines())
+    lines = (line.strip() for line in (root / "constraints.txt").read_text(encoding="utf-8").splitlines())
     pins = {line.partition("==")[0].lower(): line for line in lines if "==" in line}
     return [pins[name] for name in names]
 
@@ -106,7 +106,7 @@ def revision(root: Path = ROOT) -> str:
     except (OSError, subprocess.SubprocessError):
         pass
     try:
-        name, code = (root / EXTRAS / "revision").read_text().split()
+        name, code = (root / EXTRAS / "revision").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return "unknown"
     return name if code == fingerprint(root) else f"{name}, changed since"

@@ -49,7 +49,7 @@ def merged(parts: Sequence[Results]) -> Results:
 
 
 def read(files: Sequence[Path]) -> Results:
-    return merged([json.loads(file.read_text()) for file in files])
+    return merged([json.loads(file.read_text(encoding="utf-8")) for file in files])
 
 
 def on_gpu(results: Results) -> bool:

@@ -144,7 +144,7 @@ def parity_losses(
             process.wait(max(1.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-        lines = out.read_text().splitlines() if out.exists() else []
+        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
         found[where] = dict(json.loads(line) for line in lines)
     return {recipe: (found["cpu"].get(recipe), found.get("cuda", {}).get(recipe)) for recipe in recipes}
 
@@ -164,7 +164,7 @@ def ten_losses(recipe: str, world: distributed.World) -> list[float]:
 def main(out: Path, recipes: list[str]) -> None:
     """Write ``[recipe, losses]`` a line; a recipe that fails has none, and says why in the log."""
     world = distributed.start(load_config([]).parallel)
-    with out.open("w") as file:
+    with out.open("w", encoding="utf-8") as file:
         for recipe in recipes:
             try:
                 line = json.dumps([recipe, ten_losses(recipe, world)])

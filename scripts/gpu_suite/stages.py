@@ -407,7 +407,7 @@ def _apart(task: Task, what: str, words: list[str]) -> Iterator[Row]:
     except subprocess.SubprocessError as error:
         yield {"what": what, "error": one_line(error)}
     if rows.exists():
-        yield from (row for row in map(json.loads, rows.read_text().splitlines()) if "what" in row)
+        yield from (row for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()) if "what" in row)
 
 
 def one(task: Task, what: str, overrides: list[str]) -> Iterator[Row]:

@@ -444,4 +444,4 @@ def say(text: str) -> None:
     try:
         print(text, file=sys.stdout, flush=True)
     except (BrokenPipeError, ValueError, OSError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

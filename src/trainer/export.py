@@ -57,7 +57,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     hf_config, theirs = to_transformers(model_config, ours, tokenizer.eot)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(theirs, out, metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(hf_config | {"dtype": dtype}, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(hf_config | {"dtype": dtype}, indent=1) + "\n", encoding="utf-8")
     save_for_transformers(config.data.tokenizer, config.data.eot_token, out)
     return int(checkpoint.meta["step"])
 

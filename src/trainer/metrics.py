@@ -287,5 +287,5 @@ def _wandb_id(directory: Path) -> str:
     """One W&B run for one run directory, over all its restarts."""
     file = directory / "wandb_id.txt"
     if not file.exists():
-        file.write_text(os.urandom(6).hex())
-    return file.read_text()
+        file.write_text(os.urandom(6).hex(), encoding="utf-8")
+    return file.read_text(encoding="utf-8")

@@ -342,7 +342,7 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     try:
         plot_losses(directory.path, directory.path / "loss.png")
         if text is not None:
-            (directory.path / "sample.txt").write_text(text + "\n")
+            (directory.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         say(f"warning: {directory.path}: the sample or the picture cannot be written: {error.strerror or error}")
     if outcome.status is Status.finished:

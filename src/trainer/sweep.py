@@ -496,7 +496,7 @@ def _die_with_parent() -> None:
 
 def _done(directory: Path) -> dict[str, Any]:
     try:
-        done = json.loads((directory / "done.json").read_text())
+        done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
         return done if isinstance(done, dict) else {}
     except (OSError, ValueError):
         return {}
@@ -531,7 +531,7 @@ def _progress(directory: Path) -> tuple[int, float | None] | None:
 
 
 def _last_error(directory: Path, code: int) -> str:
-    lines = (directory / "console.log").read_text(errors="replace").splitlines()[-200:]
+    lines = (directory / "console.log").read_text(errors="replace", encoding="utf-8").splitlines()[-200:]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
     return errors[-1] if errors else f"exit code {code}, see {directory / 'console.log'}"
 

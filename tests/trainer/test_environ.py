@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import tiny_overrides
 
 from trainer.__main__ import main
 from trainer.cli import script_main
@@ -125,3 +130,41 @@ def test_a_console_replaces_what_it_cannot_show(encoding: str, errors: str, monk
 def test_a_console_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)  # pythonw, or a closed descriptor
     forgive_console()
+
+
+@pytest.mark.parametrize("place", ["src", "scripts"])
+def test_no_file_is_of_the_locale(place: str) -> None:
+    """Text is read and written as UTF-8, which every call has to say."""
+    found = [
+        f"{file}:{call.lineno}"
+        for file in sorted((Path(__file__).parents[2] / place).rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and _opens_text(call) and "encoding" not in [word.arg for word in call.keywords]
+    ]
+    assert found == []
+
+
+def _opens_text(call: ast.Call) -> bool:
+    of = call.func.value if isinstance(call.func, ast.Attribute) else None
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    if name in ("read_text", "write_text"):
+        return of is not None  # trainer.files.write_text says it itself
+    if name != "open" or (isinstance(of, ast.Name) and of.id in ("os", "tarfile", "gzip")):
+        return False
+    modes = [*call.args[of is None :], *(word.value for word in call.keywords if word.arg == "mode")]
+    if not modes:
+        return not call.keywords
+    return isinstance(modes[0], ast.Constant) and re.fullmatch("[rwaxt+]+", str(modes[0].value)) is not None
+
+
+@pytest.mark.slow
+def test_a_run_ends_well_on_a_console_that_lacks_most_characters(corpus: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(corpus, tmp_path / "run", "train.steps=1", "sample.tokens=30", "sample.temperature=9")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", "trainer", *overrides], capture_output=True, env=environment, check=False, timeout=240
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.isascii()
+    assert b"run directory " in result.stdout
+    assert (tmp_path / "run" / "sample.txt").read_text(encoding="utf-8").startswith("The")

@@ -1275,7 +1275,7 @@ def chosen(kind: str, device: torch.device, run: Callable[[Choice | None], objec
         path = _tuned_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(known, indent=1))
+        scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
         scratch.replace(path)
     return known.get(name)
 
@@ -1292,7 +1292,10 @@ def _tuned() -> dict[str, Choice | None]:
     path = _tuned_path()
     if not path.exists():
         return {}
-    return {name: None if pair is None else Choice(*pair) for name, pair in json.loads(path.read_text()).items()}
+    return {
+        name: None if pair is None else Choice(*pair)
+        for name, pair in json.loads(path.read_text(encoding="utf-8")).items()
+    }
 
 
 def _milliseconds(call: Callable[[], object], times: int = 20) -> float:

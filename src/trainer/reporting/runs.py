@@ -211,7 +211,7 @@ def read_products(file: Path) -> dict[Product, int]:
     """The kinds of matrix product in a ``plan.txt``, and how many linears have each; nothing where there is none."""
     counts: dict[Product, int] = defaultdict(int)
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        lines = file.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return {}
     for line in lines:
