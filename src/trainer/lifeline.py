@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-# Taken at import, before anything can have died: an orphan's parent is no longer this process.
+# Taken at once: an orphan's parent is no longer this process. One whose launcher died before this line, some
+# milliseconds after its birth, ends because it finds nobody to meet.
 PARENT = os.getppid()
 _PR_SET_PDEATHSIG = 1
 

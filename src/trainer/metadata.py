@@ -1,11 +1,11 @@
 """The index of a DCP checkpoint, which torch writes as a pickle, read without executing anything.
 
-A pickle is a program: it may call whatever it can name. Here it can name what an index of plain tensors is made of.
+A pickle is a program: it may call whatever it can name, and set attributes of it. Here it can name what an index of
+plain tensors is made of, and sets attributes of what it has made alone.
 """
 
 from __future__ import annotations
 
-import pathlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,22 +24,35 @@ _CLASSES: dict[tuple[str, str], Any] = {
     (files.__name__, "_StorageInfo"): files._StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # as Python 3.13 calls it
+    # Of where it was written, which is not asked: the second as Python 3.13 calls it.
+    ("pathlib", "PosixPath"): lambda *parts: "",
+    ("pathlib._local", "PosixPath"): lambda *parts: "",
 }
+_STATEFUL = frozenset(kind for kind in _CLASSES.values() if isinstance(kind, type))
 
 
 class ForbiddenError(Exception):
     """The index names what no index of ours holds: somebody has made it to execute something."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one written in Python: the other cannot be kept from setting attributes of a class it has named."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         raise ForbiddenError(f"it names {module}.{name}")
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in _STATEFUL:
+            raise ForbiddenError(f"it sets attributes of {self.stack[-2]!r:.60}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class Reader(FileSystemReader):
@@ -59,7 +72,7 @@ class Reader(FileSystemReader):
                 metadata = _Unpickler(file).load()
                 _require(metadata, Metadata)
                 _require_plain(metadata, self._described)
-            except (OSError, ForbiddenError, MemoryError):
+            except (OSError, ForbiddenError):
                 raise
             except Exception as error:  # unpickling garbage raises nearly anything
                 raise ValueError(f"{NAME} cannot be read: {type(error).__name__}") from error

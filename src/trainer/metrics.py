@@ -192,7 +192,8 @@ class Console:
 
     def line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            with self._bar.external_write_mode():
+                say(text)
         else:
             say(text)
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.corpus import SPLITS, BadRows, CorpusFile, RowLimits, read_texts, texts_of, write_sample
+from trainer.corpus import SPLITS, BadRows, CorpusFile, RowLimits, lacks_sample, read_texts, texts_of, write_sample
 from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home_of, shard_info
 from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
+from trainer.machine import available_cores
 from trainer.remote import remote_path
 from trainer.tokenizer import DAMAGED, TextTokenizer, is_broken, load_tokenizer, train_bpe
 
@@ -47,7 +48,7 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
             f"(scripts/train_tokenizer.py data={config.name} trains its tokenizer)"
         )
     path = Path(config.path)
-    if config.name == "sample" and not (path / "en").is_dir():
+    if config.name == "sample" and lacks_sample(path):
         print(f"writing the sample corpus to {path}")
         write_sample(path)
     files = config.files(splits)
@@ -154,7 +155,7 @@ def _tokenize_all(
     """``workers`` processes; None takes one for each core, or none but this one where they would not pay."""
     if not files:
         return {}
-    cpus = os.cpu_count() or 1
+    cpus = available_cores()
     total = sum(file.size for file in files)
     processes = min(len(files), workers or (1 if total < _WORTH_PROCESSES_BYTES else cpus))
     bar = tqdm(

@@ -31,9 +31,9 @@ class Run:
 
 def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:
     """Raises UserError if the run was trained with another tokenizer: its tokens would be other words."""
-    if checkpoint.meta["tokenizer"] != tokenizer.fingerprint:
+    if (before := checkpoint.meta.get("tokenizer")) != tokenizer.fingerprint:
         raise UserError(
-            f"{checkpoint.path} was trained with the tokenizer of fingerprint {checkpoint.meta['tokenizer']}; "
+            f"{checkpoint.path} was trained with the tokenizer of fingerprint {before}; "
             f"data.tokenizer holds {tokenizer.fingerprint} now"
         )
 

@@ -97,7 +97,7 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
         _finish(config, job, directory, data, outcome)
         return outcome.status.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        broken = distributed.broken_connection(error)
+        broken = distributed.broken_connection(error) or isinstance(error, KeyboardInterrupt)
         # An error of one rank ends the others through a broken connection; each says what it saw.
         line = out_of_memory_line(error, job.micro_batch)
         if world.is_main:

@@ -23,7 +23,7 @@ import torch
 from trainer.checkpoint import had_checkpoints
 from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
-from trainer.files import lock, write_json, write_text
+from trainer.files import lock, read_json, write_json, write_text
 
 _SAY_AGAIN_SECONDS = 60.0
 
@@ -66,7 +66,7 @@ class RunDirectory:
         it, or if this one is asked to stop while it waits.
         """
 
-        def exclusively() -> None:
+        def exclusively() -> int:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
@@ -79,13 +79,35 @@ class RunDirectory:
             holder = {"host": socket.gethostname(), "pid": pid, "launcher": launcher}
             json.dump(holder | {"began": _began(pid), "launcher_began": _began(launcher)}, self._lock)
             self._lock.flush()
-            lock(self._lock, shared=True)
+            self._share()
+            return pid
 
-        world.on_main(exclusively)
-        if not world.is_main:
-            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
-            lock(self._lock, shared=True)
-        world.sum(0.0)  # nobody goes on before everybody holds a share
+        def shared() -> None:
+            if not world.is_main:
+                self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+                self._require_shared(main)
+                self._share()
+
+        main = world.on_main(exclusively)
+        world.on_all(shared)  # nobody goes on before everybody holds a share
+
+    def _share(self) -> None:
+        assert self._lock is not None
+        while lock(self._lock, shared=True) is False:  # a sweep may be asking whether it is free
+            time.sleep(0.05)
+
+    def _require_shared(self, main: int) -> None:
+        """Raises UserError if this rank sees another directory than rank 0, whose process is ``main``."""
+        assert self._lock is not None
+        for _ in range(100):  # file systems of several hosts may show the past for some seconds
+            holder = self._holder(self._lock, wait=False)
+            if holder is not None and holder["pid"] == main:
+                return
+            time.sleep(0.1)
+        raise UserError(
+            f"run.dir={self.path} on {socket.gethostname()} is not the directory that rank 0 writes to: "
+            "all hosts must see one"
+        )
 
     def _wait_for_lock(self, file: IO[str], stop: StopRequest) -> None:
         told = -_SAY_AGAIN_SECONDS
@@ -152,9 +174,9 @@ class RunDirectory:
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""
         try:
-            done = json.loads(self.done.read_text(encoding="utf-8"))
+            done = read_json(self.done)
             return int(done["step"]) if done["status"] == "finished" else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:

@@ -43,9 +43,9 @@ from yaml import YAMLError
 
 from precision.recipe import close
 from trainer.config import CONFIG_DIR, load_config, parse
-from trainer.distributed import available_cores
 from trainer.errors import ExitCode, UserError, one_line
-from trainer.files import lock
+from trainer.files import lock, read_json
+from trainer.machine import available_cores
 from trainer.metrics import read_metrics
 from trainer.slurm import sbatch_script
 from trainer.verify import command
@@ -463,7 +463,8 @@ def _in_use(directory: Path) -> bool:
     path = directory / ".lock"
     if not path.exists():
         return False
-    with path.open("ab") as file:  # NFS locks for writing only what is open for writing
+    writable = os.access(path, os.W_OK)  # NFS locks for writing only what is open for writing
+    with path.open("ab" if writable else "rb") as file:
         return lock(file) is False
 
 
@@ -496,9 +497,9 @@ def _die_with_parent() -> None:
 
 def _done(directory: Path) -> dict[str, Any]:
     try:
-        done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
-        return done if isinstance(done, dict) else {}
-    except (OSError, ValueError):
+        done = read_json(directory / "done.json")
+        return done | {"step": int(done.get("step", 0))}
+    except (OSError, ValueError, TypeError, OverflowError):
         return {}
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -89,14 +89,19 @@ class Watch:
 
     def accuse(self) -> str:
         """Which ranks stand still, and in which section, found out within a few beats. Empty if nothing is known."""
-        if self._store is None:
-            return ""
-        try:
-            first = self._read({})
-            time.sleep(_SILENT_SECONDS)
-            return _describe(self._read(first), self._rank, time.monotonic())
-        except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0
-            return ""
+        told: list[str] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError, ValueError):  # the store went with the launcher or with rank 0
+                first = self._read({})
+                time.sleep(_SILENT_SECONDS)
+                told.append(_describe(self._read(first), self._rank, time.monotonic()))
+
+        if self._store is not None:
+            thread = threading.Thread(target=ask, daemon=True)  # left behind if the store's machine is gone
+            thread.start()
+            thread.join(3 * _SILENT_SECONDS)
+        return told[0] if told else ""
 
     def _run(self) -> None:
         seen: dict[int, Beat] = {}
@@ -114,10 +119,12 @@ class Watch:
             except (RuntimeError, ValueError):
                 continue
             if any(rank not in before or beat.progress != before[rank].progress for rank, beat in seen.items()):
-                moved, wait = time.monotonic(), _SAY_SECONDS
+                # Not at each of the steps that take as long.
+                moved, wait = time.monotonic(), max(_SAY_SECONDS, 2 * (time.monotonic() - moved))
             elif time.monotonic() - moved >= wait:
                 stood = time.monotonic() - moved
-                print(f"no progress for {stood:.0f} s: {_describe(seen, 0, time.monotonic())}", flush=True)
+                with suppress(OSError, ValueError):  # the terminal may be gone
+                    print(f"no progress for {stood:.0f} s: {_describe(seen, 0, time.monotonic())}", flush=True)
                 wait *= 2
 
     def _beat(self) -> None:

@@ -366,6 +366,27 @@ def test_an_index_never_executes_anything(two: Path, tmp_path: Path) -> None:
         newest(two)
 
 
+def test_an_index_changes_no_class(two: Path) -> None:
+    last = two / "step-00000002"
+    for module_name, name in (("pathlib", "PosixPath"), ("torch.distributed.checkpoint.metadata", "Metadata")):
+        poison = f"c{module_name}\n{name}\nN}}X\x08\x00\x00\x00__slot__X\x04\x00\x00\x00evils\x86b."
+        (last / ".metadata").write_bytes(poison.encode())
+        sign(last)
+        with pytest.raises(UserError, match="it sets attributes of "):
+            newest(two, tidy=True)
+    assert not hasattr(kinds.Metadata, "__slot__")
+
+
+@pytest.mark.parametrize("name", ["null", "surrogate", "long", "above"])
+def test_names_that_no_checkpoint_has_are_damage(two: Path, name: str) -> None:
+    names = {"null": "a\0b", "surrogate": "\ud800", "long": "n" * 300, "above": "../meta.json"}
+    file = two / "step-00000002" / "checksums.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {names[name]: [1, "x"]}))
+    found = newest(two)
+    assert found is not None
+    assert found.meta["step"] == 1
+
+
 def test_an_index_reads_nothing_outside_of_its_checkpoint(two: Path) -> None:
     last = two / "step-00000002"
     plain = index_of(last)
@@ -402,7 +423,7 @@ class Rank:
     def on_main(self, function: Callable[[], T]) -> T:
         return function()
 
-    def gather(self, value: T) -> list[T]:
+    def gather_written(self, value: T) -> list[T]:
         return [value]
 
 

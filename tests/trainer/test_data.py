@@ -337,7 +337,8 @@ def test_shards_prepared_anew_leave_what_is_open_as_it_was(tmp_path: Path) -> No
         [window.tolist() for window in windows] for windows in before
     ]
     assert [[one.num_bytes(count) for count in range(one.num_windows + 1)] for one in streams] == sizes
-    shards.verify()  # of what is open
+    with pytest.raises(UserError, match="was written anew just now: run the same command again"):
+        shards.verify()
     assert not np.array_equal(stream(corpus).window(0), before[0][0])
 
 
