@@ -32,6 +32,7 @@ _TIMEOUT_SECONDS = 30.0  # without a byte
 _RATE_SECONDS = 30.0  # of waiting, over which a server's rate is taken
 _FIRST_WAIT_SECONDS = 0.5  # doubled after every failure in a row
 _LONGEST_WAIT_SECONDS = 60.0
+_HUB_SECONDS = 300.0  # for one question to the hub, whose library asks it in several
 _CHUNK_BYTES = 1 << 20
 _INDEX_BYTES = 16 << 20
 _PATHS_AT_ONCE = 500  # of one question to the hub
@@ -266,28 +267,29 @@ def _request(url: str, method: str, headers: dict[str, str]) -> HTTPResponse:
     return _within(2 * _TIMEOUT_SECONDS, lambda: opener.open(request, timeout=_TIMEOUT_SECONDS))
 
 
-def _within(seconds: float, function: Callable[[], HTTPResponse]) -> HTTPResponse:
+def _within(seconds: float, function: Callable[[], T]) -> T:
     """``function()`` in a thread that is left behind if it takes longer: a socket's timeout ends at every byte."""
-    outcome: list[HTTPResponse | BaseException] = []
+    outcome: list[T] = []
+    failure: list[BaseException] = []
     late = threading.Event()
 
     def call() -> None:
         try:
             answer = function()
             outcome.append(answer)
-            if late.is_set():
+            if late.is_set() and isinstance(answer, HTTPResponse):
                 answer.close()
         except BaseException as error:
-            outcome.append(error)
+            failure.append(error)
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
+    if failure:
+        raise failure[0]
     if not outcome:
         late.set()
         raise TimeoutError(f"no answer in {seconds:.3g} s")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
     return outcome[0]
 
 
@@ -388,7 +390,10 @@ def _list_hub(url: str, name: re.Pattern[str], attempts: int, least_rate: int) -
     repo, api = match["repo"], HfApi()
 
     def once(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        return retried(lambda: _as_os_error(lambda: function(*arguments, **options)), url, attempts)
+        def asked() -> T:
+            return _within(_HUB_SECONDS, lambda: _as_os_error(lambda: function(*arguments, **options)))
+
+        return retried(asked, url, attempts)
 
     revision = once(api.dataset_info, repo, revision=match["revision"]).sha
     headers = tuple((key, value) for key, value in build_hf_headers().items() if isinstance(value, str))
@@ -403,7 +408,8 @@ def _list_hub(url: str, name: re.Pattern[str], attempts: int, least_rate: int) -
         files = []
         for path in paths:
             url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-            info = infos[path]
+            if (info := infos.get(path)) is None:
+                raise UserError(f"data.path={place}: the hub does not describe {path}")
             content = info.lfs.sha256 if info.lfs else info.blob_id
             files.append(RemoteFile(url, info.size, content, attempts, least_rate, pinned=True, headers=headers))
         return files
