@@ -1,12 +1,13 @@
 # make train   set up everything and run the main job on real text
 # make test    set up everything and run lint, types, import floors and tests
+# make test-all    the long tests too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/sample
 PROCESSES ?= 2
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-all lint clean
 
 setup: $(VENV)/.installed
 
@@ -28,7 +29,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-all: TESTS = -m ""
+test-all: test
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

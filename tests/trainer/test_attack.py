@@ -25,11 +25,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 SLOW_SERVERS = ("silent", "a byte now", "a line of 1 GB", "a page without", "training")
-DAMAGE = spread(list(damage.kinds(1)), 16)
-SERVERS = spread([kind.name for kind in servers.kinds() if not kind.name.startswith(SLOW_SERVERS)], 12)
+DAMAGE = spread(list(damage.kinds(1)), 10)
+SERVERS = spread([kind.name for kind in servers.kinds() if not kind.name.startswith(SLOW_SERVERS)], 8)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_is_brought_back_to_the_same_digits(scene: Scene) -> None:
     configuration = kills.Configuration("short", ("precision=fp8_delayed", "checkpoint.every=1"), 2)
     kill = kills.Kill(signal.SIGKILL, "a worker", "step", restart=True)

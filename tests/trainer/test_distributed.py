@@ -219,6 +219,7 @@ def test_a_run_goes_on_from_what_one_process_saved_and_from_what_two_did(
         assert losses(run_dir) == pytest.approx(losses(runs / "llama-1"), rel=0, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_killed_in_every_way_ends_like_one_left_alone(runs: Path, corpus: Path, tmp_path: Path) -> None:
     """Of two processes; ``test_verify_resume_as_a_user_calls_it`` kills one."""
     overrides = tiny_overrides(corpus, tmp_path / "killed", *KILLED)

@@ -248,7 +248,7 @@ def test_a_run_goes_back_and_leaves_the_batches_out(runs: Runs, capsys: pytest.C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["shards", "stream"])
+@pytest.mark.parametrize("data", [pytest.param("shards", marks=pytest.mark.long), "stream"])
 def test_a_rollback_is_the_same_wherever_a_run_is_stopped_or_killed(
     runs: Runs, streamed: Runs, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
