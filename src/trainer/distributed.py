@@ -257,11 +257,9 @@ def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
             store = dist.TCPStore(
                 host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False, multi_tenant=True
             )
+        prefix = _agree(store, rank, size, limit)
     except RuntimeError as error:
-        raise RunFailed(
-            f"rank {rank}: {host}:{port}, where the processes meet, is not there: {one_line(error)}"
-        ) from error
-    prefix = _agree(store, rank, size, limit)
+        raise RunFailed(f"rank {rank}: no store at {host}:{port}, where ranks meet: {one_line(error)}") from error
     return dist.PrefixStore(prefix, store), rank, size, dist.PrefixStore(prefix, store.clone())
 
 

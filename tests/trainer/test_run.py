@@ -22,7 +22,7 @@ from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import TrainConfig, load_config
 from trainer.data import Batch, ShuffledSource
 from trainer.distributed import seconds_of
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode, RunFailed, UserError
 from trainer.metrics import read_metrics
 from trainer.verify import compare_runs
 
@@ -389,6 +389,36 @@ def test_a_run_that_ends_in_skipped_steps_has_not_finished(tiny: Tiny, monkeypat
     assert train_here(config) is ExitCode.DIVERGED
     assert done(config)["status"] == "diverged"
     assert "ends with 2 skipped steps" in done(config)["reason"]
+
+
+def test_memory_that_runs_out_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+
+    def act(step: int, batch: Batch) -> Batch:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)\nframe #0"
+        )
+
+    tamper(monkeypatch, act)
+    with pytest.raises(RunFailed) as caught:
+        train_here(config)
+    assert str(caught.value) == (
+        "memory ran out: 4.29 GB more were needed at once; set a smaller train.micro_batch_size than 4"
+    )
+    assert done(config) == {"status": "failed", "step": 0, "reason": str(caught.value)}
+
+
+def test_other_processes_keep_the_micro_batch_of_a_checkpoint(tiny: Tiny) -> None:
+    config = tiny()
+    train_here(config)
+    for path in list_checkpoints(Path(config.run.dir) / "checkpoints"):
+        meta = json.loads((path / "meta.json").read_text())
+        (path / "meta.json").write_text(json.dumps(meta | {"world_size": 4, "micro_batch_size": 2}))
+        sign(path)
+    train_here(tiny("train.steps=8"))
+    meta = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1] / "meta.json"
+    assert json.loads(meta.read_text())["micro_batch_size"] == 2
 
 
 def test_an_error_in_the_middle_is_recorded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
