@@ -298,12 +298,8 @@ def _mistrust(directory: Path) -> str | None:
     """Why a library in ``directory`` may be somebody else's work."""
     if {directory.lstat().st_uid, directory.stat().st_uid} != {os.getuid()}:  # of a link, and of where it leads
         return f"{directory} belongs to another user"
-    mode = directory.stat().st_mode
-    if mode & _OTHERS_WRITE:
-        try:  # made under a loose umask; files that others have put there are not ours, and so not loaded
-            directory.chmod(stat.S_IMODE(mode) & ~_OTHERS_WRITE)
-        except OSError:
-            return f"{directory} can be written by other users"
+    if directory.stat().st_mode & _OTHERS_WRITE:
+        return f"{directory} can be written by other users (chmod go-w)"
     return None
 
 

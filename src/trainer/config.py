@@ -162,8 +162,10 @@ def read_yaml(file: Path) -> DictConfig:
     would put this machine's secrets into a report), ``_target_``, aliases, values nested without end.
     """
     found = file.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
-        raise ValueError(f"no file of at most {_MOST_BYTES:,} bytes")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("no file")
+    if found.st_size > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
     text = file.read_text(encoding="utf-8")
     try:
         _require_plain(text)

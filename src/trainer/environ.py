@@ -21,7 +21,7 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> None:
     shown = ", ".join(f"{name}={value}" for name, value in told.items() if value.isprintable())
     ways = "unset them, or start with torchrun, which sets them all"
     launched = any(name in told for name in _RANKS)
-    if launched and (missing := [name for name in _NEEDED if not variables.get(name)]):
+    if launched and (missing := [name for name in _NEEDED if variables.get(name, "") == "" and name not in told]):
         raise UserError(f"the environment has {shown}, but no {', no '.join(missing)}: {ways}")
     for name, value in told.items():
         if (launched or name == "LOCAL_WORLD_SIZE") and re.fullmatch(r"\d{1,9}", value, re.ASCII) is None:

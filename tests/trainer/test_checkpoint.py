@@ -370,7 +370,7 @@ def test_an_index_changes_no_class(two: Path) -> None:
     last = two / "step-00000002"
     for module_name, name in (("pathlib", "PosixPath"), ("torch.distributed.checkpoint.metadata", "Metadata")):
         poison = f"c{module_name}\n{name}\nN}}X\x08\x00\x00\x00__slot__X\x04\x00\x00\x00evils\x86b."
-        (last / ".metadata").write_bytes(poison.encode())
+        (last / ".metadata").write_bytes(poison.encode("latin-1"))
         sign(last)
         with pytest.raises(UserError, match="it sets attributes of "):
             newest(two, tidy=True)

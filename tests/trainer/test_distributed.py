@@ -303,6 +303,7 @@ def test_a_rank_that_stands_still_is_named(corpus: Path, tmp_path: Path) -> None
     process = start(overrides, 2)
     wait_for_step(tmp_path / "run", 3, process)
     other = workers(process)[1]
+    time.sleep(3)  # for a beat that tells of a step
     other.suspend()
     assert process.stdout is not None
     line = next(line for line in process.stdout if line.startswith("error:"))
@@ -315,6 +316,7 @@ def test_a_rank_that_stands_still_is_named(corpus: Path, tmp_path: Path) -> None
     assert json.loads(recorded.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")
 
 
+@pytest.mark.long
 def test_a_slow_disk_is_no_rank_that_stands_still(corpus: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "run", *STILL, "parallel.timeout_seconds=3")
     run_many([overrides, [*overrides, "train.steps=2", "checkpoint.every=0"]], 2, tmp_path, "4")
@@ -345,6 +347,7 @@ def hosts() -> Iterator[list[tuple[list[str], str]]]:
         ip("netns", "del", name)
 
 
+@pytest.mark.long
 def test_two_hosts_come_back_too(runs: Path, corpus: Path, tmp_path: Path, hosts: list[tuple[list[str], str]]) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "run", *KILLED)
     processes = []
