@@ -414,12 +414,12 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._code:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self._code = LOST_LAUNCHER if lost_launcher() else number
+        self._code = number
 
     @property
     def code(self) -> int:
         """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
-        if not self._code and lost_launcher():
+        if self._code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
             self._code = LOST_LAUNCHER
         if not self._code and self._deadline is not None and time.time() >= self._deadline:
             self._code = TIME_IS_UP
