@@ -22,7 +22,6 @@ temporary one, removed where all is right).
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from attack_suite.scene import Scene
 
 from trainer.cli import script_main
 from trainer.errors import ExitCode, UserError
+from trainer.rundir import revision
 
 PARTS = ("damage", "servers", "disks", "kills")  # the short ones first
 
@@ -68,7 +68,7 @@ def main(
     about = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": shlex.join(sys.argv),
-        "revision": _revision(),
+        "revision": revision(),
         "torch": str(torch.__version__),
         "cores": os.cpu_count(),
         "random_seed": random_seed,
@@ -100,11 +100,6 @@ def plan(scene: Scene, wanted: list[str], number: int, configs: str, sample: int
         others = [attack for attack in of_part if attack.group != attacks.NEEDED]
         planned += [*needed, *attacks.spread(others, sample)]
     return planned
-
-
-def _revision() -> str:
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

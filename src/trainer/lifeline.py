@@ -28,7 +28,13 @@ def end_with_launcher() -> None:
     torchrun's workers live in sessions of their own, so nothing else would tell them. SIGTERM ends a process that has
     not begun to train; one that trains writes a checkpoint and leaves.
     """
-    if sys.platform == "linux" and launched_by_torchrun():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launched_by_torchrun():
+        end_with_parent()
         if lost_launcher():  # it died before the kernel knew
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """Have the kernel, if it is Linux, send this process SIGTERM when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): lambda *parts: "",
     ("pathlib._local", "PosixPath"): lambda *parts: "",
 }
-_STATEFUL = frozenset(kind for kind in _CLASSES.values() if isinstance(kind, type))
+# Made anew by each load; a member of an enumeration is this process's own.
+_STATEFUL = frozenset(kind for kind in _CLASSES.values() if isinstance(kind, type) and is_dataclass(kind))
 
 
 class ForbiddenError(Exception):

@@ -220,7 +220,7 @@ def environment(world: World, restored_step: int) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "revision": _revision(),
+        "revision": revision(),
         "python": platform.python_version(),
         # torch names its build itself ("+cu130"), which the name of its package may lack
         "packages": {"torch": str(torch.__version__)} | {name: _version(name) for name in packages},
@@ -242,7 +242,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
+    """Of this checkout, as git describes it; None without git or history."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

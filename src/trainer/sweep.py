@@ -6,7 +6,6 @@ no state beside the run directories: a job's own ``done.json`` says whether ther
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import json
@@ -45,6 +44,7 @@ from precision.recipe import close
 from trainer.config import CONFIG_DIR, load_config, parse
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.files import lock, read_json
+from trainer.lifeline import end_with_parent
 from trainer.machine import available_cores
 from trainer.metrics import read_metrics
 from trainer.slurm import sbatch_script
@@ -61,7 +61,6 @@ _LONGEST_NAME = 120  # bytes; file systems take 255, people fewer
 _TELLING = r"(precision|seed|optim|model=|data=)"
 _POLL_SECONDS = 0.2
 _SHOW_ROWS = 40
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -137,7 +136,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # console.log is a file, whatever the locale
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no threads here
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here; a job then writes a checkpoint and stops
             )
         self.state, self._started = State.running, time.monotonic()
 
@@ -488,11 +487,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the sweep itself is killed: the job then writes a checkpoint and stops."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _done(directory: Path) -> dict[str, Any]:

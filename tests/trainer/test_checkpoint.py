@@ -368,13 +368,14 @@ def test_an_index_never_executes_anything(two: Path, tmp_path: Path) -> None:
 
 def test_an_index_changes_no_class(two: Path) -> None:
     last = two / "step-00000002"
-    for module_name, name in (("pathlib", "PosixPath"), ("torch.distributed.checkpoint.metadata", "Metadata")):
-        poison = f"c{module_name}\n{name}\nN}}X\x08\x00\x00\x00__slot__X\x04\x00\x00\x00evils\x86b."
+    made_of = kinds.__name__
+    for named in ("cpathlib\nPosixPath\n", f"c{made_of}\nMetadata\n", f"c{made_of}\n_MEM_FORMAT_ENCODING\n(K\x00tR"):
+        poison = f"{named}N}}X\x08\x00\x00\x00__slot__X\x04\x00\x00\x00evils\x86b."
         (last / ".metadata").write_bytes(poison.encode("latin-1"))
         sign(last)
         with pytest.raises(UserError, match="it sets attributes of "):
             newest(two, tidy=True)
-    assert not hasattr(kinds.Metadata, "__slot__")
+    assert not any(hasattr(kind, "__slot__") for kind in (kinds.Metadata, *kinds._MEM_FORMAT_ENCODING))
 
 
 @pytest.mark.parametrize("name", ["null", "surrogate", "long", "above"])

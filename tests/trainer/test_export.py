@@ -162,7 +162,7 @@ def test_descriptions_that_are_none(small_directory: Path, kind: str) -> None:
         {"model.norm.weight": 3},
         {"model.norm.weight": None},
         {"model.norm.weight": "../model.safetensors"},
-        {"model.norm.weight": "/tmp/model.safetensors"},
+        {"model.norm.weight": "/model.safetensors"},
         {"model.norm.weight": ".."},
         {"model.norm.weight": ""},
         {"model.norm.weight": "pytorch_model.bin"},
