@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.errors import RunFailed, UserError, one_line
 from trainer.lifeline import PARENT, launched_by_torchrun, lost_launcher
-from trainer.machine import available_cores
+from trainer.machine import threads_of_process
 from trainer.watch import Watch
 
 T = TypeVar("T")
@@ -207,12 +207,11 @@ def start(config: ParallelConfig) -> World:
     # cuBLAS may otherwise add up the parts of a long sum in the narrow type: no longer FP32 sums, rounded once.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # torchrun sets OMP_NUM_THREADS=1 for more than one process, which idles all cores but one each.
     if not cuda:
         _keep_freed_memory()
     elif config.deterministic is True:
         _fix_order_of_sums()
-    threads = config.threads or (max(1, available_cores() // local_size) if not cuda else None)
+    threads = config.threads or (threads_of_process(local_size) if not cuda else None)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -16,7 +16,10 @@ import psutil
 import torch
 
 from trainer.errors import one_line
+from trainer.lifeline import PARENT, launched_by_torchrun
 
+_THREADS = "OMP_NUM_THREADS"
+_TOLD_THREADS = os.environ.get(_THREADS, "")  # before this process sets it for those that it starts
 _ROOT = Path("/")
 _MESSAGES = (  # of torch's allocators, and of C++
     "can't allocate memory",
@@ -32,6 +35,30 @@ def available_cores(root: Path = _ROOT) -> int:
     """Cores that this process may run on and has the time of, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *(int(share) for share in _cpu_shares(root))]))
+
+
+def threads_of_process(local_processes: int, root: Path = _ROOT) -> int:
+    """CPU threads for one of ``local_processes`` alike: what OMP_NUM_THREADS says, if a user set it; else its share."""
+    outermost = _TOLD_THREADS.split(",")[0].strip()  # a number for every level of nesting
+    if re.fullmatch(r"0*[1-9]\d{0,5}", outermost, re.ASCII) and not _is_torchruns(outermost, root):
+        return int(outermost)
+    return max(1, available_cores(root) // local_processes)
+
+
+def _is_torchruns(threads: str, root: Path) -> bool:
+    """Whether torchrun set OMP_NUM_THREADS=1, as for workers of a user who set none: that idles all cores but one each.
+
+    What a process was started with stands in /proc, whatever it set for its children.
+    """
+    if threads != "1" or not launched_by_torchrun():
+        return False
+    try:
+        return not any(
+            entry.startswith(f"{_THREADS}=".encode())
+            for entry in (root / f"proc/{PARENT}/environ").read_bytes().split(b"\0")
+        )
+    except OSError:
+        return True
 
 
 def memory_of_process(local_processes: int, root: Path = _ROOT) -> float:

@@ -18,7 +18,7 @@ from trainer import machine
 from trainer.build import micro_batch_size
 from trainer.config import load_config
 from trainer.distributed import World
-from trainer.machine import available_cores, memory_of_process, out_of_memory_line
+from trainer.machine import available_cores, memory_of_process, out_of_memory_line, threads_of_process
 
 GB = 10**9
 NOTHING = {  # as kernels say that there is no limit
@@ -153,6 +153,56 @@ def test_a_limit_decides_about_the_micro_batch(tmp_path: Path, monkeypatch: pyte
     root = make_root(tmp_path, "0::/\n", V2, {"memory.max": f"{GB}"})
     monkeypatch.setattr("trainer.build.memory_of_process", lambda local: memory_of_process(local, root))
     assert 1 <= chosen() < before == 64
+
+
+@pytest.mark.parametrize(
+    ("told", "torchruns_parent", "threads"),
+    [
+        pytest.param("", None, 8, id="none"),
+        pytest.param("3", None, 3, id="a-number"),
+        pytest.param("1", None, 1, id="one"),
+        pytest.param("5,2", None, 5, id="levels"),
+        pytest.param("many", None, 8, id="no-number"),
+        pytest.param("0", None, 8, id="zero"),
+        pytest.param("1", b"A=1\0B=2", 8, id="torchrun-set-it"),
+        pytest.param("1", b"A=1\0OMP_NUM_THREADS=1", 1, id="set-before-torchrun"),
+        pytest.param("6", b"A=1", 6, id="more-than-torchrun-sets"),
+    ],
+)
+def test_a_users_number_of_threads_counts(
+    told: str, torchruns_parent: bytes | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_TOLD_THREADS", told)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchruns_parent is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        environ = tmp_path / f"proc/{machine.PARENT}/environ"
+        environ.parent.mkdir(parents=True)
+        environ.write_bytes(torchruns_parent)
+    assert threads_of_process(2, tmp_path) == threads
+
+
+@pytest.mark.parametrize(
+    ("chosen", "policy"),
+    [
+        pytest.param({}, "PASSIVE", id="default"),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", id="the-users"),
+        pytest.param({"GOMP_SPINCOUNT": "1000"}, None, id="in-another-way"),
+    ],
+)
+def test_threads_wait_without_spinning(chosen: dict[str, str], policy: str | None) -> None:
+    """Asked of OpenMP itself, which prints what it read when torch loads it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    code = "import trainer.config, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env | chosen | {"OMP_DISPLAY_ENV": "TRUE"},
+    )
+    assert told.stdout.strip() == str(policy)
+    assert policy is None or f"OMP_WAIT_POLICY = '{policy}'" in told.stderr
 
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
