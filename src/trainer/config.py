@@ -42,6 +42,7 @@ from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
+from trainer.tokenizer import tokenizer_place
 
 _SOURCES = "data.sources"
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
@@ -131,6 +132,8 @@ def _dumper() -> Any:
 def register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
     OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
+    # ${tokenizer:HOME,VOCABULARY,DEFAULT}: not kept, for another vocabulary is another place
+    OmegaConf.register_new_resolver("tokenizer", tokenizer_place, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():
