@@ -46,7 +46,7 @@ from trainer.tokenizer import tokenizer_place
 
 _SOURCES = "data.sources"
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
-_FLAGS |= {"output_dir": "run.dir", "epochs": "train.steps", "resume": "run.dir"}  # what other trainers call them
+_FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -155,6 +155,9 @@ def groups() -> dict[str, list[str]]:
 def load_config(overrides: Sequence[str]) -> TrainConfig:
     """Compose ``configs/train.yaml`` with Hydra overrides, and validate.
 
+    Where ``run.dir`` names a run that is to go on, what it was trained with takes the place of ``configs``: the path
+    alone is enough, and a choice that is the run's own adds nothing.
+
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
     value out of range.
     """
@@ -182,7 +185,10 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
     if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
         return None
     earlier = RunDirectory(Path(directory))
-    return earlier if earlier.config.is_file() and earlier.has_run() else None
+    try:
+        return earlier if earlier.config.is_file() and earlier.has_run() else None
+    except OSError as error:
+        raise UserError(f"run.dir={directory} cannot be read: {error.strerror or error}") from error
 
 
 def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override]) -> DictConfig:
@@ -201,8 +207,7 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override]) -> DictCon
         for group in choices:
             if composed[group].name != names.get(group):
                 tree[group] = composed[group]
-    derived = flatten(OmegaConf.to_container(composed, resolve=False))
-    for key, text in derived:
+    for key, text in flatten(OmegaConf.to_container(composed, resolve=False)):
         if isinstance(text, str) and "${" in text and not key.startswith("run."):
             before = OmegaConf.select(tree, key)
             OmegaConf.update(tree, key, text)

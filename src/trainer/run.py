@@ -60,6 +60,7 @@ def run(config: TrainConfig) -> ExitCode:
     distributed.record_flights(directory.path)
     world = distributed.start(config.parallel)
     try:
+        config = world.on_main(lambda: config)  # what other hosts see of a run to go on with may be the past
         with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
