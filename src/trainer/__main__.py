@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from trainer.config import CONFIG_DIR, load_config
+from trainer.config import CONFIG_DIR, check_flags, load_config
 from trainer.environ import check_environment, forgive_console
 from trainer.errors import ExitCode, RunFailed, UserError
 from trainer.run import run
@@ -33,6 +33,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
     try:
+        check_flags(sys.argv[1:])
         arguments = get_args_parser().parse_args()
         if arguments.multirun:
             return _sweep(arguments.overrides)
@@ -40,6 +41,9 @@ def main() -> int:
             if getattr(arguments, flag):
                 raise UserError(f"--{flag.replace('_', '-')} is not used here: configs/train.yaml is the entry config")
         config = load_config(arguments.overrides)
+        if arguments.cfg == "job" and not arguments.package:
+            print(config.to_yaml(), end="")  # what would be used, with what a run in run.dir brings
+            return ExitCode.FINISHED
         if arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
             _show()
             return ExitCode.FINISHED
