@@ -6,16 +6,15 @@ import io
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -33,13 +32,14 @@ from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
+from trainer.own import CONFIG_DIR, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
 from trainer.rundir import RunConfig
 from trainer.spikes import SpikeAction
 
 _SOURCES = "data.sources"
+_OPEN = re.compile(r"precision\.args\.|data\.sources\.[^.]+(\.(path|weight|shards))?$")  # of any names
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(kw_only=True)
@@ -122,22 +122,72 @@ def groups() -> dict[str, list[str]]:
     return {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONFIG_DIR.iterdir())
-        if directory.is_dir() and directory.name != "sweep"  # grids of trainer.sweep, which Hydra never sees
+        if directory.is_dir() and directory.name not in ("sweep", EXPERIMENT)  # grids of trainer.sweep; of any keys
     }
 
 
 def load_config(overrides: Sequence[str]) -> TrainConfig:
-    """Compose ``configs/train.yaml`` with Hydra overrides, and validate.
+    """Compose ``configs/train.yaml``, or what ``trainer.own``'s flags name, with Hydra overrides, and validate.
 
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
     value out of range.
     """
-    parsed = parse(overrides)
-    _check_choices(parsed)
-    chosen = [override.input_line or "" for override in parsed if override.key_or_group in groups()]
-    base = _compose(chosen)
-    _check_keys(parsed, base)
-    return to_config(_compose([_for_compose(override) for override in parsed if not _is_hydra(override)]))
+    place, rest = split(overrides)
+    parsed = parse(rest)
+    name = entry_config(place, parsed)
+    chosen = [for_compose(override) for override in parsed if override.key_or_group in (*groups(), EXPERIMENT)]
+    _check_keys(parsed, _compose(place, name, chosen))
+    return to_config(_compose(place, name, [for_compose(override) for override in parsed if not _is_hydra(override)]))
+
+
+def entry_config(place: Place, parsed: Sequence[Override]) -> str:
+    """The name of the entry config for Hydra. Raises UserError for a choice that is none, or a file that is not one."""
+    _check_choices(place, parsed)
+    if place.file is not None:
+        check_own(place.file, "")
+    return entry(place, [override.key_or_group for override in parsed], list(groups()))
+
+
+def check_own(file: Path, group: str) -> str | None:
+    """The package that a yaml of the user's names for itself, None if it names none.
+
+    Raises UserError, one line with file and key, for a key that nothing reads, or a file that ``read_own`` refuses.
+    """
+    tree = read_own(file)
+    header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8")[:512], re.MULTILINE)
+    package = header[1] if header else None
+    if group.split("/")[0] == "hydra" or package not in (None, "_global_", "_group_", group):
+        return package
+    prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
+    model = tree.get("model") if not prefix else tree if group == "model" else None
+    arch = model.get("arch") if isinstance(model, DictConfig) else None
+    known = _known_keys(MODEL_SCHEMAS.get(arch))
+    for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
+        whole = f"{prefix}{key}"
+        chosen = not prefix and key in groups() and isinstance(value, str)
+        if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
+            near = close(whole, known).replace(f"'{prefix}", "'") or close(
+                key.split(".")[-1], {one.split(".")[-1] for one in known}
+            )
+            raise UserError(f"{file}: unknown key {key!r}{near}")
+    return package
+
+
+def _known_keys(model: type | None) -> set[str]:
+    """Dotted keys of the config, those of parts too; of any model if it is not known which."""
+    known: set[str] = set()
+
+    def add(schema: Any, prefix: str) -> None:
+        for part in fields(schema):
+            known.add(f"{prefix}{part.name}")
+            inner = get_type_hints(schema)[part.name]
+            if is_dataclass(inner):
+                add(inner, f"{prefix}{part.name}.")
+
+    add(TrainConfig, "")
+    for schema in [model] if model is not None else MODEL_SCHEMAS.values():
+        add(schema, "model.")
+    return known
 
 
 def load_run_config(file: Path) -> TrainConfig:
@@ -171,7 +221,7 @@ def read_yaml(file: Path) -> DictConfig:
         _require_plain(text)
         tree = OmegaConf.load(io.StringIO(text))
         assert isinstance(tree, DictConfig)
-        if "_target_" in _keys(OmegaConf.to_container(tree)):
+        if "_target_" in keys_of(OmegaConf.to_container(tree)):
             raise ValueError("it has a key _target_, which the trainer never writes: a config executes nothing")
         return tree
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -201,13 +251,6 @@ def _require_plain(text: str) -> None:
                 raise ValueError(f"{line}: {event.value[:60]!a} is no text")
     if nodes < 2:
         raise ValueError("no key: value in it")
-
-
-def _keys(tree: Any) -> Iterator[Any]:
-    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _keys(item)
-    if isinstance(tree, dict):
-        yield from tree
 
 
 def to_config(tree: Any) -> TrainConfig:
@@ -247,18 +290,21 @@ def _is_hydra(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
-def _for_compose(override: Override) -> str:
+def for_compose(override: Override) -> str:
+    """The override for Hydra."""
     line = override.input_line or ""
     if line.startswith(f"{_SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
         path, _, value = line.partition("=")
         names = path.removeprefix(f"{_SOURCES}.").split(".")
         line = f"{_SOURCES}={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
     # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
+    if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
+        return f"+{line.lstrip('+')}"
     return f"++{line}" if line.startswith(("precision.args.", _SOURCES)) else line
 
 
-def _check_choices(overrides: Sequence[Override]) -> None:
-    known = groups()
+def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
+    known = {group: place.choices(group) for group in (*groups(), EXPERIMENT)}
     for override in overrides:
         group = override.key_or_group
         if group in known and override.value() not in known[group]:
@@ -276,7 +322,7 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
     hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
-        if key in groups() or key.startswith("precision.args."):
+        if key in (*groups(), EXPERIMENT) or key.startswith("precision.args."):
             continue
         if key == "sweep":
             raise UserError(f"{override.input_line}: a named grid is of many runs: python -m trainer --multirun")
@@ -312,11 +358,10 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
+def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose("train", overrides)
+        with hydra_at(place):
+            return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise UserError(_type_error(cause)) from error
