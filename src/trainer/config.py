@@ -126,7 +126,7 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def load_config(overrides: Sequence[str]) -> TrainConfig:
+def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> TrainConfig:
     """Compose ``configs/train.yaml``, or what ``trainer.own``'s flags name, with Hydra overrides, and validate.
 
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
@@ -134,9 +134,13 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     """
     place, rest = split(overrides)
     parsed = parse(rest)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
     name = entry_config(place, parsed)
-    chosen = [for_compose(override) for override in parsed if override.key_or_group in (*groups(), EXPERIMENT)]
-    _check_keys(parsed, _compose(place, name, chosen))
+    if not keys_are_known:
+        chosen = [for_compose(override) for override in parsed if override.key_or_group in (*groups(), EXPERIMENT)]
+        _check_keys(parsed, _compose(place, name, chosen))
     return to_config(_compose(place, name, [for_compose(override) for override in parsed if not _is_hydra(override)]))
 
 
@@ -307,7 +311,7 @@ def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
     known = {group: place.choices(group) for group in (*groups(), EXPERIMENT)}
     for override in overrides:
         group = override.key_or_group
-        if group in known and override.value() not in known[group]:
+        if group in known and not override.is_sweep_override() and override.value() not in known[group]:
             value = override.value()
             raise UserError(
                 f"{group}={value}: no such {group} config{close(str(value), known[group])}; "
@@ -326,8 +330,6 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
             continue
         if key == "sweep":
             raise UserError(f"{override.input_line}: a named grid is of many runs: python -m trainer --multirun")
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
         if key == _SOURCES or key.startswith(f"{_SOURCES}."):
             _check_source(key, base)
         elif _is_hydra(override):

@@ -5,8 +5,11 @@ They travel as flags among the overrides, so that whoever hands arguments on han
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,7 @@ _FLAGS = {
 }  # fmt: skip
 _ENTRY = "own_entry"
 _MOST_BYTES = 1 << 20
+_NO_TEXT = ("null", "true", "false", "nan", "inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ class Place:
         """The yaml of a choice."""
         files = (place / group / f"{name}.yaml" for place in self.directories)
         return next((file for file in files if file.is_file()), None)
+
+
+NOWHERE = Place()
 
 
 def split(arguments: Sequence[str]) -> tuple[Place, list[str]]:
@@ -172,6 +179,33 @@ def read_own(file: Path) -> DictConfig:
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
     return tree
+
+
+def setting(key: str, value: Any) -> str:
+    """``key=value`` such that Hydra's grammar and OmegaConf read ``value`` back as it is."""
+    return f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z/][\w./-]*", value, re.ASCII) and value.lower() not in _NO_TEXT:
+            return value
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation
+        return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
+    return str(value) if isinstance(value, float) else json.dumps(value)  # null, true, false
+
+
+def shell(arguments: Sequence[str]) -> str:
+    """A line that a POSIX shell takes apart into ``arguments``; in double quotes where they are enough."""
+    plain = (
+        f'"{text}"' if re.fullmatch(r'[^$`"\\!]+', text) and shlex.quote(text) != text else shlex.quote(text)
+        for text in arguments
+    )
+    return " ".join(plain)
 
 
 def keys_of(tree: Any) -> Iterator[Any]:
