@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from hydra._internal.utils import get_args_parser
 
-from trainer.config import entry_config, for_compose, load_config, parse
+from trainer.config import check_flags, entry_config, for_compose, load_config, parse
 from trainer.environ import check_environment, forgive_console
 from trainer.errors import ExitCode, RunFailed, UserError
 from trainer.own import Place, hydra_at, split
@@ -38,6 +38,7 @@ def main() -> int:
         return ExitCode.BAD_INPUT
     try:
         place, rest = split(sys.argv[1:])
+        check_flags(rest)
         arguments = get_args_parser().parse_args(rest)
         for flag in ("config_path", "experimental_rerun"):
             if getattr(arguments, flag):
@@ -49,6 +50,9 @@ def main() -> int:
         if arguments.multirun:
             return _sweep(told)
         config = load_config(told)
+        if arguments.cfg == "job" and not arguments.package:
+            print(config.to_yaml(), end="")  # what would be used, with what a run in run.dir brings
+            return ExitCode.FINISHED
         if arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
             _show(place, arguments)
             return ExitCode.FINISHED

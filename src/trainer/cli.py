@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trainer.environ import check_environment, forgive_console, require_text
+from trainer.environ import check_environment, forgive_console, require_text, unquoted
 from trainer.errors import ExitCode, UserError
 
 
@@ -39,8 +40,11 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
     parameters = {p.name: p.default for p in inspect.signature(main).parameters.values() if p.kind is p.KEYWORD_ONLY}
     own: dict[str, Any] = {}
     overrides = []
-    for argument in arguments:
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="VALUE"):
         key, separator, value = argument.partition("=")
+        name = key.lstrip("-").replace("-", "_")
+        if key.startswith("--") and (name in parameters or name == "run.dir"):
+            raise UserError(f"{key!r} is no option: write {name}={value or following}")
         if key not in parameters or not separator:
             overrides.append(argument)
             continue
@@ -53,13 +57,15 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
 
 
 def run_dir_of(arguments: list[str]) -> Path:
-    """The value of ``run.dir=...``, the one argument besides the script's own.
+    """The value of ``run.dir=...``, the one argument besides the script's own, as the trainer reads it.
 
     Raises UserError if it is missing or if there is another.
     """
     values = dict(argument.partition("=")[::2] for argument in arguments)
     if unknown := sorted(values.keys() - {"run.dir"}):
         raise UserError(f"unknown argument {unknown[0]!r}; --help shows the ones there are")
-    if not values.get("run.dir"):
+    value = values.get("run.dir", "")
+    directory = value if (content := unquoted(value)) is None else content
+    if not directory:
         raise UserError("run.dir=... is missing: the directory of a run")
-    return Path(values["run.dir"])
+    return Path(directory)

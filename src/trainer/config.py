@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from enum import Enum
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra import compose
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_omega_conf_dumper
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from precision.recipe import close
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig, SourceConfig, home_of
 from trainer.distributed import ParallelConfig
-from trainer.environ import is_text, require_text
+from trainer.environ import is_text, require_text, unquoted
 from trainer.errors import UserError, one_line
 from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
 from trainer.own import CONFIG_DIR, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
-from trainer.rundir import RunConfig
+from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
 
 _SOURCES = "data.sources"
 _OPEN = re.compile(r"precision\.args\.|data\.sources\.[^.]+(\.(path|weight|shards))?$")  # of any names
+_FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
+_FLAGS |= {"output_dir": "run.dir", "epochs": "train.steps", "resume": "run.dir"}  # what other trainers call them
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
 
@@ -89,7 +98,8 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""
-        return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(self), escaped=True)))
+        plain = _plain(asdict(self), escaped=True)
+        return yaml.dump(plain, Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def _plain(value: Any, *, escaped: bool = False) -> Any:
@@ -103,6 +113,19 @@ def _plain(value: Any, *, escaped: bool = False) -> Any:
     if escaped and isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
+
+
+@cache
+def _dumper() -> Any:
+    class Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
+        """OmegaConf's, but what breaks lines (U+0085, which YAML reads as a space) is written as an escape."""
+
+    def represent(dumper: Any, text: str) -> Any:
+        plain = get_omega_conf_dumper().str_representer(dumper, text)
+        return plain if text.isprintable() else dumper.represent_scalar(plain.tag, text, style='"')
+
+    Dumper.add_representer(str, represent)
+    return Dumper
 
 
 def register_schemas() -> None:
@@ -133,15 +156,27 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     value out of range.
     """
     place, rest = split(overrides)
-    parsed = parse(rest)
+    parsed = parse(rest, several=False)
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
     name = entry_config(place, parsed)
-    if not keys_are_known:
-        chosen = [for_compose(override) for override in parsed if override.key_or_group in (*groups(), EXPERIMENT)]
-        _check_keys(parsed, _compose(place, name, chosen))
-    return to_config(_compose(place, name, [for_compose(override) for override in parsed if not _is_hydra(override)]))
+    choices = {o.key_or_group: o for o in parsed if o.key_or_group in (*groups(), EXPERIMENT)}
+    # A whole file, or an experiment, says what it says: a run in run.dir must agree.
+    earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
+    if earlier is None:
+        if not keys_are_known:
+            _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
+        lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
+        return to_config(_compose(place, name, lines))
+    keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+    try:
+        tree = _run_tree(earlier, choices, place)
+        _check_keys(parsed, tree)
+        ConfigLoaderImpl._apply_overrides_to_config(parse([for_compose(key) for key in keys]), tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_composition_error(error)) from error
+    return to_config(tree)
 
 
 def entry_config(place: Place, parsed: Sequence[Override]) -> str:
@@ -163,9 +198,7 @@ def check_own(file: Path, group: str) -> str | None:
     if group.split("/")[0] == "hydra" or package not in (None, "_global_", "_group_", group):
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
-    model = tree.get("model") if not prefix else tree if group == "model" else None
-    arch = model.get("arch") if isinstance(model, DictConfig) else None
-    known = _known_keys(MODEL_SCHEMAS.get(arch))
+    known = {key.rsplit(".", up)[0] for key in _kinds(TrainConfig) for up in range(key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         whole = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
@@ -177,30 +210,55 @@ def check_own(file: Path, group: str) -> str | None:
     return package
 
 
-def _known_keys(model: type | None) -> set[str]:
-    """Dotted keys of the config, those of parts too; of any model if it is not known which."""
-    known: set[str] = set()
+def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
+    """The directory that ``run.dir`` names, if a run in it is to go on."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    directory, resume = values.get("run.dir"), values.get("run.resume")
+    if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
+        return None
+    earlier = RunDirectory(Path(directory))
+    return earlier if earlier.config.is_file() and earlier.has_run() else None
 
-    def add(schema: Any, prefix: str) -> None:
-        for part in fields(schema):
-            known.add(f"{prefix}{part.name}")
-            inner = get_type_hints(schema)[part.name]
-            if is_dataclass(inner):
-                add(inner, f"{prefix}{part.name}.")
 
-    add(TrainConfig, "")
-    for schema in [model] if model is not None else MODEL_SCHEMAS.values():
-        add(schema, "model.")
-    return known
+def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Place) -> DictConfig:
+    """What the run's ``config.yaml`` says, but for the groups of which another choice is made, and for how to go on.
+
+    What followed from another key follows from it still: a tokenizer from the corpus's path.
+    """
+    tree, _ = _read_run(earlier.config)
+    names = {group: str(tree[group].get("name")) for group in groups() if group in tree}
+    lines = [override.input_line or "" for override in choices.values()]
+    same = [f"{group}={name}" for group, name in names.items() if group not in choices and name in place.choices(group)]
+    composed = _compose(place, "train", [*lines, *same])
+    with open_dict(tree):
+        tree.run, tree.resume = composed.run, composed.resume
+        for group in choices:
+            if composed[group].name != names.get(group):
+                tree[group] = composed[group]
+    derived = flatten(OmegaConf.to_container(composed, resolve=False))
+    for key, text in derived:
+        if isinstance(text, str) and "${" in text and not key.startswith("run."):
+            before = OmegaConf.select(tree, key)
+            OmegaConf.update(tree, key, text)
+            if OmegaConf.select(tree, key) != before:
+                OmegaConf.update(tree, key, _plain(before, escaped=True))
+    OmegaConf.set_struct(tree, True)
+    return tree
 
 
 def load_run_config(file: Path) -> TrainConfig:
     """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read."""
+    return _read_run(file)[1]
+
+
+def _read_run(file: Path) -> tuple[DictConfig, TrainConfig]:
     try:
         tree = read_yaml(file)
         schema = MODEL_SCHEMAS[tree.model.arch]
         tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
-        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), tree)
+        assert isinstance(merged, DictConfig)
+        return merged, to_config(merged)
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
     except UserError as error:
@@ -277,17 +335,123 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides in Hydra's grammar. Raises UserError for what is none."""
+def parse(overrides: Sequence[str], *, several: bool = True) -> list[Override]:
+    """Overrides in Hydra's grammar, but that the value of a key of text is the text that was typed.
+
+    ``several``: a comma or a function separates the values of several runs. Raises UserError for what is no override.
+    """
     parsed = []
     for text in overrides:
         require_text(text)
+        if text.startswith("-"):
+            raise UserError(flag_hint(text))
         try:
-            parsed.append(OverridesParser.create().parse_override(text))
+            parsed.append(_parse_one(_as_typed(text, several)))
         except HydraException as error:
-            hint = "" if "=" in text else "; write key=value"
+            key, separator, value = text.partition("=")
+            hint = "" if separator else "; write key=value"
+            if separator and isinstance(_kind(key), _Text):
+                line = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+                hint = f"; among several runs such text is quoted: {shlex.quote(line)}"
             raise UserError(f"{text!r} is not an override{hint} ({one_line(error).split(' See https')[0]})") from error
     return parsed
+
+
+def _parse_one(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def _as_typed(text: str, several: bool) -> str:
+    """An override such that Hydra's grammar gives the value that its key's type wants.
+
+    Text stays as it was typed, without quotes round all of it; a whole number may be written as 1e3, a list of one or
+    more names without brackets.
+    """
+    key, separator, value = text.partition("=")
+    kind = _kind(key) if separator else None
+    if kind == list[str] and not value.startswith("[") and not (several and "," in value):
+        return f"{key}=[{value}]"
+    if kind is int and re.fullmatch(r"[+-]?[\d_]*\.?[\d_]*([eE][+-]?\d+)?", value):
+        found = _parse_one(text).value()
+        return f"{key}={int(found)}" if isinstance(found, float) and found.is_integer() else text
+    if not isinstance(kind, _Text) or (kind.optional and value == "null"):
+        return text
+    if several:
+        return _several_as_typed(key, value)
+    text = value if (content := unquoted(value)) is None else content
+    if text == "???":
+        raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
+    return f"{key}={_quoted(text)}"
+
+
+def _several_as_typed(key: str, value: str) -> str:
+    override = _parse_one(f"{key}={value}")
+    if not override.is_sweep_override():
+        return f"{key}={value if isinstance(override.value(), str) else _quoted(value)}"
+    if re.search(r"""['"()\[\]{}\\$]""", value):
+        return f"{key}={value}"
+    parts = [part.strip() for part in value.split(",")]
+    return f"{key}={','.join(p if isinstance(_parse_one(f'{key}={p}').value(), str) else _quoted(p) for p in parts)}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The type of a key whose value is text, or null."""
+
+    optional: bool = False
+
+
+def _kind(key: str) -> Any:
+    """What ``key`` holds: ``_Text``, int, list[str], another type; None for a key that there is not."""
+    key = key.lstrip("+")
+    if key.startswith(f"{_SOURCES}."):
+        return _kinds(SourceConfig).get(key.rpartition(".")[2])
+    return _kinds(TrainConfig).get(key)
+
+
+@cache
+def _kinds(schema: type) -> dict[str, Any]:
+    """The types of the leaves of a dataclass by dotted keys, without ``| None``."""
+    found: dict[str, Any] = {"hydra.sweep.dir": _Text()} if schema is TrainConfig else {}
+    for name, hint in get_type_hints(schema).items():
+        optional = type(None) in get_args(hint)
+        kind = next(one for one in get_args(hint) if one is not type(None)) if optional else hint
+        parts = MODEL_SCHEMAS.values() if (schema, name) == (TrainConfig, "model") else [kind]
+        for part in parts:
+            if is_dataclass(part):
+                found |= {f"{name}.{key}": value for key, value in _kinds(part).items()}
+            else:
+                found[name] = _Text(optional) if part is str else part
+    return found
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raises UserError for an option that Hydra does not have."""
+    options = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for text, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name = text.partition("=")[0]
+        known = any(one.startswith(name) for one in options) if name.startswith("--") else name[:2] in options
+        if name.startswith("-") and not known and len(name) > 1:
+            raise UserError(flag_hint(text, None if "=" in following or following.startswith("-") else following))
+
+
+def flag_hint(text: str, value: str | None = None) -> str:
+    """What to write instead of ``--lr 1e-3`` or ``--lr=1e-3``."""
+    name, _, own = text.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    keys = sorted(_kinds(TrainConfig))
+    last = {key: key.rpartition(".")[2] for key in keys}
+    meant = _FLAGS.get(name) or name
+    near = [meant] if meant in groups() else [key for key in keys if meant in (key, last[key])]
+    near = near or [key for key in keys if last[key].endswith(meant)]
+    near = near or get_close_matches(meant, keys, 1) or [key for key in keys if get_close_matches(meant, [last[key]])]
+    shown = own or value or "VALUE"
+    ways = f"write {' or '.join(f'{key}={shown}' for key in near[:3])}" if near else "write key=value"
+    return f"{text.partition('=')[0]!r} is no option: {ways}"
 
 
 def _is_hydra(override: Override) -> bool:
@@ -312,11 +476,11 @@ def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
     for override in overrides:
         group = override.key_or_group
         if group in known and not override.is_sweep_override() and override.value() not in known[group]:
-            value = override.value()
-            raise UserError(
-                f"{group}={value}: no such {group} config{close(str(value), known[group])}; "
-                f"there are: {', '.join(known[group])}"
-            )
+            value = str(override.value())
+            family = [name for name in known[group] if value and name.startswith(value)]
+            family = family or [name for name in known[group] if value and value in name]
+            near = f" (did you mean {' or '.join(map(repr, family))}?)" if family else close(value, known[group])
+            raise UserError(f"{group}={value}: no such {group} config{near}; there are: {', '.join(known[group])}")
 
 
 def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
@@ -365,11 +529,16 @@ def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:
         with hydra_at(place):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise UserError(_type_error(cause)) from error
+        raise UserError(_composition_error(error)) from error
+
+
+def _composition_error(error: BaseException) -> str:
+    return _type_error(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
 
 
 def _type_error(error: BaseException) -> str:
     key = getattr(error, "full_key", None)
     message = (getattr(error, "msg", None) or str(error)).splitlines()[0]
+    if isinstance(error, GrammarParseError | InterpolationResolutionError):
+        message += "; ${...} stands for another key's value, \\${...} for itself"
     return f"{key}: {message}" if key and key not in message else message

@@ -63,6 +63,14 @@ def is_text(text: str) -> bool:
     return True
 
 
+def unquoted(text: str) -> str | None:
+    """What stands between the quotes that ``text`` begins and ends with, as in Hydra's grammar; None without such."""
+    if (found := re.fullmatch(r"""(['"])((?:\\.|(?!\1)[^\\])*)\1""", text, re.DOTALL)) is None:
+        return None
+    quote, content = found.groups()
+    return re.sub(rf"(\\*)({quote}|$)", lambda run: run[1][: len(run[1]) // 2] + run[2], content)
+
+
 def printable(text: str) -> str:
     """``text`` with what moves a cursor, breaks a line or cannot be written as its escape."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -200,12 +200,15 @@ def _written(value: Any) -> str:
 
 
 def shell(arguments: Sequence[str]) -> str:
-    """A line that a POSIX shell takes apart into ``arguments``; in double quotes where they are enough."""
-    plain = (
-        f'"{text}"' if re.fullmatch(r'[^$`"\\!]+', text) and shlex.quote(text) != text else shlex.quote(text)
-        for text in arguments
-    )
-    return " ".join(plain)
+    """A line that a POSIX shell takes apart into ``arguments``, or into what the trainer reads alike."""
+    return " ".join(map(_shell_quoted, arguments))
+
+
+def _shell_quoted(text: str) -> str:
+    if re.fullmatch(r"run\.dir='[\w./=,+-]*'", text, re.ASCII):  # a text is what was typed: one pair of quotes will do
+        return text
+    plain = shlex.quote(text)
+    return f'"{text}"' if plain != text and not re.search(r'[$`"\\!]', text) else plain
 
 
 def keys_of(tree: Any) -> Iterator[Any]:

@@ -184,21 +184,22 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
     dry = next((o for o in parsed if o.key_or_group == "hydra.launcher.dry_run"), None)
     if dry is not None and dry.value() and _chosen(parsed, "hydra/sweeper") in PLUGINS["hydra/sweeper"]:
         raise UserError(f"{dry.input_line}: a search chooses its runs as it goes, so there is no list to print")
-    fresh = not any(Path(_chosen(parsed, "hydra.sweep.dir")).glob("*/done.json"))
-    if fresh and not _chosen(parsed, "hydra/sweeper") and not (dry is not None and dry.value()):
-        _require_data(config.data for config in configs)  # before Hydra makes a directory
     if dry is not None and _chosen(parsed, "hydra/launcher") != LAUNCHER:
         parsed.remove(dry)  # such launchers do not know it
     try:
         with hydra_at(place) as hydra:
             name, lines = entry_config(place, own), [for_compose(override) for override in parsed]
-            if _chosen(parsed, "hydra/launcher") != LAUNCHER and not any(_is_interval(override) for override in parsed):
+            shown = dry is not None and dry.value()
+            if not any(map(_is_interval, parsed)) and not _chosen(parsed, "hydra/sweeper"):
                 config = hydra.compose_config(name, lines, run_mode=RunMode.MULTIRUN)
-                jobs = make_jobs(config, [_own(job) for job in expand(overrides)], place.flags)
-                if dry is not None and dry.value():
-                    _print_slurm(config, jobs)
-                    return ExitCode.FINISHED
-                _require_data(job.data for job in jobs if not job.settle())
+                if _chosen(parsed, "hydra/launcher") != LAUNCHER:
+                    jobs = make_jobs(config, [_own(job) for job in expand(overrides)], place.flags)
+                    if shown:
+                        _print_slurm(config, jobs)
+                        return ExitCode.FINISHED
+                    _require_data(job.data for job in jobs if not job.settle())
+                elif not shown and not any(Path(config.hydra.sweep.dir).glob("*/done.json")):
+                    _require_data(config.data for config in configs)  # before Hydra makes a directory
         with hydra_at(place) as hydra:
             hydra.multirun(name, partial(run_task, flags=place.flags), lines)
     except JobsFailed as error:
@@ -307,7 +308,7 @@ def _check(parsed: Sequence[Override], own: Sequence[Override], place: Place) ->
     for key, choices in values.items():
         others = [theirs[0] for other, theirs in values.items() if other != key]
         for choice in choices[1:]:
-            configs.append(load_config([*place.flags, *others, choice]))
+            configs += [load_config([*place.flags, *others, choice])]
     return configs
 
 
