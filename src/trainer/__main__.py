@@ -13,7 +13,7 @@ from pathlib import Path
 
 import native
 from trainer.kernels import KERNELS
-from trainer.lifeline import end_with_launcher, launched_by_torchrun
+from trainer.lifeline import end_with_launcher, last_words, launched_by_torchrun
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -23,7 +23,7 @@ from hydra._internal.utils import get_args_parser
 
 from trainer.config import check_flags, entry_config, for_compose, load_config, parse
 from trainer.environ import check_environment, forgive_console
-from trainer.errors import ExitCode, RunFailed, UserError
+from trainer.errors import ExitCode, RunFailed, UserError, one_line
 from trainer.own import Place, hydra_at, split
 from trainer.run import run
 from trainer.rundir import RunDirectory
@@ -57,12 +57,19 @@ def main() -> int:
             _show(place, arguments)
             return ExitCode.FINISHED
         _require_own_directory(place, arguments.overrides, config.run.dir)
-        return run(config)
+        code = run(config)
+        if code and launched_by_torchrun() and os.environ.get("RANK") == "0":
+            last_words(RunDirectory(Path(config.run.dir)).ending() or f"exit code {code}")
+        return code
     except UserError as error:
         return _complain(error)
     except RunFailed as error:  # of this rank: another one may see something else, or nothing any more
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words(f"error: {error}")
         return ExitCode.FAILED
+    except Exception as error:
+        if launched_by_torchrun():  # whose own lines come after the traceback
+            last_words(f"error: {type(error).__name__}: {one_line(error)}")
+        raise
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint stands", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -110,7 +117,7 @@ def _require_own_directory(place: Place, overrides: list[str], directory: str) -
 def _complain(error: UserError) -> int:
     # Once, not once a rank; the others wait, because torchrun ends them all as soon as one has ended.
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words(f"error: {error}")
     else:
         time.sleep(5)
     return ExitCode.BAD_INPUT

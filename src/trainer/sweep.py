@@ -603,9 +603,15 @@ def _progress(directory: Path) -> tuple[int, float | None] | None:
 
 
 def _last_error(directory: Path, code: int) -> str:
-    lines = (directory / "console.log").read_text(errors="replace", encoding="utf-8").splitlines()[-200:]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
-    return errors[-1] if errors else f"exit code {code}, see {directory / 'console.log'}"
+    log = directory / "console.log"
+    for _ in range(20):  # under torchrun the line comes after torchrun has ended
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-200:]
+        if errors := [line for line in lines if line.startswith("error:")]:
+            return errors[-1].removeprefix("error: ")
+        if "torch.distributed" not in "".join(lines):
+            break
+        time.sleep(0.05)
+    return f"exit code {code}, see {log}"
 
 
 def _ending(job: Job) -> str:
