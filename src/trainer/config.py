@@ -94,7 +94,12 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""
-        return dict(flatten(_plain(asdict(self))))
+        return dict(flatten(self.nested()))
+
+    def nested(self) -> dict[str, Any]:
+        """Every value in its part, as plain numbers, strings, lists and None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""

@@ -47,7 +47,7 @@ from trainer.errors import ExitCode, UserError, one_line
 from trainer.files import lock, read_json
 from trainer.lifeline import end_with_parent
 from trainer.machine import available_cores
-from trainer.metrics import read_metrics
+from trainer.metrics import SWEEP, read_metrics
 from trainer.own import NOWHERE, Place, hydra_at, setting, shell, split
 from trainer.slurm import sbatch_script
 from trainer.verify import command
@@ -147,7 +147,8 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # console.log is a file, whatever the locale
+                # console.log is a file, whatever the locale
+                env=os.environ | {"PYTHONIOENCODING": "utf-8", SWEEP: str(self.directory.parent)},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here; a job then writes a checkpoint and stops
             )
