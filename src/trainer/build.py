@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -43,12 +44,15 @@ from trainer.errors import UserError, one_line
 from trainer.loop import EvalConfig
 from trainer.machine import memory_of_process
 from trainer.optim import OptimConfig, build_optimizer
+from trainer.own import CONFIG_DIR, setting, shell
 from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
 from trainer.tokenizer import TextTokenizer, load_tokenizer
 
+# What a run does with its data, which preparing them does not ask for.
+_NOT_PREPARED = {"name", "verify", "document_mask", "seq_len", "global_batch_size", "stream", "lanes", "shuffle_rows"}
 #: ``model.arch`` -> the schema of the ``model`` group.
 MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
 
@@ -146,12 +150,7 @@ def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> Tex
 
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:
     if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
-        script = "train_tokenizer" if config.stream else "prepare_data"
-        path = f" data.path={config.path}" if config.stream else ""
-        raise UserError(
-            f"data.tokenizer={config.tokenizer}: no such file or directory; "
-            f"run python scripts/{script}.py data={config.name}{path}"
-        )
+        raise UserError(f"data.tokenizer={config.tokenizer}: no such file or directory; {_preparing(config)}")
     return load_tokenizer(config.tokenizer, config.eot_token)
 
 
@@ -162,11 +161,39 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
         here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
         if not here:
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
-            raise UserError(
-                f"{key}={part.path}: no such directory; run python scripts/prepare_data.py data={config.name}"
-            )
+            raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
         shards[name] = TokenShards(part, tokenizer.fingerprint)
     return shards
+
+
+def require_data(config: DataConfig) -> None:
+    """Raises UserError if the tokenizer, the token shards or the streamed files are not there or do not fit.
+
+    Cheap: reads no checksums, asks no server.
+    """
+    tokenizer = _open_tokenizer(config)
+    if not config.stream:
+        _open_shards(config, tokenizer)
+    elif remote_path(config.path) is None:
+        config.files()
+
+
+def _preparing(config: DataConfig) -> str:
+    """The command that makes what is missing: with the options in which this config differs from its yaml."""
+    file = CONFIG_DIR / "data" / f"{config.name}.yaml"
+    yaml = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    tree = OmegaConf.create({"data": OmegaConf.merge(yaml, {"path": config.path})})
+    known = OmegaConf.to_container(tree.data, resolve=True) | {"path": yaml.get("path")}
+    defaults = {part.name: part.default for part in fields(config) if part.default is not MISSING}
+    told = [f"data={config.name}"]
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if part.name == "sources" and value:
+            value = {name: {k: v for k, v in asdict(one).items() if v is not None} for name, one in value.items()}
+        if part.name not in _NOT_PREPARED and value != known.get(part.name, defaults.get(part.name)):
+            told.append(setting(f"data.{part.name}", value))
+    script = "train_tokenizer" if config.stream else "prepare_data"
+    return f"run python scripts/{script}.py {shell(told)}"
 
 
 def _open_stream(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:

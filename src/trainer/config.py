@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -40,16 +39,17 @@ from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
+from trainer.own import CONFIG_DIR, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
 from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
 from trainer.tokenizer import tokenizer_place
 
 _SOURCES = "data.sources"
+_OPEN = re.compile(r"precision\.args\.|data\.sources\.[^.]+(\.(path|weight|shards))?$")  # of any names
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
 _FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,12 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, as plain numbers, strings, lists and None."""
-        return dict(flatten(_plain(asdict(self))))
+        return dict(flatten(self.nested()))
+
+    def nested(self) -> dict[str, Any]:
+        """Every value in its part, as plain numbers, strings, lists and None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""
@@ -148,12 +153,12 @@ def groups() -> dict[str, list[str]]:
     return {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONFIG_DIR.iterdir())
-        if directory.is_dir() and directory.name != "sweep"  # grids of trainer.sweep, which Hydra never sees
+        if directory.is_dir() and directory.name not in ("sweep", EXPERIMENT)  # grids of trainer.sweep; of any keys
     }
 
 
-def load_config(overrides: Sequence[str]) -> TrainConfig:
-    """Compose ``configs/train.yaml`` with Hydra overrides, and validate.
+def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> TrainConfig:
+    """Compose ``configs/train.yaml``, or what ``trainer.own``'s flags name, with Hydra overrides, and validate.
 
     Where ``run.dir`` names a run that is to go on, what it was trained with takes the place of ``configs``: the path
     alone is enough, and a choice that is the run's own adds nothing.
@@ -161,21 +166,59 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
     value out of range.
     """
-    parsed = parse(overrides, several=False)
-    _check_choices(parsed)
-    choices = {override.key_or_group: override for override in parsed if override.key_or_group in groups()}
-    earlier = _earlier_run(parsed)
+    place, rest = split(overrides)
+    parsed = parse(rest, several=False)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
+    name = entry_config(place, parsed)
+    choices = {o.key_or_group: o for o in parsed if o.key_or_group in (*groups(), EXPERIMENT)}
+    # A whole file, or an experiment, says what it says: a run in run.dir must agree.
+    earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
     if earlier is None:
-        _check_keys(parsed, _compose([override.input_line or "" for override in choices.values()]))
-        return to_config(_compose([_for_compose(override) for override in parsed if not _is_hydra(override)]))
+        if not keys_are_known:
+            _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
+        lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
+        return to_config(_compose(place, name, lines))
     keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
     try:
-        tree = _run_tree(earlier, choices)
+        tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
-        ConfigLoaderImpl._apply_overrides_to_config(parse([_for_compose(key) for key in keys]), tree)
+        ConfigLoaderImpl._apply_overrides_to_config(parse([for_compose(key) for key in keys]), tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
     return to_config(tree)
+
+
+def entry_config(place: Place, parsed: Sequence[Override]) -> str:
+    """The name of the entry config for Hydra. Raises UserError for a choice that is none, or a file that is not one."""
+    _check_choices(place, parsed)
+    if place.file is not None:
+        check_own(place.file, "")
+    return entry(place, [override.key_or_group for override in parsed], list(groups()))
+
+
+def check_own(file: Path, group: str) -> str | None:
+    """The package that a yaml of the user's names for itself, None if it names none.
+
+    Raises UserError, one line with file and key, for a key that nothing reads, or a file that ``read_own`` refuses.
+    """
+    tree = read_own(file)
+    header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8")[:512], re.MULTILINE)
+    package = header[1] if header else None
+    if group.split("/")[0] == "hydra" or package not in (None, "_global_", "_group_", group):
+        return package
+    prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
+    known = {key.rsplit(".", up)[0] for key in _kinds(TrainConfig) for up in range(key.count(".") + 1)}
+    for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
+        whole = f"{prefix}{key}"
+        chosen = not prefix and key in groups() and isinstance(value, str)
+        if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
+            near = close(whole, known).replace(f"'{prefix}", "'") or close(
+                key.split(".")[-1], {one.split(".")[-1] for one in known}
+            )
+            raise UserError(f"{file}: unknown key {key!r}{near}")
+    return package
 
 
 def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
@@ -191,7 +234,7 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
         raise UserError(f"run.dir={directory} cannot be read: {error.strerror or error}") from error
 
 
-def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override]) -> DictConfig:
+def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Place) -> DictConfig:
     """What the run's ``config.yaml`` says, but for the groups of which another choice is made, and for how to go on.
 
     What followed from another key follows from it still: a tokenizer from the corpus's path.
@@ -199,9 +242,8 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override]) -> DictCon
     tree, _ = _read_run(earlier.config)
     names = {group: str(tree[group].get("name")) for group in groups() if group in tree}
     lines = [override.input_line or "" for override in choices.values()]
-    known = groups()
-    same = [f"{group}={name}" for group, name in names.items() if group not in choices and name in known[group]]
-    composed = _compose([*lines, *same])
+    same = [f"{group}={name}" for group, name in names.items() if group not in choices and name in place.choices(group)]
+    composed = _compose(place, "train", [*lines, *same])
     with open_dict(tree):
         tree.run, tree.resume = composed.run, composed.resume
         for group in choices:
@@ -254,7 +296,7 @@ def read_yaml(file: Path) -> DictConfig:
         _require_plain(text)
         tree = OmegaConf.load(io.StringIO(text))
         assert isinstance(tree, DictConfig)
-        if "_target_" in _keys(OmegaConf.to_container(tree)):
+        if "_target_" in keys_of(OmegaConf.to_container(tree)):
             raise ValueError("it has a key _target_, which the trainer never writes: a config executes nothing")
         return tree
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -284,13 +326,6 @@ def _require_plain(text: str) -> None:
                 raise ValueError(f"{line}: {event.value[:60]!a} is no text")
     if nodes < 2:
         raise ValueError("no key: value in it")
-
-
-def _keys(tree: Any) -> Iterator[Any]:
-    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _keys(item)
-    if isinstance(tree, dict):
-        yield from tree
 
 
 def to_config(tree: Any) -> TrainConfig:
@@ -436,21 +471,24 @@ def _is_hydra(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
-def _for_compose(override: Override) -> str:
+def for_compose(override: Override) -> str:
+    """The override for Hydra."""
     line = override.input_line or ""
     if line.startswith(f"{_SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
         path, _, value = line.partition("=")
         names = path.removeprefix(f"{_SOURCES}.").split(".")
         line = f"{_SOURCES}={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
     # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
+    if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
+        return f"+{line.lstrip('+')}"
     return f"++{line}" if line.startswith(("precision.args.", _SOURCES)) else line
 
 
-def _check_choices(overrides: Sequence[Override]) -> None:
-    known = groups()
+def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
+    known = {group: place.choices(group) for group in (*groups(), EXPERIMENT)}
     for override in overrides:
         group = override.key_or_group
-        if group in known and override.value() not in known[group]:
+        if group in known and not override.is_sweep_override() and override.value() not in known[group]:
             value = str(override.value())
             family = [name for name in known[group] if value and name.startswith(value)]
             family = family or [name for name in known[group] if value and value in name]
@@ -465,12 +503,10 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
     hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
-        if key in groups() or key.startswith("precision.args."):
+        if key in (*groups(), EXPERIMENT) or key.startswith("precision.args."):
             continue
         if key == "sweep":
             raise UserError(f"{override.input_line}: a named grid is of many runs: python -m trainer --multirun")
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
         if key == _SOURCES or key.startswith(f"{_SOURCES}."):
             _check_source(key, base)
         elif _is_hydra(override):
@@ -501,11 +537,10 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
+def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose("train", overrides)
+        with hydra_at(place):
+            return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ from trainer.distributed import say
 from trainer.errors import one_line
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
+SWEEP = "NARROWGAUGE_SWEEP"  # the environment of a sweep's jobs has it
+_X_AXIS = "trainer/step"
 
 
 @dataclass(kw_only=True)
@@ -209,9 +212,13 @@ def _clock(seconds: float) -> str:
 
 
 class Trackers:
-    """Experiment trackers of `accelerate`, fed from a thread of their own: whatever they do, training goes on."""
+    """Experiment trackers of `accelerate`, fed from a thread of their own: whatever they do, training goes on.
+
+    ``values``: the whole config, as nested mappings of plain values.
+    """
 
     _GIVE_UP_SECONDS = 20.0
+    _NO_CURVES = ("step", "time")  # the one is the x axis, the other every tracker's own
 
     def __init__(self, config: LogConfig, directory: Path, values: dict[str, Any]) -> None:
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], int] | None] = queue.SimpleQueue()
@@ -224,8 +231,9 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         if self._thread is not None:
             kind = row["kind"]
-            values = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
-            self._queue.put((values | {"trainer/step": row["step"]}, row["step"]))
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            values = {f"{kind}/{key}": value for key, value in numbers.items() if key not in self._NO_CURVES}
+            self._queue.put((values, row["step"]))
 
     def close(self) -> None:
         """Let the trackers finish, but do not wait for ever."""
@@ -245,8 +253,11 @@ class Trackers:
         while (item := self._queue.get()) is not None:
             for name in list(trackers):
                 try:
-                    # wandb drops a step that goes back, as it does after a resume: it gets its own counter.
-                    trackers[name].log(item[0], step=None if name == "wandb" else item[1])
+                    row, step = item
+                    if name == "wandb":  # it drops a step that goes back, as after a resume: it gets its own counter
+                        trackers[name].log(row | {_X_AXIS: step}, step=None)
+                    else:
+                        trackers[name].log(row, step=step)
                 except BaseException as error:
                     say(f"warning: tracker {name} failed ({one_line(error)}); training goes on without it")
                     del trackers[name]
@@ -269,19 +280,39 @@ def _start_tracker(name: str, config: LogConfig, directory: Path, values: dict[s
             config.project,
             dir=directory,
             id=identity,
-            name=directory.name,
+            name=directory.resolve().name,
+            group=sweep_of(directory),
+            tags=_tags(values),
             mode=config.wandb_mode,
             resume="allow",
             settings={"silent": True},
         )
     else:
-        tracker = kind(config.project, name=directory.name, resume="allow")
+        tracker = kind(config.project, name=directory.resolve().name, group=sweep_of(directory), resume="allow")
     tracker.start()
     if name == "wandb":
-        tracker.run.define_metric("trainer/step")
-        tracker.run.define_metric("*", step_metric="trainer/step")
-    tracker.store_init_configuration(values)
+        tracker.run.define_metric(_X_AXIS, hidden=True)
+        tracker.run.define_metric("*", step_metric=_X_AXIS)
+    if name == "tensorboard":
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        tracker.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))  # as Markdown's code
+        tracker.writer.flush()
+    else:
+        tracker.store_init_configuration(values)
     return tracker
+
+
+def sweep_of(directory: Path) -> str | None:
+    """The name of the sweep whose run this is, None if it is of none."""
+    parent = directory.resolve().parent
+    return parent.name if SWEEP in os.environ or (parent / "multirun.yaml").is_file() else None
+
+
+def _tags(values: dict[str, Any]) -> list[str]:
+    """Recipe and model."""
+    parts = (("precision", "recipe"), ("precision", "name"), ("model", "name"))
+    found = [values[group].get(key) for group, key in parts if isinstance(values.get(group), dict)]
+    return list(dict.fromkeys(str(tag)[:64] for tag in found if tag))  # W&B takes no longer ones
 
 
 def _wandb_id(directory: Path) -> str:

@@ -307,7 +307,7 @@ def _build(
     job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)
     if world.is_main:
         job.console = Console(config.log, config.train.steps, state.step)
-        job.trackers = Trackers(config.log, directory.path, _flat_values(config))
+        job.trackers = Trackers(config.log, directory.path, config.nested())
     return job
 
 
@@ -334,11 +334,6 @@ def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, d
         f"{config.train.steps:,} steps of {batch} x {config.data.seq_len} tokens = {tokens:,} tokens, "
         f"{of}; micro-batch {micro_batch}, accumulation {accumulated}"
     )
-
-
-def _flat_values(config: TrainConfig) -> dict[str, Any]:
-    values = {"model": config.model.name, "data": config.data.name, "precision": config.precision.name}
-    return values | {"seed": config.seed, "lr": config.optim.lr, "steps": config.train.steps}
 
 
 def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, outcome: Outcome) -> None:

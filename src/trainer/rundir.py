@@ -241,6 +241,14 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
+    def ending(self) -> str | None:
+        """How the run ended, in one line; None if it does not say."""
+        try:
+            done = read_json(self.done)
+            return f"{done['status']} at step {done['step']}: {done['reason']} ({self.path})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
         """What this attempt is; an earlier attempt's ``done.json`` no longer holds."""
         try:

@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
@@ -41,12 +40,15 @@ from rich.table import Table
 from yaml import YAMLError
 
 from precision.recipe import close
-from trainer.config import CONFIG_DIR, load_config, parse
+from trainer.build import require_data
+from trainer.config import TrainConfig, entry_config, for_compose, load_config, load_run_config, parse
+from trainer.data import DataConfig
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.files import lock, read_json
 from trainer.lifeline import end_with_parent
 from trainer.machine import available_cores
-from trainer.metrics import read_metrics
+from trainer.metrics import SWEEP, read_metrics
+from trainer.own import NOWHERE, Place, hydra_at, setting, shell, split
 from trainer.slurm import sbatch_script
 from trainer.verify import command
 
@@ -59,6 +61,11 @@ PLUGINS = {
 }
 _LONGEST_NAME = 120  # bytes; file systems take 255, people fewer
 _TELLING = r"(precision|seed|optim|model=|data=)"
+# Changes of these leave a run's result as it is, but for the last bits.
+_NO_RESULT = re.compile(
+    r"(run|log|parallel|checkpoint|resume|sample)\.|train\.(stop_after|micro_batch_size)$|"
+    r"data\.(verify|attempts|min_bytes_per_second)$"
+)
 _POLL_SECONDS = 0.2
 _SHOW_ROWS = 40
 
@@ -100,6 +107,8 @@ class Job:
     directory: Path
     overrides: list[str]
     steps: int
+    flags: list[str] = field(default_factory=list)  # before the overrides
+    data: DataConfig | None = None
     state: State = State.waiting
     step: int = 0
     loss: float | None = None  # the newest there is: of training while it runs, of validation at its end
@@ -109,6 +118,10 @@ class Job:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _started: float = 0.0
     _done_before: bytes | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*self.flags, *self.overrides]
 
     @property
     def over(self) -> bool:
@@ -134,7 +147,8 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # console.log is a file, whatever the locale
+                # console.log is a file, whatever the locale
+                env=os.environ | {"PYTHONIOENCODING": "utf-8", SWEEP: str(self.directory.parent)},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here; a job then writes a checkpoint and stops
             )
@@ -163,26 +177,32 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
 
     Raises UserError, one line, for an unknown key, value, group or grid, before anything starts.
     """
-    overrides = expand_named(arguments)
+    place, told = split(arguments)
+    overrides = expand_named(told, place)
     parsed = parse(overrides)
     own = [override for override in parsed if not _is_hydra(override)]
-    _check(parsed, own)
+    configs = _check(parsed, own, place)
     dry = next((o for o in parsed if o.key_or_group == "hydra.launcher.dry_run"), None)
     if dry is not None and dry.value() and _chosen(parsed, "hydra/sweeper") in PLUGINS["hydra/sweeper"]:
         raise UserError(f"{dry.input_line}: a search chooses its runs as it goes, so there is no list to print")
     if dry is not None and _chosen(parsed, "hydra/launcher") != LAUNCHER:
         parsed.remove(dry)  # such launchers do not know it
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            lines = [_for_hydra(override) for override in parsed]
-            if dry is not None and dry not in parsed and dry.value():
-                config = hydra.compose_config("train", lines, run_mode=RunMode.MULTIRUN)
-                _print_slurm(config, parsed)
-            else:
-                hydra.multirun("train", run_task, lines)
+        with hydra_at(place) as hydra:
+            name, lines = entry_config(place, own), [for_compose(override) for override in parsed]
+            shown = dry is not None and dry.value()
+            if not any(map(_is_interval, parsed)) and not _chosen(parsed, "hydra/sweeper"):
+                config = hydra.compose_config(name, lines, run_mode=RunMode.MULTIRUN)
+                if _chosen(parsed, "hydra/launcher") != LAUNCHER:
+                    jobs = make_jobs(config, [_own(job) for job in expand(overrides)], place.flags)
+                    if shown:
+                        _print_slurm(config, jobs)
+                        return ExitCode.FINISHED
+                    _require_data(job.data for job in jobs if not job.settle())
+                elif not shown and not any(Path(config.hydra.sweep.dir).glob("*/done.json")):
+                    _require_data(config.data for config in configs)  # before Hydra makes a directory
+        with hydra_at(place) as hydra:
+            hydra.multirun(name, partial(run_task, flags=place.flags), lines)
     except JobsFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.FAILED
@@ -194,45 +214,51 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
     return ExitCode.FINISHED
 
 
-def _print_slurm(config: DictConfig, parsed: Sequence[Override]) -> None:
+def _print_slurm(config: DictConfig, jobs: Sequence[Job]) -> None:
     """The jobs, and the script that submitit's launcher would hand to sbatch for them."""
-    jobs = make_jobs(config, [_own(job) for job in expand([override.input_line or "" for override in parsed])])
     options = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(options, dict)
     print(sbatch_script({str(key): value for key, value in options.items()}, len(jobs)))
     for index, job in enumerate(jobs):
-        print(f"# task {index}: {subprocess.list2cmdline(['python', '-m', 'trainer', *job.overrides])}")
+        print(f"# task {index}: {shell(['python', '-m', 'trainer', *job.arguments])}")
 
 
 def _chosen(parsed: Sequence[Override], group: str) -> str:
     return str(next((o.value() for o in parsed if o.key_or_group == group), ""))
 
 
-def named_grids() -> list[str]:
-    """The names of ``configs/sweep/*.yaml``."""
-    return sorted(file.stem for file in (CONFIG_DIR / "sweep").glob("*.yaml"))
+def named_grids(place: Place = NOWHERE) -> list[str]:
+    """The names of ``configs/sweep/*.yaml``, and of the user's own."""
+    return place.choices("sweep")
 
 
-def expand_named(arguments: Sequence[str]) -> list[str]:
+def expand_named(arguments: Sequence[str], place: Place = NOWHERE) -> list[str]:
     """The arguments with ``sweep=NAME`` replaced by the overrides of that grid, and Hydra's part filled in.
 
     The grid's file has two lists in Hydra's grammar: ``fixed``, the same for all jobs and no part of their names, and
-    ``grid``. What the command line says about a key takes the place of what the grid says.
+    ``grid``. What the command line says about a key takes the place of what the grid says, and is part of names; other
+    keys are part of names if they have several values.
     """
     given = [text for text in arguments if not text.startswith("sweep=")]
     names = [text.removeprefix("sweep=") for text in arguments if text.startswith("sweep=")]
-    keys = {override.key_or_group for override in parse(given)}
-    result, unnamed = [], []
+    told = parse(given)
+    keys = {override.key_or_group for override in told}
+    result: list[str] = []
+    grid: list[Override] = []
     if len(names) > 1:
         raise UserError(f"sweep={names[0]} and sweep={names[1]}: one grid at a time")
     for name in names:
-        if name not in named_grids():
-            raise UserError(
-                f"sweep={name}: no such grid{close(name, named_grids())}; there are: {', '.join(named_grids())}"
-            )
-        fixed, grid = _read_grid(CONFIG_DIR / "sweep" / f"{name}.yaml")
-        unnamed = [o.key_or_group for o in parse(fixed) if o.key_or_group not in keys and not _is_hydra(o)]
-        result = [o.input_line or "" for o in parse([*fixed, *grid]) if o.key_or_group not in keys]
+        file = place.find("sweep", name)
+        if file is None:
+            known = named_grids(place)
+            raise UserError(f"sweep={name}: no such grid{close(name, known)}; there are: {', '.join(known)}")
+        fixed, varied = (parse(texts) for texts in _read_grid(file))
+        grid = [*fixed, *varied]
+        told = [*told, *fixed]
+        result = [override.input_line or "" for override in grid if override.key_or_group not in keys]
+    ours = {override.key_or_group for override in grid}
+    constant = [o for o in told if not (_is_hydra(o) or o.is_sweep_override())]
+    unnamed = [o.key_or_group for o in constant if o.key_or_group not in keys & ours]
     result += given
     present = {override.key_or_group for override in parse(result)}
     defaults = {
@@ -255,8 +281,11 @@ def _read_grid(file: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
 
 
-def _check(parsed: Sequence[Override], own: Sequence[Override]) -> None:
-    """Every value of every key once, beside the first values of the others."""
+def _check(parsed: Sequence[Override], own: Sequence[Override], place: Place) -> list[TrainConfig]:
+    """The configs of every value of every key once, beside the first values of the others."""
+    for override in parsed:
+        if override.key_or_group.split(".")[-1] == "_target_":
+            raise UserError(f"{override.key_or_group}: a config names things, it never executes them")
     for override in own:
         if override.key_or_group in ("run.dir", "run.resume"):
             raise UserError(
@@ -276,11 +305,12 @@ def _check(parsed: Sequence[Override], own: Sequence[Override]) -> None:
         if _is_hydra(override) and not re.match(r"hydra[./](launcher|sweeper)\b", override.key_or_group)
     ]
     values = {o.key_or_group: [text.lstrip("+") for text in _choices(o)] for o in own}
-    load_config([*(choices[0] for choices in values.values()), *hydra_keys])
+    configs = [load_config([*place.flags, *(choices[0] for choices in values.values()), *hydra_keys])]
     for key, choices in values.items():
         others = [theirs[0] for other, theirs in values.items() if other != key]
         for choice in choices[1:]:
-            load_config([*others, choice])
+            configs += [load_config([*place.flags, *others, choice])]
+    return configs
 
 
 def _check_launcher(override: Override, parsed: Sequence[Override]) -> None:
@@ -295,8 +325,8 @@ def _check_launcher(override: Override, parsed: Sequence[Override]) -> None:
 
 
 def _choices(override: Override) -> list[str]:
-    value = override.value()
-    if isinstance(value, IntervalSweep):  # for sweepers that search
+    if _is_interval(override):  # for sweepers that search
+        value = override.value()
         return [f"{override.key_or_group}={end}" for end in (value.start, value.end)]
     batches = BasicSweeper.split_arguments([override], None)
     if not batches or not batches[0]:
@@ -309,10 +339,8 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for batch in BasicSweeper.split_arguments(parse(overrides), None) for job in batch]
 
 
-def _for_hydra(override: Override) -> str:
-    line = override.input_line or ""
-    # A recipe's yaml need not name all its arguments, nor a mixture all its sources.
-    return f"++{line}" if line.startswith(("precision.args.", "data.sources.")) else line
+def _is_interval(override: Override) -> bool:
+    return isinstance(override.value(), IntervalSweep)
 
 
 def _is_hydra(override: Override) -> bool:
@@ -340,36 +368,85 @@ def _own(overrides: Iterable[str]) -> list[str]:
     return [text.lstrip("+") for text in overrides if not text.startswith(("hydra.", "hydra/"))]
 
 
-def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]]) -> list[Job]:
-    """Jobs under ``hydra.sweep.dir``, one for each list of overrides."""
+def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]], flags: Sequence[str] = ()) -> list[Job]:
+    """Jobs under ``hydra.sweep.dir``, one for each list of overrides; ``flags`` as ``trainer.own.split`` takes them.
+
+    A job goes where a run of its config lies already, whatever it is called: an earlier command may have varied other
+    keys. No job goes where another config's run lies. Raises UserError for a config that is not valid.
+    """
     root = Path(config.hydra.sweep.dir)
-    exclude = list(config.hydra.job.config.override_dirname.exclude_keys)
-    steps = load_config([]).train.steps
-    jobs: dict[str, Job] = {}
-    for overrides in batch:
-        own = _own(overrides)
-        name = job_name(own, exclude)
-        wanted = [text.partition("=")[2] for text in own if text.startswith("train.steps=")]
-        jobs[name] = Job(
-            name=name,
-            directory=root / name,
-            overrides=[*own, f"run.dir='{root / name}'"],
-            steps=int(float(wanted[-1])) if wanted else steps,
+    exclude = set(config.hydra.job.config.override_dirname.exclude_keys)
+    own = {job_name(overrides, exclude): _own(overrides) for overrides in batch}
+    varied = {text.partition("=")[0] for texts in own.values() for text in texts} - exclude
+    configs = {name: load_config([*flags, *texts], keys_are_known=True) for name, texts in own.items()}
+    there = {path.parent.name: _identity(known, varied) for path, known in _runs_in(root)}
+    places = {name: name for name, one in configs.items() if there.get(name) == _identity(one, varied)}
+    for name, one in configs.items():
+        identity = _identity(one, varied)
+        same = [other for other in there if there[other] == identity and other not in places.values()]
+        if name in places:
+            continue
+        places[name] = same[0] if same else name
+        if not same and name in there:
+            before, now = json.loads(there[name]), json.loads(identity)
+            key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+            places[name] = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+            say = (
+                f"{name} holds a run with {key}={before.get(key)}, not {now.get(key)}: this one goes to {places[name]}"
+            )
+            print(say, file=sys.stderr, flush=True)
+    return [
+        Job(
+            name=places[name],
+            directory=root / places[name],
+            overrides=[*texts, setting("run.dir", str(root / places[name]))],
+            steps=configs[name].train.steps,
+            flags=list(flags),
+            data=configs[name].data,
         )
-    return list(jobs.values())
+        for name, texts in own.items()
+    ]
 
 
-def launch(config: DictConfig, batch: Sequence[Sequence[str]], options: LauncherConfig) -> list[JobReturn]:
+def _runs_in(root: Path) -> Iterator[tuple[Path, TrainConfig]]:
+    for file in sorted(root.glob("*/config.yaml")):
+        try:
+            yield file, load_run_config(file)
+        except UserError:  # its own run says so
+            continue
+
+
+def _identity(config: TrainConfig, varied: set[str]) -> str:
+    """What tells a run's result from another's, as JSON: all keys but those that change none and are not ``varied``."""
+    parts = {
+        key: value
+        for key, value in sorted(config.flat().items())
+        if not _NO_RESULT.match(key) or any(key == one or key.startswith(f"{one}.") for one in varied)
+    }
+    return json.dumps(parts, default=str)
+
+
+def _require_data(configs: Iterable[DataConfig | None]) -> None:
+    """Raises UserError if the tokenizer or text of any of them is missing."""
+    for config in {repr(config): config for config in configs}.values():
+        if config is not None:
+            require_data(config)
+
+
+def launch(
+    config: DictConfig, batch: Sequence[Sequence[str]], options: LauncherConfig, flags: Sequence[str] = ()
+) -> list[JobReturn]:
     """What Hydra's launcher is asked for: run every job, and say how each ended.
 
-    A job's value, for sweepers that search, is its final validation loss, infinite if it diverged. Raises SweepStopped.
+    A job's value, for sweepers that search, is its final validation loss, infinite if it diverged. Raises SweepStopped,
+    and UserError before the first job if data are missing.
     """
-    jobs = make_jobs(config, batch)
+    jobs = make_jobs(config, batch, flags)
     if options.jobs > 1:
         _share_cores(jobs, options)
     if options.dry_run:
         for job in jobs:
-            print(subprocess.list2cmdline(command(job.overrides, options.processes)))
+            print(shell(command(job.arguments, options.processes)))
     else:
         run_jobs(jobs, processes=options.processes, at_once=options.jobs)
     return [_returned(job, jobs) for job in jobs]
@@ -396,11 +473,11 @@ def _returned(job: Job, jobs: Sequence[Job]) -> JobReturn:
     return result
 
 
-def run_task(config: DictConfig) -> float:
+def run_task(config: DictConfig, flags: Sequence[str] = ()) -> float:
     """One job under a launcher other than ours (Hydra's basic one, joblib, submitit): on all GPUs there are."""
     overrides = list(HydraConfig.get().overrides.task)
     tree = OmegaConf.create({"hydra": HydraConfig.get()})
-    jobs = make_jobs(tree, [overrides])
+    jobs = make_jobs(tree, [overrides], flags)
     run_jobs(jobs, processes=max(1, torch.cuda.device_count()), at_once=1)
     returned: float = _returned(jobs[0], jobs).return_value
     return returned
@@ -422,6 +499,7 @@ def run_jobs(
         for job in jobs:
             if job.settle():
                 shown.say(job, f"{job.state.value} already at step {job.step}")
+        _require_data(job.data for job in jobs if not job.over)
         asked = 0
         while not all(job.over for job in jobs):
             running = [job for job in jobs if job.state is State.running]
@@ -435,7 +513,7 @@ def run_jobs(
             if received and not running:
                 break
             if not received and len(running) < at_once and (job := _next(jobs, shown)) is not None:
-                job.start(make_command(job.overrides, processes))
+                job.start(make_command(job.arguments, processes))
                 shown.say(job, f"started, log in {job.directory / 'console.log'}")
                 continue
             shown.update()
@@ -526,9 +604,15 @@ def _progress(directory: Path) -> tuple[int, float | None] | None:
 
 
 def _last_error(directory: Path, code: int) -> str:
-    lines = (directory / "console.log").read_text(errors="replace", encoding="utf-8").splitlines()[-200:]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
-    return errors[-1] if errors else f"exit code {code}, see {directory / 'console.log'}"
+    log = directory / "console.log"
+    for _ in range(20):  # under torchrun the line comes after torchrun has ended
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-200:]
+        if errors := [line for line in lines if line.startswith("error:")]:
+            return errors[-1].removeprefix("error: ")
+        if "torch.distributed" not in "".join(lines):
+            break
+        time.sleep(0.05)
+    return f"exit code {code}, see {log}"
 
 
 def _ending(job: Job) -> str:

@@ -117,3 +117,70 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         trackers.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
     assert len((tmp_path / "wandb_id.txt").read_text()) == 12
+
+
+CONFIG = {
+    "precision": {"name": "exmy_e8m3", "recipe": "exmy", "args": {"bits": [8, 3]}},
+    "model": {"name": "llama_tiny"},
+}
+
+
+def test_wandb_gets_the_whole_config_a_group_and_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Fake:
+        """As accelerate's tracker of W&B."""
+
+        def __init__(self, project: str, **options: Any) -> None:
+            told.append(options)
+            self.run = self
+
+        def start(self) -> None:
+            pass
+
+        def define_metric(self, name: str, **options: Any) -> None:
+            pass
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None) -> None:
+            told.append(values)
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setitem(metrics.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    run = tmp_path / "grid" / "seed=0"
+    run.mkdir(parents=True)
+    (run.parent / "multirun.yaml").touch()
+    for _ in range(2):
+        trackers = Trackers(LogConfig(trackers=["wandb"]), run, CONFIG)
+        trackers.log(row(3, time=1e9))
+        trackers.close()
+    options, values, logged, again = told[:4]
+    assert (options["name"], options["group"], options["resume"]) == ("seed=0", "grid", "allow")
+    assert options["tags"] == ["exmy", "exmy_e8m3", "llama_tiny"]
+    assert values == CONFIG
+    assert logged == {"train/loss": 1 / 3 + 3, "trainer/step": 3}  # of which the last is the x axis
+    assert again["id"] == options["id"]
+
+
+def test_a_run_alone_is_of_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(metrics.SWEEP, raising=False)
+    assert metrics.sweep_of(tmp_path / "runs" / "a") is None
+    monkeypatch.setenv(metrics.SWEEP, "x")
+    assert metrics.sweep_of(tmp_path / "runs" / "a") == "runs"
+
+
+def test_tensorboard_shows_the_config_as_text_and_no_clock(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trackers = Trackers(LogConfig(trackers=["tensorboard"]), tmp_path, CONFIG)
+    trackers.log(row(3, time=1e9))
+    trackers.close()
+    (file,) = tmp_path.glob("tensorboard/events*")
+    events = accumulator.EventAccumulator(str(file)).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert events.Scalars("train/loss")[0].step == 3
+    (text,) = events.Tensors("config/text_summary")
+    assert b"    recipe: exmy\n" in text.tensor_proto.string_val[0]
