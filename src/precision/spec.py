@@ -111,8 +111,8 @@ class OperandSpec:
             return
         if self.format.name != "e2m1" or self.tile not in ((1, 16), (16, 16)):
             raise ValueError(f"four over six is for e2m1 in tiles of 1x16 or 16x16, not {self.format} in {self.tile}")
-        if self.rounding is not Rounding.NEAREST:
-            raise ValueError(f"four over six compares errors of nearest rounding: {self.rounding.value} is not for it")
+        if self.rounding is Rounding.TRUNCATE:
+            raise ValueError("four over six is for nearest or stochastic rounding: to truncate is not for it")
 
     def __str__(self) -> str:
         delayed = isinstance(self.amax, Delayed)
@@ -147,10 +147,6 @@ class GemmSpec:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
         if self.fast_accum and (self.a is None or self.b is None):
             raise ValueError("fast accumulation is that of a product of two quantized operands")
-        for operand in (self.a, self.b):
-            scale = operand.scale if operand is not None else None
-            if self.transform is not None and isinstance(scale, TwoLevel) and scale.four_over_six is not None:
-                raise ValueError(f"four over six and {self.transform} are not for the same operand")
 
     def __str__(self) -> str:
         a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))
