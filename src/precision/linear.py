@@ -275,6 +275,7 @@ class QuantLinear(nn.Module):
         self.clock = Clock()
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
+        self.amax_before: tuple[Tensor, Tensor] | None = None  # history and held amaxes, while a step may be undone
         self._base_keys: dict[int, Tensor] = {}
         self.token = traced.register(self)
         self.schedule((spec,))

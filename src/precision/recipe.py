@@ -134,6 +134,13 @@ class Hook(Protocol):
         """``applied``: bool scalar on the model's device; to read it is to wait for the device."""
 
 
+@runtime_checkable
+class MicroHook(Protocol):
+    """A hook that does something before every micro-batch, too."""
+
+    def begin_micro(self, model: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """A part of the run in which some GEMMs of the quantized linears are computed otherwise.
@@ -253,7 +260,7 @@ class Plan:
     def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
-        self.begin_micro(sample_offset)
+        self.clock.set(step, sample_offset, None)
         if self.recipe.schedule:
             picks = [0, 0, 0]
             for number, phase in enumerate(self.recipe.schedule, 1):
@@ -268,6 +275,9 @@ class Plan:
     def begin_micro(self, sample_offset: int, samples: int | None = None) -> None:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
         self.clock.set(self._step, sample_offset, samples)
+        for hook in self.recipe.hooks:
+            if isinstance(hook, MicroHook):
+                hook.begin_micro(self.model)
 
     def end_step(self, *, applied: bool | Tensor = True, overflow: bool | Tensor = False) -> None:
         """After the last backward pass.

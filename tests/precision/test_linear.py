@@ -180,6 +180,75 @@ def test_delayed_scaling_by_hand() -> None:
     assert seen[1:] == [448.0 / scales[0], max(448.0 / scales[0], 448.0 / scales[1])]
 
 
+class Meta:
+    """TransformerEngine's state of one tensor, by its own rule: slot 0 is staged; ``left`` is an autocast's exit."""
+
+    def __init__(self, length: int, top: float) -> None:
+        self.history, self.scale, self.top = [0.0] * length, 1.0, top
+
+    def cast(self, x: Tensor) -> float:
+        self.history[0] = max(self.history[0], float(x.float().abs().max()))
+        return self.scale
+
+    def left(self) -> None:
+        amax = max(self.history)
+        self.history = [0.0, *self.history[2:], self.history[0]][: len(self.history)]
+        if amax > 0:
+            self.scale = float(torch.tensor(self.top) / torch.tensor(amax))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16])
+def test_histories_that_roll_by_micro_batch_are_transformer_engines(length: int) -> None:
+    """Two micro-batches a step: forward tensors move on when their autocast is left, gradients after backward."""
+    plan = apply(load("fp8_delayed", {"history": length, "roll": "micro"}), model := block_model())
+    module = model.get_submodule("layers.0.up_proj")
+    metas = {"x": Meta(length, 448), "w": Meta(length, 448), "dy": Meta(length, 57344)}
+    places = {column.tensor: place for place, column in enumerate(module.columns)}
+    assert places.keys() == metas.keys()
+    seen = set()
+    for step in range(4):
+        plan.begin_step(step, 0)
+        for micro in range(2):
+            plan.begin_micro(4 * micro, 4)
+            number = 2 * step + micro
+            size = 2.0 ** (3 * number % 8 - 3)  # rises and falls
+            x, dy = samples(ROWS, INS, seed=number) * size, samples(ROWS, OUTS, seed=50 + number) / size
+            operands = {"x": x, "w": module.weight.detach(), "dy": dy}
+            for name, meta in metas.items():
+                held = float(module.amax_held[places[name]])
+                scale = float(torch.tensor(meta.top) / torch.tensor(held)) if held else 1.0
+                assert scale == meta.cast(operands[name]), (name, number)
+                seen.add((name, scale))
+            y, *_ = run(module, x, dy)
+            made = [
+                quantize(
+                    operands[name], OperandSpec(format=E4M3, amax=Delayed()), amax=module.amax_held[[places[name]]]
+                )
+                for name in ("x", "w")
+            ]
+            assert torch.equal(y, REFERENCE.gemm(*made, bias=None, dtype=torch.bfloat16))
+            for meta in metas.values():
+                meta.left()
+        plan.end_step()
+    for name, meta in metas.items():
+        assert module.amax_history[:, places[name]].tolist() == meta.history
+    assert len({scale for name, scale in seen if name == "x"}) > 2
+
+
+def test_without_accumulation_histories_roll_alike() -> None:
+    held = []
+    for roll in ("step", "micro"):
+        plan = apply(load("fp8_delayed", {"history": 3, "roll": roll}), model := block_model())
+        module = model.get_submodule("layers.0.up_proj")
+        for step in range(5):
+            plan.begin_step(step, 0)
+            plan.begin_micro(0, 4)
+            run(module, samples(ROWS, INS, seed=step), samples(ROWS, OUTS, seed=step))
+            plan.end_step()
+        held.append([value.clone() for value in plan.state_tensors().values()])
+    assert all(map(torch.equal, *held))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_evaluation_writes_no_state_and_high_precision_is_plain(recipe: str) -> None:
     model = block_model(layers=2)
@@ -243,9 +312,10 @@ def test_noise_goes_by_global_rows_whatever_the_shape(shape: tuple[int, ...]) ->
     assert torch.equal(whole, torch.cat((first, module(x[half:]))))
 
 
-def test_a_skipped_step_leaves_no_amax() -> None:
+@pytest.mark.parametrize("roll", ["step", "micro"])
+def test_a_skipped_step_leaves_no_amax(roll: str) -> None:
     model = block_model()
-    plan = apply(load("fp8_delayed", {}), model)
+    plan = apply(load("fp8_delayed", {"roll": roll}), model)
     module = model.get_submodule("layers.0.up_proj")
     x, dy = samples(4, 32, INS), samples(4, 32, OUTS, seed=2)
     plan.begin_step(0, 0)
@@ -253,7 +323,9 @@ def test_a_skipped_step_leaves_no_amax() -> None:
     plan.end_step()
     before = [value.clone() for value in plan.state_tensors().values()]
     plan.begin_step(1, 0)
-    run(module, x * 1e20, dy)
+    for sample in (0, 4):
+        plan.begin_micro(sample, 4)
+        run(module, x * 1e20, dy)
     plan.end_step(applied=False)
     assert all(map(torch.equal, before, plan.state_tensors().values()))
 
@@ -280,6 +352,7 @@ def test_nothing_is_made_for_a_backward_pass_that_will_not_be(monkeypatch: pytes
     [
         ("mxfp4", {"stochastic": "off"}, r"stochastic='off' is no bool"),
         ("fp8_delayed", {"history": "abc"}, r"history='abc' is no int"),
+        ("fp8_delayed", {"roll": "batch"}, r"roll=batch: one of step, micro"),
         ("fp8_delayed", {"history": True}, r"history=True is no int"),
         ("fp8_delayed", {"history": 0}, r"\(history=0\): an amax history has at least one slot"),
         ("fp8_delayed", {"margin": -1}, r"\(margin=-1\): the margin"),
