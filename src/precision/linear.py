@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,7 +29,7 @@ from precision import traced
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key
 from precision.quantize import Prepared, Quantized, dequantize
-from precision.scaling import TENSOR, Delayed, Unit
+from precision.scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 from precision.transforms import Composed
 
@@ -152,6 +153,7 @@ class Slot(NamedTuple):
     transposed: bool  # made of the transpose of what the linear reads
     random: bool
     delayed: bool
+    of_step: bool  # scaled by the amax of all ranks
     square: bool  # the codes of a transpose are the transposed codes
     key: int  # equal where equal tensors are made into equal codes, but for amaxes and statistics
 
@@ -221,6 +223,7 @@ def _resolved(spec: LinearSpec, backends: Sequence[Backend]) -> Resolved:
                 transposed=number in TRANSPOSED,
                 random=random,
                 delayed=operand is not None and isinstance(operand.amax, Delayed),
+                of_step=operand is not None and operand.amax == Current(step=True),
                 square=tile.outer == tile.inner and gemm.transform is None and not random,
                 key=_number((number, operand, gemm.transform, backends[number // 2].name)),
             )
@@ -388,6 +391,8 @@ class QuantLinear(nn.Module):
     def _traceable(self, x: Tensor) -> bool:
         """Whether what this call computes follows from its tensors, its token and its mode."""
         usual = self.observer is None and self.gathered is None and self.statistics is None
+        # An operator is also run to see what it gives: not by all ranks at once, as a collective has to be.
+        usual = usual and not (self._meets_ranks() and any(slot.of_step for slot in self.mode.resolved.slots))
         return usual and not torch.is_autocast_enabled(x.device.type)
 
     # Where it is not traced (``precision.traced``) it is one opaque step: what a compiler would fuse it would round
@@ -557,6 +562,23 @@ class QuantLinear(nn.Module):
             torch.maximum(self.amax_history[0, column], first.amax_history[0, other], out=self.amax_history[0, column])
         self._followed[column] = first, times, own
         return True
+
+    def _meets_ranks(self) -> bool:
+        return self.training and dist.is_initialized() and dist.get_world_size() > 1
+
+    def amax_of_step(self, slot: int, x: Tensor, spec: OperandSpec) -> Tensor | None:
+        """The amax that scales this slot's tensor on all ranks; None for its own, where no other rank is asked."""
+        if not self._meets_ranks():
+            return None
+        rows = spec.tile.outer != -1 and (
+            spec.scale.levels == 1 or (isinstance(spec.scale, TwoLevel) and spec.scale.rows)
+        )
+        amax = self.backends[slot // 2].amax(x, Tile(1, -1) if rows else TENSOR).flatten()
+        # A maximum over ranks may lose a NaN.
+        nan = amax.isnan()
+        both = torch.stack((torch.where(nan, 0.0, amax), nan.float()))
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return torch.where(both[1] > 0, torch.nan, both[0])
 
     def note_unseen(self, stats: Tensor | None, **tensors: Tensor) -> None:
         """Note, in training, the amaxes of x and w, or of dy, that the spec in use does not measure."""
@@ -771,8 +793,11 @@ class Call:
             return None  # one is the other, transposed
         if it.delayed and not backends[slot // 2].notes:
             return None
+        if it.of_step and spec.tile != TENSOR and spec.scale.levels == 1:
+            return None  # rows of the one are not rows of the other
         noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
         return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
 
     def make_both(self, x: Tensor) -> None:
@@ -832,8 +857,8 @@ class Call:
         it = self.resolved.slots[slot]
         spec, transform = it.spec, it.gemm.transform
         backend = self.module.backends[slot // 2]
-        # An amax that is noted is that of the transformed tensor; else the backend may do both in one pass.
-        apart = spec is None or (it.delayed and not backend.notes) or self.stats is not None
+        # An amax that is noted, or of all ranks, is that of the transformed tensor; else one pass may do both.
+        apart = spec is None or (it.delayed and not backend.notes) or it.of_step or self.stats is not None
         if transform is not None and apart:
             x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=it.left), None
         if spec is None:
@@ -844,6 +869,7 @@ class Call:
             x = x.mT
         noise = self.module.noise(slot, self) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
         made = backend.prepare(
             x, spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note
         )

@@ -30,6 +30,7 @@ from precision.backends import require_backend as require_backend
 from precision.codecs import STANDARD, Moments
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.loss_scale import LossScaler
+from precision.scaling import Current
 from precision.schedule import Span, parse_span
 from precision.spec import GEMMS, LinearSpec
 from precision.updates import AdamW, UpdateRule
@@ -183,6 +184,8 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
 class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
+    ``one_micro_batch``: scales are of the tensors of a whole step, which must be one micro-batch on every rank.
+
     Raises ValueError for a schedule whose phases meet.
     """
 
@@ -193,6 +196,7 @@ class Recipe:
     loss_scale: LossScaler | None = None
     schedule: tuple[Phase, ...] = ()
     hooks: tuple[Hook, ...] = ()
+    one_micro_batch: bool = False
 
     def __post_init__(self) -> None:
         require_apart(self.schedule, None)
@@ -397,11 +401,12 @@ def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
 
     Raises ValueError naming the entry and what is wrong with it.
     """
-    phases, hooks = list(recipe.schedule), list(recipe.hooks)
+    phases, hooks, one_micro_batch = list(recipe.schedule), list(recipe.hooks), recipe.one_micro_batch
     for number, entry in enumerate(entries):
         try:
-            phase, more = _phase(recipe, entry)
-            for hook in more:
+            phase, other = _phase(recipe, entry)
+            one_micro_batch = one_micro_batch or other.one_micro_batch
+            for hook in other.hooks:
                 if hook not in hooks and any(type(other) is type(hook) for other in hooks):
                     raise ValueError(f"recipe={phase.name}: it wants another '{hook}' than the run's recipe")
                 hooks += [hook] if hook not in hooks else []
@@ -409,12 +414,13 @@ def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
             raise ValueError(f"precision.schedule[{number}]: {error}") from error
         phases.append(phase)
     try:
-        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks)) if entries else recipe
+        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks), one_micro_batch=one_micro_batch)
     except ValueError as error:
         raise ValueError(f"precision.{error}") from error
 
 
-def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
+def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, Recipe]:
+    """The phase, and the recipe that it takes its rules from: an empty one for high precision."""
     keys = ("steps", "gemms", "recipe", "args")
     if not isinstance(entry, Mapping):
         raise ValueError(f"{entry!r} is no phase; write {{steps: [0.8, 1.0], gemms: [fprop]}}")
@@ -431,7 +437,7 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
     if name is None:
         if args:
             raise ValueError("args are those of a recipe, which is missing")
-        return phase, ()
+        return phase, Recipe()
     if not isinstance(args, Mapping):
         raise ValueError(f"args={args!r}: a mapping of the recipe's arguments")
     other = _load(str(name), args)
@@ -441,7 +447,7 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
     if other.schedule:
         raise ValueError(f"recipe={name} has a schedule of its own ({other.schedule[0]}): switch that off in args")
     told = f"{name}({', '.join(f'{key}={value}' for key, value in args.items())})" if args else str(name)
-    return replace(phase, rules=other.rules, name=told), other.hooks
+    return replace(phase, rules=other.rules, name=told), other
 
 
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
@@ -621,6 +627,11 @@ def one_of(name: str, value: str, choices: Mapping[str, _T]) -> _T:
     if value not in choices:
         raise ValueError(f"{name}={value}: one of {', '.join(choices)}{close(str(value), choices)}")
     return choices[value]
+
+
+def current(amax: str) -> Current:
+    """What the argument ``amax`` of a recipe says: micro or step. Raises ValueError for another word."""
+    return one_of("amax", amax, {"micro": Current(), "step": Current(step=True)})
 
 
 def fast_sums(value: bool | str) -> bool | None:

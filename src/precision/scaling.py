@@ -389,10 +389,17 @@ class TwoLevel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Current:
-    """The amax of the tensor that is being quantized."""
+    """The amax of the tensor that is being quantized.
+
+    Args:
+        step: of that tensor on all ranks, in training: one all-reduce(MAX). Where a step is one micro-batch this is the
+            tensor of the whole step, whatever the number of ranks.
+    """
+
+    step: bool = False
 
     def __str__(self) -> str:
-        return "current"
+        return "step" if self.step else "current"
 
 
 class Reduce(enum.Enum):

@@ -99,6 +99,10 @@ class OperandSpec:
                 raise ValueError("an unscaled operand has no use for a delayed amax")
             if self.scale.levels == 1 and not whole:
                 raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
+        if isinstance(self.amax, Current) and self.amax.step and not (self.tile.inner == -1 or self.scale.levels == 2):
+            raise ValueError(f"tiles of {self.tile} lie within a sample: no scale of them is of the whole step")
+        if isinstance(self.amax, Current) and self.amax.step and self.scale.levels == 0:
+            raise ValueError("an unscaled operand has no use for the amax of a step")
         if isinstance(self.scale, TwoLevel):
             self._check_two_levels(self.scale)
 
@@ -120,7 +124,7 @@ class OperandSpec:
         parts = [str(self.format)]
         parts += [str(self.tile)] if self.scale.levels else []
         parts += [] if delayed and self.scale == Fp32() else [scale]
-        parts += [str(self.amax)] if delayed else []
+        parts += [str(self.amax)] if self.amax != Current() else []
         parts += [_ROUNDING_NAMES[self.rounding]] if self.rounding in _ROUNDING_NAMES else []
         parts += ["requantized"] if self.source is Source.QUANTIZED else []
         return "/".join(parts)

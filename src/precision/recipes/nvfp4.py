@@ -7,7 +7,10 @@ stochastic rounding of gradients, which keeps small ones alive on average; and t
 diverge without them. Forward GEMMs go back to BF16 for the last part of training, which closes most of the remaining
 gap to FP8. Embeddings, head and norms stay in BF16.
 
-Float order and the sign vector are TransformerEngine's; the random numbers are ours.
+Float order and the sign vector are TransformerEngine's; the random numbers are ours. The outer scale spans one rank's
+micro-batch, so losses depend a little on the number of processes and on the micro-batch, and not on the order of sums
+alone; ``amax: step`` makes it one of the whole step. Blocks along tokens (wgrad) must lie within a micro-batch, too:
+its tokens are a multiple of 16.
 
 Four over six (arXiv 2512.02010) has two published forms. TransformerEngine's is for x and weights, never for gradients,
 and it takes no Hadamard transform beside it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The authors'
@@ -24,8 +27,8 @@ from torch import nn
 
 from precision.formats import E2M1
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, keep, one_of
-from precision.scaling import Error, Tile, TwoLevel
+from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
+from precision.scaling import Current, Error, Tile, TwoLevel
 from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
@@ -50,6 +53,7 @@ def recipe(
     four_over_six: str = "none",
     four_over_six_error: str = "mae",
     four_over_six_256: bool = True,
+    amax: str = "micro",
     bf16_forward: float = 0.18,
     keep_first: float = 0,
     keep_last: float = 0.15,
@@ -71,6 +75,9 @@ def recipe(
         four_over_six_error: what is compared, mae or mse.
         four_over_six_256: the tensor's scale maps it to 6 * 256 for these operands, so that a scale for 4 is not cut
             off at 448.
+        amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
+            whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
+            a step must be one micro-batch. Weights are the same everywhere.
         bf16_forward: last part of the run whose forward GEMMs are in BF16; 0 = none.
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
@@ -83,10 +90,12 @@ def recipe(
     by_row = one_of("row_scaled_activations", by_row, {"fprop": "fprop"}) if isinstance(by_row, str) else by_row
     chosen = TwoLevel(four_over_six=error, block_max=256.0 if four_over_six_256 else None)
     of_x, of_w, of_dy = (chosen if tensor in scope else TwoLevel() for tensor in ("x", "w", "dy"))
-    x = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=replace(of_x, rows=bool(by_row)))
-    x_columns = replace(x, scale=replace(of_x, rows=by_row is True))
-    weight = replace(x, tile=Tile(16 if weights_2d else 1, 16), scale=of_w)
-    dy = replace(x, scale=of_dy, rounding=Rounding.STOCHASTIC if stochastic else Rounding.NEAREST)
+    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), amax=current(amax))
+    # A row of fprop is a token, whole in every micro-batch.
+    x = replace(block, scale=replace(of_x, rows=True), amax=Current()) if by_row else replace(block, scale=of_x)
+    x_columns = replace(block, scale=replace(of_x, rows=by_row is True))
+    weight = replace(block, tile=Tile(16 if weights_2d else 1, 16), scale=of_w, amax=Current())
+    dy = replace(block, scale=of_dy, rounding=Rounding.STOCHASTIC if stochastic else Rounding.NEAREST)
     transform = Hadamard(size=hadamard, signs=signs) if hadamard else None
     spec = LinearSpec(
         fprop=GemmSpec(a=x, b=weight),
@@ -97,4 +106,5 @@ def recipe(
     return Recipe(
         rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
         schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
+        one_micro_batch=amax == "step",
     )
