@@ -17,7 +17,7 @@ from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
 from precision.linear import UNKNOWN, QuantLinear, quantized
 from precision.quantize import dequantize, quantize
 from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
-from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
@@ -312,6 +312,94 @@ def test_noise_goes_by_global_rows_whatever_the_shape(shape: tuple[int, ...]) ->
     assert torch.equal(whole, torch.cat((first, module(x[half:]))))
 
 
+class Meeting:
+    """Ranks that run one after the other: each all-reduce(MAX) gives what the ranks of an earlier round had there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.heard: list[list[Tensor]] = []
+        self.said: list[Tensor] = []
+        for name, value in (("is_initialized", True), ("get_world_size", 2)):
+            monkeypatch.setattr(f"precision.linear.dist.{name}", lambda value=value: value)
+        monkeypatch.setattr("precision.linear.dist.all_reduce", self.all_reduce)
+
+    def all_reduce(self, x: Tensor, op: object) -> None:
+        place = len(self.said)
+        self.said.append(x.clone())
+        for one in self.heard:
+            torch.maximum(x, one[place], out=x)
+
+    def each(self, work: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
+        """What each of two ranks has of ``work`` when they meet."""
+        results = []
+        for heard in (False, True):
+            results, rounds = [], []
+            for rank in range(2):
+                self.said = []
+                results.append(work(rank))
+                rounds.append(self.said)
+            assert len(rounds[0]) == len(rounds[1])
+            self.heard = rounds if not heard else []
+        self.met = len(rounds[0])
+        return results
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "reduces"),
+    [
+        ("fp8_current", {}, 2),  # x, dy: wgrad reads their codes transposed
+        ("fp8_rowwise", {}, 2),
+        ("nvfp4", {}, 4),
+        ("nvfp4", {"row_scaled_activations": True}, 3),
+    ],
+    ids=["tensor", "rows", "two_levels", "two_levels_of_rows"],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_with_the_amax_of_a_step_two_ranks_are_one(
+    recipe: str, args: dict[str, Any], reduces: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal but for the order of sums, in float32; without it they are not. Evaluation asks no other rank."""
+    x = torch.randn(8, 16, INS, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)[:, None, None]
+    dy = torch.randn(8, 16, OUTS, generator=torch.Generator().manual_seed(1)) / torch.arange(1, 9)[:, None, None]
+    own = {"keep_last": 0, "bf16_forward": 0} if recipe == "nvfp4" else {}
+
+    def whole(amax: str, first: int, samples: int) -> list[Tensor]:
+        model = block_model().float()
+        plan = apply(load(recipe, {**own, **args, "amax": amax}), model, backend=backend)
+        plan.begin_step(0, first)
+        plan.begin_micro(first, samples)
+        part = slice(first, first + samples)
+        return run(model.get_submodule("layers.0.up_proj"), x[part], dy[part])
+
+    wanted = whole("micro", 0, 8)
+    assert all(map(torch.equal, wanted, whole("step", 0, 8)))
+    meeting = Meeting(monkeypatch)
+    for amax in ("step", "micro"):
+        meeting.heard = []
+        first, second = meeting.each(lambda rank, amax=amax: whole(amax, 4 * rank, 4))  # type: ignore[misc]
+        assert meeting.met == (reduces if amax == "step" else 0)
+        y, dx = (torch.cat(pair) for pair in zip(first[:2], second[:2], strict=True))
+        errors = [
+            float((ours - one).norm() / one.norm())
+            for ours, one in zip((y, dx, first[2] + second[2]), wanted, strict=True)
+        ]
+        assert max(errors) < 1e-5 if amax == "step" else max(errors) > 1e-3, errors
+    model = block_model()
+    apply(load(recipe, {**own, **args, "amax": "step"}), model, backend=backend)
+    meeting.said = []
+    model.eval().get_submodule("layers.0.up_proj")(samples(ROWS, INS))
+    assert not meeting.said
+
+
+def test_what_is_not_finite_on_one_rank_is_so_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(monkeypatch)
+    spec = replace(NV4, amax=Current(step=True))
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=spec)))
+    x = [samples(ROWS, INS), samples(ROWS, INS)]
+    x[1][3, 4] = torch.nan
+    for y in meeting.each(lambda rank: [module(x[rank]).detach()]):
+        assert bool(y[0].isnan().all())
+
+
 @pytest.mark.parametrize("roll", ["step", "micro"])
 def test_a_skipped_step_leaves_no_amax(roll: str) -> None:
     model = block_model()
@@ -352,6 +440,7 @@ def test_nothing_is_made_for_a_backward_pass_that_will_not_be(monkeypatch: pytes
     [
         ("mxfp4", {"stochastic": "off"}, r"stochastic='off' is no bool"),
         ("fp8_delayed", {"history": "abc"}, r"history='abc' is no int"),
+        ("fp8_current", {"amax": "run"}, r"amax=run: one of micro, step"),
         ("fp8_delayed", {"roll": "batch"}, r"roll=batch: one of step, micro"),
         ("fp8_delayed", {"history": True}, r"history=True is no int"),
         ("fp8_delayed", {"history": 0}, r"\(history=0\): an amax history has at least one slot"),
