@@ -31,7 +31,7 @@ from precision.noise import Noise, base_key
 from precision.quantize import Prepared, Quantized, dequantize
 from precision.scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
-from precision.transforms import Composed
+from precision.transforms import Composed, Hadamard
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
@@ -179,6 +179,7 @@ class Mode:
     kind: int  # equal where linears differ in what they remember and in noise alone
     kind_of_inputs: int  # equal where the same is made of one x
     empty: bool  # nothing is quantized
+    of_step: bool  # some scale is made of all ranks' tensors
     shares: bool  # all that is made of x is the same for every linear of this kind that reads it
 
 
@@ -357,6 +358,7 @@ class QuantLinear(nn.Module):
             kind=_stable(spec, by, unseen_columns, shape),
             kind_of_inputs=_stable("inputs", inputs, resolved[1:], self.in_features),
             empty=all(slot.spec is None for slot in slots),
+            of_step=any(slot.of_step for slot in slots),
             shares=slots[X].spec is not None
             and not unseen_columns
             and not any(slots[slot].random or slots[slot].delayed for slot in (X, WGRAD_X)),
@@ -392,7 +394,7 @@ class QuantLinear(nn.Module):
         """Whether what this call computes follows from its tensors, its token and its mode."""
         usual = self.observer is None and self.gathered is None and self.statistics is None
         # An operator is also run to see what it gives: not by all ranks at once, as a collective has to be.
-        usual = usual and not (self._meets_ranks() and any(slot.of_step for slot in self.mode.resolved.slots))
+        usual = usual and not (self.mode.of_step and self._meets_ranks())
         return usual and not torch.is_autocast_enabled(x.device.type)
 
     # Where it is not traced (``precision.traced``) it is one opaque step: what a compiler would fuse it would round
@@ -998,7 +1000,7 @@ Choices = tuple[Choice, Choice, Choice]
 class LinearRow:
     """The lines of plan.txt for a linear: one per GEMM, and one more per GEMM that a schedule switches.
 
-    ``phases``: when, which GEMMs, with what.
+    ``phases``: when, which GEMMs, with what. ``tokens``: of a micro-batch, where known.
     """
 
     path: str
@@ -1006,23 +1008,36 @@ class LinearRow:
     spec: LinearSpec
     choices: Choices
     phases: tuple[tuple[str, tuple[str, ...], LinearSpec, Choices], ...] = ()
+    tokens: int | None = None
 
     def __str__(self) -> str:
         out_features, in_features = self.shape
         lines = [f"{self.path:44} {in_features:>6} -> {out_features:<6}"]
         for name, choice in zip(GEMMS, self.choices, strict=True):
-            lines.append(f"    {name}: {_told(getattr(self.spec, name), choice)}")
+            lines.append(f"    {name}: {_told(self.spec, name, choice, self.tokens)}")
             for when, gemms, spec, choices in self.phases:
                 if name in gemms:
-                    lines.append(f"        {when}: {_told(getattr(spec, name), choices[GEMMS.index(name)])}")
+                    lines.append(f"        {when}: {_told(spec, name, choices[GEMMS.index(name)], self.tokens)}")
         return "\n".join(lines)
 
 
-def _told(gemm: GemmSpec, choice: Choice) -> str:
+def _told(spec: LinearSpec, name: str, choice: Choice, tokens: int | None) -> str:
+    gemm: GemmSpec = getattr(spec, name)
     if gemm == GemmSpec():
         return "high precision (torch)"
-    note = choice.backend.note(gemm)
-    return f"{gemm}  [{choice}{', ' + note if note else ''}]"
+    cut = [block for block in _along_tokens(gemm, wgrad=name == "wgrad") if tokens is not None and tokens % block]
+    notes = [choice.backend.note(gemm)]
+    notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
+    return f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
+
+
+def _along_tokens(gemm: GemmSpec, *, wgrad: bool) -> list[int]:
+    """How many tokens a tile of x or dy holds, or a block of a transform; not those that hold all there are."""
+    if not wgrad:
+        return [gemm.a.tile.outer] if gemm.a is not None and gemm.a.tile.outer > 0 else []
+    sizes = [operand.tile.inner for operand in (gemm.a, gemm.b) if operand is not None and operand.tile.inner > 0]
+    transform = gemm.transform.second if isinstance(gemm.transform, Composed) else gemm.transform
+    return [*sizes, transform.size] if isinstance(transform, Hadamard) else sizes
 
 
 def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
@@ -1058,4 +1073,4 @@ def assign_backends(
     backends = [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices]
     linear.schedule((spec, *(phase[2] for phase in phases)), backends)
     told = tuple((*phase, choice) for phase, choice in zip(phases, choices[1:], strict=True))
-    return LinearRow(linear.path, (n, k), spec, choices[0], told)
+    return LinearRow(linear.path, (n, k), spec, choices[0], told, tokens)

@@ -347,7 +347,7 @@ class Meeting:
     ("recipe", "args", "reduces"),
     [
         ("fp8_current", {}, 2),  # x, dy: wgrad reads their codes transposed
-        ("fp8_rowwise", {}, 2),
+        ("fp8_rowwise", {"pow2": False}, 2),
         ("nvfp4", {}, 4),
         ("nvfp4", {"row_scaled_activations": True}, 3),
     ],
@@ -398,6 +398,44 @@ def test_what_is_not_finite_on_one_rank_is_so_on_all(monkeypatch: pytest.MonkeyP
     x[1][3, 4] = torch.nan
     for y in meeting.each(lambda rank: [module(x[rank]).detach()]):
         assert bool(y[0].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "said"),
+    [
+        ("mxfp4", 200, [32]),
+        ("mxfp4", 192, []),
+        ("nvfp4", 200, [16]),
+        ("mxfp8", 100, [32]),
+        ("fp8_block", 192, [128]),
+        ("fp8_rowwise", 33, []),
+        ("fp8_current", 33, []),
+    ],
+)
+def test_the_plan_says_where_a_micro_batch_cuts_blocks(recipe: str, tokens: int, said: list[int]) -> None:
+    own = {"keep_last": 0} if recipe in ("mxfp4", "nvfp4") else {}
+    plan = apply(load(recipe, own), block_model(), tokens=tokens)
+    lines = [line for line in str(plan).splitlines() if "cuts blocks" in line]
+    notes = [f"a micro-batch of {tokens} tokens cuts blocks of {size}: another has other scales]" for size in said]
+    assert len(lines) == len(said)
+    assert all(
+        line.strip().startswith("wgrad: ") and line.endswith(note) for line, note in zip(lines, notes, strict=True)
+    )
+
+
+def test_gradients_are_those_of_the_whole_where_no_block_is_cut() -> None:
+    """Blocks lie alike in every micro-batch that is whole blocks, and not where one is cut."""
+    errors = []
+    for tokens in (64, 50):
+        model = block_model().float()
+        apply(load("mxfp4", {"keep_last": 0, "stochastic": False}), model)
+        module = model.get_submodule("layers.0.up_proj")
+        x, dy = samples(2 * tokens, INS).float(), samples(2 * tokens, OUTS, seed=2).float()
+        whole = run(module, x, dy)[2].clone()
+        parts = run(module, x[:tokens], dy[:tokens])[2].clone() + run(module, x[tokens:], dy[tokens:])[2]
+        errors.append(float((parts - whole).norm() / whole.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] > 1e-2
 
 
 @pytest.mark.parametrize("roll", ["step", "micro"])

@@ -140,7 +140,7 @@ def test_every_world_size_trains_alike(runs: Path, one: str, other: str) -> None
 def test_scales_of_the_whole_step_are_those_of_any_number_of_processes(runs: Path, name: str) -> None:
     one, two = (list(read_metrics(runs / f"{name}-{n}" / "metrics.jsonl", "train").values()) for n in (1, 2))
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
-    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=2e-3)  # halves are summed in BF16
 
 
 def test_two_processes_scale_the_loss_and_skip_alike(runs: Path) -> None:

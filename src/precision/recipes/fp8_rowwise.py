@@ -7,7 +7,8 @@ Every operand is quantized from high precision along the direction it is contrac
 in BF16.
 
 The rows of wgrad run over the tokens of one rank's micro-batch, so gradients of weights depend a little on the number
-of processes and on the micro-batch; ``amax: step`` makes them rows of the whole step.
+of processes and on the micro-batch (scales that are powers of two change only what is subnormal); ``amax: step`` makes
+them rows of the whole step.
 
 Not finite: an infinite amax gives its row scale 1 and infinities saturate; NaN stays NaN in its element.
 """
