@@ -134,8 +134,9 @@ class OperandSpec:
 class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
 
-    ``fast_accum``: native FP8 products may sum with fewer bits between additions in FP32 (some 14 on Ada and Hopper;
-    their ``use_fast_accum``), which is faster; None leaves it to the backend. Emulation sums in FP32 all the same.
+    ``fast_accum``: native FP8 products may sum without additions in FP32 in between (``use_fast_accum`` of Ada and
+    Hopper, whose steps keep 13 fraction bits either way), which is faster; None leaves it to the backend. Emulation
+    sums in FP32 all the same.
 
     Raises ValueError for a transform of operands that are both left alone, which would only add rounding, and for fast
     sums of what is not quantized.

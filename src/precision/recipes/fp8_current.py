@@ -7,6 +7,11 @@ stay in BF16.
 The scale spans one rank's micro-batch, so losses depend a little on the number of processes and on the micro-batch, and
 not on the order of sums alone; ``amax: step`` makes it one of the whole step.
 
+Native FP8 products of Ada and Hopper do not sum in FP32, fast or not: their tensor cores cut every product to 13
+fraction bits below the largest of a step (of 16 or 32 products), and sums that are not fast are added up in FP32 only
+between intervals (``precision.backends.scaled_mm``). At K = 4096 this changes 25% of BF16 outputs with fast sums, 6%
+with FP32 every 128 products, and none on B200, against emulation, which sums in FP32.
+
 Not finite: an infinite amax gives scale 1 and infinities saturate; NaN stays NaN in its element.
 """
 
@@ -41,9 +46,9 @@ def recipe(
         amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
             whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
             a step must be one micro-batch. Weights are the same everywhere.
-        fast_accum: native products of fprop may sum with fewer bits than FP32, which is faster; auto: on Ada and
-            Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine and
-            torchao have it).
+        fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
+            Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
+            and torchao have it).
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
