@@ -450,6 +450,15 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, Recipe]:
     return replace(phase, rules=other.rules, name=told), other
 
 
+def filled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` of the recipe with that name, and its own for what they leave out; as they are if there is none such."""
+    if name not in names():
+        return dict(args)
+    parameters = inspect.signature(importlib.import_module(f"precision.recipes.{name}").recipe).parameters
+    own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(args)).items()}
+
+
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     if name not in names():
         raise ValueError(f"no recipe named {name!r}{close(name, names())}; there are: {', '.join(names())}")
