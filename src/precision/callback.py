@@ -51,6 +51,11 @@ class PrecisionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
+        if self._plan.recipe.one_micro_batch and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"the recipe's amax=step makes scales of the whole step, which has to be one micro-batch: "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be 1, or amax=micro"
+            )
         tensors = _state(self._plan)
         if state.global_step == 0 or not tensors:
             return

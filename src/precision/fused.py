@@ -38,7 +38,7 @@ from precision.linear import (
     kept_of,
 )
 from precision.quantize import Quantized
-from precision.scaling import TENSOR, Tile
+from precision.scaling import TENSOR, Current, Tile
 from precision.spec import LinearSpec, OperandSpec, Source, Transform
 from precision.swiglu import Gradients, Hidden
 from precision.transforms import Composed, Hadamard, Rescale
@@ -190,6 +190,8 @@ class FusedSwiGLU:
                     return f"{name} is in high precision"
                 if operand.source is Source.QUANTIZED:
                     return f"{name} is made of codes"
+                if operand.amax == Current(step=True):
+                    return f"{name} is scaled by the amax of a step"
                 if not isinstance(_beside(gemm.transform), Hadamard | None):
                     return f"no kernel for {gemm.transform}"
         return None

@@ -1,4 +1,4 @@
-"""What runs once per optimizer step, on all ranks alike."""
+"""What runs once per optimizer step, or per micro-batch, on all ranks alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollAmax:
-    """Ends a step of delayed scaling: one all-reduce(MAX) of all amaxes, then every history moves on.
+    """Delayed scaling goes on: one all-reduce(MAX) of all amaxes, then every history moves on.
 
     A step that the trainer skips leaves no trace, nor does an amax that is not finite: a history that remembered an
     infinity would hold its scale still for a thousand steps. (A finite outlier does keep its scale low that long.)
@@ -29,30 +29,53 @@ class RollAmax:
     Args:
         reduce: take the maximum over ranks. Without it every rank scales by what it has seen itself; a checkpoint holds
             the histories of all ranks and is resumed by as many.
+        micro: after every micro-batch, as TransformerEngine does, instead of after every optimizer step: with
+            accumulation a slot of a history is then one micro-batch, and later ones are scaled by the amaxes of those
+            before.
     """
 
     reduce: bool = True
+    micro: bool = False
 
     @property
     def differs_by_rank(self) -> bool:
         return not self.reduce
 
     def __str__(self) -> str:
-        return f"amax histories roll, {'one maximum over all ranks' if self.reduce else 'each rank its own'}"
+        often = " at every micro-batch" if self.micro else ""
+        return f"amax histories roll{often}, {'one maximum over all ranks' if self.reduce else 'each rank its own'}"
 
+    @torch.no_grad()
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
-        pass
+        """Where micro-batches move the histories, a skipped step has to be undone."""
+        if self.micro:
+            for linear in _delayed(model):
+                linear.amax_before = linear.amax_history.clone(), linear.amax_held.clone()
+
+    @torch.no_grad()
+    def begin_micro(self, model: nn.Module) -> None:
+        """Where nothing was seen since, as before the first, nothing moves."""
+        if self.micro:
+            self._roll(model, None)
 
     @torch.no_grad()
     def end_step(self, model: nn.Module, step: int, applied: Tensor) -> None:
-        """``applied``: bool scalar beside the histories, not read here: nothing waits for a device.
+        """``applied``: bool scalar beside the histories, not read here: nothing waits for a device."""
+        self._roll(model, applied)
+        if self.micro:
+            for linear in _delayed(model):
+                if linear.amax_before is not None:
+                    buffers = linear.amax_history, linear.amax_held
+                    kept = [torch.where(applied, *pair) for pair in zip(buffers, linear.amax_before, strict=True)]
+                    torch._foreach_copy_(buffers, kept)
+                linear.amax_before = None
 
-        All histories of one shape move at once, in as many kernels as those of a single linear.
-        """
+    def _roll(self, model: nn.Module, applied: Tensor | None) -> None:
+        """All histories of one shape move at once, in as many kernels as those of a single linear."""
         alike: dict[tuple[Delayed, int], list[QuantLinear]] = {}
-        for linear in quant_linears(model):
-            if linear.delayed is not None:
-                alike.setdefault((linear.delayed, len(linear.columns)), []).append(linear)
+        for linear in _delayed(model):
+            assert linear.delayed is not None
+            alike.setdefault((linear.delayed, len(linear.columns)), []).append(linear)
         if not alike:
             return
         # [length, linears, columns] and [linears, columns]: views of what lies linear by linear.
@@ -63,7 +86,8 @@ class RollAmax:
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(newest, op=dist.ReduceOp.MAX)
         # Where slot 0 is 0 a history stays as it is.
-        newest = newest.nan_to_num(posinf=0.0) * applied
+        newest = newest.nan_to_num(posinf=0.0)
+        newest = newest if applied is None else newest * applied
         parts = torch.split(newest, [history[0].numel() for history in histories])
         for ((delayed, _), group), history, part in zip(alike.items(), histories, parts, strict=True):
             history[0] = part.view_as(history[0])
@@ -74,3 +98,7 @@ class RollAmax:
             moved = moved.movedim(1, 0).contiguous()
             torch._foreach_copy_([linear.amax_history for linear in group], list(moved.unbind()))
             torch._foreach_copy_([linear.amax_held for linear in group], list(held.unbind()))
+
+
+def _delayed(model: nn.Module) -> Iterator[QuantLinear]:
+    return (linear for linear in quant_linears(model) if linear.delayed is not None)

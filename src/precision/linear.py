@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,9 +29,9 @@ from precision import traced
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
 from precision.noise import Noise, base_key
 from precision.quantize import Prepared, Quantized, dequantize
-from precision.scaling import TENSOR, Delayed, Unit
+from precision.scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
 from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
-from precision.transforms import Composed
+from precision.transforms import Composed, Hadamard
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
@@ -152,6 +153,7 @@ class Slot(NamedTuple):
     transposed: bool  # made of the transpose of what the linear reads
     random: bool
     delayed: bool
+    of_step: bool  # scaled by the amax of all ranks
     square: bool  # the codes of a transpose are the transposed codes
     key: int  # equal where equal tensors are made into equal codes, but for amaxes and statistics
 
@@ -177,6 +179,7 @@ class Mode:
     kind: int  # equal where linears differ in what they remember and in noise alone
     kind_of_inputs: int  # equal where the same is made of one x
     empty: bool  # nothing is quantized
+    of_step: bool  # some scale is made of all ranks' tensors
     shares: bool  # all that is made of x is the same for every linear of this kind that reads it
 
 
@@ -221,6 +224,7 @@ def _resolved(spec: LinearSpec, backends: Sequence[Backend]) -> Resolved:
                 transposed=number in TRANSPOSED,
                 random=random,
                 delayed=operand is not None and isinstance(operand.amax, Delayed),
+                of_step=operand is not None and operand.amax == Current(step=True),
                 square=tile.outer == tile.inner and gemm.transform is None and not random,
                 key=_number((number, operand, gemm.transform, backends[number // 2].name)),
             )
@@ -275,6 +279,7 @@ class QuantLinear(nn.Module):
         self.clock = Clock()
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
+        self.amax_before: tuple[Tensor, Tensor] | None = None  # history and held amaxes, while a step may be undone
         self._base_keys: dict[int, Tensor] = {}
         self.token = traced.register(self)
         self.schedule((spec,))
@@ -353,6 +358,7 @@ class QuantLinear(nn.Module):
             kind=_stable(spec, by, unseen_columns, shape),
             kind_of_inputs=_stable("inputs", inputs, resolved[1:], self.in_features),
             empty=all(slot.spec is None for slot in slots),
+            of_step=any(slot.of_step for slot in slots),
             shares=slots[X].spec is not None
             and not unseen_columns
             and not any(slots[slot].random or slots[slot].delayed for slot in (X, WGRAD_X)),
@@ -387,6 +393,8 @@ class QuantLinear(nn.Module):
     def _traceable(self, x: Tensor) -> bool:
         """Whether what this call computes follows from its tensors, its token and its mode."""
         usual = self.observer is None and self.gathered is None and self.statistics is None
+        # An operator is also run to see what it gives: not by all ranks at once, as a collective has to be.
+        usual = usual and not (self.mode.of_step and self._meets_ranks())
         return usual and not torch.is_autocast_enabled(x.device.type)
 
     # Where it is not traced (``precision.traced``) it is one opaque step: what a compiler would fuse it would round
@@ -556,6 +564,23 @@ class QuantLinear(nn.Module):
             torch.maximum(self.amax_history[0, column], first.amax_history[0, other], out=self.amax_history[0, column])
         self._followed[column] = first, times, own
         return True
+
+    def _meets_ranks(self) -> bool:
+        return self.training and dist.is_initialized() and dist.get_world_size() > 1
+
+    def amax_of_step(self, slot: int, x: Tensor, spec: OperandSpec) -> Tensor | None:
+        """The amax that scales this slot's tensor on all ranks; None for its own, where no other rank is asked."""
+        if not self._meets_ranks():
+            return None
+        rows = spec.tile.outer != -1 and (
+            spec.scale.levels == 1 or (isinstance(spec.scale, TwoLevel) and spec.scale.rows)
+        )
+        amax = self.backends[slot // 2].amax(x, Tile(1, -1) if rows else TENSOR).flatten()
+        # A maximum over ranks may lose a NaN.
+        nan = amax.isnan()
+        both = torch.stack((torch.where(nan, 0.0, amax), nan.float()))
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return torch.where(both[1] > 0, torch.nan, both[0])
 
     def note_unseen(self, stats: Tensor | None, **tensors: Tensor) -> None:
         """Note, in training, the amaxes of x and w, or of dy, that the spec in use does not measure."""
@@ -770,8 +795,11 @@ class Call:
             return None  # one is the other, transposed
         if it.delayed and not backends[slot // 2].notes:
             return None
+        if it.of_step and spec.tile != TENSOR and spec.scale.levels == 1:
+            return None  # rows of the one are not rows of the other
         noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
         return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
 
     def make_both(self, x: Tensor) -> None:
@@ -831,8 +859,8 @@ class Call:
         it = self.resolved.slots[slot]
         spec, transform = it.spec, it.gemm.transform
         backend = self.module.backends[slot // 2]
-        # An amax that is noted is that of the transformed tensor; else the backend may do both in one pass.
-        apart = spec is None or (it.delayed and not backend.notes) or self.stats is not None
+        # An amax that is noted, or of all ranks, is that of the transformed tensor; else one pass may do both.
+        apart = spec is None or (it.delayed and not backend.notes) or it.of_step or self.stats is not None
         if transform is not None and apart:
             x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=it.left), None
         if spec is None:
@@ -843,6 +871,7 @@ class Call:
             x = x.mT
         noise = self.module.noise(slot, self) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
+        amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
         made = backend.prepare(
             x, spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note
         )
@@ -971,7 +1000,7 @@ Choices = tuple[Choice, Choice, Choice]
 class LinearRow:
     """The lines of plan.txt for a linear: one per GEMM, and one more per GEMM that a schedule switches.
 
-    ``phases``: when, which GEMMs, with what.
+    ``phases``: when, which GEMMs, with what. ``tokens``: of a micro-batch, where known.
     """
 
     path: str
@@ -979,23 +1008,36 @@ class LinearRow:
     spec: LinearSpec
     choices: Choices
     phases: tuple[tuple[str, tuple[str, ...], LinearSpec, Choices], ...] = ()
+    tokens: int | None = None
 
     def __str__(self) -> str:
         out_features, in_features = self.shape
         lines = [f"{self.path:44} {in_features:>6} -> {out_features:<6}"]
         for name, choice in zip(GEMMS, self.choices, strict=True):
-            lines.append(f"    {name}: {_told(getattr(self.spec, name), choice)}")
+            lines.append(f"    {name}: {_told(self.spec, name, choice, self.tokens)}")
             for when, gemms, spec, choices in self.phases:
                 if name in gemms:
-                    lines.append(f"        {when}: {_told(getattr(spec, name), choices[GEMMS.index(name)])}")
+                    lines.append(f"        {when}: {_told(spec, name, choices[GEMMS.index(name)], self.tokens)}")
         return "\n".join(lines)
 
 
-def _told(gemm: GemmSpec, choice: Choice) -> str:
+def _told(spec: LinearSpec, name: str, choice: Choice, tokens: int | None) -> str:
+    gemm: GemmSpec = getattr(spec, name)
     if gemm == GemmSpec():
         return "high precision (torch)"
-    note = choice.backend.note(gemm)
-    return f"{gemm}  [{choice}{', ' + note if note else ''}]"
+    cut = [block for block in _along_tokens(gemm, wgrad=name == "wgrad") if tokens is not None and tokens % block]
+    notes = [choice.backend.note(gemm)]
+    notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
+    return f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
+
+
+def _along_tokens(gemm: GemmSpec, *, wgrad: bool) -> list[int]:
+    """How many tokens a tile of x or dy holds, or a block of a transform; not those that hold all there are."""
+    if not wgrad:
+        return [gemm.a.tile.outer] if gemm.a is not None and gemm.a.tile.outer > 0 else []
+    sizes = [operand.tile.inner for operand in (gemm.a, gemm.b) if operand is not None and operand.tile.inner > 0]
+    transform = gemm.transform.second if isinstance(gemm.transform, Composed) else gemm.transform
+    return [*sizes, transform.size] if isinstance(transform, Hadamard) else sizes
 
 
 def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
@@ -1031,4 +1073,4 @@ def assign_backends(
     backends = [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices]
     linear.schedule((spec, *(phase[2] for phase in phases)), backends)
     told = tuple((*phase, choice) for phase, choice in zip(phases, choices[1:], strict=True))
-    return LinearRow(linear.path, (n, k), spec, choices[0], told)
+    return LinearRow(linear.path, (n, k), spec, choices[0], told, tokens)

@@ -191,7 +191,7 @@ def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | No
             tensor_amax = _largest(tile_amax, 1) if by_row else _largest(tile_amax.reshape(1, -1), 1)
         tensor_amax = tensor_amax.reshape((grid[0], 1) if by_row else ())
         if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
-            return _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, passes)
+            return _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, noise, passes)
     return passes.scales(spec, tile_amax, tensor_amax, x.dtype)
 
 
@@ -206,6 +206,7 @@ def _better_scales(
     kind: Error,
     tile_amax: Tensor,
     tensor_amax: Tensor,
+    noise: Noise | None,
     passes: Passes,
 ) -> Scales:
     """Four over six: of both candidates the scales with which a tile comes out closer to x.
@@ -217,7 +218,7 @@ def _better_scales(
     six, four = rule.candidates(tile_amax, spec.format, tensor_amax)
     errors = []
     for scales in (six, four):
-        codes = passes.encode(x, scales.encode, spec, None)
+        codes = passes.encode(x, scales.encode, spec, noise)
         q = Quantized(codes=codes, scales=scales.stored, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
         back = passes.values(q, _decoded(q.spec, q.scales), torch.float32) * tensor_amax
         difference = back / torch.full_like(back, rule.top(spec.format)) - x.float()

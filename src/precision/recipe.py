@@ -30,6 +30,7 @@ from precision.backends import require_backend as require_backend
 from precision.codecs import STANDARD, Moments
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
 from precision.loss_scale import LossScaler
+from precision.scaling import Current
 from precision.schedule import Span, parse_span
 from precision.spec import GEMMS, LinearSpec
 from precision.updates import AdamW, UpdateRule
@@ -134,6 +135,13 @@ class Hook(Protocol):
         """``applied``: bool scalar on the model's device; to read it is to wait for the device."""
 
 
+@runtime_checkable
+class MicroHook(Protocol):
+    """A hook that does something before every micro-batch, too."""
+
+    def begin_micro(self, model: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """A part of the run in which some GEMMs of the quantized linears are computed otherwise.
@@ -176,6 +184,8 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
 class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
+    ``one_micro_batch``: scales are of the tensors of a whole step, which must be one micro-batch on every rank.
+
     Raises ValueError for a schedule whose phases meet.
     """
 
@@ -186,6 +196,7 @@ class Recipe:
     loss_scale: LossScaler | None = None
     schedule: tuple[Phase, ...] = ()
     hooks: tuple[Hook, ...] = ()
+    one_micro_batch: bool = False
 
     def __post_init__(self) -> None:
         require_apart(self.schedule, None)
@@ -253,7 +264,7 @@ class Plan:
     def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
-        self.begin_micro(sample_offset)
+        self.clock.set(step, sample_offset, None)
         if self.recipe.schedule:
             picks = [0, 0, 0]
             for number, phase in enumerate(self.recipe.schedule, 1):
@@ -268,6 +279,9 @@ class Plan:
     def begin_micro(self, sample_offset: int, samples: int | None = None) -> None:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
         self.clock.set(self._step, sample_offset, samples)
+        for hook in self.recipe.hooks:
+            if isinstance(hook, MicroHook):
+                hook.begin_micro(self.model)
 
     def end_step(self, *, applied: bool | Tensor = True, overflow: bool | Tensor = False) -> None:
         """After the last backward pass.
@@ -387,11 +401,12 @@ def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
 
     Raises ValueError naming the entry and what is wrong with it.
     """
-    phases, hooks = list(recipe.schedule), list(recipe.hooks)
+    phases, hooks, one_micro_batch = list(recipe.schedule), list(recipe.hooks), recipe.one_micro_batch
     for number, entry in enumerate(entries):
         try:
-            phase, more = _phase(recipe, entry)
-            for hook in more:
+            phase, other = _phase(recipe, entry)
+            one_micro_batch = one_micro_batch or other.one_micro_batch
+            for hook in other.hooks:
                 if hook not in hooks and any(type(other) is type(hook) for other in hooks):
                     raise ValueError(f"recipe={phase.name}: it wants another '{hook}' than the run's recipe")
                 hooks += [hook] if hook not in hooks else []
@@ -399,12 +414,13 @@ def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
             raise ValueError(f"precision.schedule[{number}]: {error}") from error
         phases.append(phase)
     try:
-        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks)) if entries else recipe
+        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks), one_micro_batch=one_micro_batch)
     except ValueError as error:
         raise ValueError(f"precision.{error}") from error
 
 
-def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
+def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, Recipe]:
+    """The phase, and the recipe that it takes its rules from: an empty one for high precision."""
     keys = ("steps", "gemms", "recipe", "args")
     if not isinstance(entry, Mapping):
         raise ValueError(f"{entry!r} is no phase; write {{steps: [0.8, 1.0], gemms: [fprop]}}")
@@ -421,7 +437,7 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
     if name is None:
         if args:
             raise ValueError("args are those of a recipe, which is missing")
-        return phase, ()
+        return phase, Recipe()
     if not isinstance(args, Mapping):
         raise ValueError(f"args={args!r}: a mapping of the recipe's arguments")
     other = _load(str(name), args)
@@ -431,7 +447,16 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
     if other.schedule:
         raise ValueError(f"recipe={name} has a schedule of its own ({other.schedule[0]}): switch that off in args")
     told = f"{name}({', '.join(f'{key}={value}' for key, value in args.items())})" if args else str(name)
-    return replace(phase, rules=other.rules, name=told), other.hooks
+    return replace(phase, rules=other.rules, name=told), other
+
+
+def filled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` of the recipe with that name, and its own for what they leave out; as they are if there is none such."""
+    if name not in names():
+        return dict(args)
+    parameters = inspect.signature(importlib.import_module(f"precision.recipes.{name}").recipe).parameters
+    own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(args)).items()}
 
 
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
@@ -611,6 +636,11 @@ def one_of(name: str, value: str, choices: Mapping[str, _T]) -> _T:
     if value not in choices:
         raise ValueError(f"{name}={value}: one of {', '.join(choices)}{close(str(value), choices)}")
     return choices[value]
+
+
+def current(amax: str) -> Current:
+    """What the argument ``amax`` of a recipe says: micro or step. Raises ValueError for another word."""
+    return one_of("amax", amax, {"micro": Current(), "step": Current(step=True)})
 
 
 def fast_sums(value: bool | str) -> bool | None:

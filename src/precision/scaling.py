@@ -318,12 +318,16 @@ class TwoLevel:
 
     Any tile but the whole tensor may carry such scales; native kernels take 1x16 and 16x16 of E2M1 only.
 
-    ``rows``: A, S and T are of each row instead of the tensor (TransformerEngine's row-scaled activations).
+    ``rows``: A, S and T are of each row of the quantized matrix instead of the tensor (TransformerEngine's row-scaled
+    activations: tokens in fprop, channels in wgrad).
 
     ``four_over_six`` (arXiv 2512.02010, in TransformerEngine's float order): E2M1 is sparse between 4 and 6, so a tile
     may be better off with its largest value at 4. Two candidates, the one of smaller error wins, a tie is the first's:
 
     2'. d = block.round(min((a / max) * S, block.max)), and block.round(min((a / max) * S * 1.5, block.max))
+
+    Rounded stochastically, both candidates see the same noise and are compared as they come out, so the codes that are
+    kept are those that were compared (the authors' code draws anew for each).
     """
 
     levels: ClassVar[int] = 2
@@ -385,10 +389,17 @@ class TwoLevel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Current:
-    """The amax of the tensor that is being quantized."""
+    """The amax of the tensor that is being quantized.
+
+    Args:
+        step: of that tensor on all ranks, in training: one all-reduce(MAX). Where a step is one micro-batch this is the
+            tensor of the whole step, whatever the number of ranks.
+    """
+
+    step: bool = False
 
     def __str__(self) -> str:
-        return "current"
+        return "step" if self.step else "current"
 
 
 class Reduce(enum.Enum):

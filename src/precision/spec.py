@@ -99,6 +99,10 @@ class OperandSpec:
                 raise ValueError("an unscaled operand has no use for a delayed amax")
             if self.scale.levels == 1 and not whole:
                 raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
+        if isinstance(self.amax, Current) and self.amax.step and not (self.tile.inner == -1 or self.scale.levels == 2):
+            raise ValueError(f"tiles of {self.tile} lie within a sample: no scale of them is of the whole step")
+        if isinstance(self.amax, Current) and self.amax.step and self.scale.levels == 0:
+            raise ValueError("an unscaled operand has no use for the amax of a step")
         if isinstance(self.scale, TwoLevel):
             self._check_two_levels(self.scale)
 
@@ -111,8 +115,8 @@ class OperandSpec:
             return
         if self.format.name != "e2m1" or self.tile not in ((1, 16), (16, 16)):
             raise ValueError(f"four over six is for e2m1 in tiles of 1x16 or 16x16, not {self.format} in {self.tile}")
-        if self.rounding is not Rounding.NEAREST:
-            raise ValueError(f"four over six compares errors of nearest rounding: {self.rounding.value} is not for it")
+        if self.rounding is Rounding.TRUNCATE:
+            raise ValueError("four over six is for nearest or stochastic rounding: to truncate is not for it")
 
     def __str__(self) -> str:
         delayed = isinstance(self.amax, Delayed)
@@ -120,7 +124,7 @@ class OperandSpec:
         parts = [str(self.format)]
         parts += [str(self.tile)] if self.scale.levels else []
         parts += [] if delayed and self.scale == Fp32() else [scale]
-        parts += [str(self.amax)] if delayed else []
+        parts += [str(self.amax)] if self.amax != Current() else []
         parts += [_ROUNDING_NAMES[self.rounding]] if self.rounding in _ROUNDING_NAMES else []
         parts += ["requantized"] if self.source is Source.QUANTIZED else []
         return "/".join(parts)
@@ -130,8 +134,9 @@ class OperandSpec:
 class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
 
-    ``fast_accum``: native FP8 products may sum with fewer bits between additions in FP32 (some 14 on Ada and Hopper;
-    their ``use_fast_accum``), which is faster; None leaves it to the backend. Emulation sums in FP32 all the same.
+    ``fast_accum``: native FP8 products may sum without additions in FP32 in between (``use_fast_accum`` of Ada and
+    Hopper, whose steps keep 13 fraction bits either way), which is faster; None leaves it to the backend. Emulation
+    sums in FP32 all the same.
 
     Raises ValueError for a transform of operands that are both left alone, which would only add rounding, and for fast
     sums of what is not quantized.
@@ -147,10 +152,6 @@ class GemmSpec:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
         if self.fast_accum and (self.a is None or self.b is None):
             raise ValueError("fast accumulation is that of a product of two quantized operands")
-        for operand in (self.a, self.b):
-            scale = operand.scale if operand is not None else None
-            if self.transform is not None and isinstance(scale, TwoLevel) and scale.four_over_six is not None:
-                raise ValueError(f"four over six and {self.transform} are not for the same operand")
 
     def __str__(self) -> str:
         a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))

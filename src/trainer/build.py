@@ -465,14 +465,16 @@ def micro_batch_size(
     parallel: ParallelConfig,
     world: World,
     dtype: torch.dtype = torch.float32,
+    *,
+    one: bool = False,
 ) -> int:
     """``wanted``, or for "auto" the largest that divides a process's share of the batch and fits in half its memory.
 
     That of the process with the least, so that all take alike: every process calls this.
     ``dtype``: of activations, which counts where blocks are compiled on CUDA. One process takes at most half of the
-    batch, as two would.
+    batch, as two would. ``one``: a step has to be one micro-batch (``Recipe.one_micro_batch``).
 
-    Raises UserError if the batch cannot be dealt out evenly.
+    Raises UserError if the batch cannot be dealt out evenly, or not as the recipe has to have it.
     """
     share, rest = divmod(data.global_batch_size, world.size)
     if rest:
@@ -482,6 +484,13 @@ def micro_batch_size(
             f"take {near} or {near + world.size}"
         )
     divisors = [size for size in range(1, share + 1) if share % size == 0]
+    if one:
+        if wanted not in ("auto", share):
+            raise UserError(
+                f"train.micro_batch_size={wanted}: precision.args.amax=step makes scales of the whole step, which has "
+                f"to be one micro-batch: take {share} (data.global_batch_size / {world.size} processes), or amax=micro"
+            )
+        return share
     if wanted != "auto":
         if wanted not in divisors:
             raise UserError(

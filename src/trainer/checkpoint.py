@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from precision.recipe import filled
 from trainer.distributed import World, say
 from trainer.errors import UserError, one_line
 from trainer.files import sha256_of, sync_directory, write_json
@@ -382,6 +383,12 @@ def _require_same_tensors(path: Path, there: Mapping[str, Any], here: Mapping[st
     )
 
 
+def _same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """An argument that a recipe did not have yet when a checkpoint was written is at its default there."""
+    alike = one["name"] == other["name"] and one.get("schedule") == other.get("schedule")
+    return alike and filled(one["name"], one["args"]) == filled(other["name"], other["args"])
+
+
 class Checkpointer:
     """Writes checkpoints of one run, one at a time. Every method is called on all ranks."""
 
@@ -422,7 +429,7 @@ class Checkpointer:
     def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
         """Load ``checkpoint``, which ``newest`` found; one of another recipe without what that recipe remembered."""
         before = checkpoint.meta["recipe"]
-        other_recipe = before != self._meta["recipe"]
+        other_recipe = not _same_recipe(before, self._meta["recipe"])
         self._world.on_all(lambda: load_into(checkpoint, state, self._world.checkpoint, other_recipe=other_recipe))
         self._meta["recipe_changes"] = checkpoint.meta.get("recipe_changes", [])
         if other_recipe:
@@ -460,7 +467,7 @@ class Checkpointer:
             checkpoint = examine(path, self._world)
         except ValueError as error:
             return f"checkpoint {path} is damaged ({error})"
-        if checkpoint.meta["recipe"] != self._meta["recipe"]:
+        if not _same_recipe(checkpoint.meta["recipe"], self._meta["recipe"]):
             return f"checkpoint {path} is of another recipe"
         # Only a run that was stopped there has written it: one left alone must not do otherwise.
         skipped = self._world.on_main(lambda: read_tensors(path, "train.nonfinite_in_a_row"))

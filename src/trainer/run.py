@@ -232,12 +232,20 @@ def _build(
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     wanted = config.train.micro_batch_size
-    if wanted == "auto" and checkpoint is not None:
+    recipe = recipe_of(config.precision, config.optim)
+    if wanted == "auto" and checkpoint is not None and not recipe.one_micro_batch:
         before = checkpoint.meta["micro_batch_size"]
         if config.data.global_batch_size % (world.size * before) == 0:
             wanted = before  # sums in the same order after a restart, and scales over the same samples
-    compute = recipe_of(config.precision, config.optim).dtypes.compute
-    micro_batch = micro_batch_size(wanted, model_config, config.data, config.parallel, world, compute)
+    micro_batch = micro_batch_size(
+        wanted,
+        model_config,
+        config.data,
+        config.parallel,
+        world,
+        recipe.dtypes.compute,
+        one=recipe.one_micro_batch,
+    )
     state = build_state(
         model_config,
         config.precision,

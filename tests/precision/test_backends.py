@@ -209,6 +209,35 @@ def test_gradients_that_are_not_finite_reach_the_loop(recipe: str) -> None:
         assert x.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, OperandSpec(format=E2M1), OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())],
+    ids=["fp8", "fp4", "nvfp4"],
+)
+def test_scales_of_a_tensor_multiply_sums_and_never_terms(spec: OperandSpec, dtype: torch.dtype) -> None:
+    """Terms that cancel give 0 whatever the scales are; where sums are exact, so is all but the last rounding."""
+    for seed, backend in itertools.product(range(8), (REFERENCE, choose(GemmSpec(a=spec), (64, 64, 2), CPU).backend)):
+        generator = torch.Generator().manual_seed(seed)
+        x, w = (torch.randn(64, 1, generator=generator) for _ in range(2))
+        a, b = (
+            backend.quantize(torch.cat(pair, 1).to(dtype), spec, amax=None, noise=None) for pair in ((x, x), (w, -w))
+        )
+        assert float(backend.gemm(a, b, bias=None, dtype=dtype).abs().max()) == 0.0
+        if spec.format != E2M1 or spec.tile != TENSOR:
+            continue
+        x, w = (torch.randn(size, 96, generator=generator).to(dtype) for size in (33, 70))
+        a, b = (backend.quantize(each, spec, amax=None, noise=None) for each in (x, w))
+        (left, left_factor), (right, right_factor) = map(backend.operand, (a, b))
+        assert left_factor is not None
+        assert right_factor is not None
+        alpha = (left_factor.double() * right_factor.double()).float()
+        expected = (left.double() @ right.double().mT).float() * alpha
+        assert torch.equal(backend.gemm(a, b, bias=None, dtype=dtype), expected.to(dtype))
+        bias = torch.randn(70, generator=generator).to(dtype)
+        torch.testing.assert_close(backend.gemm(a, b, bias=bias, dtype=dtype), (expected + bias.float()).to(dtype))
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("size", [2, 16, 32, 128])
 def test_transforms(backend: Backend, size: int) -> None:

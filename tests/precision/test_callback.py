@@ -99,6 +99,16 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_accumulation_is_refused_where_a_step_has_to_be_one_micro_batch(tmp_path: Path) -> None:
+    callback = PrecisionCallback(apply(load("fp8_current", {"amax": "step"}), llama()))
+    one, two = (
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=steps) for steps in (1, 2)
+    )
+    callback.on_train_begin(one, TrainerState(), TrainerControl())
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2 must be 1"):
+        callback.on_train_begin(two, TrainerState(), TrainerControl())
+
+
 def test_delayed_scaling_rolls_and_goes_on(tmp_path: Path) -> None:
     """Accumulation, evaluation on the way, saving, and a resume bit for bit; what is saved is a plain model."""
     options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}

@@ -90,6 +90,27 @@ def test_expanded_beats_e4m3_on_a_narrow_block_and_on_a_wide_one() -> None:
         assert errors[0] < errors[1] / 2
 
 
+def test_the_bend_is_coats_up_to_sixteen() -> None:
+    """k of the authors' code has no bound: blocks whose magnitudes lie within a factor of 2.05 are bent less here."""
+    ratios = torch.cat((torch.linspace(1e-4, 1.03, 200), torch.linspace(1.05, 90, 400))).double().exp2()
+    x = torch.ones(len(ratios), 128)
+    x[:, 7], x[:, 1] = (1 / ratios).float(), 0.0
+    kept = Expanded()
+    ours = (kept.encode(x)["powers"].flatten().double() + 1) / 16
+    share = 16 * math.log2(448 * 448 / 2) / torch.log2(1 / x[:, 7].double())  # 16 k before it is rounded down
+    theirs = share.floor() / 16
+    steps = (share - share.round()).abs() > 1e-4  # elsewhere a last bit of a logarithm decides
+    wide = ratios > (448 * 448 / 2) ** (1 / 16) * 1.0001
+    assert torch.equal(ours[wide & steps], theirs[wide & steps])
+    near = ratios < (448 * 448 / 2) ** (1 / 16) * 0.9999
+    assert int(near.sum()) == 200
+    assert bool((ours[near] == 16).all())
+    assert bool((theirs[near] >= 16).all())
+    assert float(theirs.max()) > 1e5
+    error = ((kept.decode(kept.encode(x)) - x).abs() / x.clamp(min=1e-38))[near]
+    assert float(error.max()) < 0.015
+
+
 def test_the_dynamic_map_is_bitsandbytes() -> None:
     for signed in (True, False):
         values, middles = dynamic_map(signed)

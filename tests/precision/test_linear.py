@@ -17,7 +17,7 @@ from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
 from precision.linear import UNKNOWN, QuantLinear, quantized
 from precision.quantize import dequantize, quantize
 from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
-from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
@@ -180,6 +180,75 @@ def test_delayed_scaling_by_hand() -> None:
     assert seen[1:] == [448.0 / scales[0], max(448.0 / scales[0], 448.0 / scales[1])]
 
 
+class Meta:
+    """TransformerEngine's state of one tensor, by its own rule: slot 0 is staged; ``left`` is an autocast's exit."""
+
+    def __init__(self, length: int, top: float) -> None:
+        self.history, self.scale, self.top = [0.0] * length, 1.0, top
+
+    def cast(self, x: Tensor) -> float:
+        self.history[0] = max(self.history[0], float(x.float().abs().max()))
+        return self.scale
+
+    def left(self) -> None:
+        amax = max(self.history)
+        self.history = [0.0, *self.history[2:], self.history[0]][: len(self.history)]
+        if amax > 0:
+            self.scale = float(torch.tensor(self.top) / torch.tensor(amax))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16])
+def test_histories_that_roll_by_micro_batch_are_transformer_engines(length: int) -> None:
+    """Two micro-batches a step: forward tensors move on when their autocast is left, gradients after backward."""
+    plan = apply(load("fp8_delayed", {"history": length, "roll": "micro"}), model := block_model())
+    module = model.get_submodule("layers.0.up_proj")
+    metas = {"x": Meta(length, 448), "w": Meta(length, 448), "dy": Meta(length, 57344)}
+    places = {column.tensor: place for place, column in enumerate(module.columns)}
+    assert places.keys() == metas.keys()
+    seen = set()
+    for step in range(4):
+        plan.begin_step(step, 0)
+        for micro in range(2):
+            plan.begin_micro(4 * micro, 4)
+            number = 2 * step + micro
+            size = 2.0 ** (3 * number % 8 - 3)  # rises and falls
+            x, dy = samples(ROWS, INS, seed=number) * size, samples(ROWS, OUTS, seed=50 + number) / size
+            operands = {"x": x, "w": module.weight.detach(), "dy": dy}
+            for name, meta in metas.items():
+                held = float(module.amax_held[places[name]])
+                scale = float(torch.tensor(meta.top) / torch.tensor(held)) if held else 1.0
+                assert scale == meta.cast(operands[name]), (name, number)
+                seen.add((name, scale))
+            y, *_ = run(module, x, dy)
+            made = [
+                quantize(
+                    operands[name], OperandSpec(format=E4M3, amax=Delayed()), amax=module.amax_held[[places[name]]]
+                )
+                for name in ("x", "w")
+            ]
+            assert torch.equal(y, REFERENCE.gemm(*made, bias=None, dtype=torch.bfloat16))
+            for meta in metas.values():
+                meta.left()
+        plan.end_step()
+    for name, meta in metas.items():
+        assert module.amax_history[:, places[name]].tolist() == meta.history
+    assert len({scale for name, scale in seen if name == "x"}) > 2
+
+
+def test_without_accumulation_histories_roll_alike() -> None:
+    held = []
+    for roll in ("step", "micro"):
+        plan = apply(load("fp8_delayed", {"history": 3, "roll": roll}), model := block_model())
+        module = model.get_submodule("layers.0.up_proj")
+        for step in range(5):
+            plan.begin_step(step, 0)
+            plan.begin_micro(0, 4)
+            run(module, samples(ROWS, INS, seed=step), samples(ROWS, OUTS, seed=step))
+            plan.end_step()
+        held.append([value.clone() for value in plan.state_tensors().values()])
+    assert all(map(torch.equal, *held))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_evaluation_writes_no_state_and_high_precision_is_plain(recipe: str) -> None:
     model = block_model(layers=2)
@@ -243,9 +312,136 @@ def test_noise_goes_by_global_rows_whatever_the_shape(shape: tuple[int, ...]) ->
     assert torch.equal(whole, torch.cat((first, module(x[half:]))))
 
 
-def test_a_skipped_step_leaves_no_amax() -> None:
+class Meeting:
+    """Ranks that run one after the other: each all-reduce(MAX) gives what the ranks of an earlier round had there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.heard: list[list[Tensor]] = []
+        self.said: list[Tensor] = []
+        for name, value in (("is_initialized", True), ("get_world_size", 2)):
+            monkeypatch.setattr(f"precision.linear.dist.{name}", lambda value=value: value)
+        monkeypatch.setattr("precision.linear.dist.all_reduce", self.all_reduce)
+
+    def all_reduce(self, x: Tensor, op: object) -> None:
+        place = len(self.said)
+        self.said.append(x.clone())
+        for one in self.heard:
+            torch.maximum(x, one[place], out=x)
+
+    def each(self, work: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
+        """What each of two ranks has of ``work`` when they meet."""
+        results = []
+        for heard in (False, True):
+            results, rounds = [], []
+            for rank in range(2):
+                self.said = []
+                results.append(work(rank))
+                rounds.append(self.said)
+            assert len(rounds[0]) == len(rounds[1])
+            self.heard = rounds if not heard else []
+        self.met = len(rounds[0])
+        return results
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "reduces"),
+    [
+        ("fp8_current", {}, 2),  # x, dy: wgrad reads their codes transposed
+        ("fp8_rowwise", {"pow2": False}, 2),
+        ("nvfp4", {}, 4),
+        ("nvfp4", {"row_scaled_activations": True}, 3),
+    ],
+    ids=["tensor", "rows", "two_levels", "two_levels_of_rows"],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_with_the_amax_of_a_step_two_ranks_are_one(
+    recipe: str, args: dict[str, Any], reduces: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal but for the order of sums, in float32; without it they are not. Evaluation asks no other rank."""
+    x = torch.randn(8, 16, INS, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)[:, None, None]
+    dy = torch.randn(8, 16, OUTS, generator=torch.Generator().manual_seed(1)) / torch.arange(1, 9)[:, None, None]
+    own = {"keep_last": 0, "bf16_forward": 0} if recipe == "nvfp4" else {}
+
+    def whole(amax: str, first: int, samples: int) -> list[Tensor]:
+        model = block_model().float()
+        plan = apply(load(recipe, {**own, **args, "amax": amax}), model, backend=backend)
+        plan.begin_step(0, first)
+        plan.begin_micro(first, samples)
+        part = slice(first, first + samples)
+        return run(model.get_submodule("layers.0.up_proj"), x[part], dy[part])
+
+    wanted = whole("micro", 0, 8)
+    assert all(map(torch.equal, wanted, whole("step", 0, 8)))
+    meeting = Meeting(monkeypatch)
+    for amax in ("step", "micro"):
+        meeting.heard = []
+        first, second = meeting.each(lambda rank, amax=amax: whole(amax, 4 * rank, 4))  # type: ignore[misc]
+        assert meeting.met == (reduces if amax == "step" else 0)
+        y, dx = (torch.cat(pair) for pair in zip(first[:2], second[:2], strict=True))
+        errors = [
+            float((ours - one).norm() / one.norm())
+            for ours, one in zip((y, dx, first[2] + second[2]), wanted, strict=True)
+        ]
+        assert max(errors) < 1e-5 if amax == "step" else max(errors) > 1e-3, errors
     model = block_model()
-    plan = apply(load("fp8_delayed", {}), model)
+    apply(load(recipe, {**own, **args, "amax": "step"}), model, backend=backend)
+    meeting.said = []
+    model.eval().get_submodule("layers.0.up_proj")(samples(ROWS, INS))
+    assert not meeting.said
+
+
+def test_what_is_not_finite_on_one_rank_is_so_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(monkeypatch)
+    spec = replace(NV4, amax=Current(step=True))
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=spec)))
+    x = [samples(ROWS, INS), samples(ROWS, INS)]
+    x[1][3, 4] = torch.nan
+    for y in meeting.each(lambda rank: [module(x[rank]).detach()]):
+        assert bool(y[0].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "said"),
+    [
+        ("mxfp4", 200, [32]),
+        ("mxfp4", 192, []),
+        ("nvfp4", 200, [16]),
+        ("mxfp8", 100, [32]),
+        ("fp8_block", 192, [128]),
+        ("fp8_rowwise", 33, []),
+        ("fp8_current", 33, []),
+    ],
+)
+def test_the_plan_says_where_a_micro_batch_cuts_blocks(recipe: str, tokens: int, said: list[int]) -> None:
+    own = {"keep_last": 0} if recipe in ("mxfp4", "nvfp4") else {}
+    plan = apply(load(recipe, own), block_model(), tokens=tokens)
+    lines = [line for line in str(plan).splitlines() if "cuts blocks" in line]
+    notes = [f"a micro-batch of {tokens} tokens cuts blocks of {size}: another has other scales]" for size in said]
+    assert len(lines) == len(said)
+    assert all(
+        line.strip().startswith("wgrad: ") and line.endswith(note) for line, note in zip(lines, notes, strict=True)
+    )
+
+
+def test_gradients_are_those_of_the_whole_where_no_block_is_cut() -> None:
+    """Blocks lie alike in every micro-batch that is whole blocks, and not where one is cut."""
+    errors = []
+    for tokens in (64, 50):
+        model = block_model().float()
+        apply(load("mxfp4", {"keep_last": 0, "stochastic": False}), model)
+        module = model.get_submodule("layers.0.up_proj")
+        x, dy = samples(2 * tokens, INS).float(), samples(2 * tokens, OUTS, seed=2).float()
+        whole = run(module, x, dy)[2].clone()
+        parts = run(module, x[:tokens], dy[:tokens])[2].clone() + run(module, x[tokens:], dy[tokens:])[2]
+        errors.append(float((parts - whole).norm() / whole.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] > 1e-2
+
+
+@pytest.mark.parametrize("roll", ["step", "micro"])
+def test_a_skipped_step_leaves_no_amax(roll: str) -> None:
+    model = block_model()
+    plan = apply(load("fp8_delayed", {"roll": roll}), model)
     module = model.get_submodule("layers.0.up_proj")
     x, dy = samples(4, 32, INS), samples(4, 32, OUTS, seed=2)
     plan.begin_step(0, 0)
@@ -253,7 +449,9 @@ def test_a_skipped_step_leaves_no_amax() -> None:
     plan.end_step()
     before = [value.clone() for value in plan.state_tensors().values()]
     plan.begin_step(1, 0)
-    run(module, x * 1e20, dy)
+    for sample in (0, 4):
+        plan.begin_micro(sample, 4)
+        run(module, x * 1e20, dy)
     plan.end_step(applied=False)
     assert all(map(torch.equal, before, plan.state_tensors().values()))
 
@@ -280,6 +478,8 @@ def test_nothing_is_made_for_a_backward_pass_that_will_not_be(monkeypatch: pytes
     [
         ("mxfp4", {"stochastic": "off"}, r"stochastic='off' is no bool"),
         ("fp8_delayed", {"history": "abc"}, r"history='abc' is no int"),
+        ("fp8_current", {"amax": "run"}, r"amax=run: one of micro, step"),
+        ("fp8_delayed", {"roll": "batch"}, r"roll=batch: one of step, micro"),
         ("fp8_delayed", {"history": True}, r"history=True is no int"),
         ("fp8_delayed", {"history": 0}, r"\(history=0\): an amax history has at least one slot"),
         ("fp8_delayed", {"margin": -1}, r"\(margin=-1\): the margin"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from precision.formats import BF16, E2M1, E4M3, E5M2, E8M0
-from precision.scaling import Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
 from precision.transforms import Hadamard
 
@@ -51,6 +51,8 @@ def test_values() -> None:
         ({"scale": TwoLevel()}, "the tile must be smaller"),
         ({"tile": Tile(1, 128), "amax": Delayed()}, "one amax per tensor"),
         ({"scale": Unit(), "amax": Delayed()}, "no use for a delayed amax"),
+        ({"scale": Unit(), "amax": Current(step=True)}, "no use for the amax of a step"),
+        ({"tile": Tile(1, 128), "amax": Current(step=True)}, "lie within a sample"),
     ],
 )
 def test_operands_that_cannot_be(change: dict[str, Any], match: str) -> None:

@@ -19,7 +19,7 @@ from trainer import distributed
 from trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
 from trainer.config import load_config, load_run_config
 from trainer.distributed import ParallelConfig, World
-from trainer.errors import ExitCode
+from trainer.errors import ExitCode, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -85,6 +85,19 @@ def test_a_width_that_no_bulk_copy_takes_is_named(recipe: str) -> None:
     assert line.startswith("warning: width 5,461 (layers.0.mlp.gate_proj and others): a row of 10,922 bytes")
     (line,) = warnings("gpt2_124m", 50_257)
     assert line.startswith("warning: width 50,257 (lm_head): a row of 100,514 bytes")
+
+
+def test_a_step_that_has_to_be_one_micro_batch_is() -> None:
+    config = load_config(["model=llama3_1b", "data.seq_len=4096", "data.global_batch_size=64"])
+    model = replace(config.model, vocab_size=32_000)
+
+    def size(wanted: object, processes: int) -> int:
+        world = World(0, processes, processes, torch.device("cpu"), None, None)
+        return micro_batch_size(wanted, model, config.data, config.parallel, world, one=True)
+
+    assert [size("auto", 1), size("auto", 2), size(32, 2)] == [64, 32, 32]
+    with pytest.raises(UserError, match=r"micro_batch_size=8: precision.args.amax=step .*: take 32 .*or amax=micro"):
+        size(8, 2)
 
 
 def test_activations_are_counted_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

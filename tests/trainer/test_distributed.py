@@ -43,6 +43,13 @@ def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tenso
     return read_tensors(run_dir / "checkpoints" / f"step-{step:08}", prefix)
 
 
+# All that a process has of a batch at once: scales of tensors are of the whole step.
+STEP = ("train.steps=1", "checkpoint.every=1", "eval.tokens=0", "sample.tokens=0", "precision.args.amax=step")
+STEPS = {
+    "step-fp8": [*STEP, "precision=fp8_current", "parallel.activation_checkpointing=true"],
+    "step-nvfp4": [*STEP, "precision=nvfp4", "precision.args.keep_last=0", "precision.args.bf16_forward=0"],
+}
+
 # A vocabulary of 257 does not divide into two shards.
 TRAIN = ("precision=fp32", "train.steps=12", "checkpoint.every=1", "checkpoint.keep_last=12", "eval.every=4")
 # A rate too small to move a float32 weight: what is saved is what was drawn.
@@ -61,6 +68,7 @@ SPIKES = (
 NARROW = ("train.steps=4", "train.micro_batch_size=2", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.tokens=0")
 RECIPES = {
     "delayed": ["precision=fp8_delayed"],
+    "rolled": ["precision=fp8_delayed", "precision.args.roll=micro"],  # twice a step
     "mxfp4": ["precision=mxfp4"],
     "nvfp4": ["precision=nvfp4", "parallel=hsdp"],
     "fp16": ["precision=fp16", "precision.args.init_scale=1.0e11", "precision.args.backoff=0.001"],
@@ -84,6 +92,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("still-1", *STILL),
             overrides("spikes-1", *SPIKES, "train.steps=15"),
             *(overrides(f"{name}-1", *NARROW, *RECIPES[name]) for name in ("delayed", "mxfp4", "fp16")),
+            *(overrides(f"{name}-1", *more) for name, more in STEPS.items()),
         ],
         2: [
             overrides("llama-2", *TRAIN),
@@ -94,6 +103,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             overrides("spikes-2", *SPIKES, "train.steps=15"),
             *(overrides("spikes-in-parts-2", *SPIKES, f"train.steps={steps}") for steps in (10, 13, 15)),
             *(overrides(f"{name}-2", *NARROW, *RECIPES[name]) for name in RECIPES),
+            *(overrides(f"{name}-2", *more) for name, more in STEPS.items()),
         ],
         4: [overrides("hsdp-4", *TRAIN, "parallel=hsdp"), overrides("still-4", *STILL, "parallel=hsdp")],
     }
@@ -124,6 +134,13 @@ def test_every_world_size_trains_alike(runs: Path, one: str, other: str) -> None
     for name, tensor in first.items():
         # exp_avg is 0.1 of the gradient: this is where a wrong sum over ranks shows, which Adam itself hides.
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_scales_of_the_whole_step_are_those_of_any_number_of_processes(runs: Path, name: str) -> None:
+    one, two = (list(read_metrics(runs / f"{name}-{n}" / "metrics.jsonl", "train").values()) for n in (1, 2))
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=2e-3)  # halves are summed in BF16
 
 
 def test_two_processes_scale_the_loss_and_skip_alike(runs: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import train_here
+from conftest import sign, train_here
 
 from precision import recipes
 from precision.recipe import names
@@ -101,6 +102,24 @@ def test_a_run_goes_on_under_another_recipe_only_if_allowed(tiny: Tiny) -> None:
     # Back again, and what the recipe had learned is left behind.
     assert train_here(tiny("train.steps=8", "resume.recipe_change=allow")) is ExitCode.FINISHED
     assert not read_tensors(list_checkpoints(Path(first.run.dir) / "checkpoints")[-1], "recipe.")
+
+
+def test_a_run_goes_on_where_its_recipe_has_learned_an_argument_since(tiny: Tiny) -> None:
+    """At its default: what the recipe remembers is kept, and no change of recipe is noted."""
+    options = ("precision=fp8_delayed", "checkpoint.every=2")
+    train_here(whole := tiny(*options, "train.steps=4", f"run.dir={tiny().run.dir}-whole"))
+    train_here(first := tiny(*options, "train.steps=4"))
+    shutil.rmtree(Path(first.run.dir) / "checkpoints" / "step-00000004")
+    (Path(first.run.dir) / "done.json").unlink()
+    (checkpoint,) = list_checkpoints(Path(first.run.dir) / "checkpoints")
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    assert meta["recipe"]["args"].pop("roll") == meta["identity"].pop("precision.args.roll") == "step"
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    sign(checkpoint)
+    assert train_here(first) is ExitCode.FINISHED
+    newest = list_checkpoints(Path(first.run.dir) / "checkpoints")[-1]
+    assert json.loads((newest / "meta.json").read_text())["recipe_changes"] == []
+    assert compare_runs(Path(whole.run.dir), Path(first.run.dir)) == []
 
 
 def test_validation_in_high_precision(tiny: Tiny) -> None:

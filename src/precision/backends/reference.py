@@ -77,8 +77,10 @@ class Reference:
     ) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
 
-        Tensor-wide scales multiply the float32 sums before their rounding; where that is not to be had (float32
-        output of BF16 operands on a CPU), the operands are widened.
+        Factors of a whole operand (a scale per tensor, the outer one of two levels) multiply the float32 sums, never
+        the terms, whatever ``dtype``; the result is rounded to it once. Where a product of BF16 operands does not come
+        out in ``dtype`` (float32 and FP16 on a CPU), the operands are widened, which is exact. Other scales (rows,
+        blocks that are no powers of two) are part of the operands (``precision.quantize.operand``).
         """
         left, left_factor = self._matrix(a)
         right, right_factor = self._matrix(b)
@@ -101,21 +103,28 @@ class Reference:
 def scaled_product(
     a: Tensor, b: Tensor, a_factor: Tensor | None, b_factor: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """(a @ b.mT) * factors + bias, with one rounding to the operands' dtype."""
+    """(a @ b.mT) * factors + bias: float32 sums, then the factors, then the bias, then the operands' dtype."""
     factors = [factor for factor in (a_factor, b_factor) if factor is not None]
     if not factors:
         return a @ b.mT if bias is None else torch.addmm(bias.to(a.dtype), a, b.mT)
     alpha = math.prod(map(float, factors)) if a.device.type == "cpu" else math.inf
-    if abs(alpha) <= FP32_MAX:
+    held, wide = abs(alpha) <= FP32_MAX, a.dtype in (torch.float32, torch.float64)
+    # A wide product is scaled apart: given alpha, BLAS may multiply the terms by it.
+    if held and not wide:
         beta, start = (0, a.new_empty(())) if bias is None else (1, bias.to(a.dtype))
         return torch.addmm(start, a, b.mT, beta=beta, alpha=alpha)
-    # On a GPU the factors stay there: reading them would stop it. A CPU comes here with one that no float32 holds.
-    if a.device.type == "cpu":
+    # On a GPU the factors stay there: reading them would stop it. A CPU comes here with one that no float32 holds, too.
+    if wide:
+        y = a @ b.mT
+    elif a.device.type == "cpu":
         y = a.float() @ b.float().mT
     else:
-        y = torch.mm(a, b.mT, out_dtype=torch.float32) if a.dtype != torch.float32 else a @ b.mT
-    for factor in factors:
-        y = y * factor
+        y = torch.mm(a, b.mT, out_dtype=torch.float32)
+    if held:
+        y = y * alpha
+    else:
+        for factor in factors:
+            y = y * factor
     return (y if bias is None else y + bias).to(a.dtype)
 
 

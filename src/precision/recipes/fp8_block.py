@@ -6,6 +6,9 @@ are quantized from high precision once along each direction; a weight's tiles ar
 see the same weight. Scales are powers of two by default, as Blackwell requires; FP32 scales, as on Hopper, are an
 option, whose emulated products are in float32. Embeddings, head and norms stay in BF16.
 
+Blocks along tokens (wgrad) lie alike in every micro-batch of a multiple of 128 (``block``) tokens; another cuts them,
+and then has scales of its own: ``plan.txt`` says so.
+
 Not finite: an infinite amax gives its block scale 1 and infinities saturate; NaN stays NaN in its element.
 """
 

@@ -7,6 +7,9 @@ blocks in BF16. Head, embeddings and norms stay in BF16.
 
 The paper does not say which signs its transform of 32 uses: ours are drawn once from ``signs``.
 
+Blocks along tokens (wgrad) lie alike in every micro-batch of a multiple of 32 tokens; another cuts them, and then has
+scales of its own: ``plan.txt`` says so.
+
 Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 """
 

@@ -5,6 +5,9 @@ own block alone, and E4M3 is wide enough for gradients too. Scales round up (RCE
 quantized from high precision once along each direction it is contracted in; the two copies differ. Head, embeddings
 and norms stay in BF16.
 
+Blocks along tokens (wgrad) lie alike in every micro-batch of a multiple of 32 (``block``) tokens; another cuts them,
+and then has scales of its own: ``plan.txt`` says so.
+
 Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 """
 

@@ -7,8 +7,15 @@ stochastic rounding of gradients, which keeps small ones alive on average; and t
 diverge without them. Forward GEMMs go back to BF16 for the last part of training, which closes most of the remaining
 gap to FP8. Embeddings, head and norms stay in BF16.
 
-Float order and the sign vector are TransformerEngine's; the random numbers are ours. The amax of the tensor spans one
-rank's micro-batch, so losses depend a little on world size and micro-batch size.
+Float order and the sign vector are TransformerEngine's; the random numbers are ours. The outer scale spans one rank's
+micro-batch, so losses depend a little on the number of processes and on the micro-batch, and not on the order of sums
+alone; ``amax: step`` makes it one of the whole step. Blocks along tokens (wgrad) must lie within a micro-batch, too:
+its tokens are a multiple of 16.
+
+Four over six (arXiv 2512.02010) has two published forms. TransformerEngine's is for x and weights, never for gradients,
+and it takes no Hadamard transform beside it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The authors'
+code has it for gradients too, rounded stochastically, and beside the transform: ``everything``. The better of two
+unbiased candidates is biased (arXiv 2601.22813 measures it): a reason to leave gradients out.
 
 Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and saturates.
 """
@@ -20,11 +27,20 @@ from torch import nn
 
 from precision.formats import E2M1
 from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, keep, one_of
-from precision.scaling import Error, Tile, TwoLevel
+from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
+from precision.scaling import Current, Error, Tile, TwoLevel
 from precision.schedule import Span
 from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from precision.transforms import Hadamard
+
+_FOUR_OVER_SIX = {
+    "none": (),
+    "weights": ("w",),
+    "activations": ("x",),
+    "gradients": ("dy",),
+    "all": ("w", "x"),
+    "everything": ("w", "x", "dy"),
+}
 
 
 def recipe(
@@ -33,10 +49,11 @@ def recipe(
     signs: str | int = "te",
     stochastic: bool = True,
     weights_2d: bool = True,
-    row_scaled_activations: bool = False,
+    row_scaled_activations: bool | str = False,
     four_over_six: str = "none",
     four_over_six_error: str = "mae",
     four_over_six_256: bool = True,
+    amax: str = "micro",
     bf16_forward: float = 0.18,
     keep_first: float = 0,
     keep_last: float = 0.15,
@@ -48,40 +65,46 @@ def recipe(
         signs: of the transform: te (the fixed vector of TransformerEngine), none, or a seed.
         stochastic: round gradients stochastically.
         weights_2d: 16x16 tiles for weights instead of 1x16.
-        row_scaled_activations: an FP32 scale for each row of x in fprop, instead of one for the tensor: a token does
-            not depend on the others, but the product is emulated in float32.
-        four_over_six: which operands may have their largest value at 4 instead of 6, tile by tile: none, weights,
-            activations (x and dy; needs hadamard 0 and stochastic false) or all.
+        row_scaled_activations: an FP32 scale for each row of what is quantized of x, instead of one for the tensor:
+            a token in fprop, a channel (after the transform) in wgrad, as TransformerEngine has it. fprop: in fprop
+            alone, wgrad with one for the tensor. A token then does not depend on the others, but those products are
+            emulated in float32.
+        four_over_six: which tensors may have their largest value at 4 instead of 6, tile by tile: none, weights,
+            activations (x), gradients (dy), all (weights and x: TransformerEngine's), or everything (dy, too: the
+            authors').
         four_over_six_error: what is compared, mae or mse.
         four_over_six_256: the tensor's scale maps it to 6 * 256 for these operands, so that a scale for 4 is not cut
             off at 448.
+        amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
+            whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
+            a step must be one micro-batch. Weights are the same everywhere.
         bf16_forward: last part of the run whose forward GEMMs are in BF16; 0 = none.
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
     """
     if not 0 <= bf16_forward <= 1:
         raise ValueError(f"the part of a run is between 0 and 1, not {bf16_forward}")
-    scopes = {"none": (), "weights": ("w",), "activations": ("x",), "all": ("w", "x")}
-    scope = one_of("four_over_six", four_over_six, scopes)
+    scope = one_of("four_over_six", four_over_six, _FOUR_OVER_SIX)
     error = one_of("four_over_six_error", four_over_six_error, {error.value: error for error in Error})
-    if "x" in scope and (hadamard or stochastic):
-        raise ValueError(f"four_over_six={four_over_six} needs hadamard=0 and stochastic=false")
+    by_row = row_scaled_activations
+    by_row = one_of("row_scaled_activations", by_row, {"fprop": "fprop"}) if isinstance(by_row, str) else by_row
     chosen = TwoLevel(four_over_six=error, block_max=256.0 if four_over_six_256 else None)
-    of_x = chosen if "x" in scope else TwoLevel()
-    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=of_x)
-    weight = OperandSpec(
-        format=E2M1, tile=Tile(16 if weights_2d else 1, 16), scale=chosen if "w" in scope else TwoLevel()
-    )
-    row = replace(block, scale=replace(of_x, rows=row_scaled_activations))
-    gradient = replace(block, rounding=Rounding.STOCHASTIC) if stochastic else block
+    of_x, of_w, of_dy = (chosen if tensor in scope else TwoLevel() for tensor in ("x", "w", "dy"))
+    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), amax=current(amax))
+    # A row of fprop is a token, whole in every micro-batch.
+    x = replace(block, scale=replace(of_x, rows=True), amax=Current()) if by_row else replace(block, scale=of_x)
+    x_columns = replace(block, scale=replace(of_x, rows=by_row is True))
+    weight = replace(block, tile=Tile(16 if weights_2d else 1, 16), scale=of_w, amax=Current())
+    dy = replace(block, scale=of_dy, rounding=Rounding.STOCHASTIC if stochastic else Rounding.NEAREST)
     transform = Hadamard(size=hadamard, signs=signs) if hadamard else None
     spec = LinearSpec(
-        fprop=GemmSpec(a=row, b=weight),
-        dgrad=GemmSpec(a=gradient, b=weight),
-        wgrad=GemmSpec(a=gradient, b=block, transform=transform),
+        fprop=GemmSpec(a=x, b=weight),
+        dgrad=GemmSpec(a=dy, b=weight),
+        wgrad=GemmSpec(a=dy, b=x_columns, transform=transform),
     )
     kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(
         rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
         schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
+        one_micro_batch=amax == "step",
     )
