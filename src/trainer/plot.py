@@ -46,6 +46,7 @@ def save_figure(
         for kind in formats:
             # By its own name: what stands after the last point of a name need not be a suffix.
             figure.savefig(file.with_name(f"{file.stem}.{kind}"), format=kind, metadata=_NO_DATE[kind])
+            figure.set_layout_engine("none")  # laid out once for all
 
 
 def smooth(values: Sequence[float | None], fits: int = 2_000) -> list[float | None]:
