@@ -194,6 +194,8 @@ class ConsoleLog:
                 setattr(sys, name, stream.stream)
         if isinstance(error, UserError | RunFailed):
             self.write(f"error: {error}\n", sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            self.write("interrupted\n", sys.stderr)
         elif error is not None:
             self.write("".join(traceback.format_exception(kind, error, where)), sys.stderr)
 
