@@ -43,10 +43,11 @@ def save_figure(
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
+        figure.draw_without_rendering()  # laid out once for all formats
+        figure.set_layout_engine("none")
         for kind in formats:
             # By its own name: what stands after the last point of a name need not be a suffix.
             figure.savefig(file.with_name(f"{file.stem}.{kind}"), format=kind, metadata=_NO_DATE[kind])
-            figure.set_layout_engine("none")  # laid out once for all
 
 
 def smooth(values: Sequence[float | None], fits: int = 2_000) -> list[float | None]:

@@ -29,6 +29,7 @@ _HEAT = [[0.0, "#67a9cf"], [0.5, "#f7f7f7"], [1.0, "#ef8a62"]]  # worse is red; 
 _MARKERS = ("o", "s", "^", "v", "P", "*", "<", ">", "h")  # of matplotlib; no cross and no diamond: these mean something
 _SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "star", "triangle-left", "triangle-right")
 _DASHES = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), ((0, (8, 2)), "longdash"))  # dotted is diverged
+_MOST_MARKED = 40  # curves that have markers: of more one sees the markers alone
 _MOST_NAMES = 24  # that stand in the legend of a picture
 
 Points = tuple[list[float], list[float]]
@@ -230,12 +231,13 @@ def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
 
 def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
     rates = sorted({run.lr for run in runs if run.lr > 0})
+    finals = [run.final for run in runs if run.final is not None]
+    top = max(finals, default=0.0) + 0.08 * (max(finals, default=1.0) - min(finals, default=0.0) or 1.0)
     marks = []
     for s in recipes:
         own = [run for run in runs if run.recipe == s.recipe and run.lr > 0]
         good = [(run.lr, run.final) for run in own if run.final is not None]
-        bad = [(run.lr, run.losses[0]) for run in own if run.state == "diverged" and run.losses]
-        failed = [(x, loss) for x, loss in bad if loss is not None]
+        failed = [(run.lr, top) for run in own if run.state == "diverged"]
         means = [(rate, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None]
         for kind, points, told in (
             (Kind.dots, good, ""),
@@ -249,8 +251,8 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
     return Plot(
         name="rates",
         title="Validation loss by learning rate",
-        note="At the end, each at its own rate. Crosses: diverged, at their first loss. Lines: means of rates where "
-        "none diverged.",
+        note="At the end, each at its own rate. Crosses, above all others: diverged, whatever the loss. Lines: means "
+        "of rates where none diverged.",
         x_label="learning rate",
         y_label="nats per token",
         marks=marks,
@@ -409,6 +411,7 @@ def _drawn(axes: Axes, plot: Plot | HeatMap) -> None:
 
 
 def _draw(axes: Axes, plot: Plot) -> None:
+    many = len(plot.marks) > _MOST_MARKED
     for mark in plot.marks:
         style = plot.styles[mark.recipe]
         color = style.color
@@ -416,18 +419,9 @@ def _draw(axes: Axes, plot: Plot) -> None:
         match mark.kind:
             case Kind.line | Kind.dotted:
                 dash = ":" if mark.kind is Kind.dotted else style.dash()
-                every = max(1, len(mark.x) // 8)
-                axes.plot(
-                    mark.x,
-                    mark.y,
-                    style.marker,
-                    linestyle=dash,
-                    markersize=4,
-                    markevery=every,
-                    linewidth=1.2,
-                    color=color,
-                    label=label,
-                )
+                look: dict[str, Any] = {"marker": "", "linewidth": 0.7, "alpha": 0.6} if many else {"linewidth": 1.2}
+                look = {"marker": style.marker, "markersize": 4, "markevery": max(1, len(mark.x) // 8)} | look
+                axes.plot(mark.x, mark.y, linestyle=dash, color=color, label=label, **look)
             case Kind.dots:
                 axes.plot(
                     mark.x, mark.y, style.marker, color=color, alpha=0.7, markersize=6, fillstyle="none", label=label
