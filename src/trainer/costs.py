@@ -83,9 +83,10 @@ def size_in_name(model: nn.Module) -> str | None:
     """What the size in the model's name counts, where that is another vocabulary than the model has; else None."""
     config = model.config
     vocabulary, size = NAMED_SIZES.get(config.name, (config.vocab_size, 0))
-    parameters = list(model.parameters())
-    a_word = sum(each.numel() // config.vocab_size for each in parameters if each.shape[0] == config.vocab_size)
-    named = sum(each.numel() for each in parameters) + (vocabulary - config.vocab_size) * a_word
+    # By name: blocks may be as wide as the vocabulary is large.
+    words = [each for name, each in model.named_parameters() if re.search(r"\b(embed_tokens|lm_head)\.weight$", name)]
+    a_word = sum(each.numel() // config.vocab_size for each in words)
+    named = sum(each.numel() for each in model.parameters()) + (vocabulary - config.vocab_size) * a_word
     if config.vocab_size == vocabulary or named != size:  # another shape under the old name
         return None
     return f"{short(size)} with the vocabulary of {vocabulary:,} that its name means"

@@ -225,17 +225,22 @@ class _Both:
 
     def write(self, text: str) -> int:
         self._log.write(text, self.stream)
-        self._try(lambda: self.stream.write(text))
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        except (ValueError, OSError):
+            self._give_up()
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, do: Callable[[], object]) -> None:
         try:
-            do()
+            self.stream.flush()
         except (ValueError, OSError):
-            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

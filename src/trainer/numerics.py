@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _MOST_STEPS = 8  # that the map can be turned to
 _WORST = 10
 _PLAIN = ("float64", "float32", "bfloat16", "float16")  # formats in which nothing is rounded
 _TALLEST = 60.0  # inches of a picture
-_HATCH = "#999999"
+_HATCHED: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
 Entry = Mapping[str, Any]
 
 
@@ -225,15 +226,16 @@ def picture(recipe: str, numerics: Numerics, file: Path, formats: Sequence[str] 
     Raises OSError if they cannot be written.
     """
     height = min(_TALLEST, 3.0 + 0.2 * len(numerics.newest))
-    save_figure(lambda figure: _draw(figure, recipe, numerics, height), file, (14, height), formats)
+    save_figure(lambda figure: draw(figure, recipe, numerics, height), file, (14, height), formats)
 
 
-def _draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None:
+def draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None:
+    """What ``picture`` writes, on a figure of ``height`` inches."""
     layers = numerics.newest
     labels = [_short(module) for module in layers]
     every = math.ceil(len(labels) * 0.14 / height)  # as many as there is room for
     widths = [len(panel.slots) for panel in _PANELS]
-    gaps = set()
+    hatched = False
     for index, (axes, panel) in enumerate(
         zip(figure.subplots(1, len(_PANELS), width_ratios=widths), _PANELS, strict=True)
     ):
@@ -248,20 +250,21 @@ def _draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> Non
         bar.locator = MaxNLocator(4)
         bar.update_ticks()
         for y, slots in enumerate(layers.values()):
-            for x, slot in enumerate(panel.slots):
-                if values[y][x] is None:
-                    gaps.add(slot in slots)
-                    look = {"facecolor": "#f2f2f2", "hatch": "////"} if slot in slots else {"facecolor": "white"}
-                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, edgecolor=_HATCH, linewidth=0, **look))
+            plain = [value is None and slot in slots for slot, value in zip(panel.slots, values[y], strict=True)]
+            x = 0
+            for is_plain, cells in groupby(plain):
+                width = len(list(cells))
+                if is_plain:
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, 1, **_HATCHED))
+                    hatched = True
+                x += width
         axes.set_xticks(
             range(len(panel.slots)), panel.slots, rotation=60, fontsize=9, ha="right", rotation_mode="anchor"
         )
         axes.set_yticks(range(0, len(labels), every), labels[::every] if index == 0 else [], fontsize=8)
-    if gaps:
-        keys = {True: "high precision: nothing is rounded", False: "not measured"}
-        looks = {True: {"facecolor": "#f2f2f2", "hatch": "////"}, False: {"facecolor": "white"}}
-        handles = [Patch(edgecolor=_HATCH, label=keys[gap], **looks[gap]) for gap in sorted(gaps, reverse=True)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+    if hatched:
+        label = "high precision: nothing is rounded"
+        figure.legend(handles=[Patch(label=label, **_HATCHED)], loc="outside lower center", fontsize=9)
     figure.suptitle(f"{shown(recipe)}; {_steps_told(layers)}", fontsize=11)
 
 

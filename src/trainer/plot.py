@@ -43,7 +43,8 @@ def save_figure(
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.draw_without_rendering()  # laid out once for all formats
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)  # once for all formats
         figure.set_layout_engine("none")
         for kind in formats:
             # By its own name: what stands after the last point of a name need not be a suffix.
