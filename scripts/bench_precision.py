@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import native
 from models import LlamaConfig
@@ -60,7 +61,14 @@ try:  # a test-only dependency
 except ImportError:
     convert_to_float8_training = None
 
-PARTS = ("elements", "linear", "step", "start")
+PARTS = {
+    "elements": "quantizing a matrix",
+    "linear": "forward and backward of a linear",
+    "step": "a training step of 8 layers",
+    "start": "a run's first step",
+}
+# Of 2 cores (Zen 4): once, and a round; of the start, of BF16 and of a recipe.
+SECONDS = {"elements": (5.0, 0.3), "linear": (3.0, 0.7), "step": (15.0, 23.0), "start": (10.0, 38.0)}
 ROWS, INS, OUTS = 8192, 256, 704
 VOCAB, LAYERS, HEADS, POSITIONS, SEQUENCES = 8192, 8, 8, 512, 16
 # Of a BF16 copy, of a BF16 linear, of a BF16 step.
@@ -103,16 +111,31 @@ class RandomSource:
         return Batch(tokens, torch.ones(SEQUENCES, POSITIONS), self.first_sample(step))
 
 
-def interleaved(ways: Mapping[str, Way], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def estimated(parts: Sequence[str], rounds: int, starts: int) -> float:
+    """Seconds that ``parts`` take, about."""
+    turns = {"start": starts}
+    return sum(SECONDS[part][0] + SECONDS[part][1] * turns.get(part, rounds + 2) for part in parts)
+
+
+def progress(what: str, total: int) -> tqdm:
+    """On standard error, for a person: results alone are on standard output."""
+    return tqdm(total=total, desc=what, unit="turn", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+
+
+def interleaved(ways: Mapping[str, Way], rounds: int, repeats: int = 1, what: str = "") -> dict[str, list[float]]:
     """Seconds of every way, once per round; two rounds before are not counted."""
     times: dict[str, list[float]] = {name: [] for name in ways}
+    bar = progress(what, (rounds + 2) * len(ways))
     for turn in range(rounds + 2):
         for name, way in ways.items():
+            bar.set_postfix_str(name)
             started = _clock()
             for _ in range(repeats):
                 way()
             if turn >= 2:
                 times[name].append((_clock() - started) / repeats)
+            bar.update()
+    bar.close()
     return times
 
 
@@ -152,7 +175,7 @@ def elements(rounds: int, world: World) -> list[Row]:
                 return quantizer(matrices[place])
 
             ways: dict[str, Way] = {name: lambda q=q, turn=turn: turn(q) for name, q in quantizers.items()}  # type: ignore[misc]
-            times = interleaved(ways, rounds, repeats=5)
+            times = interleaved(ways, rounds, repeats=5, what=f"elements, {ROWS}x{columns} {kind}")
             scale = 1e9 / (ROWS * columns)
             for name, seconds in times.items():
                 rows.append(
@@ -177,7 +200,7 @@ def linear(rounds: int, world: World) -> list[Row]:
             filter_fn=lambda module, name: isinstance(module, nn.Linear),
         )
         ways["torchao MXFP8 linear, emulated"] = _linear_way(mx, None)
-    times = interleaved(ways, rounds)
+    times = interleaved(ways, rounds, what="linear")
     return [
         _row(f"linear: {name}", seconds, times["bf16"], 1e3, "ms") | {"target": LINEAR_TARGETS.get(name)}
         for name, seconds in times.items()
@@ -222,7 +245,7 @@ def _linear_way(module: nn.Module, plan: Plan | None) -> Way:
 def step(rounds: int, world: World) -> list[Row]:
     ways = {name: _step_way(_step_config(name), world) for name in ("bf16", *STEP_TARGETS)}
     ways |= {name: _step_way(load_config(overrides), world) for name, overrides in STEP_OTHERS.items()}
-    times = interleaved(ways, rounds)
+    times = interleaved(ways, rounds, what="step")
     return [
         _row(f"step: {name}", seconds, times["bf16"], 1e3, "ms") | {"target": STEP_TARGETS.get(name)}
         for name, seconds in times.items()
@@ -259,13 +282,16 @@ def _step_way(config: TrainConfig, world: World) -> Way:
 def start(recipes: Sequence[str]) -> Iterator[Row]:
     """Runs of one step, one at a time."""
     base: list[float] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    turns = [("bf16", "built before"), *itertools.product(recipes, ("built before", "empty"))]
+    with progress("start", len(turns)) as bar, tempfile.TemporaryDirectory() as scratch:
         text = _text(Path(scratch))
-        for name, cache in (("bf16", "built before"), *itertools.product(recipes, ("built before", "empty"))):
+        for name, cache in turns:
+            bar.set_postfix_str(f"{name}, kernels {cache}")
             with tempfile.TemporaryDirectory() as empty:
                 more = {"XDG_CACHE_HOME": empty} if cache == "empty" else {}
                 seconds = [_first_step(name, text, os.environ | more)]
             base = base or seconds
+            bar.update()
             yield _row(f"first step, kernels {cache}: {name}", seconds, base, 1.0, "s") | {"target": None}
 
 
@@ -347,14 +373,24 @@ def main(
         "step": lambda world: step(rounds, world),
         "start": lambda world: start(recipes),
     }
+    told = estimated(wanted, rounds, len(recipes))
+    shown = f"{told / 60:.0f} min" if told >= 90 else f"{told:.0f} s"
+    # Before anything is built or measured.
+    print(
+        f"parts={','.join(wanted)}: about {shown} on 2 cores; parts= and rounds= make it less",
+        file=sys.stderr,
+        flush=True,
+    )
     world = distributed.start(_step_config("bf16", threads).parallel)  # it sets the threads and the allocator
     for kernels in KERNELS:
         native.library(kernels)
-    print(f"{torch.get_num_threads()} threads, {clock} time, {rounds} rounds")
+    print(f"{torch.get_num_threads()} threads, {clock} time, {rounds} rounds", flush=True)
     rows: list[Row] = []
-    for part in wanted:
+    for number, part in enumerate(wanted, 1):
+        print(f"part {number} of {len(wanted)}, {part}: {PARTS[part]}", file=sys.stderr, flush=True)
         for row in measure[part](world):
-            _print(row, rows[-1] if rows else None)
+            with tqdm.external_write_mode(file=sys.stdout):
+                _print(row, rows[-1] if rows else None)
             rows.append(row)
     distributed.finish()
     if json:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import re
 import shutil
 import stat
@@ -411,6 +412,7 @@ class Checkpointer:
         self._pending_step = -1
         self._began = time.monotonic()  # of the last write, or of this run
         self._told_sync = False
+        self.written: queue.SimpleQueue[tuple[int, float, float]] = queue.SimpleQueue()  # step, bytes, seconds; rank 0
         self.saved_step: int | None = None  # newest complete one
         self.last_error: str | None = None
         self.failures = 0  # in a row
@@ -569,7 +571,9 @@ class Checkpointer:
                 problem = _reason(error)
             if problem is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-            elif prune:
+            else:
+                self.written.put((int(meta["step"]), size, time.monotonic() - self._began))
+            if problem is None and prune:
                 try:
                     self._prune()
                 except OSError as error:

@@ -23,7 +23,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, DataSource
 from trainer.distributed import StopRequest, World, seconds_of
 from trainer.errors import ExitCode
-from trainer.metrics import Console, MetricsFile, Trackers
+from trainer.metrics import Console, MetricsFile, Trackers, megabytes
 from trainer.optim import OptimConfig, learning_rate, measured_step
 from trainer.sharpness import sharpness
 from trainer.spikes import Spike, SpikeAction
@@ -282,6 +282,14 @@ def settle(job: Job) -> None:
     before, job.logged_at = job.logged_at, time.monotonic()
     seconds = max(job.logged_at - max(last.started, before), last.ended - last.started)
     _log_step(job, last.step, last.result, seconds)
+    tell_checkpoints(job)
+
+
+def tell_checkpoints(job: Job) -> None:
+    """Say which checkpoints have been written since the last time."""
+    while not job.checkpointer.written.empty():
+        step, size, seconds = job.checkpointer.written.get()
+        job.say(f"checkpoint of step {step} written: {megabytes(size)} in {seconds:.1f} s")
 
 
 def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from precision.recipe import close
 from trainer.environ import printable
 from trainer.errors import UserError
 from trainer.files import write_json, write_text
@@ -28,8 +29,10 @@ try:  # extra `report`
     from plotly.offline import get_plotlyjs
 
     from trainer.numerics import LayerMap, numerics_of, worst_layers
+    from trainer.plot import FORMATS
+    from trainer.reporting.latex import document, summary_table
     from trainer.reporting.measures import RecipeSummary, Rung, Switch, ladder, summarize, switches
-    from trainer.reporting.plots import HeatMap, Plot, plots, save_png, to_plotly
+    from trainer.reporting.plots import HeatMap, Plot, plots, save_plot, to_plotly
     from trainer.reporting.runs import Run, Settings, find_runs
     from trainer.reporting.tables import Cell, Table, shown, tables
     from trainer.reporting.words import Verdict, limits, verdict
@@ -66,11 +69,16 @@ class Report:
     plots: Sequence[Plot | HeatMap | LayerMap]
 
 
-def write_report(directories: Sequence[Path], out: Path, settings: Settings) -> dict[str, Any]:
-    """Write ``report.html, report.md, summary.csv, summary.json`` and PNGs into ``out``; gives back the summary.
+def write_report(
+    directories: Sequence[Path], out: Path, settings: Settings, formats: Sequence[str] = ("png",)
+) -> dict[str, Any]:
+    """Write ``report.{html,md,tex}, summary.{csv,json,tex}`` and figures into ``out``; gives back the summary.
 
-    Raises UserError if a directory is not there, or none holds a run.
+    ``formats``: of the figures, of FORMATS; PNG, which report.md shows, is always written.
+    Raises UserError if a directory is not there, or none holds a run, or for another format.
     """
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise UserError(f"formats={unknown[0]}: of {', '.join(FORMATS)}{close(unknown[0], FORMATS)}")
     report = make_report(find_runs(directories, settings), settings)
     summary = summarized(report)
     try:
@@ -78,10 +86,15 @@ def write_report(directories: Sequence[Path], out: Path, settings: Settings) -> 
         write_json(out / "summary.json", summary)
         write_text(out / "summary.csv", _csv(report.runs))
         write_text(out / "report.md", _markdown(report))
+        brief = summary_table(report.recipes, settings)
+        write_text(out / "summary.tex", brief)
+        kind = "pdf" if "pdf" in formats else "png"
+        figures = [(f"{plot.name}.{kind}", plot.title, plot.note) for plot in report.plots]
+        write_text(out / "report.tex", document(report.tables, figures, _show, brief))
         write_text(out / "report.html", _html(report))
         for plot in report.plots:
-            file = out / f"{plot.name}.png"
-            plot.save_png(file) if isinstance(plot, LayerMap) else save_png(plot, file)
+            file, kinds = out / f"{plot.name}.png", sorted({"png", *formats})
+            plot.save(file, kinds) if isinstance(plot, LayerMap) else save_plot(plot, file, kinds)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     return summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ from trainer.build import (
     training_source,
     validation_source,
 )
-from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, newest
+from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, list_checkpoints, newest
 from trainer.config import TrainConfig, differences, load_run_config
+from trainer.costs import flops_per_token, peak_flops, peak_memory, size_in_name
 from trainer.data import Ahead, DataConfig
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, RunFailed, UserError, one_line
 from trainer.generate import generate
-from trainer.loop import Job, Outcome, ProbeConfig, Status, train
+from trainer.loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
 from trainer.machine import out_of_memory_line
-from trainer.metrics import Console, MetricsFile, Trackers, evaluated_step
+from trainer.metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
 from trainer.rundir import Resume, RunDirectory, environment, require_tokenizer
 from trainer.spikes import SpikeAction, SpikeWatch
 from trainer.stream import TextStream
@@ -64,7 +65,8 @@ def run(config: TrainConfig) -> ExitCode:
         with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
-                return _run(config, world, directory, stop)
+                with ConsoleLog(directory.path / "console.log", on=world.is_main) as log:
+                    return _run(config, world, directory, stop, log)
             except (RuntimeError, MemoryError, OSError) as error:
                 if distributed.broken_connection(error):
                     raise RunFailed(distributed.explain_broken(error, world, directory.path)) from error
@@ -78,7 +80,7 @@ def run(config: TrainConfig) -> ExitCode:
         distributed.finish()
 
 
-def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest) -> ExitCode:
+def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog) -> ExitCode:
     world.watch.at("looking for a checkpoint")
     checkpoint = _find(config, world, directory)
     if checkpoint == "finished":
@@ -94,7 +96,7 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
             "prepare the same data again, or choose another run.dir"
         )
     world.watch.at("building the model")
-    job = _build(config, world, directory, data, checkpoint, stop)
+    job = _build(config, world, directory, data, checkpoint, stop, log)
     broken = False
     try:
         outcome = train(job)
@@ -229,6 +231,7 @@ def _build(
     data: Data,
     checkpoint: Checkpoint | None,
     stop: StopRequest,
+    log: ConsoleLog,
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     wanted = config.train.micro_batch_size
@@ -314,7 +317,16 @@ def _build(
     job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)
     if world.is_main:
-        job.console = Console(config.log, config.train.steps, state.step)
+        peak = _peak(world)
+        job.console = Console(
+            config.log,
+            config.train.steps,
+            state.step,
+            memory=lambda: peak_memory(world.device),
+            flops=flops_per_token(state.model, config.data.seq_len),
+            peak=peak and world.size * peak,
+            log=log,
+        )
         job.trackers = Trackers(config.log, directory.path, config.nested())
     return job
 
@@ -336,12 +348,24 @@ def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, d
         of = f"streamed from {len(data.training.files):,} files ({size / 1e9:,.2f} GB) in {lanes} lanes"
     else:
         of = f"{tokens / data.training.num_tokens:.2f} epochs"
+    means, share = size_in_name(model), ""
+    if (peak := _peak(world)) is not None:
+        device = torch.cuda.get_device_name(world.device)
+        share = (
+            f"\nMFU: of {world.size} x {peak / 1e12:,.0f} TFLOP/s ({device}, dense BF16 products), at 6 N + 12 L d T = "
+            f"{flops_per_token(model, config.data.seq_len) / 1e9:,.3g} GFLOP a token"
+        )
     return (
-        f"{config.model.name}: {num_parameters(model):,} parameters, vocabulary {model.config.vocab_size:,}; "
+        f"{config.model.name}: {num_parameters(model):,} parameters{f' ({means})' if means else ''}, "
+        f"vocabulary {model.config.vocab_size:,}; "
         f"{config.precision.name} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})\n"
         f"{config.train.steps:,} steps of {batch} x {config.data.seq_len} tokens = {tokens:,} tokens, "
-        f"{of}; micro-batch {micro_batch}, accumulation {accumulated}"
+        f"{of}; micro-batch {micro_batch}, accumulation {accumulated}{share}"
     )
+
+
+def _peak(world: World) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
 
 
 def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, outcome: Outcome) -> None:
@@ -359,8 +383,11 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
         )
     if not job.world.is_main:
         return
+    tell_checkpoints(job)
+    totals = []
     if job.console is not None:
         job.console.close()
+        totals = job.console.totals()
         job.console = None
     from trainer.plot import plot_losses  # matplotlib: not before the first step
 
@@ -371,16 +398,23 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     except OSError as error:
         say(f"warning: {directory.path}: the sample or the picture cannot be written: {error.strerror or error}")
     if outcome.status is Status.finished:
-        _summary(job, directory, text)
+        _summary(job, directory, totals, text)
     else:
+        _say_all(totals)
         again = {Status.stopped: "the same command goes on", Status.diverged: "try a lower optim.lr"}
         hint = again.get(outcome.status, "mend the cause, then run the same command again")
         say(f"{outcome.status.value} at step {outcome.step}: {outcome.reason}; {hint} ({directory.path})")
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _summary(job: Job, directory: RunDirectory, text: str | None) -> None:
+def _say_all(told: Sequence[tuple[str, str]]) -> None:
+    for name, value in told:
+        say(f"{name:18} {value}")
+
+
+def _summary(job: Job, directory: RunDirectory, totals: Sequence[tuple[str, str]], text: str | None) -> None:
     say("")
+    _say_all(totals)
     if job.last_eval is not None:
         row = job.last_eval
         say(f"validation loss    {row['loss']:.4f} nats per token, over {row['tokens']:,} tokens")
@@ -388,5 +422,7 @@ def _summary(job: Job, directory: RunDirectory, text: str | None) -> None:
         say(f"bits per byte      {row['bits_per_byte']:.4f}")
     if text is not None:
         say(f"sample             {text}")
+    if kept := list_checkpoints(directory.checkpoints):
+        say(f"checkpoint         {kept[-1]}")
     say(f"loss curve         {directory.path / 'loss.png'}")
     say(f"run directory      {directory.path}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -72,3 +74,43 @@ def test_recipes_start_with_kernels_and_without(
 def test_mistakes_are_one_line(bench: ModuleType, arguments: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         bench.main([], **arguments)
+
+
+def test_it_says_at_once_what_comes_and_how_long_it_takes(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nothing(rounds: int, world: object) -> list[object]:
+        assert f"part {len(done) + 1} of 2, " in capsys.readouterr().err
+        done.append(rounds)
+        return []
+
+    done: list[int] = []
+    monkeypatch.setattr(bench, "elements", nothing)
+    monkeypatch.setattr(bench, "step", nothing)
+    start = bench.distributed.start
+
+    def told_before(*arguments: object) -> object:
+        assert capsys.readouterr().err.startswith("parts=elements,step: about 5 min on 2 cores")
+        return start(*arguments)
+
+    monkeypatch.setattr(bench.distributed, "start", told_before)
+    bench.main([], parts="elements,step", threads=1)
+    assert done == [9, 9]
+    assert bench.estimated(["step"], 1, 0) < bench.estimated(["step"], 9, 0)
+    assert bench.estimated(["start"], 9, 1) < bench.estimated(["start"], 9, 2)
+
+
+def test_every_way_of_a_part_is_counted_on_the_bar(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bench.interleaved({"one": lambda: None, "two": lambda: None}, 3, what="linear")
+    assert "linear:" in terminal.getvalue()
+    assert "/10 [" in terminal.getvalue()
+    assert ", two]" in terminal.getvalue()
+    assert capsys.readouterr().out == ""

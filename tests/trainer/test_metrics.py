@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import train_here
 
 from trainer import metrics
-from trainer.metrics import LogConfig, MetricsFile, Trackers, read_metrics
+from trainer.config import TrainConfig
+from trainer.distributed import say
+from trainer.errors import ExitCode, UserError
+from trainer.metrics import Console, ConsoleLog, LogConfig, MetricsFile, Trackers, read_metrics
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -184,3 +194,151 @@ def test_tensorboard_shows_the_config_as_text_and_no_clock(tmp_path: Path) -> No
     assert events.Scalars("train/loss")[0].step == 3
     (text,) = events.Tensors("config/text_summary")
     assert b"    recipe: exmy\n" in text.tensor_proto.string_val[0]
+
+
+def shown(step: int) -> dict[str, Any]:
+    return row(step, lr=3e-4, grad_norm=0.5, tokens_per_second=2000.0)
+
+
+def test_a_line_tells_what_one_looks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(LogConfig(every=2), 10, 0, memory=lambda: 1.5e9, flops=1e9, peak=1e13)
+    for step in range(1, 5):
+        console.train(shown(step), seconds=1.0)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition("  loss")[0] for line in told] == ["step  1/10", "step  2/10", "step  4/10"]
+    assert told[-1] == (
+        "step  4/10  loss 4.3333  lr 3.00e-04  grad norm 0.500  2,000 tok/s  MFU 20.0%  memory 1.50 GB  0:06 left"
+    )
+
+
+def test_no_share_is_told_of_a_device_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(LogConfig(), 10, 0, memory=lambda: 2e9, flops=1e9)
+    console.train(shown(1), seconds=1.0)
+    assert "MFU" not in capsys.readouterr().out
+    assert "MFU" not in dict(console.totals())
+
+
+def test_a_first_step_that_compiles_is_no_measure_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(LogConfig(every=1), 100, 0, memory=lambda: 1e9)
+    console.train(row(1, lr=0.1, grad_norm=0.5, tokens_per_second=20.0), seconds=100.0)
+    for step in (2, 3):
+        console.train(shown(step), seconds=1.0)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("2,000 tok/s  memory 1.00 GB  1:37 left")
+
+
+def test_the_total_is_of_this_attempt() -> None:
+    console = Console(LogConfig(), 40, 30, memory=lambda: 3.25e9, flops=1e9, peak=4e12)
+    assert console.totals() == []
+    for step in (31, 32, 33):
+        console.train(shown(step), seconds=0.5)
+    told = dict(console.totals())
+    assert told["trained"].startswith("3 steps, 3,000 tokens in 0:0")
+    assert told["trained"].endswith(", at 2,000 tokens/s in steps")
+    assert told["training loss"] == "33.3333 nats per token, at step 33"
+    assert told["peak memory"] == "3.25 GB, of rank 0"
+    assert told["MFU"] == "50.0%"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_for_the_terminal_and_lines_for_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with ConsoleLog(tmp_path / "console.log") as log:
+        console = Console(LogConfig(every=2), 4, 0, memory=lambda: 1.5e9, log=log)
+        for step in range(1, 5):
+            console.train(shown(step), seconds=1.0)
+            console.line(f"after {step}")
+        console.close()
+    bar = terminal.getvalue()
+    for word in ("4/4", "loss 4.3333", "lr 3.0e-04", "norm 0.50", "2,000 tok/s", "1.50 GB"):
+        assert word in bar
+    kept = (tmp_path / "console.log").read_text().splitlines()
+    assert [line.split("  ")[0] for line in kept[1:]] == [
+        *("step 1/4", "after 1", "step 2/4", "after 2", "after 3", "step 4/4", "after 4"),
+    ]
+    assert "\r" not in (tmp_path / "console.log").read_text()
+
+
+def fail(error: Exception) -> None:
+    say("two \udcff")
+    raise error
+
+
+def test_the_log_has_what_is_printed_and_what_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "console.log"
+    out, err = sys.stdout, sys.stderr
+    with ConsoleLog(path):
+        say("one")
+        print("a warning", file=sys.stderr)
+    for error in (UserError("no such thing"), ZeroDivisionError("by zero")):  # attempts after the first
+        with pytest.raises(type(error)), ConsoleLog(path):
+            fail(error)
+    assert (sys.stdout, sys.stderr) == (out, err)
+    text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("---")]
+    assert lines[:4] == ["one", "a warning", "two \\udcff", "error: no such thing"]
+    assert lines[5].startswith("Traceback")
+    assert lines[-1] == "ZeroDivisionError: by zero"
+    assert text.count("\n--- ") == 2  # and the first line
+    assert capsys.readouterr().out == "one\ntwo \\udcff\ntwo \\udcff\n"
+
+
+def test_nothing_is_written_twice_where_the_output_is_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    with path.open("a") as file, redirect_stdout(file), ConsoleLog(path):
+        say("once")
+    assert path.read_text() == "once\n"
+
+
+def test_other_ranks_write_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleLog(tmp_path / "console.log", on=False) as log:
+        say("seen")
+        log.write("not kept")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "seen\n"
+
+
+def test_a_closed_terminal_and_a_full_disk_stop_neither_run_nor_log(tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    reading, writing = os.pipe()
+    os.close(reading)
+    terminal = os.fdopen(writing, "w", buffering=1)
+    with redirect_stdout(terminal):
+        with ConsoleLog(path):
+            say("one")
+            say("two")
+        assert sys.stdout is not terminal  # what is left in its buffer would be an error at the end
+        with ConsoleLog(tmp_path / "no" / "directory"):
+            say("three")
+    assert path.read_text().splitlines()[1:] == ["one", "two"]
+
+
+def test_a_run_tells_its_checkpoints_and_its_total(
+    tiny: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("train.steps=4")
+    assert train_here(config) is ExitCode.FINISHED
+    told = capsys.readouterr().out
+    for step in (2, 4):
+        assert re.search(rf"^checkpoint of step {step} written: [\d.,]+ [kM]B in \d+\.\d s$", told, re.M)
+    for label in ("trained", "training loss", "peak memory", "validation loss", "checkpoint"):
+        assert re.search(rf"^{label} +\S", told, re.M), label
+    assert re.search(r"^trained            4 steps, 1,024 tokens in ", told, re.M)
+    log = Path(config.run.dir) / "console.log"
+    first = log.read_text()
+    assert first.partition("\n")[2] == told
+    assert train_here(config) is ExitCode.FINISHED  # nothing to do
+    second = log.read_text()
+    assert second.startswith(first)
+    assert second.endswith("raise train.steps to go on\n")
+
+
+def test_a_run_that_is_bad_input_says_so_in_its_log(tiny: Callable[..., TrainConfig]) -> None:
+    config = tiny("run.resume=must")
+    with pytest.raises(UserError):
+        train_here(config)
+    assert "error: run.resume=must" in (Path(config.run.dir) / "console.log").read_text()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_overrides, train_here
+from matplotlib.figure import Figure
 from test_distributed import run_many
 from test_report import make_run
 
@@ -18,7 +21,7 @@ from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import TrainConfig, load_config
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import read_metrics, read_rows
-from trainer.numerics import heat_map, numerics_of, picture, read_numerics, worst_layers
+from trainer.numerics import Numerics, draw, heat_map, numerics_of, picture, read_numerics, worst_layers
 from trainer.report import Settings, write_report
 
 Tiny = Callable[..., TrainConfig]
@@ -174,3 +177,80 @@ def test_the_report_has_the_numerics_of_runs_that_were_watched(tmp_path: Path) -
     make_run(plain := tmp_path / "plain", "bf16")
     write_report([plain], plain / "out", Settings())
     assert "umerics" not in (plain / "out" / "report.md").read_text()
+
+
+def in_high_precision(rows: list[dict[str, Any]], gemms: str) -> list[dict[str, Any]]:
+    """The rows as the probe leaves them where nothing is rounded: zeros, and no SQNR."""
+    plain = {"format": "bfloat16", "sqnr_db": None, "underflow_percent": 0.0, "saturation_percent": 0.0}
+    return [row | plain if row["slot"].startswith(tuple(gemms.split())) else row for row in rows]
+
+
+def drawn(numerics: Numerics) -> tuple[str, list[Any]]:
+    """The title of the picture, and the cells of its four panels, NaN where nothing is drawn."""
+    figure = Figure(figsize=(14, 6))
+    draw(figure, "nvfp4", numerics, 6)
+    panels = [axes for axes in figure.axes if axes.images]
+    return figure.get_suptitle(), [axes.images[0].get_array().filled(math.nan) for axes in panels]
+
+
+def test_a_product_that_ends_in_high_precision_shows_its_last_rounded_step(tmp_path: Path) -> None:
+    rows = [*probe_rows(10, amax=3.0), *probe_rows(20), *in_high_precision(probe_rows(30), "fprop")]
+    numerics = read_numerics(watched_run(tmp_path, "nvfp4", rows) / "metrics.jsonl")
+    assert numerics is not None
+    title, panels = drawn(numerics)
+    assert title == "nvfp4; fprop: step 20; dgrad: step 30; wgrad: step 30"
+    assert not any(np.isnan(panel).any() for panel in panels)
+    assert panels[0][0].tolist() == [40.0] * 6
+    assert {row[1] for row in worst_layers({"nvfp4": numerics})["rows"]} == {20, 30}
+    plot = heat_map("numerics-1", numerics)
+    (slider,) = plot["layout"]["sliders"]
+    assert slider["steps"][slider["active"]]["label"] == "20"  # the page opens where most is to be seen
+    at_30 = plot["data"][4 * [step["label"] for step in slider["steps"]].index("30")]
+    assert at_30["z"][0] == [None, None, 40.0, 40.0, 40.0, 40.0]
+
+
+def test_layers_in_high_precision_are_hatched_and_said_to_be(tmp_path: Path) -> None:
+    rows = probe_rows(10, modules=2)
+    rows = [*rows[:9], *in_high_precision(rows[9:], "fprop dgrad wgrad")]
+    numerics = read_numerics(watched_run(tmp_path, "nvfp4", rows) / "metrics.jsonl")
+    assert numerics is not None
+    figure = Figure(figsize=(14, 6))
+    draw(figure, "nvfp4", numerics, 6)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["high precision: nothing is rounded"]
+    for axes in (axes for axes in figure.axes if axes.images):
+        ((x, y),) = [patch.get_xy() for patch in axes.patches if patch.get_hatch()]
+        assert (x, y) == (-0.5, 0.5)
+        assert np.isnan(axes.images[0].get_array().filled(math.nan)[1]).all()
+    all_plain = read_numerics(
+        watched_run(tmp_path, "bf16", in_high_precision(probe_rows(5), "fprop dgrad wgrad")) / "metrics.jsonl"
+    )
+    assert all_plain is not None
+    assert drawn(all_plain)[0] == "nvfp4; high precision"
+
+
+def test_many_layers_with_long_names_fit(tmp_path: Path) -> None:
+    rows = [row | {"module": "model.decoder." * 6 + row["module"]} for row in probe_rows(1, modules=200)]
+    numerics = read_numerics(watched_run(tmp_path, "mxfp8", rows) / "metrics.jsonl")
+    assert numerics is not None
+    figure = Figure(figsize=(14, 20))
+    draw(figure, "mxfp8", numerics, 20)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert max(map(len, labels)) <= 45
+    assert labels[0].endswith("layers.0.up")
+    assert 20 * 72 / len(labels) > 8  # points from one to the next, at a size of 8
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, 1), (8, 3), (9, 8), (30, 29), (30, 2)])
+def test_the_slider_has_the_step_it_opens_at_and_the_last(count: int, wanted: int, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for step in range(1, count + 1):
+        plain = in_high_precision(probe_rows(step, 1), "fprop")
+        rows += probe_rows(step, 1) if step == wanted else plain
+    numerics = read_numerics(watched_run(tmp_path, "nvfp4", rows) / "metrics.jsonl")
+    assert numerics is not None
+    (slider,) = heat_map("numerics-1", numerics)["layout"]["sliders"]
+    labels = [int(step["label"]) for step in slider["steps"]]
+    assert labels == sorted(set(labels))
+    assert len(labels) <= 8
+    assert labels[-1] == count
+    assert labels[slider["active"]] == wanted

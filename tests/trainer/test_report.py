@@ -22,9 +22,10 @@ from scipy import stats
 
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.plot import plot_losses
+from trainer.plot import plot_losses, smooth
 from trainer.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
-from trainer.reporting.plots import HeatMap, Kind, Plot, to_plotly
+from trainer.reporting.latex import escaped
+from trainer.reporting.plots import HeatMap, Kind, Plot, Style, save_plot, to_plotly
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
 TOKENS = 8 * 256  # of a step
@@ -646,3 +647,171 @@ def test_figures_hold_no_markup_of_theirs(tmp_path: Path, evil: Path) -> None:
         figure = json.dumps(to_plotly(plot) if isinstance(plot, Plot | HeatMap) else plot.to_plotly())
         assert "<script" not in figure
         assert "<b>" not in figure
+
+
+FALLING = {
+    "a line": lambda t: 9 - 6 * t,
+    "an exponential": lambda t: 3 + 6 * np.exp(-8 * t),
+    "a power": lambda t: 3 + 6 * (1 + 200 * t) ** -0.5,
+    "a plateau, then an exponential": lambda t: 3 + 6 * np.exp(-8 * np.maximum(0, t - 0.1)),
+}
+
+
+@pytest.mark.parametrize("steps", [80, 600, 5_000])
+@pytest.mark.parametrize("curve", FALLING)
+def test_a_smoothed_loss_neither_lags_nor_shifts_at_its_ends(curve: str, steps: int) -> None:
+    true = FALLING[curve](np.linspace(0, 1, steps))
+    data = true + np.random.default_rng(0).normal(0, 0.1, steps)
+    off = np.asarray(smooth(data.tolist())) - true
+    assert abs(off.mean()) < 0.02
+    assert off[: steps // 10].mean() == pytest.approx(0, abs=0.06)
+    assert off[-steps // 10 :].mean() == pytest.approx(0, abs=0.06)
+    assert np.abs(np.diff(off)).mean() < 0.4 * np.abs(np.diff(data - true)).mean()
+    assert smooth(true.tolist()) == pytest.approx(true, abs=0.12)
+
+
+def test_a_straight_line_is_its_own_course_and_gaps_stay_gaps() -> None:
+    line: list[float | None] = [10 - 0.5 * step for step in range(12)]
+    assert smooth(line) == pytest.approx(line)
+    holes = [None if index in (0, 5, 11) else value for index, value in enumerate(line)] + [math.nan, math.inf]
+    found = smooth(holes)
+    assert [index for index, value in enumerate(found) if value is None] == [0, 5, 11, 12, 13]
+    assert [value for value in found if value is not None] == pytest.approx(
+        [line[i] for i in (1, 2, 3, 4, *range(6, 11))]
+    )
+    assert (smooth([]), smooth([None]), smooth([4.0]), smooth([4.0, 2.0])) == ([], [None], [4.0], [4.0, 2.0])
+
+
+def test_every_point_stands_at_its_own_learning_rate(tmp_path: Path) -> None:
+    rates = (1e-3, 1.5e-3, 1e-2)
+    for recipe in ("bf16", "mxfp8", "mxfp4"):
+        for seed in (0, 1):
+            for lr in rates:
+                bad = recipe == "mxfp4" and lr == 1e-2
+                make_run(tmp_path, recipe, seed, lr, None if bad else 3.0, "diverged" if bad else "finished")
+    plot = next(plot for plot in report_of(tmp_path).plots if plot.name == "rates")
+    assert {x for mark in plot.marks for x in mark.x} == set(rates)
+    crosses = [y for mark in plot.marks if mark.kind is Kind.crosses for y in mark.y]
+    assert len(crosses) == 2
+    assert min(crosses) > 3.0
+
+
+def test_recipes_are_told_apart_without_colour() -> None:
+    looks = [(style.marker, str(style.dash())) for style in (Style(number=number) for number in range(30))]
+    assert len(set(looks)) == len(looks)
+    near = [Style(number=number) for number in range(7)]
+    assert len({style.color for style in near}) == 7
+    for style in near:  # dark on white
+        red, green, blue = (int(style.color[at : at + 2], 16) for at in (1, 3, 5))
+        assert 0.299 * red + 0.587 * green + 0.114 * blue < 170
+
+
+def test_figures_come_in_every_format_that_is_asked_for(tmp_path: Path) -> None:
+    make_run(tmp_path, "bf16")
+    write_report([tmp_path], tmp_path / "out", Settings(), ("svg", "pdf"))
+    for head, kind in ((b"\x89PNG", "png"), (b"<?xml", "svg"), (b"%PDF", "pdf")):
+        files = sorted((tmp_path / "out").glob(f"*.{kind}"))
+        assert {"losses", "grad_norm"} <= {file.stem for file in files}
+        assert all(file.read_bytes().startswith(head) for file in files)
+    assert "keepaspectratio]{losses.pdf}" in (tmp_path / "out" / "report.tex").read_text(encoding="utf-8")
+    plot = next(plot for plot in report_of(tmp_path).plots if plot.name == "losses")
+    assert isinstance(plot, Plot)
+    save_plot(plot, tmp_path / "again.png", ("svg", "pdf"))
+    for kind in ("svg", "pdf"):
+        assert (tmp_path / f"again.{kind}").read_bytes() == (tmp_path / "out" / f"losses.{kind}").read_bytes()
+    with pytest.raises(UserError, match=r"formats=jpg: of png, svg, pdf"):
+        write_report([tmp_path], tmp_path / "out", Settings(), ("jpg",))
+
+
+def latex_mistakes(text: str) -> list[str]:
+    """What would not compile, or not show as meant, by rules: no LaTeX is at hand."""
+    mistakes = []
+    environments: list[str] = []
+    columns = 0
+    for line in re.sub(r"(\\includegraphics\[.*\])\{\w+(?:-\d+)?\.(?:png|pdf)\}", r"\1{file}", text).splitlines():
+        if line == r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%":
+            continue
+        plain = re.sub(r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]", "", line)
+        if plain.count("{") != plain.count("}") and line != r"\end{tabular}}":
+            mistakes.append(f"braces: {line}")
+        if plain.count("$") % 2:
+            mistakes.append(f"dollars: {line}")
+        math_left_out = re.sub(r"\$[^$]*\$", "", plain).removesuffix("%")
+        if found := re.search(r"[_^~#%<>|\"]", math_left_out):
+            mistakes.append(f"{found[0]}: {line}")
+        if not all(char.isprintable() and (ord(char) < 128 or "\u00c0" <= char <= "\u017f") for char in line):
+            mistakes.append(f"characters: {line!r}")
+        for begin, name, aligned in re.findall(r"\\(begin|end)\{(\w+)\}(?:\{([lcr]+)\})?", line):
+            if begin == "begin":
+                environments.append(name)
+                columns = len(aligned) if name == "tabular" else 0
+            elif environments.pop() != name:
+                mistakes.append(f"ends: {line}")
+        if line.endswith(r" \\"):
+            if plain.removesuffix(r" \\").count("&") != columns - 1:
+                mistakes.append(f"cells: {line}")
+            if line.startswith(("[", "*")):
+                mistakes.append(f"argument: {line}")
+    return mistakes + environments
+
+
+def test_latex_by_its_rules(evil: Path) -> None:
+    for name in ("report.tex", "summary.tex"):
+        text = (evil / name).read_text(encoding="utf-8")
+        assert latex_mistakes(text) == []
+        assert text.count(r"\toprule") == text.count(r"\bottomrule") >= 1
+    document = (evil / "report.tex").read_text(encoding="utf-8")
+    assert document.startswith(r"\documentclass")
+    assert document.rstrip().endswith(r"\end{document}")
+    assert all((evil / file).exists() for file in re.findall(r"\\includegraphics\[.*?\]\{(.*?)\}", document))
+
+
+def test_latex_shows_what_runs_are_called() -> None:
+    assert escaped("fp8_block & 50%") == r"fp8\_block \& 50\%"
+    assert escaped(r"\input{/etc/passwd} $x^2$ #1 ~") == (
+        r"\textbackslash{}input\{/etc/passwd\} \$x\textasciicircum{}2\$ \#1 \textasciitilde{}"
+    )
+    assert escaped("a -- b ± 1") == r"a -{}- b $\pm$ 1"
+    assert escaped("[x] * é 東\n") == r"{[}x{]} {*} é \texttt{U+6771}\textbackslash{}n"
+
+
+def test_the_table_for_a_paper_has_means_gaps_and_divergences(tmp_path: Path) -> None:
+    for seed in BASE:
+        make_run(tmp_path, "bf16", seed, final=BASE[seed])
+        make_run(tmp_path, "fp8_block", seed, final=BASE[seed] + 0.125)
+    make_run(tmp_path, "mxfp4", 0, status="diverged", final=None, losses=[8.0, None])
+    write_report([tmp_path], tmp_path / "out", Settings())
+    rows = (tmp_path / "out" / "summary.tex").read_text(encoding="utf-8").splitlines()
+    assert r"fp8\_block & $3.1350 \pm 0.0100$ & $+0.1250$ & $[+0.1250, +0.1250]$ & 0 of 3 & 1,000{*} \\" in rows
+    assert r"mxfp4 & -- & -- & -- & 1 of 1 & 1,000{*} \\" in rows
+
+
+def test_long_tables_go_over_pages(tmp_path: Path) -> None:
+    for seed in range(45):
+        make_run(tmp_path, "bf16", seed, losses=[4.0])
+    write_report([tmp_path], tmp_path / "out", Settings())
+    text = (tmp_path / "out" / "report.tex").read_text(encoding="utf-8")
+    assert "Runs, continued." in text
+    assert max(table.count(r" \\") for table in text.split(r"\begin{table}")) == 41
+    assert latex_mistakes(text) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "final", "status"),
+    [
+        ([], None, None),
+        ([], None, "failed"),
+        ([4.0], 4.0, "finished"),
+        ([8.0, 7.0], None, "stopped"),
+        ([None] * 5, None, "diverged"),
+    ],
+    ids=["nothing yet", "failed at once", "one step", "no validation", "no finite loss"],
+)
+def test_one_run_that_has_little_to_say(
+    losses: list[float | None], final: float | None, status: str | None, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path, "mxfp8", 0, losses=losses, final=final, status=status)
+    write_report([tmp_path], tmp_path / "out", Settings())
+    assert latex_mistakes((tmp_path / "out" / "report.tex").read_text(encoding="utf-8")) == []
+    plot_losses(path, path / "loss.png")
+    assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -9,33 +9,53 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
 from trainer.environ import printable
-from trainer.numerics import plain_label
+from trainer.plot import COLORS, save_figure, shown, smooth, token_axis
 from trainer.reporting.measures import RecipeSummary, Rung, losses_by_rate
 from trainer.reporting.runs import Run
 from trainer.reporting.tables import rung_text
-from trainer.statistics import smoothed
 
 _MOST_POINTS = 400  # of a curve
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 _NATS = "nats per token"
 _LOST = "Parameters that an update left as they were; smoothed."
 _LOGARITHMIC = ("grad_norm", "update_ratio")
 _HEAT = [[0.0, "#67a9cf"], [0.5, "#f7f7f7"], [1.0, "#ef8a62"]]  # worse is red; text stays readable on both ends
-_SPREAD = 0.6  # of the distance between learning rates that recipes side by side take
-
+_MARKERS = ("o", "s", "^", "v", "P", "*", "<", ">", "h")  # of matplotlib; no cross and no diamond: these mean something
+_SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "star", "triangle-left", "triangle-right")
+_DASHES = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), ((0, (8, 2)), "longdash"))  # dotted is diverged
+_MOST_MARKED = 40  # curves that have markers: of more one sees the markers alone
+_MOST_NAMES = 24  # that stand in the legend of a picture
 
 Points = tuple[list[float], list[float]]
 _Curve = tuple[str, str, str, str, Callable[[Run], Points]]  # name, title, unit, note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a recipe is drawn: its colour, and what tells it apart without one."""
+
+    number: int
+
+    @property
+    def color(self) -> str:
+        return COLORS[self.number % len(COLORS)]
+
+    @property
+    def marker(self) -> str:
+        return _MARKERS[self.number % len(_MARKERS)]
+
+    @property
+    def symbol(self) -> str:
+        return _SYMBOLS[self.number % len(_SYMBOLS)]
+
+    def dash(self, *, plotly: bool = False) -> Any:
+        return _DASHES[self.number % len(_DASHES)][plotly]
 
 
 class Kind(Enum):
@@ -71,7 +91,7 @@ class Plot:
     x_label: str
     y_label: str
     marks: Sequence[Mark]
-    colors: dict[str, str]
+    styles: dict[str, Style]
     log_x: bool = False
     log_y: bool = False
     ticks: dict[float, str] | None = None  # of x, where they are no plain numbers
@@ -95,25 +115,19 @@ class HeatMap:
 
 def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence[Rung]) -> list[Plot | HeatMap]:
     """All that have something to show."""
-    colors = {s.recipe: _COLORS[index % len(_COLORS)] for index, s in enumerate(recipes)}
+    styles = {s.recipe: Style(number=number) for number, s in enumerate(recipes)}
     known = [run for run in runs if run.values]
     curves: list[_Curve] = [
         ("losses", "Training loss", _NATS, "Smoothed. Dotted: diverged.", _loss_curve),
         ("validation", "Validation loss", _NATS, "As measured.", partial(_eval_curve, name="loss")),
         ("sharpness", "Sharpness", "percent", "Defined under Stability.", partial(_eval_curve, name="sharpness")),
         ("grad_norm", "Gradient norm", "before clipping", "Largest of each stretch of steps.", _peaks),
-        (
-            "update_ratio",
-            "Update ratio",
-            "|update| / |weights|",
-            "Smoothed.",
-            partial(_series_curve, name="update_ratio"),
-        ),
+        ("update_ratio", "Update ratio", "|update| / |weights|", "Smoothed.", _update_ratio),
         ("lost_updates", "Lost updates", "share of parameters", _LOST, partial(_series_curve, name="lost_updates")),
         ("edq", "Effective descent quality", "", "Smoothed.", partial(_series_curve, name="edq")),
     ]
-    lines = [_over_tokens(curve, known, colors) for curve in curves]
-    made = [_gaps(recipes, colors), lines[0], _rates(known, recipes, colors), *lines[1:]]
+    lines = [_over_tokens(curve, known, styles) for curve in curves]
+    made = [_gaps(recipes, styles), lines[0], _rates(known, recipes, styles), *lines[1:]]
     maps = [
         _heat_map([rung for rung in rungs if rung.rounding == way], way, number)
         for number, way in enumerate(sorted({r.rounding for r in rungs}))
@@ -124,7 +138,7 @@ def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence
 # --- what is drawn
 
 
-def _over_tokens(curve: _Curve, runs: Sequence[Run], colors: dict[str, str]) -> Plot:
+def _over_tokens(curve: _Curve, runs: Sequence[Run], styles: dict[str, Style]) -> Plot:
     """One line a run, over the tokens it has seen."""
     name, title, y_label, note, points = curve
     marks: list[Mark] = []
@@ -141,7 +155,7 @@ def _over_tokens(curve: _Curve, runs: Sequence[Run], colors: dict[str, str]) -> 
         x_label="tokens",
         y_label=y_label,
         marks=marks,
-        colors=colors,
+        styles=styles,
         log_y=name in _LOGARITHMIC,
     )
 
@@ -151,11 +165,14 @@ def _label(run: Run) -> str:
 
 
 def _loss_curve(run: Run) -> Points:
-    return _thinned(run, smoothed(run.losses))
+    return _thinned(run, smooth(run.losses))
 
 
 def _series_curve(run: Run, name: str) -> Points:
-    return _thinned(run, smoothed(run.series.get(name, [])))
+    return _thinned(run, smooth(run.series.get(name, [])))
+
+
+_update_ratio = partial(_series_curve, name="update_ratio")
 
 
 def _eval_curve(run: Run, name: str) -> Points:
@@ -186,7 +203,7 @@ def _peaks(run: Run, name: str = "grad_norm") -> Points:
     return [x for _, x in top], [float(f"{y:.6g}") for y, _ in top]
 
 
-def _gaps(recipes: Sequence[RecipeSummary], colors: dict[str, str]) -> Plot:
+def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
     shown = [s for s in recipes if s.gap is not None]
     marks = []
     for place, s in enumerate(shown):
@@ -206,25 +223,22 @@ def _gaps(recipes: Sequence[RecipeSummary], colors: dict[str, str]) -> Plot:
         x_label="",
         y_label="nats per token",
         marks=marks,
-        colors=colors,
+        styles=styles,
         ticks={float(place): s.recipe for place, s in enumerate(shown)},
         zero_line=True,
     )
 
 
-def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], colors: dict[str, str]) -> Plot:
+def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
     rates = sorted({run.lr for run in runs if run.lr > 0})
-    apart = min((math.log10(b / a) for a, b in pairwise(rates)), default=0.3)
+    finals = [run.final for run in runs if run.final is not None]
+    top = max(finals, default=0.0) + 0.08 * (max(finals, default=1.0) - min(finals, default=0.0) or 1.0)
     marks = []
-    for index, s in enumerate(recipes):
+    for s in recipes:
         own = [run for run in runs if run.recipe == s.recipe and run.lr > 0]
-        beside = 10 ** (_SPREAD * apart * ((index + 0.5) / len(recipes) - 0.5))
-        good = [(run.lr * beside, run.final) for run in own if run.final is not None]
-        bad = [(run.lr * beside, run.losses[0]) for run in own if run.state == "diverged" and run.losses]
-        failed = [(x, loss) for x, loss in bad if loss is not None]
-        means = [
-            (rate * beside, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None
-        ]
+        good = [(run.lr, run.final) for run in own if run.final is not None]
+        failed = [(run.lr, top) for run in own if run.state == "diverged"]
+        means = [(rate, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None]
         for kind, points, told in (
             (Kind.dots, good, ""),
             (Kind.crosses, failed, ", diverged"),
@@ -237,12 +251,12 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], colors: dict[s
     return Plot(
         name="rates",
         title="Validation loss by learning rate",
-        note="At the end, recipes side by side. Crosses: diverged, at their first loss. Lines: means of rates where "
-        "none diverged.",
+        note="At the end, each at its own rate. Crosses, above all others: diverged, whatever the loss. Lines: means "
+        "of rates where none diverged.",
         x_label="learning rate",
         y_label="nats per token",
         marks=marks,
-        colors=colors,
+        styles=styles,
         log_x=True,
         ticks={rate: f"{rate:g}" for rate in rates},
     )
@@ -297,12 +311,13 @@ def to_plotly(plot: Plot | HeatMap) -> dict[str, Any]:
         y_axis |= {"type": "log", "exponentformat": "power", "dtick": 1}
     return {
         "name": plot.name,
-        "data": [_trace(mark, plot.colors[mark.recipe]) for mark in plot.marks],
+        "data": [_trace(mark, plot.styles[mark.recipe]) for mark in plot.marks],
         "layout": _layout(x_axis, y_axis) | {"showlegend": any(mark.in_legend for mark in plot.marks)},
     }
 
 
-def _trace(mark: Mark, color: str) -> dict[str, Any]:
+def _trace(mark: Mark, style: Style) -> dict[str, Any]:
+    color = style.color
     trace: dict[str, Any] = {
         "x": list(mark.x),
         "y": list(mark.y),
@@ -314,10 +329,13 @@ def _trace(mark: Mark, color: str) -> dict[str, Any]:
     }
     match mark.kind:
         case Kind.line | Kind.dotted:
-            dash = "dot" if mark.kind is Kind.dotted else "solid"
+            dash = "dot" if mark.kind is Kind.dotted else style.dash(plotly=True)
             return trace | {"mode": "lines", "line": {"color": color, "width": 1.2, "dash": dash}}
         case Kind.dots:
-            return trace | {"mode": "markers", "marker": {"color": color, "opacity": 0.6}}
+            return trace | {
+                "mode": "markers",
+                "marker": {"color": color, "symbol": style.symbol, "size": 8, "opacity": 0.7},
+            }
         case Kind.crosses:
             return trace | {"mode": "markers", "marker": {"color": color, "symbol": "x", "size": 9}}
         case Kind.diamond:
@@ -376,59 +394,86 @@ def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
 # --- matplotlib
 
 
-def save_png(plot: Plot | HeatMap, file: Path) -> None:
+def save_plot(plot: Plot | HeatMap, file: Path, formats: Sequence[str] = ("png",)) -> None:
     """Raises OSError where ``file`` cannot be written."""
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    size = (8.0, 4.8)
+    if isinstance(plot, HeatMap):
+        size = (max(6.0, 2.0 + 1.5 * len(plot.columns)), max(3.0, 1.6 + 0.7 * len(plot.rows)))
+    save_figure(lambda figure: _drawn(figure.subplots(), plot), file, size, formats)
+
+
+def _drawn(axes: Axes, plot: Plot | HeatMap) -> None:
+    axes.set(title=shown(plot.title), xlabel=plot.x_label, ylabel=plot.y_label)
     if isinstance(plot, HeatMap):
         _draw_heat_map(axes, plot)
     else:
         _draw(axes, plot)
-    axes.set(title=plain_label(plot.title), xlabel=plot.x_label, ylabel=plot.y_label)
-    figure.savefig(file, metadata={"Software": None})
 
 
 def _draw(axes: Axes, plot: Plot) -> None:
+    many = len(plot.marks) > _MOST_MARKED
     for mark in plot.marks:
-        color, label = plot.colors[mark.recipe], plain_label(mark.recipe) if mark.in_legend else None
+        style = plot.styles[mark.recipe]
+        color = style.color
+        label = shown(mark.recipe, 32) if mark.in_legend else None
         match mark.kind:
             case Kind.line | Kind.dotted:
-                style = ":" if mark.kind is Kind.dotted else "-"
-                axes.plot(mark.x, mark.y, color=color, linewidth=0.9, linestyle=style, label=label)
+                dash = ":" if mark.kind is Kind.dotted else style.dash()
+                look: dict[str, Any] = {"marker": "", "linewidth": 0.7, "alpha": 0.6} if many else {"linewidth": 1.2}
+                look = {"marker": style.marker, "markersize": 4, "markevery": max(1, len(mark.x) // 8)} | look
+                axes.plot(mark.x, mark.y, linestyle=dash, color=color, label=label, **look)
             case Kind.dots:
-                axes.plot(mark.x, mark.y, "o", color=color, alpha=0.6, markersize=5, label=label)
+                axes.plot(
+                    mark.x, mark.y, style.marker, color=color, alpha=0.7, markersize=6, fillstyle="none", label=label
+                )
             case Kind.crosses:
-                axes.plot(mark.x, mark.y, "x", color=color, label=label)
+                axes.plot(mark.x, mark.y, "x", color=color, markersize=8, markeredgewidth=2, label=label)
             case Kind.diamond:
-                axes.plot(mark.x, mark.y, "D", color=color, label=label)
+                axes.plot(mark.x, mark.y, "D", color=color, markersize=7, label=label)
                 if mark.interval is not None:
-                    axes.vlines(mark.x, *mark.interval, color=color)
+                    axes.vlines(mark.x, *mark.interval, color=color, linewidth=1.5)
     if plot.log_x:
         axes.set_xscale("log")
     if plot.log_y:
         axes.set_yscale("log")
+    if plot.x_label == "tokens":
+        token_axis(axes)
     if plot.ticks is not None:
-        labels = [plain_label(text) for text in plot.ticks.values()]
-        axes.set_xticks(list(plot.ticks), labels, rotation=0 if plot.log_x else 30)
-        axes.minorticks_off()
+        _label_ticks(axes, plot.ticks, plot.log_x)
     if plot.zero_line:
         axes.axhline(0, color="black", linewidth=0.8)
-    if any(mark.in_legend for mark in plot.marks):
-        axes.legend(fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(handles) > 6 else {}
+        axes.legend(handles[:_MOST_NAMES], labels[:_MOST_NAMES], fontsize=8 if len(handles) > 6 else 9, **beside)
     axes.grid(alpha=0.3)
+
+
+def _label_ticks(axes: Axes, ticks: dict[float, str], log_x: bool) -> None:
+    """Every tick its text, but for those that would stand in one another."""
+    places = [math.log10(place) if log_x else place for place in ticks]
+    room = (max(places, default=0) - min(places, default=0)) / 16
+    kept: list[float] = []
+    for place, where in zip(ticks, places, strict=True):
+        if not log_x or not kept or where - math.log10(kept[-1]) >= room:
+            kept.append(place)
+    turned = not log_x and (len(ticks) > 6 or max(map(len, ticks.values()), default=0) > 12)
+    turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+    axes.set_xticks(kept, [shown(ticks[place], 32) for place in kept], fontsize=9, **turn)
+    axes.minorticks_off()
 
 
 def _draw_heat_map(axes: Axes, plot: HeatMap) -> None:
     numbers = [[math.nan if value is None else value for value in row] for row in plot.values]
     most = max((abs(value) for row in numbers for value in row if not math.isnan(value)), default=0.0) or 1.0
-    axes.imshow(
+    image = axes.imshow(
         numbers,
         cmap=LinearSegmentedColormap.from_list("heat", [color for _, color in _HEAT]),
         vmin=-most,
         vmax=most,
         aspect="auto",
     )
+    axes.figure.colorbar(image, ax=axes, label=_NATS)
     for row, texts in enumerate(plot.texts):
         for column, text in enumerate(texts):
             axes.text(column, row, text.replace(", ", "\n"), ha="center", va="center", fontsize=9)
