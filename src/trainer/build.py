@@ -294,7 +294,7 @@ def initialize(model: Model, seed: int) -> None:
 def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
     """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
 
-    Raises UserError if the checkpoint is of another shape or lacks a tensor.
+    Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes.
     """
     for name, parameter in model.named_parameters():
         piece = piece_of(model.config, name)
@@ -305,6 +305,7 @@ def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
                 f"the model wants {list(parameter.shape)}"
             )
         _set_whole(parameter, whole)
+    directory.require_read(tied=model.config.tie_embeddings)
 
 
 def _set_whole(parameter: torch.Tensor, full: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ import transformers
 from conftest import train_here
 from safetensors.torch import load_file, save_file
 
-from models.hf import to_hf_config
-from models.llama import LlamaConfig
+from models import GPTConfig, LlamaConfig, create
+from models.hf import to_hf_config, to_hf_tensors
 from trainer import distributed
-from trainer.build import pretrained_config
+from trainer.build import load_pretrained, pretrained_config
 from trainer.checkpoint import read_tensors
 from trainer.config import TrainConfig
 from trainer.errors import ExitCode, UserError
@@ -219,6 +220,206 @@ def test_configs_that_no_model_has(small_directory: Path, name: str) -> None:
         del config["rope_parameters"]
     file.write_text(json.dumps(config))
     assert re.match(re.escape(f"{file}: ") + r"\S+ .*(is|must|not) ", complaint(small_directory))
+
+
+def block_maxima(weight: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 16, 0, -weight.shape[0] % 32))
+    return padded.unflatten(0, (-1, 32)).unflatten(2, (-1, 16)).abs().amax((1, 3))
+
+
+E4M3 = torch.float8_e4m3fn
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+BLOCKS = {"config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": [32, 16]}}}}
+FP8: dict[str, tuple[str, dict[str, object], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "one number": ("scale", COMPRESSED, lambda w: w.abs().amax().reshape(1)),
+    "one number without a dimension": ("scale_inv", {"quant_method": "fp8"}, lambda w: w.abs().amax()),
+    "a row": ("scale", COMPRESSED, lambda w: w.abs().amax(1, keepdim=True)),
+    "a row in BF16": ("scale", COMPRESSED, lambda w: w.abs().amax(1, keepdim=True).bfloat16()),
+    "a row of fbgemm": ("scale", {"quant_method": "fbgemm_fp8"}, lambda w: w.abs().amax(1)),
+    "a block": ("scale_inv", {"quant_method": "fp8", "weight_block_size": [32, 16]}, block_maxima),
+    "a compressed block": ("scale", COMPRESSED | BLOCKS, lambda w: block_maxima(w).bfloat16()),
+    "a power of two for a block": (
+        "scale_inv",
+        {"quant_method": "fp8", "weight_block_size": [32, 16]},
+        lambda w: (448 * block_maxima(w).log2().ceil().exp2()).to(torch.float8_e8m0fnu),
+    ),
+}
+
+
+def spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A scale for every element, found by where it lies."""
+    scale = scale.float()
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(shape)
+    if scale.numel() == shape[0]:
+        return scale.reshape(-1, 1).expand(shape)
+    return scale[torch.arange(shape[0])[:, None] // 32, torch.arange(shape[1]) // 16]
+
+
+LLAMA = LlamaConfig(name="x", hidden_size=48, intermediate_size=72, num_layers=2, num_heads=6,
+                    num_kv_heads=2, vocab_size=257)  # fmt: skip
+
+
+def random_weights(config: LlamaConfig | GPTConfig = LLAMA) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ours = {name: torch.randn(p.shape, generator=generator) for name, p in create(config).named_parameters()}
+    return to_hf_tensors(config, ours)
+
+
+def write_pretrained(directory: Path, tensors: dict[str, torch.Tensor], config: LlamaConfig | GPTConfig = LLAMA,
+                     **changes: object) -> Path:  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(to_hf_config(config, 256) | changes))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def loaded(directory: Path) -> dict[str, torch.Tensor]:
+    opened = PretrainedDirectory(str(directory))
+    model = create(pretrained_config(opened))
+    load_pretrained(model, opened)
+    return to_hf_tensors(model.config, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def quantized(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """An FP8 checkpoint's tensors, and what they stand for."""
+    stored, meant = random_weights(), {}
+    suffix, _, scale_of = FP8[kind]
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        weight = stored[name]
+        scale = scale_of(weight).to(torch.float32) / 448
+        scale = scale.to(scale_of(weight).dtype)
+        codes = (weight / spread(scale, weight.shape)).to(E4M3)
+        stored |= {name: codes, f"{name}_{suffix}": scale}
+        meant[name] = codes.float() * spread(scale, weight.shape)
+    return stored, random_weights() | meant
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_codes_are_read_with_their_scales(tmp_path: Path, kind: str) -> None:
+    stored, meant = quantized(kind)
+    read = loaded(write_pretrained(tmp_path / "fp8", stored, quantization_config=FP8[kind][1]))
+    assert all(torch.equal(read[name], meant[name]) for name in read)
+    whole = random_weights()
+    assert all((read[name] - whole[name]).abs().max() < 0.3 for name in read)
+
+
+def test_an_fp8_checkpoint_has_the_loss_of_what_it_stands_for(corpus: Path, tmp_path: Path) -> None:
+    stored, meant = quantized("a row")
+    save_for_transformers("bytes", None, write_pretrained(tmp_path / "meant", meant))
+    save_for_transformers("bytes", None, write_pretrained(tmp_path / "fp8", stored, quantization_config=COMPRESSED))
+    where = (str(corpus), "validation", 100, 8)
+    losses = [
+        evaluate_here(lambda name=name: open_pretrained(str(tmp_path / name), "fp32", 32), *where)
+        for name in ("fp8", "meant")
+    ]
+    assert losses[0] == losses[1]
+
+
+Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+CODES = torch.ones(48, 48).to(E4M3)
+NOT_READ: dict[str, tuple[dict[str, object], dict[str, torch.Tensor], str]] = {
+    "codes without a quantization": ({}, {Q: CODES}, f"{Q} is float8_e4m3fn, and config.json has"),
+    "codes without a scale": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES},
+        f"{Q} is float8_e4m3fn, and there is not one scale for it",
+    ),
+    "codes with two scales": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES, f"{Q}_scale": torch.ones(1), f"{Q}_scale_inv": torch.ones(1)},
+        "there is not one scale",
+    ),
+    "scales of another shape": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES, f"{Q}_scale": torch.ones(1, 48)},
+        f"{Q}_scale, float32 of shape [1, 48], is no scale of {Q}",
+    ),
+    "scales in whole numbers": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES, f"{Q}_scale": torch.ones(1, dtype=torch.uint8)},
+        f"{Q}_scale, uint8 of shape [1], is no scale",
+    ),
+    "a scale of a weight that is no code": (
+        {"quantization_config": COMPRESSED}, {f"{Q}_scale": torch.ones(1)}, f"does not read: {Q}_scale;",
+    ),
+    "an offset of codes": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES, f"{Q}_scale": torch.ones(1), f"{Q}_zero_point": torch.ones(1)},
+        f"does not read: {Q}_zero_point;",
+    ),
+    "packed integers": (
+        {"quantization_config": COMPRESSED | {"format": "pack-quantized"}},
+        {},
+        "weights quantized by 'compressed-tensors', format 'pack-quantized' are not read here",
+    ),
+    "a sparse format": (
+        {"quantization_config": COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}}, {}, "sparse are",
+    ),
+    "another method": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "weights quantized by 'gptq'"),
+    "a quantization in words": ({"quantization_config": "fp8"}, {}, "quantization_config is 'fp8', not an object"),
+    "integers": ({}, {Q: torch.ones(48, 48, dtype=torch.int8)}, f"{Q} is int8, no weights"),
+    "bytes": ({}, {K: torch.ones(16, 48, dtype=torch.uint8)}, f"{K} is uint8, no weights"),
+    "a number that is none": ({}, {Q: torch.full((48, 48), torch.nan)}, f"{Q} holds values that are not finite"),
+    "a scale that is none": (
+        {"quantization_config": COMPRESSED},
+        {Q: CODES, f"{Q}_scale": torch.tensor([torch.inf])},
+        f"{Q} holds values that are not finite",
+    ),
+    "biases": (
+        {},
+        {f"model.layers.{i}.self_attn.{n}_proj.bias": torch.ones(48) for i in (0, 1) for n in "qo"},
+        "holds tensors that a llama built here does not read: model.layers.0.self_attn.o_proj.bias, "
+        "model.layers.0.self_attn.q_proj.bias, model.layers.1.self_attn.o_proj.bias and 1 more;",
+    ),
+    "a layer more": ({}, {"model.layers.2.mlp.up_proj.weight": torch.ones(72, 48)}, "not read: model.layers.2.mlp"),
+    "a head of its own": (
+        {"tie_word_embeddings": True}, {}, "lm_head.weight is not model.embed_tokens.weight, though config",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_no_tensor_is_passed_over(tmp_path: Path, name: str) -> None:
+    changes, tensors, words = NOT_READ[name]
+    directory = write_pretrained(tmp_path / "hf", random_weights() | tensors, **changes)
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        loaded(directory)
+    assert str(tmp_path / "hf") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_follow_from_the_config_may_be_there(tmp_path: Path) -> None:
+    whole = random_weights()
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    read = loaded(write_pretrained(tmp_path / "llama", whole | table))
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
+    tied = replace(LLAMA, tie_embeddings=True)
+    copied = random_weights(tied)
+    copied["lm_head.weight"] = copied["model.embed_tokens.weight"]
+    assert "lm_head.weight" not in loaded(write_pretrained(tmp_path / "tied", copied, tied))
+    gpt = GPTConfig(name="x", hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, vocab_size=257)
+    whole = random_weights(gpt)
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.0.attn.masked_bias": torch.ones(())}
+    headless = {name.removeprefix("transformer."): tensor for name, tensor in (whole | masks).items()}
+    for index, tensors in enumerate((whole | masks, headless)):
+        read = loaded(write_pretrained(tmp_path / f"gpt{index}", tensors, gpt))
+        assert all(torch.equal(read[name], whole[name]) for name in whole)
+
+
+def test_tensors_beside_the_index_are_no_less_there(tmp_path: Path) -> None:
+    whole = random_weights()
+    directory = write_pretrained(tmp_path / "hf", whole | {"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(whole, "model-00001-of-00001.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"does not read: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        loaded(directory)
+    save_file(whole, directory / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded(directory).items())
+    save_file(whole, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model.safetensors and, in model.safetensors.index.json, others"):
+        loaded(directory)
 
 
 def test_exports_that_are_refused(directory: Path, tmp_path: Path) -> None:
