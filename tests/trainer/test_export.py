@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 import transformers
 from conftest import train_here
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from models import GPTConfig, LlamaConfig, create
 from models.hf import to_hf_config, to_hf_tensors
@@ -442,6 +445,194 @@ def test_a_trained_tokenizer_is_exported_as_it_is(tmp_path: Path) -> None:
     train_bpe(["some text to train on", "and é more"], 280, tmp_path / "bpe", progress=False)
     save_for_transformers(str(tmp_path / "bpe"), None, tmp_path / "out")
     assert load_tokenizer(str(tmp_path / "out")).fingerprint == load_tokenizer(str(tmp_path / "bpe")).fingerprint
+
+
+FIRST, LAST = "<s>", "</s>"
+WITH_FIRST = processors.TemplateProcessing(
+    single=f"{FIRST} $A", pair=f"{FIRST} $A {LAST} $B:1", special_tokens=[(FIRST, 0), (LAST, 1)]
+)
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def lowered(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+
+
+def cut_and_padded(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16, pad_token=LAST)
+
+
+def prefixed(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def with_words(tokenizer: Tokenizer) -> None:
+    tokenizer.add_tokens(["people", AddedToken(" the ", lstrip=True)])
+    tokenizer.post_processor = WITH_FIRST
+
+
+def sets(processor: object) -> Callable[[Tokenizer], None]:
+    return lambda tokenizer: setattr(tokenizer, "post_processor", processor)
+
+
+TOKENIZERS: dict[str, Callable[[Tokenizer], None]] = {
+    "nothing": sets(None),
+    "template": sets(WITH_FIRST),
+    "template at both ends": sets(
+        processors.TemplateProcessing(single=f"{FIRST} $A {LAST}", special_tokens=[(FIRST, 0), (LAST, 1)])
+    ),
+    "template that adds nothing": sets(processors.TemplateProcessing(single="$A:0")),
+    "roberta": sets(processors.RobertaProcessing((LAST, 1), (FIRST, 0), trim_offsets=True)),
+    "bert": sets(processors.BertProcessing((LAST, 1), (FIRST, 0))),
+    "sequence": sets(processors.Sequence([processors.ByteLevel(trim_offsets=True), WITH_FIRST])),
+    "sequence of a sequence": sets(processors.Sequence([processors.Sequence([WITH_FIRST]), processors.ByteLevel()])),
+    "lowered": lowered,
+    "cut and padded": cut_and_padded,
+    "prefixed": prefixed,
+    "words of its own": with_words,
+}
+SPOKEN = [
+    "the people",
+    "",
+    " the  people\n\n",
+    f"a{LAST}b {FIRST} c",
+    f"{FIRST}the people",
+    "É 東 Ⅷ the the people",
+    "a , b 's .",
+]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("adds", ["", "LlamaTokenizerFast", "LlamaTokenizer", "GPT2TokenizerFast"])
+def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: str, adds: str) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = BYTE_LEVEL, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=[FIRST, LAST], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the people of the united states and the government"] * 9, trainer)
+    TOKENIZERS[name](tokenizer)
+    (tmp_path / "theirs").mkdir()
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    if adds:
+        settings = {"tokenizer_class": adds, "bos_token": FIRST, "eos_token": LAST, "add_bos_token": True}
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings | {"add_eos_token": True}))
+    trained = load_tokenizer(str(tmp_path / "theirs"))
+    write_pretrained(tmp_path / "out", {})
+    save_for_transformers(str(tmp_path / "theirs"), None, tmp_path / "out", 32)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert exported(SPOKEN).input_ids == trained.encode_batch(SPOKEN)
+    assert load_tokenizer(str(tmp_path / "out")).encode_batch(SPOKEN) == trained.encode_batch(SPOKEN)
+    assert exported.decode(exported(SPOKEN[-1]).input_ids) == trained.decode(trained.encode_batch(SPOKEN[-1:])[0])
+    assert (exported.bos_token, exported.eos_token, exported.model_max_length) == (LAST, LAST, 32)
+    # What only trims offsets is left.
+    span = [exported(" the people", return_offsets_mapping=True).offset_mapping[0]]
+    assert span == [tokenizer.encode(" the people", add_special_tokens=False).offsets[0]] or name == "cut and padded"
+
+
+def test_the_name_of_the_class_is_one_that_releases_before_5_know(directory: Path) -> None:
+    assert json.loads((directory / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    exported = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    assert set(exported("a")) == {"input_ids", "attention_mask"}  # others a causal model of theirs refuses
+
+
+@pytest.mark.parametrize("gpt", [False, True], ids=["llama", "gpt"])
+def test_the_length_trained_at_stands_in_the_export(tiny: Tiny, tmp_path: Path, corpus: Path, gpt: bool) -> None:
+    config = tiny("train.steps=1", "model.max_seq_len=48", "sample.tokens=0", gpt=gpt)
+    train_here(config)
+    hf = tmp_path / "hf"
+    export_run(Path(config.run.dir), hf)
+    described = json.loads((hf / "config.json").read_text())
+    assert (described.get("max_position_embeddings"), described.get("n_positions")) == (
+        (None, 48) if gpt else (32, None)
+    )
+    assert json.loads((hf / "tokenizer_config.json").read_text())["model_max_length"] == 32
+    said = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256, "max_length": 32}
+    assert json.loads((hf / "generation_config.json").read_text()) == said
+    assert PretrainedDirectory(str(hf)).trained_length == 32
+    own = evaluate_here(lambda: open_run(Path(config.run.dir)), None, "validation", 500, 8)
+    assert own.seq_len == 32
+    assert evaluate_here(lambda: open_pretrained(str(hf), "bf16"), str(corpus), "validation", 500, 8) == own
+
+
+def test_another_length_is_said(tiny: Tiny, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny("train.steps=1", "model.max_seq_len=40", "sample.tokens=0", gpt=True)
+    train_here(config)
+    run, hf, where = Path(config.run.dir), tmp_path / "hf", (None, "validation", 500, 8)
+    export_run(run, hf)
+    assert evaluate_here(lambda: open_run(run, 16), *where).seq_len == 16
+    assert "warning" not in capsys.readouterr().out
+    assert evaluate_here(lambda: open_run(run, 40), *where).seq_len == 40
+    assert f"warning: seq_len=40 is longer than the 32 tokens that {run} was trained at" in capsys.readouterr().out
+    assert evaluate_here(lambda: open_pretrained(str(hf), "bf16", 40), str(corpus), *where[1:]).seq_len == 40
+    assert f"warning: seq_len=40 is longer than the 32 tokens that {hf} was trained at" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"seq_len=41 is beyond the 40 learned positions of .*hf"):
+        open_pretrained(str(hf), "bf16", 41)
+
+
+def test_a_run_that_is_longer_than_its_model_says_so(
+    directory: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = ("data.seq_len=48", "train.steps=1", "sample.tokens=0", f"model.init_from={directory}")
+    for limit, said in ((2048, []), (40, ["warning: data.seq_len=48 is longer than model.max_seq_len=40"])):
+        capsys.readouterr()
+        config = tiny(*longer, f"model.max_seq_len={limit}", f"run.dir={tmp_path / str(limit)}")
+        assert train_here(config) is ExitCode.FINISHED
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: data.seq_len")]
+        assert lines == [
+            *said,
+            f"warning: data.seq_len=48 is longer than the 32 tokens that {directory} was trained at",
+        ]
+
+
+def test_a_model_that_was_trained_longer_than_a_pass_needs_says_so(
+    directory: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        described = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(described | {key: 131_072}))
+    with pytest.raises(UserError, match=r"less than one window of .* 4,?097"):
+        evaluate_here(lambda: open_pretrained(str(directory), "bf16"), str(corpus), "validation", 500, 8)
+    assert f"windows of 4,096 tokens, not of the 131,072 that {directory} names" in capsys.readouterr().out
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
+    small = replace(LLAMA, vocab_size=200)
+    save_for_transformers("bytes", None, write_pretrained(tmp_path / "hf", random_weights(small), small))
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens, the model 200"):
+        open_pretrained(str(tmp_path / "hf"), "bf16")
+
+
+def test_an_export_has_the_mode_that_the_umask_says(directory: Path, tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            export_run(tmp_path / "first", tmp_path / f"mode{mode:o}")
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / f"mode{mode:o}").iterdir()} == {mode}
+
+
+@pytest.mark.parametrize("stands", [False, True], ids=["new", "empty directory"])
+def test_half_an_export_is_none(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands: bool) -> None:
+    out = tmp_path / "new"
+    if stands:
+        out.mkdir()
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.export.write_json", full)
+        with pytest.raises(UserError, match=re.escape(f"out={out} cannot be written: ") + ".*No space left"):
+            export_run(tmp_path / "first", out)
+    assert out.exists() == stands
+    assert not list(tmp_path.glob("**/*.incomplete"))
+    export_run(tmp_path / "first", out)
+    assert {file.name for file in out.iterdir()} == {file.name for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
