@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import check_export
 import pytest
 import torch
 import transformers
@@ -31,6 +33,7 @@ from trainer.pretrained import PretrainedDirectory
 from trainer.tokenizer import load_tokenizer, save_for_transformers, train_bpe
 
 Tiny = Callable[..., TrainConfig]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["llama", "untied", "gpt"])
@@ -657,3 +660,51 @@ def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:
     train_here(config)
     with pytest.raises(UserError, match=r"fold=true: .*trains a gpt, whose MLPs are no SwiGLU"):
         export_run(Path(config.run.dir), tmp_path / "hf", folded=True)
+
+
+ENVIRONMENTS = sorted(path.name.removeprefix(".venv-transformers-") for path in ROOT.glob(".venv-transformers-*"))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["", *ENVIRONMENTS], ids=lambda version: version or "installed")
+def test_releases_of_transformers_find_what_training_was(
+    version: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In those environments that scripts/check_export.py has made."""
+    monkeypatch.chdir(ROOT)
+    assert check_export.main([], transformers=version) is ExitCode.FINISHED, capsys.readouterr().out
+
+
+def test_what_check_export_finds_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *_ = check_export.CASES
+    expected = {name: {"directory": str(tmp_path / "none"), "loss": 1.0, "text": "a b"}}
+    table, wrong = check_export.check(expected, Path(sys.executable), tmp_path)
+    assert (table, wrong[0].startswith(f"transformers cannot load {name}: ")) == ([], True)
+    found = {"name": name, "transformers": "x", "same_tokens": False, "loss": float("nan"), "text": "a"}
+    loader = tmp_path / "python"
+    loader.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n")
+    loader.chmod(0o755)
+    table, wrong = check_export.check(expected, loader, tmp_path)
+    assert wrong == [
+        f"{name}: other tokens than training used",
+        f"{name}: the losses are nan nats a token apart",
+        f"{name}: goes on with 'a', not with 'a b'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"transformers": "4.30"}, "transformers=4.30: 4.57, or"),
+        ({"transformers": "5.17", "venv": "."}, "is there and is no environment"),
+        ({"out": "."}, "out=. exists"),
+    ],
+    ids=["release", "environment", "place"],
+)
+def test_bad_arguments_of_check_export(
+    arguments: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_export.main([], **arguments)
