@@ -294,7 +294,8 @@ def initialize(model: Model, seed: int) -> None:
 def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
     """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
 
-    Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes.
+    Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes
+    or a value that it cannot.
     """
     for name, parameter in model.named_parameters():
         piece = piece_of(model.config, name)
@@ -304,6 +305,9 @@ def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
                 f"{directory.path}: {piece.name} gives {name} the shape {list(whole.shape)}, "
                 f"the model wants {list(parameter.shape)}"
             )
+        if not torch.isfinite(whole.to(parameter.dtype)).all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{directory.path}: {piece.name} holds values beyond {dtype}, which {name} is kept in")
         _set_whole(parameter, whole)
     directory.require_read(tied=model.config.tie_embeddings)
 

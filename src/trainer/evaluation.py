@@ -15,7 +15,7 @@ from trainer.distributed import StopRequest, World, say
 from trainer.errors import UserError
 from trainer.loop import EvalConfig, EvalPrecision, validate
 from trainer.prepare import prepare
-from trainer.pretrained import PretrainedDirectory
+from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from trainer.restore import restore_run
 from trainer.state import TrainState
 from trainer.tokenizer import load_tokenizer
@@ -65,7 +65,8 @@ def open_pretrained(directory: str, precision: str, seq_len: int | None = None) 
     config = load_config([f"precision={precision}"])
     world = distributed.start(config.parallel)
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0, pretrained=directory)
-    data = replace(config.data, tokenizer=directory, seq_len=length, eot_token=None)
+    apart = pretrained.config.get(DOCUMENT_MASK) is True
+    data = replace(config.data, tokenizer=directory, seq_len=length, eot_token=None, document_mask=apart)
     return Subject(world, state, data, EvalPrecision.recipe)
 
 

@@ -21,6 +21,7 @@ from trainer.checkpoint import newest, read_tensors
 from trainer.config import load_run_config
 from trainer.errors import UserError, one_line
 from trainer.files import sync_directory, write_json
+from trainer.pretrained import DOCUMENT_MASK
 from trainer.restore import require_tokenizer, restore_run
 from trainer.rundir import RunDirectory
 from trainer.state import evaluating
@@ -67,11 +68,12 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     length, end = config.data.seq_len, tokenizer.eot
     hf_config, theirs = to_transformers(model_config, ours, end, length)
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    masked = {DOCUMENT_MASK: True} if config.data.document_mask else {}
     with _whole(out) as partial:
         save_torch_state_dict(theirs, partial, metadata={"format": "pt"})
         save_for_transformers(config.data.tokenizer, config.data.eot_token, partial, length)
         write_json(partial / "generation_config.json", special | {"max_length": length})
-        write_json(partial / "config.json", hf_config | {"dtype": dtype})
+        write_json(partial / "config.json", hf_config | {"dtype": dtype} | masked)
     return int(checkpoint.meta["step"])
 
 

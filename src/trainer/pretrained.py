@@ -15,6 +15,8 @@ from torch import Tensor
 from trainer.errors import UserError, one_line
 from trainer.files import read_json
 
+#: Our key of config.json: the documents of a window did not see one another in training. `transformers` passes it over.
+DOCUMENT_MASK = "document_mask"
 # What no model here has, and none misses: tables that follow from the config.
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 # Scales of activations, which are not quantized here.

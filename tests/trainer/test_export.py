@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import check_export
 import pytest
@@ -29,7 +31,7 @@ from trainer.errors import ExitCode, UserError
 from trainer.evaluation import Evaluation, evaluate_on, open_pretrained, open_run
 from trainer.export import export_run
 from trainer.metrics import read_metrics
-from trainer.pretrained import PretrainedDirectory
+from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from trainer.tokenizer import load_tokenizer, save_for_transformers, train_bpe
 
 Tiny = Callable[..., TrainConfig]
@@ -395,6 +397,17 @@ def test_no_tensor_is_passed_over(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_their_type_does_not_hold_are_refused(tmp_path: Path) -> None:
+    large = random_weights()
+    large["model.norm.weight"][3] = 1e5
+    opened = PretrainedDirectory(str(write_pretrained(tmp_path / "hf", large)))
+    load_pretrained(create(LLAMA), opened)
+    with pytest.raises(
+        UserError, match=r"model\.norm\.weight holds values beyond float16, which norm\.weight is kept in"
+    ):
+        load_pretrained(create(LLAMA).half(), opened)
+
+
 def test_tensors_that_follow_from_the_config_may_be_there(tmp_path: Path) -> None:
     whole = random_weights()
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -561,6 +574,18 @@ def test_the_length_trained_at_stands_in_the_export(tiny: Tiny, tmp_path: Path, 
     assert evaluate_here(lambda: open_pretrained(str(hf), "bf16"), str(corpus), "validation", 500, 8) == own
 
 
+def test_documents_kept_apart_in_training_are_in_an_evaluation_too(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    config = tiny("sample.tokens=0", "data.document_mask=true", "optim.lr=1e-2")
+    train_here(config)
+    export_run(Path(config.run.dir), tmp_path / "hf")
+    own = evaluate_here(lambda: open_run(Path(config.run.dir)), None, "validation", 500, 8)
+    where = (str(corpus), "validation", 500, 8)
+    assert evaluate_here(lambda: open_pretrained(str(tmp_path / "hf"), "bf16"), *where) == own
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in described.items() if k != DOCUMENT_MASK}))
+    assert evaluate_here(lambda: open_pretrained(str(tmp_path / "hf"), "bf16"), *where).loss != own.loss
+
+
 def test_another_length_is_said(tiny: Tiny, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny("train.steps=1", "model.max_seq_len=40", "sample.tokens=0", gpt=True)
     train_here(config)
@@ -660,6 +685,59 @@ def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:
     train_here(config)
     with pytest.raises(UserError, match=r"fold=true: .*trains a gpt, whose MLPs are no SwiGLU"):
         export_run(Path(config.run.dir), tmp_path / "hf", folded=True)
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+EVALUATE: dict[str, tuple[list[str], dict[str, object], str]] = {
+    "a word unknown": (["sequence=3"], {"hf": "x", "path": "y"}, "sequence=3: not together with hf="),
+    "a run as well": (["run.dir=a"], {"hf": "x", "path": "y"}, "run.dir=a: not together with hf="),
+    "a precision for a run": (["run.dir=a"], {"precision": "fp32"}, "precision=fp32 is for hf="),
+    "no length": (["run.dir=a"], {"seq_len": -1}, "seq_len=-1: must be at least 0"),
+    "no corpus": ([], {"hf": "x"}, "hf=... needs path=..."),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATE)
+def test_what_evaluate_would_pass_over_is_refused(name: str) -> None:
+    overrides, own, said = EVALUATE[name]
+    with pytest.raises(UserError, match=re.escape(said)):
+        script("evaluate").main(overrides, **own)
+
+
+def test_scripts_say_what_they_measure(
+    directory: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = f"run.dir={tmp_path / 'first'}"
+    script("evaluate").main([first], tokens=100_000)
+    words = capsys.readouterr().out
+    assert re.search(r"of validation in windows of 32, all there are of the 100,000 asked for\n", words)
+    script("evaluate").main([], hf=str(directory), path=str(corpus), tokens=64)
+    assert "over 64 tokens of validation in windows of 32\n" in capsys.readouterr().out
+    script("export_hf").main([first], out=str(tmp_path / "again"))
+    words = capsys.readouterr().out
+    assert "trained on 32 tokens at a time" in words
+    assert f"pretrained={tmp_path / 'again'},dtype=float32,max_length=32" in words
+    script("generate").main([first], prompt="a" * 40, tokens=1, temperature=1e-300)
+    assert "warning: of the prompt's 40 tokens the last 32 are seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"tokens": -1}, {"seed": -1}],
+    ids=["cold", "no temperature", "top", "tokens", "seed"],
+)
+def test_samples_that_cannot_be_are_refused(wrong: dict[str, float], tmp_path: Path) -> None:
+    ((key, value),) = wrong.items()
+    with pytest.raises(UserError, match=rf"^{key}={value}: must"):
+        script("generate").main([f"run.dir={tmp_path}"], **wrong)
 
 
 ENVIRONMENTS = sorted(path.name.removeprefix(".venv-transformers-") for path in ROOT.glob(".venv-transformers-*"))
