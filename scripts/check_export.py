@@ -90,7 +90,7 @@ def make_tokenizers(place: Path) -> dict[str, str]:
     (place / "first").mkdir()
     first.save(str(place / "first" / "tokenizer.json"))
     settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": FIRST, "add_bos_token": True}
-    (place / "first" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (place / "first" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return {"bytes": "bytes", "bpe": str(place / "bpe"), "first": str(place / "first")}
 
 
@@ -142,7 +142,7 @@ def environment(version: str, venv: Path) -> Path:
             print(f"making {venv}", flush=True)
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
             here = sysconfig.get_path("purelib", vars={"base": str(venv), "platbase": str(venv)})
-            Path(here, "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            Path(here, "below.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
             pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-warn-conflicts"]
             subprocess.run([*pip, f"transformers=={version}.*"], check=True)
         found = subprocess.run(wanted, check=True, capture_output=True, text=True).stdout.strip()

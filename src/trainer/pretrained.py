@@ -165,7 +165,8 @@ class PretrainedDirectory:
             try:
                 return opened.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{self._files[name]} lacks the tensor {name}: {one_line(error)}") from error
+                verb = "cannot give" if name in opened.keys() else "lacks"  # noqa: SIM118 (it is no mapping)
+                raise UserError(f"{self._files[name]} {verb} the tensor {name}: {one_line(error)}") from error
 
     def _dequantized(self, name: str, codes: Tensor) -> Tensor:
         if not self._quantization:
