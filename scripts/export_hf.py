@@ -1,9 +1,11 @@
 """A run as a `transformers` checkpoint: python scripts/export_hf.py run.dir=runs/a out=hf/ [dtype=float32] [fold=false]
 
 Writes config.json, model.safetensors and the tokenizer of the newest complete checkpoint; AutoModelForCausalLM and
-AutoTokenizer load it offline. The master weights are written (dtype: float32 or bfloat16): a narrow recipe's rounding
-is not in the file. fold=true (Llama) takes the scales of Smooth-SwiGLU's channels, as powers of two, into up_proj's
-rows and down_proj's columns: the same logits, from channels of like size, for who casts them to FP8 afterwards.
+AutoTokenizer of `transformers` 4.57 or later load it offline. The length it was trained at is the longest it says it
+takes; where positions are learned, lm_eval must be told, as the last line does. The master weights are written (dtype:
+float32 or bfloat16): a narrow recipe's rounding is not in the file. fold=true (Llama) takes the scales of
+Smooth-SwiGLU's channels, as powers of two, into up_proj's rows and down_proj's columns: the same logits, from channels
+of like size, for who casts them to FP8 afterwards.
 """
 
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from trainer.cli import run_dir_of, script_main
 from trainer.errors import UserError
 from trainer.export import export_run
+from trainer.pretrained import PretrainedDirectory
 
 
 def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: str = "false") -> None:
@@ -20,7 +23,9 @@ def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: s
     if fold not in ("true", "false"):
         raise UserError(f"fold={fold}: true or false")
     step = export_run(run_dir, Path(out), dtype, folded=fold == "true")
-    print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}")
+    length = PretrainedDirectory(out).trained_length
+    print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}, trained on {length} tokens at a time")
+    print(f"lm_eval --model hf --model_args pretrained={out},dtype={dtype},max_length={length} ...")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@
 Uses the newest complete checkpoint of the run directory.
 """
 
+import sys
+
 from trainer import distributed
 from trainer.cli import run_dir_of, script_main
+from trainer.errors import UserError
 from trainer.generate import SampleConfig, generate
 from trainer.restore import restore_run
 
@@ -21,7 +24,13 @@ def main(
     seed: int = 0,
 ) -> None:
     sample = SampleConfig(prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    try:
+        sample.validate()
+    except ValueError as error:
+        raise UserError(str(error).removeprefix("sample.")) from error
     run = restore_run(run_dir_of(overrides))
+    if (length := len(run.tokenizer.encode_batch([prompt])[0])) > run.context:
+        print(f"warning: of the prompt's {length} tokens the last {run.context} are seen", file=sys.stderr)
     print(generate(run.state.model, run.tokenizer, sample, context=run.context, device=run.world.device))
     distributed.finish()
 

@@ -84,8 +84,13 @@ def from_hf_tensors(
     return {name: piece.cut(theirs[piece.name]).contiguous() for name, piece in pieces.items()}
 
 
-def to_hf_config(config: LlamaConfig | GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """The ``config.json`` that lets `transformers` build the same model."""
+def to_hf_config(
+    config: LlamaConfig | GPTConfig, end_of_text: int | None, trained_length: int | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` that lets `transformers`, before release 5 and since, build the same model.
+
+    ``trained_length``: in tokens; rotary positions are said to end there, where learned ones end with their weights.
+    """
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -109,15 +114,16 @@ def to_hf_config(config: LlamaConfig | GPTConfig, end_of_text: int | None) -> di
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
-        rope |= {
+        rope = {
             "rope_type": "llama3",
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_seq_len,
         }
+    before_5 = {"rope_theta": config.rope_theta} | ({} if scaling is None else {"rope_scaling": rope})
     return common | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -127,10 +133,10 @@ def to_hf_config(config: LlamaConfig | GPTConfig, end_of_text: int | None) -> di
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": trained_length or config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "rope_theta": config.rope_theta,  # where releases before 5 look
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        **before_5,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -147,6 +153,8 @@ def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTCon
     if kind == "gpt2":
         _require(theirs, "activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh"))
         _require(theirs, "scale_attn_by_inverse_layer_idx", False, (False,))
+        _require(theirs, "scale_attn_weights", True, (True,))
+        _require(theirs, "add_cross_attention", False, (False,))
         width = _number(theirs, "n_embd")
         gpt = GPTConfig(
             name=name,
@@ -166,12 +174,14 @@ def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTCon
     _require(theirs, "hidden_act", "silu", ("silu",))
     _require(theirs, "attention_bias", False, (False,))
     _require(theirs, "mlp_bias", False, (False,))
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # in the order of `transformers` 5
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters or rope_scaling is {reprlib.repr(rope)}, not an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {reprlib.repr(rope_type)} is not built here; there are: default, llama3")
+    for where in (theirs, rope):
+        _require(where, "partial_rotary_factor", 1.0, (1.0, 1, None))
     scaling = None
     if rope_type == "llama3":
         scaling = RopeScaling(

@@ -321,7 +321,8 @@ def initialize(model: Model, seed: int) -> None:
 def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
     """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
 
-    Raises UserError if the checkpoint is of another shape or lacks a tensor.
+    Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes
+    or a value that it cannot.
     """
     for name, parameter in model.named_parameters():
         piece = piece_of(model.config, name)
@@ -331,7 +332,11 @@ def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
                 f"{directory.path}: {piece.name} gives {name} the shape {list(whole.shape)}, "
                 f"the model wants {list(parameter.shape)}"
             )
+        if not torch.isfinite(whole.to(parameter.dtype)).all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{directory.path}: {piece.name} holds values beyond {dtype}, which {name} is kept in")
         _set_whole(parameter, whole)
+    directory.require_read(tied=model.config.tie_embeddings)
 
 
 def _set_whole(parameter: torch.Tensor, full: torch.Tensor) -> None:
@@ -374,11 +379,14 @@ def build_state(
     seed: int,
     tokens: int | None = None,
     pretrained: str | None = None,
+    seq_len: int | None = None,
 ) -> TrainState:
     """A state at step 0, with random weights, or with those of the `transformers` directory ``pretrained``.
 
+    ``seq_len``: of what it will be trained on; a line says so if that is longer than the model is said to be made for.
     Raises UserError if that directory does not fit.
     """
+    made_for = {f"model.max_seq_len={model_config.max_seq_len}": model_config.max_seq_len}
     recipe = recipe_of(precision, optim)
     model, plan = build_model(
         model_config, recipe, parallel, world, backend=precision.backend, tokens=tokens, seed=seed
@@ -386,8 +394,12 @@ def build_state(
     if pretrained is None:
         initialize(model, seed)
     else:
-        world.on_all(lambda: _start_from(model, pretrained))
+        trained = world.on_all(lambda: _start_from(model, pretrained))
+        made_for |= {} if trained is None else {f"the {trained} tokens that {pretrained} was trained at": trained}
         plan.forget()
+    for said, length in made_for.items():
+        if world.is_main and seq_len is not None and seq_len > length:
+            say(f"warning: data.seq_len={seq_len} is longer than {said}")
     try:
         optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend)
     except ValueError as error:
@@ -410,17 +422,19 @@ def _moments_note(precision: PrecisionConfig, optim: OptimConfig, recipe: Recipe
     return f"{recipe.moments} ({said}), vectors fp32, updated by {by}"
 
 
-def _start_from(model: Model, pretrained: str) -> None:
+def _start_from(model: Model, pretrained: str) -> int | None:
+    """Returns the length, in tokens, that the weights were trained at, if it is known."""
     directory = PretrainedDirectory(pretrained)
     _require_same_shape(model.config, directory)
     load_pretrained(model, directory)
+    return directory.trained_length
 
 
 def to_transformers(
-    config: ModelConfig, tensors: Mapping[str, torch.Tensor], end_of_text: int
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor], end_of_text: int, trained_length: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """``config.json`` and state dict of the same model in `transformers`."""
-    return to_hf_config(config, end_of_text), to_hf_tensors(config, tensors)
+    return to_hf_config(config, end_of_text, trained_length), to_hf_tensors(config, tensors)
 
 
 def training_source(

@@ -11,24 +11,27 @@ from trainer import distributed
 from trainer.build import build_state, documents_end, open_windows, pretrained_config, validation_source
 from trainer.config import load_config
 from trainer.data import DataConfig
-from trainer.distributed import StopRequest, World
+from trainer.distributed import StopRequest, World, say
 from trainer.errors import UserError
 from trainer.loop import EvalConfig, EvalPrecision, validate
 from trainer.prepare import prepare
-from trainer.pretrained import PretrainedDirectory
+from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from trainer.restore import restore_run
 from trainer.state import TrainState
 from trainer.tokenizer import load_tokenizer
 
+LONGEST = 4096  # tokens of a window, if nobody names its length
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats a token; ``bits_per_byte`` over the UTF-8 bytes of the text."""
+    """``loss`` in nats a token; ``bits_per_byte`` over the UTF-8 bytes of the text; ``seq_len`` of the windows."""
 
     loss: float
     perplexity: float
     bits_per_byte: float
     tokens: int
+    seq_len: int
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,44 @@ class Subject:
     precision: EvalPrecision
 
 
-def open_run(run_dir: Path) -> Subject:
-    """The newest checkpoint of a run."""
+def open_run(run_dir: Path, seq_len: int | None = None) -> Subject:
+    """The newest checkpoint of a run, at the length it was trained at if ``seq_len`` names no other."""
     run = restore_run(run_dir)
-    return Subject(run.world, run.state, run.config.data, run.config.eval.precision)
+    data = run.config.data
+    length = _length(seq_len, data.seq_len, run.state.model.config.position_limit, str(run_dir))
+    return Subject(run.world, run.state, replace(data, seq_len=length), run.config.eval.precision)
 
 
-def open_pretrained(directory: str, precision: str, seq_len: int) -> Subject:
-    """A `transformers` directory with its own tokenizer."""
+def open_pretrained(directory: str, precision: str, seq_len: int | None = None) -> Subject:
+    """A `transformers` directory with its own tokenizer, at the length it names if ``seq_len`` names no other.
+
+    Raises UserError if model and tokenizer do not fit to each other, or to the length.
+    """
     pretrained = PretrainedDirectory(directory)
     model = pretrained_config(pretrained)
+    if (tokens := load_tokenizer(directory).vocab_size) > (model.vocab_size or tokens):
+        raise UserError(f"{directory}: the tokenizer has {tokens} tokens, the model {model.vocab_size}")
+    length = _length(seq_len, pretrained.trained_length, model.position_limit, directory)
     config = load_config([f"precision={precision}"])
     world = distributed.start(config.parallel)
     state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0, pretrained=directory)
-    limit = model.position_limit or seq_len
-    data = replace(config.data, tokenizer=directory, seq_len=min(seq_len, limit), eot_token=None)
+    apart = pretrained.config.get(DOCUMENT_MASK) is True
+    data = replace(config.data, tokenizer=directory, seq_len=length, eot_token=None, document_mask=apart)
     return Subject(world, state, data, EvalPrecision.recipe)
+
+
+def _length(wanted: int | None, trained: int | None, limit: int | None, place: str) -> int:
+    """Of the windows, in tokens. Says so if it is not the one trained at; raises UserError for more than positions."""
+    if wanted is None:
+        if trained is None or trained <= LONGEST:
+            return trained or LONGEST
+        say(f"windows of {LONGEST:,} tokens, not of the {trained:,} that {place} names: seq_len=... chooses another")
+        return LONGEST
+    if limit is not None and wanted > limit:
+        raise UserError(f"seq_len={wanted} is beyond the {limit} learned positions of {place}")
+    if trained is not None and wanted > trained:
+        say(f"warning: seq_len={wanted} is longer than the {trained} tokens that {place} was trained at")
+    return wanted
 
 
 def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, micro_batch: int) -> Evaluation:
@@ -81,4 +106,4 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
     if isinstance(result, int):
         raise UserError(f"stopped by {stop.describe(result)}")
     loss = result[0] / result[1]
-    return Evaluation(loss, math.exp(min(loss, 700.0)), result[0] / math.log(2) / size, int(result[1]))
+    return Evaluation(loss, math.exp(min(loss, 700.0)), result[0] / math.log(2) / size, int(result[1]), data.seq_len)

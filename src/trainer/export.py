@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from precision.smooth import DOWN, GATE, UP, fold, scales_of
 from trainer import distributed
 from trainer.build import open_windows, resolve_model, to_transformers
 from trainer.checkpoint import newest, read_tensors
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
+from trainer.files import sync_directory, write_json
+from trainer.pretrained import DOCUMENT_MASK
 from trainer.restore import open_config, restore_run
 from trainer.rundir import RunDirectory, require_tokenizer
 from trainer.state import evaluating
@@ -26,12 +33,16 @@ CALIBRATION_WINDOWS = 16  # of the training split
 def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False) -> int:
     """Write config, safetensors and tokenizer of ``run_dir`` into ``out``; returns the checkpoint's step.
 
+    The length it was trained at stands there as the model's and the tokenizer's longest, in tokens; learned positions
+    beyond it are kept.
+
     The parameters are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not in the
     file, nor is a master that ``optim.moments`` keeps beside BF16 parameters. ``folded``: the scales of Smooth-SwiGLU's
     channels (arXiv 2409.12517), powers of two from the largest values over some text, are taken into the weights on
     both sides of it: the same function, bit for bit, whose down-projection reads channels of like size.
 
-    Raises UserError if ``out`` holds something already, the run has no checkpoint, or there is no SwiGLU to fold.
+    Raises UserError if ``out`` holds something already or cannot be written, the run has no checkpoint, or there is no
+    SwiGLU to fold.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
@@ -53,12 +64,42 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
         for mlp, amax in channel_maxima(run_dir).items():
             up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
             ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
-    hf_config, theirs = to_transformers(model_config, ours, tokenizer.eot)
-    out.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(theirs, out, metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(hf_config | {"dtype": dtype}, indent=1) + "\n", encoding="utf-8")
-    save_for_transformers(config.data.tokenizer, config.data.eot_token, out)
+    length, end = config.data.seq_len, tokenizer.eot
+    hf_config, theirs = to_transformers(model_config, ours, end, length)
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    masked = {DOCUMENT_MASK: True} if config.data.document_mask else {}
+    with _whole(out) as partial:
+        save_torch_state_dict(theirs, partial, metadata={"format": "pt"})
+        save_for_transformers(config.data.tokenizer, config.data.eot_token, partial, length)
+        write_json(partial / "generation_config.json", special | {"max_length": length})
+        write_json(partial / "config.json", hf_config | {"dtype": dtype} | masked)
     return int(checkpoint.meta["step"])
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A directory to write into that becomes ``out``, or whose files do, ``config.json`` last. Raises UserError."""
+    stands = out.is_dir()
+    name = f"{out.name}.{os.getpid()}.incomplete"
+    partial = out / name if stands else out.with_name(name)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        mode = stat.S_IMODE((partial / "config.json").stat().st_mode)  # as the umask has it; safetensors do not
+        for file in partial.iterdir():
+            file.chmod(mode)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if stands:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(out / file.name)
+        else:
+            partial.replace(out)
+        sync_directory(out if stands else out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"out={out} cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def channel_maxima(run_dir: Path) -> dict[str, Tensor]:

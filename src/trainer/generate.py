@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from trainer.state import evaluating
 from trainer.tokenizer import TextTokenizer
 
+_COLDEST = 1e-6  # below, logits divided by it are infinite or as good as
+
 
 @dataclass(kw_only=True)
 class SampleConfig:
@@ -54,7 +56,7 @@ def generate(
 
 
 def _choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
-    if config.temperature == 0:
+    if config.temperature < _COLDEST:
         return int(logits.argmax())
     logits = logits / config.temperature
     if 0 < config.top_k < logits.numel():

@@ -258,6 +258,7 @@ def _build(
         seed=config.seed,
         tokens=micro_batch * config.data.seq_len,
         pretrained=config.model.init_from if checkpoint is None else None,
+        seq_len=config.data.seq_len,
     )
     meta = {
         "recipe": config.precision.identity(),

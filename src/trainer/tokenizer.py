@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import UserError, one_line
-from trainer.files import read_json, sync_directory
+from trainer.files import read_json, sync_directory, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 # A longer text costs the library a hundred times its size in memory, so it is cut where no token can lie across.
@@ -116,13 +116,37 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     return ByteTokenizer() if name == "bytes" else FastTokenizer(*_load_fast(name, eot_token))
 
 
-def save_for_transformers(name: str, eot_token: str | None, directory: Path) -> None:
-    """Write the tokenizer ``name`` so that ``AutoTokenizer`` gives the same tokens. Raises as ``load_tokenizer``."""
+def save_for_transformers(name: str, eot_token: str | None, directory: Path, max_length: int | None = None) -> None:
+    """Write the tokenizer ``name`` so that ``AutoTokenizer`` gives the tokens that training used.
+
+    No token is put before or after a text, none is made of a text that spells it, and texts are neither cut nor padded.
+    The end of text is also the first token, as between documents in training. ``max_length``: of a training sample, in
+    tokens. Raises as ``load_tokenizer``, and UserError if it cannot be written.
+    """
     if name == "bytes":
         tokenizer, eot_token = _bytes_as_bpe(), END_OF_TEXT
     else:
         tokenizer, eot_token = _load_fast(name, eot_token)
-    _save(tokenizer, eot_token, directory)
+        tree = json.loads(FastTokenizer(tokenizer, eot_token)._tokenizer.to_str())
+        tree["post_processor"] = _without_special_tokens(tree["post_processor"])
+        tokenizer = Tokenizer.from_str(json.dumps(tree))
+    _save(tokenizer, eot_token, directory, **({} if max_length is None else {"model_max_length": max_length}))
+
+
+def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor of ``tokenizer.json`` without what adds tokens; None if nothing is left of it."""
+    match processor:
+        case {"type": "Sequence", "processors": parts}:
+            kept = [part for part in map(_without_special_tokens, parts) if part]
+            return processor | {"processors": kept} if kept else None
+        case {"type": "TemplateProcessing", "single": single, "pair": pair}:
+            single, pair = ([piece for piece in side if "SpecialToken" not in piece] for side in (single, pair))
+            return processor | {"single": single, "pair": pair, "special_tokens": {}}
+        case {"type": "RobertaProcessing", "trim_offsets": trims, "add_prefix_space": prefix}:
+            return {"type": "ByteLevel", "trim_offsets": trims, "add_prefix_space": prefix, "use_regex": True}
+        case {"type": "ByteLevel"}:
+            return processor
+    return None
 
 
 def _bytes_as_bpe() -> Tokenizer:
@@ -262,22 +286,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
     _save(tokenizer, END_OF_TEXT, directory, **{_ASKED: vocab_size})
 
 
-def _save(tokenizer: Tokenizer, eot_token: str, directory: Path, **settings: Any) -> None:
+def _save(tokenizer: Tokenizer, eot_token: str, directory: Path, **own: Any) -> None:
     """Whole or not there; in a directory that there is, ``tokenizer.json`` comes last. Raises UserError."""
     from transformers import PreTrainedTokenizerFast  # a second that only those wait who write a tokenizer
 
     stands = directory.is_dir()
     name = f"{directory.name}.{os.getpid()}{_INCOMPLETE}"
     partial = directory / name if stands else directory.with_name(name)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eot_token,
-        bos_token=eot_token,
-        clean_up_tokenization_spaces=False,
-        **settings,
-    )
+    settings = own | {"eos_token": eot_token, "bos_token": eot_token, "clean_up_tokenization_spaces": False}
+    settings |= {"model_input_names": ["input_ids", "attention_mask"]}  # what a causal model takes
+    settings |= {"split_special_tokens": True}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
     try:
         fast.save_pretrained(partial)
+        # The class by the name that releases before 5 know too.
+        write_json(partial / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
         for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())

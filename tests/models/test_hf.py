@@ -75,7 +75,11 @@ def test_there_and_back(make: Any, changes: dict[str, Any]) -> None:
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
         ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "rotary scaling 'yarn'"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function='relu'"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention=True"),
     ],
 )
 def test_what_is_not_built_here_is_refused(config: dict[str, Any], words: str) -> None:
@@ -87,3 +91,17 @@ def test_releases_before_5_name_the_rotary_base_elsewhere() -> None:
     old = llama().config.to_dict()
     del old["rope_parameters"]
     assert from_hf_config(old | {"rope_theta": 123.0}, "x").rope_theta == 123.0
+
+
+def test_releases_before_5_find_stretched_positions_too() -> None:
+    config = from_hf_config(llama(rope_parameters=LLAMA3).config.to_dict(), "x")
+    theirs = to_hf_config(config, 0)
+    assert theirs["rope_scaling"] | {"rope_theta": theirs["rope_theta"]} == theirs["rope_parameters"] == LLAMA3
+    for newer_or_older in ("rope_scaling", "rope_parameters"):
+        assert from_hf_config({k: v for k, v in theirs.items() if k != newer_or_older}, "x") == config
+    assert "rope_scaling" not in to_hf_config(from_hf_config(llama().config.to_dict(), "x"), 0)
+
+
+def test_the_length_trained_at_ends_rotary_positions_but_not_learned_ones() -> None:
+    for make, key, length in ((llama, "max_position_embeddings", 16), (gpt2, "n_positions", 40)):
+        assert to_hf_config(from_hf_config(make().config.to_dict(), "x"), 0, 16)[key] == length
