@@ -2,10 +2,11 @@
 
 [path=a corpus in C4's layout; a run's own shards if not given] [split=validation] [tokens=0, the first ones; 0 = all]
 [batch=8 sequences at once] [seq_len=1024 and precision=bf16, for hf=]
+[precision.recipe=FILE.py, of a run that was trained with a recipe file]
 """
 
 from trainer import distributed
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.corpus import SPLITS
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_on, open_pretrained, open_run
@@ -29,7 +30,10 @@ def main(
             raise UserError(f"{name}={value}: must be at least {least}")
     if hf and not path:
         raise UserError("hf=... needs path=...: a corpus in C4's layout")
-    subject = open_pretrained(hf, precision, seq_len) if hf else open_run(run_dir_of(overrides))
+    if hf:
+        subject = open_pretrained(hf, precision, seq_len)
+    else:
+        subject = open_run(run_dir_of(overrides), recipe_files_of(overrides))
     result = evaluate_on(subject, path or None, split, tokens, batch)
     print(f"loss           {result.loss:.6f} nats per token, over {result.tokens:,} tokens of {split}")
     print(f"perplexity     {result.perplexity:.4f}")

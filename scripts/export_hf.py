@@ -8,7 +8,7 @@ rows and down_proj's columns: the same logits, from channels of like size, for w
 
 from pathlib import Path
 
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.errors import UserError
 from trainer.export import export_run
 
@@ -19,7 +19,7 @@ def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: s
         raise UserError("out=... is missing: the directory to write")
     if fold not in ("true", "false"):
         raise UserError(f"fold={fold}: true or false")
-    step = export_run(run_dir, Path(out), dtype, folded=fold == "true")
+    step = export_run(run_dir, Path(out), dtype, folded=fold == "true", said=recipe_files_of(overrides))
     print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}")
 
 

@@ -1,12 +1,13 @@
 """Text from a run: python scripts/generate.py run.dir=runs/sample prompt="The people"
 
 [tokens=120] [temperature=0.8, 0 = the likeliest] [top_k=50, 0 = all] [seed=0]
+[precision.recipe=FILE.py, of a run that was trained with a recipe file]
 
 Uses the newest complete checkpoint of the run directory.
 """
 
 from trainer import distributed
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.generate import SampleConfig, generate
 from trainer.restore import restore_run
 
@@ -21,7 +22,7 @@ def main(
     seed: int = 0,
 ) -> None:
     sample = SampleConfig(prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-    run = restore_run(run_dir_of(overrides))
+    run = restore_run(run_dir_of(overrides), recipe_files_of(overrides))
     print(generate(run.state.model, run.tokenizer, sample, context=run.context, device=run.world.device))
     distributed.finish()
 

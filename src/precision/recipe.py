@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import math
-import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,13 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from precision import recipes
 from precision.backends import require_backend as require_backend
 from precision.blocks import Block, Blocks, find_blocks
 from precision.codecs import STANDARD, Moments
 from precision.coverage import OUTSIDE, Coverage, CoverageWarning, covered
 from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends, is_random, require_steps
 from precision.loss_scale import LossScaler
+from precision.registry import available as available
+from precision.registry import guarded, is_file, make_of
+from precision.registry import names as names
 from precision.schedule import Span, parse_span
 from precision.spec import GEMMS, LinearSpec
 from precision.updates import AdamW, UpdateRule
@@ -375,19 +375,11 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def names() -> list[str]:
-    """The recipes there are: the modules of ``precision.recipes``."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
-
-
-def available() -> list[str]:
-    """The recipes that ``load`` and ``apply`` know by name."""
-    return names()
-
-
 def load(name: str, args: Mapping[str, Any] = NO_ARGUMENTS, schedule: Sequence[Any] = ()) -> Recipe:
-    """The recipe ``precision.recipes.<name>`` with these arguments; its signature is the schema.
+    """The recipe of this name with these arguments; its signature is the schema.
 
+    ``name``: one of ``available``, or the path of a file, which ends in ``.py`` and has a function ``recipe``: it is
+    run.
     ``schedule``: phases beside the recipe's own, as ``scheduled`` reads them.
     Raises ValueError for an unknown recipe or argument (with the close matches), for a missing one, and for a schedule
     that cannot be.
@@ -454,10 +446,18 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, tuple[Hook, ...]]:
 
 
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
-    if name not in names():
-        raise ValueError(f"no recipe named {name!r}{close(name, names())}; there are: {', '.join(names())}")
-    make = importlib.import_module(f"precision.recipes.{name}").recipe
+    make = make_of(name)
+    if make is None:
+        hint = "; a recipe of your own is named by its file, path/to/NAME.py" if "/" in name else ""
+        known = available()
+        raise ValueError(f"no recipe named {name!r}{close(name, known)}; there are: {', '.join(known)}{hint}")
+    code = getattr(make, "__code__", None)
+    where = code.co_filename if is_file(name) and code is not None else f"recipe {name!r}"
     parameters = inspect.signature(make).parameters
+    loose = [key for key, p in parameters.items() if p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if loose:
+        line = f":{code.co_firstlineno}" if is_file(name) and code is not None else ""
+        raise ValueError(f"{where}{line}: its signature is the schema of its arguments: {loose[0]!r} names none")
     for key in args:
         if key not in parameters:
             allowed = ", ".join(parameters) or "none"
@@ -465,19 +465,24 @@ def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
     if missing:
         raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
-    hints = get_type_hints(make)
+    hints = guarded(where, lambda: get_type_hints(make))
     for key, value in args.items():
-        if not _is_of(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
+        hint = hints.get(key, Any)
+        if not _is_of(value, hint):
+            wanted = getattr(hint, "__name__", None) or str(hint)
             if wanted == "Sequence":
-                wanted = str(hints[key]).rpartition("abc.")[2]
+                wanted = str(hint).rpartition("abc.")[2]
             raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
-    try:
-        recipe = make(**args)
-    except ValueError as error:
-        given = ", ".join(f"{key}={value}" for key, value in args.items())
-        raise ValueError(f"recipe {name!r} ({given}): {error}") from error
-    assert isinstance(recipe, Recipe)
+    if is_file(name):
+        recipe = guarded(where, lambda: make(**args))
+    else:
+        try:
+            recipe = make(**args)
+        except ValueError as error:
+            given = ", ".join(f"{key}={value}" for key, value in args.items())
+            raise ValueError(f"recipe {name!r} ({given}): {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{where}: its function gives a {type(recipe).__name__}, no Recipe")
     return recipe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from precision.recipe import close
+from precision.registry import files_in, is_file
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig, SourceConfig, home_of
@@ -61,19 +62,22 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
-    def validate(self) -> None:
-        """Raises UserError for the first part that is not valid. Changes nothing."""
+    def validate(self, *, recipe: bool = True) -> None:
+        """Raises UserError for the first part that is not valid. Changes nothing. ``recipe``: run recipe files."""
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
         for part in fields(self):
             value = getattr(self, part.name)
+            if part.name == "precision" and not recipe:
+                continue
             if hasattr(value, "validate"):
                 try:
                     value.validate()
                 except ValueError as error:
                     raise UserError(one_line(error)) from error
         try:
-            self.precision.validate_schedule(self.train.steps)
+            if recipe:
+                self.precision.validate_schedule(self.train.steps)
         except ValueError as error:
             raise UserError(f"precision.{one_line(error)}") from error
 
@@ -137,16 +141,36 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     chosen = [override.input_line or "" for override in parsed if override.key_or_group in groups()]
     base = _compose(chosen)
     _check_keys(parsed, base)
-    return to_config(_compose([_for_compose(override) for override in parsed if not _is_hydra(override)]))
+    said = said_files(parsed)
+    overrides = [_for_compose(override) for override in parsed if not _is_hydra(override)]
+    return to_config(_compose([*overrides, *_name_of_file(parsed)]), said)
 
 
-def load_run_config(file: Path) -> TrainConfig:
-    """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read."""
+def said_files(overrides: Sequence[Override]) -> set[str]:
+    """The recipe files that the command line names."""
+    values = [override.value() for override in overrides if override.key_or_group.startswith("precision.")]
+    return {str(file) for value in values for file in files_in([{"": value}])}
+
+
+def _name_of_file(overrides: Sequence[Override]) -> list[str]:
+    """What else follows from a recipe file: a name, if none is given, which the run directory may be called by."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    recipe = values.get("precision.recipe")
+    if not isinstance(recipe, str) or not is_file(recipe) or "precision.name" in values:
+        return []
+    return [f"precision.name={re.sub(r'[^A-Za-z0-9_-]', '_', Path(recipe).stem)}"]
+
+
+def load_run_config(file: Path, said: Collection[str] | None = frozenset()) -> TrainConfig:
+    """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read.
+
+    ``said``: the recipe files that may be run, for the command line names them; None to run none and only read.
+    """
     try:
         tree = read_yaml(file)
         schema = MODEL_SCHEMAS[tree.model.arch]
         tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
-        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree))
+        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), tree), said)
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
     except UserError as error:
@@ -210,8 +234,8 @@ def _keys(tree: Any) -> Iterator[Any]:
         yield from tree
 
 
-def to_config(tree: Any) -> TrainConfig:
-    """A composed tree as dataclasses, validated."""
+def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainConfig:
+    """A composed tree as dataclasses, validated. ``said``: as in ``load_run_config``."""
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -219,7 +243,12 @@ def to_config(tree: Any) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
-    config.validate()
+    if said is not None:
+        try:
+            config.precision.require_said(said)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+    config.validate(recipe=said is not None or not config.precision.files())
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +42,9 @@ class Subject:
     precision: EvalPrecision
 
 
-def open_run(run_dir: Path) -> Subject:
-    """The newest checkpoint of a run."""
-    run = restore_run(run_dir)
+def open_run(run_dir: Path, said: Sequence[str] = ()) -> Subject:
+    """The newest checkpoint of a run; ``said``: as in ``restore_run``."""
+    run = restore_run(run_dir, said)
     return Subject(run.world, run.state, run.config.data, run.config.eval.precision)
 
 

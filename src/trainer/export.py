@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +25,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION_WINDOWS = 16  # of the training split
 
 
-def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False) -> int:
+def export_run(
+    run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False, said: Sequence[str] = ()
+) -> int:
     """Write config, safetensors and tokenizer of ``run_dir`` into ``out``; returns the checkpoint's step.
 
     The parameters are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not in the
     file, nor is a master that ``optim.moments`` keeps beside BF16 parameters. ``folded``: the scales of Smooth-SwiGLU's
     channels (arXiv 2409.12517), powers of two from the largest values over some text, are taken into the weights on
-    both sides of it: the same function, bit for bit, whose down-projection reads channels of like size.
+    both sides of it: the same function, bit for bit, whose down-projection reads channels of like size. ``said``: as
+    in ``restore_run``.
 
     Raises UserError if ``out`` holds something already, the run has no checkpoint, or there is no SwiGLU to fold.
     """
@@ -39,7 +43,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
     directory = RunDirectory(run_dir)
-    config = load_run_config(directory.config)
+    config = load_run_config(directory.config, None)
     checkpoint = newest(directory.checkpoints)
     if checkpoint is None:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
@@ -51,7 +55,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     if folded:
         if not any(name.endswith(f".{GATE}.weight") for name in ours):
             raise UserError(f"fold=true: {run_dir} trains a {config.model.arch}, whose MLPs are no SwiGLU")
-        for mlp, amax in channel_maxima(run_dir).items():
+        for mlp, amax in channel_maxima(run_dir, said).items():
             up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
             ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
     hf_config, theirs = to_transformers(model_config, ours, tokenizer.eot)
@@ -62,13 +66,13 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     return int(checkpoint.meta["step"])
 
 
-def channel_maxima(run_dir: Path) -> dict[str, Tensor]:
+def channel_maxima(run_dir: Path, said: Sequence[str] = ()) -> dict[str, Tensor]:
     """The largest absolute value of every channel of a SwiGLU over the first training windows, by the path of its MLP.
 
     Computed without the recipe's quantization.
     """
     try:
-        run = restore_run(run_dir)
+        run = restore_run(run_dir, said)
         windows = open_windows(run.config.data, run.tokenizer, "train", CALIBRATION_WINDOWS * run.context)
         maxima: dict[str, Tensor] = {}
 

@@ -9,6 +9,7 @@ import torch
 
 from precision.probe import Probe
 from precision.recipe import Plan
+from precision.registry import content_of, is_file, renamed
 from trainer import distributed
 from trainer.build import (
     Data,
@@ -136,8 +137,11 @@ def _prepare(config: TrainConfig, directory: RunDirectory) -> None:
             directory.move_aside()
         return
     if directory.config.exists() and directory.has_run():
-        changed = differences(load_run_config(directory.config), config)
-        fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config)]
+        before = load_run_config(directory.config, None)
+        changed = differences(before, config)
+        # Of recipe files the checkpoint tells what they held; they may lie at another place now.
+        moved = {key for key, (old, new) in changed.items() if key.startswith("precision.") and _files_moved(old, new)}
+        fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config) and key not in moved]
         if fixed:
             key = min(fixed, key=_telling)
             old, new = changed[key]
@@ -165,6 +169,11 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
         if (there := identity.get(key, value)) != value:
             if _may_change(key, config):
                 continue
+            if all(isinstance(one, str) and is_file(one) for one in (there, value)):
+                raise UserError(
+                    f"the recipe file {config.flat()[key]} has changed since checkpoint {checkpoint.path}: "
+                    f"{there.removesuffix('.py')}, and now {value.removesuffix('.py')}; {_ways(key)}"
+                )
             raise UserError(f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: {_ways(key)}")
     finished = directory.finished_step()
     if finished is not None and checkpoint.meta["step"] >= config.train.steps:
@@ -175,6 +184,11 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
 
 def _is_fixed(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in _FIXED)
+
+
+def _files_moved(old: Any, new: Any) -> bool:
+    """Whether nothing but paths of recipe files differs."""
+    return bool(renamed(old, lambda file: "") == renamed(new, lambda file: ""))
 
 
 def _may_change(key: str, config: TrainConfig) -> bool:
@@ -197,7 +211,11 @@ def _ways(key: str) -> str:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about the run it is of, beside the shapes of its tensors."""
-    fixed = {key: value for key, value in config.flat().items() if _is_fixed(key)}
+    fixed = {
+        key: renamed(value, content_of) if key.startswith("precision.") else value
+        for key, value in config.flat().items()
+        if _is_fixed(key)
+    }
     return fixed | {_MOMENTS: str(recipe_of(config.precision, config.optim).moments)}
 
 
@@ -251,6 +269,8 @@ def _build(
         say(_describe(config, world, state.model, micro_batch, data))
         if checkpoint is not None:
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
+        for line in (*state.plan.notes, *([state.plan.coverage.short] if state.plan.coverage.quantized else [])):
+            say(line)
     end = documents_end(config.data, data.tokenizer)
     batches = kept_apart(source, end)
     if world.deferred:
@@ -280,6 +300,7 @@ def _build(
         "deterministic": config.parallel.is_deterministic(world.device),
     }
     env = environment(world, state.step) | made_of
+    world.on_main(lambda: directory.keep_recipe(config.precision.files()))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)

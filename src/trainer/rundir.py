@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -23,7 +25,7 @@ import torch
 from trainer.checkpoint import had_checkpoints
 from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
-from trainer.files import lock, read_json, write_json, write_text
+from trainer.files import lock, read_json, sha256_of, write_bytes, write_json, write_text
 
 _SAY_AGAIN_SECONDS = 60.0
 
@@ -170,6 +172,18 @@ class RunDirectory:
             if path.name != ".lock" and not path.name.startswith("earlier-"):
                 shutil.move(path, target / path.name)
         say(f"run.resume=never: what {self.path} held is now in {target}")
+
+    def keep_recipe(self, files: Sequence[str]) -> None:
+        """Copy a user's recipe files, for the record, as ``recipe.py`` and so on; copies that differ stay."""
+        try:
+            for number, file in enumerate(files):
+                target = self.path / (f"recipe-{number}.py" if number else "recipe.py")
+                content = Path(file).expanduser().read_bytes()
+                if target.exists() and (before := sha256_of(target)) != hashlib.sha256(content).hexdigest():
+                    target.rename(target.with_name(f"{target.stem}-{before[:12]}.py"))
+                write_bytes(target, content)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""

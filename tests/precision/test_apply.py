@@ -46,7 +46,9 @@ def bert() -> nn.Module:
 
 
 def t5() -> nn.Module:
-    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
