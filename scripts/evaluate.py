@@ -2,10 +2,11 @@
 
 [path=a corpus in C4's layout; a run's own shards if not given] [split=validation] [tokens=0, the first ones; 0 = all]
 [batch=8 sequences at once] [seq_len=0; 0 = the length it was trained at] [precision=bf16, for hf=]
+[precision.recipe=FILE.py, of a run that was trained with a recipe file]
 """
 
 from trainer import distributed
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.corpus import SPLITS
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_on, open_pretrained, open_run
@@ -36,7 +37,7 @@ def main(
     if hf:
         subject = open_pretrained(hf, precision or "bf16", seq_len or None)
     else:
-        subject = open_run(run_dir_of(overrides), seq_len or None)
+        subject = open_run(run_dir_of(overrides), seq_len or None, recipe_files_of(overrides))
     result = evaluate_on(subject, path or None, split, tokens, batch)
     all_there = f", all there are of the {tokens:,} asked for" if result.tokens < tokens else ""
     windows = f"over {result.tokens:,} tokens of {split} in windows of {result.seq_len:,}{all_there}"

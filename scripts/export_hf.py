@@ -10,7 +10,7 @@ of like size, for who casts them to FP8 afterwards.
 
 from pathlib import Path
 
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.errors import UserError
 from trainer.export import export_run
 from trainer.pretrained import PretrainedDirectory
@@ -22,7 +22,7 @@ def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: s
         raise UserError("out=... is missing: the directory to write")
     if fold not in ("true", "false"):
         raise UserError(f"fold={fold}: true or false")
-    step = export_run(run_dir, Path(out), dtype, folded=fold == "true")
+    step = export_run(run_dir, Path(out), dtype, folded=fold == "true", said=recipe_files_of(overrides))
     length = PretrainedDirectory(out).trained_length
     print(f"step {step} of {run_dir} is in {out}, master weights in {dtype}, trained on {length} tokens at a time")
     print(f"lm_eval --model hf --model_args pretrained={out},dtype={dtype},max_length={length} ...")

@@ -1,6 +1,7 @@
 """Text from a run: python scripts/generate.py run.dir=runs/sample prompt="The people"
 
 [tokens=120] [temperature=0.8, 0 = the likeliest] [top_k=50, 0 = all] [seed=0]
+[precision.recipe=FILE.py, of a run that was trained with a recipe file]
 
 Uses the newest complete checkpoint of the run directory.
 """
@@ -8,7 +9,7 @@ Uses the newest complete checkpoint of the run directory.
 import sys
 
 from trainer import distributed
-from trainer.cli import run_dir_of, script_main
+from trainer.cli import recipe_files_of, run_dir_of, script_main
 from trainer.errors import UserError
 from trainer.generate import SampleConfig, generate
 from trainer.restore import restore_run
@@ -28,7 +29,7 @@ def main(
         sample.validate()
     except ValueError as error:
         raise UserError(str(error).removeprefix("sample.")) from error
-    run = restore_run(run_dir_of(overrides))
+    run = restore_run(run_dir_of(overrides), recipe_files_of(overrides))
     if (length := len(run.tokenizer.encode_batch([prompt])[0])) > run.context:
         print(f"warning: of the prompt's {length} tokens the last {run.context} are seen", file=sys.stderr)
     print(generate(run.state.model, run.tokenizer, sample, context=run.context, device=run.world.device))

@@ -24,6 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from precision import traced
 from precision.backends import REFERENCE, Backend, Choice, Operand, choose
@@ -74,6 +76,8 @@ class Clock:
     high_precision: bool = False
     samples: int | None = None  # of the micro-batch
     recent: Recent = field(default_factory=Recent)
+    begun: bool = field(default=False, init=False)  # ever, by whoever trains
+    _trained: tuple[weakref.ref[Tensor], int] | None = field(default=None, init=False)
     step: Tensor = field(init=False)
     first_sample: Tensor = field(init=False)
 
@@ -87,6 +91,35 @@ class Clock:
         )
         self.samples = samples
 
+    def begin(self) -> None:
+        """What comes now is of the step, and the place in the data, that was set."""
+        self.begun, self._trained = True, None
+
+    def require_step(self, model: nn.Module, why: str) -> None:
+        """Note a training forward pass of ``model``.
+
+        Raises RuntimeError for the second one without a step, and for one after an optimizer has written to the
+        weights since the last.
+        """
+        weight = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+        if weight is None:
+            return
+        if self._trained is not None:
+            same, version = self._trained[0]() is weight, self._trained[1]
+            if not self.begun or (same and weight._version != version):
+                raise RuntimeError(
+                    f"a training forward pass {'of a new step ' if self.begun else ''}that no step was begun for: "
+                    f"{why} would stand still; call plan.begin_step(step, first_sample) before each step and "
+                    "plan.end_step() after it, or give PrecisionCallback(plan) to the Trainer of transformers"
+                )
+        self._trained = weakref.ref(weight), weight._version
+
+    def note_update(self, optimizer: Optimizer) -> None:
+        """That of an optimizer, which may write to weights without a trace in their versions, as fused ones do."""
+        weight = None if self._trained is None else self._trained[0]()
+        if weight is not None and any(one is weight for group in optimizer.param_groups for one in group["params"]):
+            self._trained = weakref.ref(weight), -1
+
     def rows_of_a_sample(self, x: Tensor, rows: int) -> int:
         """How many rows a sample takes in an input of ``rows`` rows: what the global index of a row is counted in.
 
@@ -95,6 +128,40 @@ class Clock:
         """
         samples = self.samples or (x.shape[0] if x.dim() > 2 else rows)
         return rows // samples if samples and rows % samples == 0 else 1
+
+
+_WATCHED: weakref.WeakSet[Clock] = weakref.WeakSet()
+"""The clocks of models whose training passes belong to steps."""
+
+
+def require_steps(model: nn.Module, clock: Clock, why: str) -> None:
+    """From now on training passes of ``model`` belong to a step of ``clock``; ``why``: what goes by the step."""
+    _watch_optimizers()
+    _WATCHED.add(clock)
+    model.register_forward_pre_hook(RequireStep(clock, why))
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_note_update)
+
+
+def _note_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for clock in _WATCHED:
+            clock.note_update(optimizer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequireStep:
+    """A forward pre-hook of a whole model: training passes belong to a step. ``why``: what goes by the step."""
+
+    clock: Clock
+    why: str
+
+    def __call__(self, model: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+            self.clock.require_step(model, self.why)
 
 
 class Column(NamedTuple):

@@ -1,6 +1,6 @@
 """A recipe is a frozen value; ``apply`` puts it into a model and gives back the plan of what was done.
 
-recipe = load("bf16", {})
+recipe = load("mxfp8", {"keep_last": 1})
 plan = apply(recipe, model)
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import math
-import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import UnionType
+from enum import Enum
+from types import MappingProxyType, UnionType
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
@@ -25,11 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from precision import recipes
 from precision.backends import require_backend as require_backend
+from precision.blocks import Block, Blocks, find_blocks
 from precision.codecs import STANDARD, Moments
-from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends
+from precision.coverage import OUTSIDE, Coverage, CoverageWarning, covered
+from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends, is_random, require_steps
 from precision.loss_scale import LossScaler
+from precision.registry import available as available
+from precision.registry import guarded, is_file, make_of
+from precision.registry import names as names
 from precision.scaling import Current
 from precision.schedule import Span, parse_span
 from precision.spec import GEMMS, LinearSpec
@@ -45,8 +49,16 @@ class Dtypes:
     reduce: torch.dtype = torch.float32
 
 
-BLOCK_LINEARS = r"(.*\.)?(layers|h|blocks)\.\d+\..+"
-"""The linears of transformer blocks, in models of this project and of `transformers`: not the head."""
+class Where(Enum):
+    """Modules that a rule finds by the structure of the model."""
+
+    BLOCKS = "the blocks"
+
+
+BLOCK_LINEARS = Where.BLOCKS
+"""The linears of the blocks that ``precision.blocks`` finds, not the head; or those that ``apply`` is told by path."""
+
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +68,7 @@ class Keep:
     Args:
         path: regex, full match.
         kind: a module type.
-        first: blocks from the start of the model: a whole number, or a fraction of them, rounded up.
+        first: blocks from the start of every stack of them: a whole number, or a fraction of them, rounded up.
         last: blocks from its end.
     """
 
@@ -76,14 +88,17 @@ class Keep:
             except re.error as error:
                 raise ValueError(f"keep_paths={self.path!r}: not a regular expression: {error}") from error
 
-    def matches(self, path: str, module: nn.Module, num_blocks: int) -> bool:
-        """Whether the module is among them."""
-        block = block_of(path)
+    def matches(self, path: str, module: nn.Module, block: Block | None) -> bool:
+        """Whether the module, which is in ``block``, is among them."""
         inside = block is not None and (
-            block < _count(self.first, num_blocks) or block >= num_blocks - _count(self.last, num_blocks)
+            block.index < _count(self.first, block.total) or block.index >= block.total - _count(self.last, block.total)
         )
+        return inside or self.names(path, module)
+
+    def names(self, path: str, module: nn.Module) -> bool:
+        """Whether it is meant by its path or its kind."""
         named = self.path is not None and re.fullmatch(self.path, path) is not None
-        return inside or named or (self.kind is not None and isinstance(module, self.kind))
+        return named or (self.kind is not None and isinstance(module, self.kind))
 
     def __str__(self) -> str:
         parts = [f"path {self.path!r}" if self.path is not None else "", self.kind.__name__ if self.kind else ""]
@@ -99,11 +114,6 @@ def keep(
     return (*ends, *(Keep(path=path) for path in paths), *(Keep(kind=kind) for kind in kinds))
 
 
-def block_of(path: str) -> int | None:
-    """The index of the block a module belongs to: the first number in its path."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
 def _count(wanted: float, num_blocks: int) -> int:
     return math.ceil(wanted * num_blocks) if wanted < 1 else int(wanted)
 
@@ -112,13 +122,13 @@ def _count(wanted: float, num_blocks: int) -> int:
 class Rule:
     """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path, *siblings)``.
 
-    ``keep``: the modules among them that stay as they are. ``siblings``: names of children that the module's parent
-    must have, or the rule passes it by; ``children``: of those that it must have itself. ``optional``: it may match
-    nothing.
+    ``path``: a regex, or ``BLOCK_LINEARS``. ``keep``: the modules among them that stay as they are. ``siblings``: names
+    of children that the module's parent must have, or the rule passes it by; ``children``: of those that it must have
+    itself. ``optional``: it may match nothing.
     """
 
     kind: type[nn.Module]
-    path: str
+    path: str | Where
     make: Callable[..., nn.Module]
     keep: tuple[Keep, ...] = ()
     siblings: tuple[str, ...] = ()
@@ -242,6 +252,8 @@ class Plan:
     model: nn.Module
     rows: Sequence[PlanRow]
     update_note: str = ""  # how optimizer states are kept and updated, once that is known
+    coverage: Coverage = field(default_factory=Coverage)
+    notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
     clock: Clock = field(default_factory=Clock)
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
@@ -279,6 +291,7 @@ class Plan:
     def begin_micro(self, sample_offset: int, samples: int | None = None) -> None:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
         self.clock.set(self._step, sample_offset, samples)
+        self.clock.begin()
         for hook in self.recipe.hooks:
             if isinstance(hook, MicroHook):
                 hook.begin_micro(self.model)
@@ -372,17 +385,15 @@ class Plan:
         scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]
         hooks = [f"every step: {hook}" for hook in self.recipe.hooks]
-        return "\n".join([head, *update, *scaler, *phases, *hooks, *map(str, self.rows)]) + "\n"
+        lines = [head, *update, *scaler, *phases, *hooks, *map(str, self.rows), *self.notes, str(self.coverage)]
+        return "\n".join(lines) + "\n"
 
 
-def names() -> list[str]:
-    """The recipes there are: the modules of ``precision.recipes``."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+def load(name: str, args: Mapping[str, Any] = NO_ARGUMENTS, schedule: Sequence[Any] = ()) -> Recipe:
+    """The recipe of this name with these arguments; its signature is the schema.
 
-
-def load(name: str, args: Mapping[str, Any], schedule: Sequence[Any] = ()) -> Recipe:
-    """The recipe ``precision.recipes.<name>`` with these arguments; its signature is the schema.
-
+    ``name``: one of ``available``, or the path of a file, which ends in ``.py`` and has a function ``recipe``: it is
+    run.
     ``schedule``: phases beside the recipe's own, as ``scheduled`` reads them.
     Raises ValueError for an unknown recipe or argument (with the close matches), for a missing one, and for a schedule
     that cannot be.
@@ -454,16 +465,26 @@ def filled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """``args`` of the recipe with that name, and its own for what they leave out; as they are if there is none such."""
     if name not in names():
         return dict(args)
-    parameters = inspect.signature(importlib.import_module(f"precision.recipes.{name}").recipe).parameters
+    make = make_of(name)
+    assert make is not None
+    parameters = inspect.signature(make).parameters
     own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(args)).items()}
 
 
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
-    if name not in names():
-        raise ValueError(f"no recipe named {name!r}{close(name, names())}; there are: {', '.join(names())}")
-    make = importlib.import_module(f"precision.recipes.{name}").recipe
+    make = make_of(name)
+    if make is None:
+        hint = "; a recipe of your own is named by its file, path/to/NAME.py" if "/" in name else ""
+        known = available()
+        raise ValueError(f"no recipe named {name!r}{close(name, known)}; there are: {', '.join(known)}{hint}")
+    code = getattr(make, "__code__", None)
+    where = code.co_filename if is_file(name) and code is not None else f"recipe {name!r}"
     parameters = inspect.signature(make).parameters
+    loose = [key for key, p in parameters.items() if p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if loose:
+        line = f":{code.co_firstlineno}" if is_file(name) and code is not None else ""
+        raise ValueError(f"{where}{line}: its signature is the schema of its arguments: {loose[0]!r} names none")
     for key in args:
         if key not in parameters:
             allowed = ", ".join(parameters) or "none"
@@ -471,19 +492,24 @@ def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
     if missing:
         raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
-    hints = get_type_hints(make)
+    hints = guarded(where, lambda: get_type_hints(make))
     for key, value in args.items():
-        if not _is_of(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
+        hint = hints.get(key, Any)
+        if not _is_of(value, hint):
+            wanted = getattr(hint, "__name__", None) or str(hint)
             if wanted == "Sequence":
-                wanted = str(hints[key]).rpartition("abc.")[2]
+                wanted = str(hint).rpartition("abc.")[2]
             raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
-    try:
-        recipe = make(**args)
-    except ValueError as error:
-        given = ", ".join(f"{key}={value}" for key, value in args.items())
-        raise ValueError(f"recipe {name!r} ({given}): {error}") from error
-    assert isinstance(recipe, Recipe)
+    if is_file(name):
+        recipe = guarded(where, lambda: make(**args))
+    else:
+        try:
+            recipe = make(**args)
+        except ValueError as error:
+            given = ", ".join(f"{key}={value}" for key, value in args.items())
+            raise ValueError(f"recipe {name!r} ({given}): {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{where}: its function gives a {type(recipe).__name__}, no Recipe")
     return recipe
 
 
@@ -507,9 +533,11 @@ def close(word: str, known: Iterable[str]) -> str:
 
 
 def apply(
-    recipe: Recipe,
+    recipe: Recipe | str,
     model: nn.Module,
     *,
+    args: Mapping[str, Any] = NO_ARGUMENTS,
+    paths: str | Sequence[str] = (),
     tokens: int | None = None,
     device: torch.device | None = None,
     backend: str = "auto",
@@ -518,18 +546,31 @@ def apply(
     """Replace modules of ``model`` in place as the recipe's rules say. Works on any tree of ``nn.Linear``.
 
     Args:
+        recipe: what ``load`` gave, or a name, which is loaded with ``args``.
+        paths: regex, or several, full match: the linears to quantize, in place of those of the blocks that
+            ``precision.blocks`` finds.
         tokens: rows of every activation matrix in one micro-batch, for backends that care about shapes.
         device: where the model will run; the model itself may be on the meta device.
         backend: ``auto``, or the one backend to use.
         seed: of rounding noise.
 
     Raises ValueError when a rule, or a selector of what it keeps, matches no module: a recipe that silently does
-    nothing is worse than none. Also for a backend that is none or refuses.
+    nothing is worse than none. Also for a model that is quantized already, and for a backend that is none or refuses.
+    Warns (``CoverageWarning``) where much of the model is not quantized that nobody chose to leave.
     """
+    if isinstance(recipe, str):
+        recipe = load(recipe, args)
+    elif args:
+        raise ValueError("args are those of a recipe given by name; one that is loaded has its own")
     device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    others = [_specs(phase, model) for phase in recipe.schedule]
+    scene = _Scene.of(model, [paths] if isinstance(paths, str) else list(paths))
+    if scene.paths and not any(rule.path is Where.BLOCKS for rule in recipe.rules):
+        raise ValueError(
+            f"paths={scene.paths}: this recipe chooses no linears of blocks, so there is nothing to choose"
+        )
+    others = [_specs(phase, scene) for phase in recipe.schedule]
     for rule in recipe.rules:
-        for path, module in _chosen(rule, model):
+        for path, module in scene.chosen(rule):
             parent, _, child = path.rpartition(".")
             siblings = (model.get_submodule(f"{parent}.{name}" if parent else name) for name in rule.siblings)
             setattr(model.get_submodule(parent), child, rule.make(module, path, *siblings))
@@ -540,6 +581,7 @@ def apply(
             setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
     if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
+    _leave_fast_paths(model)
     clock = Clock(seed=seed, device=None if device.type == "meta" else device)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
@@ -555,21 +597,52 @@ def apply(
             rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
-    plan = Plan(recipe, model, rows, clock=clock)
+    coverage = covered(model, scene.kept, scene.reasons)
+    if coverage.surprises:
+        warnings.warn(str(coverage), CoverageWarning, stacklevel=2)
+    plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.buffers().items():
             if buffer.is_meta:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, torch.empty_like(buffer, device=device))
         plan.reset_state()
+    if why := _by_step(recipe, model):
+        require_steps(model, clock, why)
     return plan
 
 
-def _specs(phase: Phase, model: nn.Module) -> dict[str, LinearSpec]:
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Have torch's own transformer layers call their linears in evaluation, too, where they would read weights."""
+    for module in model.modules():
+        if not any(isinstance(inner, QuantLinear) for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_nothing)  # with a hook there is no fast path
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    pass
+
+
+def _by_step(recipe: Recipe, model: nn.Module) -> str:
+    """What of a recipe in a model goes by the step, in words; nothing if nothing does."""
+    specs = {spec for module in model.modules() if isinstance(module, QuantLinear) for spec in module.specs}
+    operands = [
+        operand for spec in specs for gemm in (spec.fprop, spec.dgrad, spec.wgrad) for operand in (gemm.a, gemm.b)
+    ]
+    random = any(operand is not None and is_random(operand) for operand in operands)
+    parts = ["rounding noise"] * random + ["the schedule"] * bool(recipe.schedule)
+    return " and ".join([*parts, *(f"what a step does ({hook})" for hook in recipe.hooks)])
+
+
+def _specs(phase: Phase, scene: _Scene) -> dict[str, LinearSpec]:
     """What the rules of a phase would make of the linears of a model that is still plain."""
     specs: dict[str, LinearSpec] = {}
     for rule in phase.rules:
-        for path, module in _chosen(rule, model):
+        for path, module in scene.chosen(rule):
             made = rule.make(module, path)
             if not isinstance(made, QuantLinear):
                 raise ValueError(
@@ -579,48 +652,129 @@ def _specs(phase: Phase, model: nn.Module) -> dict[str, LinearSpec]:
     return specs
 
 
-def _chosen(rule: Rule, model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
-    pattern = re.compile(rule.path)
-    of_kind = [(path, module) for path, module in model.named_modules() if isinstance(module, rule.kind)]
-    matched = [
-        (path, module)
-        for path, module in of_kind
-        if pattern.fullmatch(path) and _has_siblings(rule, model, path) and _has_all(rule.children, module)
-    ]
-    if rule.optional and not matched:
-        return []
-    kinds = sorted(path for path, _ in of_kind)
-    there = f"there are {len(kinds)}, the first: {', '.join(kinds[:3]) or 'none'}"
-    if not matched:
-        beside = f" beside {' and '.join(rule.siblings)}" if rule.siblings else ""
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """A model that rules are applied to, and what they left alone.
+
+    By path: ``kept``, which selector wants a linear in high precision; ``reasons``, why another is not quantized.
+    ``notes``: lines of the plan.
+    """
+
+    model: nn.Module
+    blocks: Blocks
+    paths: list[str]  # regexes of the linears to choose, in place of those of the blocks
+    unreached: frozenset[str]  # linears whose weights are read by another module, which does not call them
+    reasons: dict[str, str]
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, paths: list[str]) -> _Scene:
+        """Raises ValueError for a model that is quantized already or is a single linear, and for a pattern of
+        ``paths`` that is none or matches no linear."""
+        if isinstance(model, nn.Linear):
+            raise ValueError(
+                "the model is itself a Linear, which has no place to be replaced in: wrap it, as nn.Sequential(linear)"
+            )
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        before = next((path for path, module in model.named_modules() if isinstance(module, QuantLinear)), None)
+        if before is not None:
+            raise ValueError(
+                f"the model is quantized already ({before or 'it'} is a QuantLinear): a recipe goes into a plain model"
+            )
+        for pattern in paths:
+            try:
+                found = any(re.fullmatch(pattern, path) for path in linears)
+            except re.error as error:
+                raise ValueError(f"paths={pattern!r}: not a regular expression: {error}") from error
+            if not found:
+                raise ValueError(f"paths={pattern!r} matches no Linear{close(pattern, linears)}; {_there(linears)}")
+        unreached = {
+            f"{path}.out_proj" if path else "out_proj"
+            for path, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+        reasons = dict.fromkeys(unreached, "read, not called, by nn.MultiheadAttention")
+        return cls(model, find_blocks(model), paths, frozenset(unreached), reasons)
+
+    def chosen(self, rule: Rule) -> list[tuple[str, nn.Module]]:
+        """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
+        of_kind = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, rule.kind) and path not in self.unreached
+        ]
+        matched = [
+            (path, module)
+            for path, module in of_kind
+            if self._matches(rule, path) and self._has_siblings(rule, path) and _has_all(rule.children, module)
+        ]
+        if rule.optional and not matched:
+            return []
+        kinds = sorted(path for path, _ in of_kind)
         # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
-        other = sum(type(module).__name__ == "Conv1D" for module in model.modules())
-        hint = f"; {other} Conv1D with transposed weights, as in GPT-2 of `transformers`, are not converted"
-        raise ValueError(
-            f"the rule {rule.path!r} matches no {rule.kind.__name__}{beside}{close(rule.path, kinds)}; {there}"
-            + (hint if other else "")
-        )
-    num_blocks = 1 + max((block for path, _ in matched if (block := block_of(path)) is not None), default=-1)
-    for selector in rule.keep:
-        if not any(selector.matches(path, module, num_blocks) for path, module in matched):
+        other = sum(type(module).__name__ == "Conv1D" for module in self.model.modules())
+        in_blocks = rule.path is Where.BLOCKS
+        if not matched or (in_blocks and not self.paths and other and not self.blocks.stacks):
+            beside = f" beside {' and '.join(rule.siblings)}" if rule.siblings else ""
+            hint = f"; {other} Conv1D with transposed weights, as in GPT-2 of `transformers`, are not converted"
+            near = "" if isinstance(rule.path, Where) else close(rule.path, kinds)
+            raise ValueError(
+                f"the rule {'for the blocks' if in_blocks else repr(rule.path)} matches no {rule.kind.__name__}{beside}"
+                f"{near}; {_there(kinds)}" + (hint if other else "")
+            )
+        if in_blocks and not self.paths and not self.blocks.stacks:
+            self.notes.append(str(self.blocks))
+        self._settle_kept(rule, matched, of_kind)
+        chosen = []
+        for path, module in matched:
+            keeps = [selector for selector in rule.keep if selector.matches(path, module, self.blocks.of(path))]
+            if keeps:
+                self.kept.setdefault(path, str(keeps[0]))
+            else:
+                chosen.append((path, module))
+        if not chosen:
+            raise ValueError(
+                f"all {len(matched)} linears in {self.blocks.total} blocks are to be kept in high precision "
+                f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
+            )
+        if in_blocks:
+            outside = "not named by paths" if self.paths else OUTSIDE
+            for path, _ in of_kind:
+                self.reasons.setdefault(path, outside)
+        return chosen
+
+    def _settle_kept(
+        self, rule: Rule, matched: list[tuple[str, nn.Module]], of_kind: list[tuple[str, nn.Module]]
+    ) -> None:
+        for selector in rule.keep:
+            if any(selector.matches(path, module, self.blocks.of(path)) for path, module in matched):
+                continue
+            already = [path for path, module in self.model.named_modules() if selector.names(path, module)]
+            linears = [path for path in already if isinstance(self.model.get_submodule(path), nn.Linear | rule.kind)]
+            if linears:
+                self.notes.append(f"to keep in high precision: {selector}: {linears[0]} is in high precision already")
+                continue
+            kinds = sorted(path for path, _ in of_kind)
             near = close(selector.path, kinds) if selector.path is not None else ""
-            raise ValueError(f"to keep in high precision: {selector} matches no {rule.kind.__name__}{near}; {there}")
-    chosen = [
-        (path, module)
-        for path, module in matched
-        if not any(selector.matches(path, module, num_blocks) for selector in rule.keep)
-    ]
-    if not chosen:
-        raise ValueError(
-            f"all {len(matched)} linears in {num_blocks} blocks are to be kept in high precision "
-            f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
-        )
-    return chosen
+            raise ValueError(
+                f"to keep in high precision: {selector} matches no {rule.kind.__name__}{near}; {_there(kinds)}"
+            )
+
+    def _matches(self, rule: Rule, path: str) -> bool:
+        if not isinstance(rule.path, Where):
+            return re.fullmatch(rule.path, path) is not None
+        if self.paths:
+            return any(re.fullmatch(pattern, path) for pattern in self.paths)
+        return self.blocks.of(path) is not None
+
+    def _has_siblings(self, rule: Rule, path: str) -> bool:
+        return _has_all(rule.siblings, self.model.get_submodule(path.rpartition(".")[0]))
 
 
-def _has_siblings(rule: Rule, model: nn.Module, path: str) -> bool:
-    return _has_all(rule.siblings, model.get_submodule(path.rpartition(".")[0]))
+def _there(paths: Iterable[str]) -> str:
+    found = sorted(paths)
+    return f"there are {len(found)}, the first: {', '.join(found[:3]) or 'none'}"
 
 
 def _has_all(names: Iterable[str], module: nn.Module) -> bool:

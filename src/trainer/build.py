@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
 from precision.all_gather import gather_codes
 from precision.codecs import chosen
+from precision.coverage import CoverageWarning
 from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
+from precision.registry import content_of, files_in, is_file, renamed, sha256
 from precision.updates import CodecAdamW
 from trainer.corpus import CorpusFile
 from trainer.data import (
@@ -76,9 +79,43 @@ class PrecisionConfig:
         """Raises ValueError for a schedule that cannot be in a run of this length."""
         require_apart(load(self.recipe, self.args, self.schedule).schedule, total_steps)
 
+    def files(self) -> list[str]:
+        """The users' recipe files that this config names, its own first."""
+        return list(dict.fromkeys(files_in([{"": part} for part in (self.recipe, self.args, self.schedule)])))
+
+    def require_said(self, said: Collection[str]) -> None:
+        """Raises ValueError for a recipe file that the command line, which says ``said``, does not name."""
+        named = {"recipe": self.recipe, "args": self.args, "schedule": self.schedule}
+        for key, value in named.items():
+            for file in files_in([{"": value}]):
+                if file not in said:
+                    way = f"says precision.recipe={file}" if key == "recipe" else f"names it in precision.{key}"
+                    raise ValueError(
+                        f"precision.{key} names the recipe file {file} (sha256 {sha256(file)}): it is Python, and runs "
+                        f"only if the command line {way}"
+                    )
+
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the recipe that its tensors are of."""
-        return {"name": self.recipe, "args": self.args} | ({"schedule": self.schedule} if self.schedule else {})
+        """What a checkpoint says of the recipe that its tensors are of: files by what they hold."""
+        whole = {"name": self.recipe, "args": self.args} | ({"schedule": self.schedule} if self.schedule else {})
+        return {key: renamed(value, content_of) for key, value in whole.items()}
+
+    def restore(self, identity: Mapping[str, Any], said: Collection[str]) -> None:
+        """Be the recipe of a checkpoint. A file of it is that of ``said`` which holds the same.
+
+        Raises ValueError if there is none, naming what it holds, and for a recipe that cannot be.
+        """
+        there = {content_of(file): file for file in said if is_file(file)}
+
+        def placed(file: str) -> str:
+            if file not in there:
+                held = file.removesuffix(".py").replace(":", " ")
+                raise ValueError(f"a recipe file ({held}), which is Python and runs only if the command line names it")
+            return there[file]
+
+        self.recipe, self.args = renamed(identity["name"], placed), renamed(identity["args"], placed)
+        self.schedule = renamed(identity.get("schedule", []), placed)
+        self.validate()
 
 
 @dataclass(frozen=True)
@@ -245,7 +282,9 @@ def build_model(
     with torch.device("meta"):
         model = create(config)
     try:
-        plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
+            plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
     except ValueError as error:
         raise UserError(f"precision: {error}") from error
     if parallel.compiles(world.device):

@@ -12,6 +12,8 @@ from typing import Any
 from trainer.environ import check_environment, forgive_console, require_text, unquoted
 from trainer.errors import ExitCode, UserError
 
+_RECIPE = "precision.recipe"
+
 
 def script_main(main: Callable[..., Any], doc: str | None) -> None:
     """Run ``main(overrides, **own)`` and exit.
@@ -56,13 +58,20 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
     return own, overrides
 
 
+def recipe_files_of(arguments: list[str]) -> list[str]:
+    """The values of ``precision.recipe=...``: the files of the run's recipe, which may then be run."""
+    return [value for key, _, value in (argument.partition("=") for argument in arguments) if key == _RECIPE]
+
+
 def run_dir_of(arguments: list[str]) -> Path:
-    """The value of ``run.dir=...``, the one argument besides the script's own, as the trainer reads it.
+    """The value of ``run.dir=...``, the one argument besides the script's own and ``precision.recipe``.
+
+    It is read as the trainer reads it.
 
     Raises UserError if it is missing or if there is another.
     """
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := sorted(values.keys() - {"run.dir"}):
+    if unknown := sorted(values.keys() - {"run.dir", _RECIPE}):
         raise UserError(f"unknown argument {unknown[0]!r}; --help shows the ones there are")
     value = values.get("run.dir", "")
     directory = value if (content := unquoted(value)) is None else content

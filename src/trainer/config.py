@@ -6,7 +6,7 @@ import io
 import re
 import shlex
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -29,6 +29,7 @@ from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from precision.recipe import close
+from precision.registry import files_in, is_file
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.data import DataConfig, SourceConfig, home_of
@@ -71,19 +72,22 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
-    def validate(self) -> None:
-        """Raises UserError for the first part that is not valid. Changes nothing."""
+    def validate(self, *, recipe: bool = True) -> None:
+        """Raises UserError for the first part that is not valid. Changes nothing. ``recipe``: run recipe files."""
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
         for part in fields(self):
             value = getattr(self, part.name)
+            if part.name == "precision" and not recipe:
+                continue
             if hasattr(value, "validate"):
                 try:
                     value.validate()
                 except ValueError as error:
                     raise UserError(one_line(error)) from error
         try:
-            self.precision.validate_schedule(self.train.steps)
+            if recipe:
+                self.precision.validate_schedule(self.train.steps)
         except ValueError as error:
             raise UserError(f"precision.{one_line(error)}") from error
 
@@ -171,7 +175,7 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
-    name = entry_config(place, parsed)
+    name, said = entry_config(place, parsed), said_files(parsed)
     choices = {o.key_or_group: o for o in parsed if o.key_or_group in (*groups(), EXPERIMENT)}
     # A whole file, or an experiment, says what it says: a run in run.dir must agree.
     earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
@@ -179,15 +183,30 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
         if not keys_are_known:
             _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
         lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
-        return to_config(_compose(place, name, lines))
-    keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+        return to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+    keys = [for_compose(o) for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
-        ConfigLoaderImpl._apply_overrides_to_config(parse([for_compose(key) for key in keys]), tree)
+        ConfigLoaderImpl._apply_overrides_to_config(parse([*keys, *name_of_file(parsed, tree.precision.recipe)]), tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
-    return to_config(tree)
+    return to_config(tree, said)
+
+
+def said_files(overrides: Sequence[Override]) -> set[str]:
+    """The recipe files that the command line names."""
+    values = [override.value() for override in overrides if override.key_or_group.startswith("precision.")]
+    return {str(file) for value in values for file in files_in([{"": value}])}
+
+
+def name_of_file(overrides: Sequence[Override], before: str | None = None) -> list[str]:
+    """What else follows from a recipe file that is not the one ``before``: a name, if none is given, for the run."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    recipe = values.get("precision.recipe")
+    if not isinstance(recipe, str) or not is_file(recipe) or recipe == before or "precision.name" in values:
+        return []
+    return [f"precision.name={re.sub(r'[^A-Za-z0-9_-]', '_', Path(recipe).stem)}"]
 
 
 def entry_config(place: Place, parsed: Sequence[Override]) -> str:
@@ -239,7 +258,7 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Pla
 
     What followed from another key follows from it still: a tokenizer from the corpus's path.
     """
-    tree, _ = _read_run(earlier.config)
+    tree, _ = _read_run(earlier.config, None)
     names = {group: str(tree[group].get("name")) for group in groups() if group in tree}
     lines = [override.input_line or "" for override in choices.values()]
     same = [f"{group}={name}" for group, name in names.items() if group not in choices and name in place.choices(group)]
@@ -259,19 +278,22 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Pla
     return tree
 
 
-def load_run_config(file: Path) -> TrainConfig:
-    """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read."""
-    return _read_run(file)[1]
+def load_run_config(file: Path, said: Collection[str] | None = frozenset()) -> TrainConfig:
+    """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read.
+
+    ``said``: the recipe files that may be run, for the command line names them; None to run none and only read.
+    """
+    return _read_run(file, said)[1]
 
 
-def _read_run(file: Path) -> tuple[DictConfig, TrainConfig]:
+def _read_run(file: Path, said: Collection[str] | None = frozenset()) -> tuple[DictConfig, TrainConfig]:
     try:
         tree = read_yaml(file)
         schema = MODEL_SCHEMAS[tree.model.arch]
         tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), tree)
         assert isinstance(merged, DictConfig)
-        return merged, to_config(merged)
+        return merged, to_config(merged, said)
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a run directory: it has no {file.name}") from error
     except UserError as error:
@@ -328,8 +350,8 @@ def _require_plain(text: str) -> None:
         raise ValueError("no key: value in it")
 
 
-def to_config(tree: Any) -> TrainConfig:
-    """A composed tree as dataclasses, validated."""
+def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainConfig:
+    """A composed tree as dataclasses, validated. ``said``: as in ``load_run_config``."""
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -337,7 +359,12 @@ def to_config(tree: Any) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
-    config.validate()
+    if said is not None:
+        try:
+            config.precision.require_said(said)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+    config.validate(recipe=said is not None or not config.precision.files())
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,9 +45,12 @@ class Subject:
     precision: EvalPrecision
 
 
-def open_run(run_dir: Path, seq_len: int | None = None) -> Subject:
-    """The newest checkpoint of a run, at the length it was trained at if ``seq_len`` names no other."""
-    run = restore_run(run_dir)
+def open_run(run_dir: Path, seq_len: int | None = None, said: Sequence[str] = ()) -> Subject:
+    """The newest checkpoint of a run, at the length it was trained at if ``seq_len`` names no other.
+
+    ``said``: as in ``restore_run``.
+    """
+    run = restore_run(run_dir, said)
     data = run.config.data
     length = _length(seq_len, data.seq_len, run.state.model.config.position_limit, str(run_dir))
     return Subject(run.world, run.state, replace(data, seq_len=length), run.config.eval.precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION_WINDOWS = 16  # of the training split
 
 
-def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False) -> int:
+def export_run(
+    run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool = False, said: Sequence[str] = ()
+) -> int:
     """Write config, safetensors and tokenizer of ``run_dir`` into ``out``; returns the checkpoint's step.
 
     The length it was trained at stands there as the model's and the tokenizer's longest, in tokens; learned positions
@@ -39,7 +41,8 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     The parameters are written, in ``dtype``: what a narrow recipe rounds on the way into a matrix product is not in the
     file, nor is a master that ``optim.moments`` keeps beside BF16 parameters. ``folded``: the scales of Smooth-SwiGLU's
     channels (arXiv 2409.12517), powers of two from the largest values over some text, are taken into the weights on
-    both sides of it: the same function, bit for bit, whose down-projection reads channels of like size.
+    both sides of it: the same function, bit for bit, whose down-projection reads channels of like size. ``said``: as
+    in ``restore_run``.
 
     Raises UserError if ``out`` holds something already or cannot be written, the run has no checkpoint, or there is no
     SwiGLU to fold.
@@ -61,7 +64,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     if folded:
         if not any(name.endswith(f".{GATE}.weight") for name in ours):
             raise UserError(f"fold=true: {run_dir} trains a {config.model.arch}, whose MLPs are no SwiGLU")
-        for mlp, amax in channel_maxima(run_dir).items():
+        for mlp, amax in channel_maxima(run_dir, said).items():
             up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
             ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
     length, end = config.data.seq_len, tokenizer.eot
@@ -102,13 +105,13 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def channel_maxima(run_dir: Path) -> dict[str, Tensor]:
+def channel_maxima(run_dir: Path, said: Sequence[str] = ()) -> dict[str, Tensor]:
     """The largest absolute value of every channel of a SwiGLU over the first training windows, by the path of its MLP.
 
     Computed without the recipe's quantization.
     """
     try:
-        run = restore_run(run_dir)
+        run = restore_run(run_dir, said)
         windows = open_windows(run.config.data, run.tokenizer, "train", CALIBRATION_WINDOWS * run.context)
         maxima: dict[str, Tensor] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trainer.build import build_state, resolve_model
 from trainer.checkpoint import load_into, newest
 from trainer.config import TrainConfig, load_run_config
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.rundir import RunDirectory, require_tokenizer
 from trainer.state import POSITION, TrainState
 from trainer.tokenizer import TextTokenizer, load_tokenizer
@@ -30,14 +31,20 @@ class Run:
 
 
 def open_config(directory: RunDirectory) -> TrainConfig:
-    """The config of a run, with the tokenizer that the run keeps. Raises as ``load_run_config``."""
-    config = load_run_config(directory.config)
+    """The config of a run, with the tokenizer that the run keeps; a recipe file that it names is not run.
+
+    Raises as ``load_run_config``.
+    """
+    config = load_run_config(directory.config, None)
     config.data = directory.data_of(config.data)
     return config
 
 
-def restore_run(run_dir: Path) -> Run:
-    """Open ``run_dir``. Raises UserError if it is no run directory or holds no usable checkpoint."""
+def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
+    """Open ``run_dir``; ``said``: the recipe files that the command line names, which alone may run.
+
+    Raises UserError if it is no run directory or holds no usable checkpoint, or for a recipe file that is not said.
+    """
     directory = RunDirectory(run_dir)
     config = open_config(directory)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
@@ -46,9 +53,12 @@ def restore_run(run_dir: Path) -> Run:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
     require_tokenizer(checkpoint, tokenizer)
     # The recipe the weights were trained under: config.yaml may name the next one already (resume.recipe_change).
-    recipe = checkpoint.meta["recipe"]
-    config.precision.recipe, config.precision.args = recipe["name"], recipe["args"]
-    config.precision.schedule = recipe.get("schedule", [])
+    try:
+        config.precision.restore(checkpoint.meta["recipe"], said)
+    except ValueError as error:
+        copies = [str(path) for path in sorted(run_dir.glob("recipe*.py"))]
+        kept = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
+        raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{kept}") from error
     config.parallel.replicate = 1
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)

@@ -10,6 +10,7 @@ import torch
 
 from precision.probe import Probe
 from precision.recipe import Plan
+from precision.registry import content_of, is_file, renamed
 from trainer import distributed
 from trainer.build import (
     Data,
@@ -143,8 +144,14 @@ def _prepare(config: TrainConfig, directory: RunDirectory) -> None:
             directory.move_aside()
         return
     if directory.config.exists() and directory.has_run():
-        changed = differences(load_run_config(directory.config), config)
-        fixed = {key: change for key, change in changed.items() if _is_fixed(key) and not _may_change(key, config)}
+        changed = differences(load_run_config(directory.config, None), config)
+        # Of recipe files the checkpoint tells what they held; they may lie at another place now.
+        moved = {key for key, (old, new) in changed.items() if key.startswith("precision.") and _files_moved(old, new)}
+        fixed = {
+            key: change
+            for key, change in changed.items()
+            if _is_fixed(key) and not _may_change(key, config) and key not in moved
+        }
         if fixed:
             raise UserError(f"run.dir={directory.path} holds a run with {_told(fixed)}")
         if changed.keys() & {"data.tokenizer", "data.eot_token"}:
@@ -183,6 +190,11 @@ def _is_fixed(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in _FIXED)
 
 
+def _files_moved(old: Any, new: Any) -> bool:
+    """Whether nothing but paths of recipe files differs."""
+    return bool(renamed(old, lambda file: "") == renamed(new, lambda file: ""))
+
+
 def _may_change(key: str, config: TrainConfig) -> bool:
     return key.startswith("precision.") and config.resume.recipe_change is RecipeChange.allow
 
@@ -195,13 +207,20 @@ def _telling(key: str) -> bool:
 def _told(fixed: Mapping[str, tuple[Any, Any]]) -> str:
     """Each key with what it was and what it cannot become, and the ways out."""
     keys = sorted(fixed, key=lambda key: (_telling(key), key))
-    told = "; ".join(f"{key}={fixed[key][0]}, not {fixed[key][1]}" for key in keys)
+    told = "; ".join(_difference(key, *fixed[key]) for key in keys)
     ways = ["choose another run.dir", "or run.resume=never to move it aside"]
     if all(key.startswith("precision.") for key in keys):
         ways.insert(1, "resume.recipe_change=allow to go on under this recipe")
     if _MOMENTS in keys:
         ways.insert(0, "states are not converted: keep optim.moments")
     return f"{told}: {', '.join(ways)}"
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if all(isinstance(one, str) and is_file(one) for one in (old, new)):
+        held = f"{str(old).removesuffix('.py')}, not {str(new).removesuffix('.py')}"
+        return f"another {key}, the recipe file has changed: {held}"
+    return f"{key}={old}, not {new}"
 
 
 def _require_own_tokenizer(data: DataConfig, directory: RunDirectory) -> None:
@@ -220,7 +239,11 @@ def _require_own_tokenizer(data: DataConfig, directory: RunDirectory) -> None:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about the run it is of, beside the shapes of its tensors."""
-    fixed = {key: value for key, value in config.flat().items() if _is_fixed(key)}
+    fixed = {
+        key: renamed(value, content_of) if key.startswith("precision.") else value
+        for key, value in config.flat().items()
+        if _is_fixed(key)
+    }
     return fixed | {_MOMENTS: str(recipe_of(config.precision, config.optim).moments)}
 
 
@@ -284,6 +307,8 @@ def _build(
         say(_describe(config, world, state.model, micro_batch, data))
         if checkpoint is not None:
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
+        for line in (*state.plan.notes, *([state.plan.coverage.short] if state.plan.coverage.quantized else [])):
+            say(line)
     end = documents_end(config.data, data.tokenizer)
     batches = kept_apart(source, end)
     if world.deferred:
@@ -314,6 +339,7 @@ def _build(
     }
     env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
+    world.on_main(lambda: directory.keep_recipe(config.precision.files()))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)

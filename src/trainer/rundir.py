@@ -5,6 +5,7 @@ With ``tokenizer/``, a copy, it holds all that a run is, wherever it is moved; t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -27,7 +29,7 @@ from trainer.checkpoint import Checkpoint, had_checkpoints
 from trainer.data import DataConfig
 from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
-from trainer.files import lock, read_json, sync_directory, write_json, write_text
+from trainer.files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
 from trainer.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
 
 _SAY_AGAIN_SECONDS = 60.0
@@ -230,6 +232,18 @@ class RunDirectory:
                     os.fsync(written.fileno())
             partial.rename(self.tokenizer)
             sync_directory(self.path)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def keep_recipe(self, files: Sequence[str]) -> None:
+        """Copy a user's recipe files, for the record, as ``recipe.py`` and so on; copies that differ stay."""
+        try:
+            for number, file in enumerate(files):
+                target = self.path / (f"recipe-{number}.py" if number else "recipe.py")
+                content = Path(file).expanduser().read_bytes()
+                if target.exists() and (before := sha256_of(target)) != hashlib.sha256(content).hexdigest():
+                    target.rename(target.with_name(f"{target.stem}-{before[:12]}.py"))
+                write_bytes(target, content)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 

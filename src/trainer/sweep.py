@@ -411,7 +411,7 @@ def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]], flags: Sequenc
 def _runs_in(root: Path) -> Iterator[tuple[Path, TrainConfig]]:
     for file in sorted(root.glob("*/config.yaml")):
         try:
-            yield file, load_run_config(file)
+            yield file, load_run_config(file, None)  # a recipe file that it names is not run
         except UserError:  # its own run says so
             continue
 
