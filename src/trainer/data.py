@@ -301,6 +301,10 @@ def _read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[s
     return np.dtype(dtype), made_by, vocab_size, {name: [*map(shard_info, splits[name])] for name in splits}
 
 
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _allow_open_files(count: int) -> None:
     """Raise the limit of this process, as far as it may: a memory map keeps its file open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -335,12 +339,17 @@ class TokenShards:
                 f"data.tokenizer={config.tokenizer} (fingerprint {tokenizer_fingerprint}) did not make the shards in "
                 f"{self.directory} (fingerprint {made_by}): {again}, or name the tokenizer that did"
             )
+        tokens = {
+            split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        self.fingerprint = _fingerprint([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
         splits = {
             split: [{key: shard[key] for key in shard if key not in _SINCE_VERSION_1} for shard in shards]
             for split, shards in manifest["splits"].items()
         }
-        content = json.dumps(manifest | {"splits": splits}, sort_keys=True)
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        #: What older checkpoints hold: it changed with the compression of the text, too.
+        self.former_fingerprint = _fingerprint(manifest | {"splits": splits})
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
         self._files: dict[str, os.stat_result] = {}

@@ -83,7 +83,7 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
     assert checkpoint is None or isinstance(checkpoint, Checkpoint)
     world.watch.at("opening the data")
     data = open_data(config.data, config.eval, world)
-    if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
+    if checkpoint is not None and checkpoint.meta["data"] not in (data.fingerprint, data.former_fingerprint):
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
             "prepare the same data again, or choose another run.dir"
