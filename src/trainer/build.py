@@ -47,7 +47,7 @@ from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
-from trainer.tokenizer import TextTokenizer, load_tokenizer
+from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
 
 #: ``model.arch`` -> the schema of the ``model`` group.
 MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
@@ -150,7 +150,7 @@ def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> Tex
 
 
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:
-    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
+    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists() and not is_on_hub(config.tokenizer):
         script = "train_tokenizer" if config.stream else "prepare_data"
         path = f" data.path={config.path}" if config.stream else ""
         raise UserError(

@@ -31,6 +31,7 @@ from trainer.corpus import SPLITS, CorpusFile, RowLimits, corpus_files
 from trainer.errors import UserError, one_line
 from trainer.files import read_json
 from trainer.remote import MIN_BYTES_PER_SECOND, remote_path
+from trainer.tokenizer import is_on_hub
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -75,7 +76,9 @@ class DataConfig:
 
     @property
     def shards_dir(self) -> str:
-        return self.shards or str(Path(home_of(self.path)) / "shards" / Path(self.tokenizer).stem)
+        tokenizer = Path(self.tokenizer)
+        name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
+        return self.shards or str(Path(home_of(self.path)) / "shards" / name)
 
     @property
     def row_limits(self) -> RowLimits:
