@@ -52,7 +52,7 @@ from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
-from trainer.tokenizer import TextTokenizer, load_tokenizer
+from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
 
 # What a run does with its data, which preparing them does not ask for.
 _NOT_PREPARED = {"name", "verify", "document_mask", "seq_len", "global_batch_size", "stream", "lanes", "shuffle_rows"}
@@ -126,6 +126,7 @@ class Data:
     training: TokenStream | Mixture | TextStream
     validation: Windows | None  # None if `eval.tokens` is 0
     fingerprint: str  # of all that the order and the content of batches follow from, beside the seed
+    former_fingerprint: str  # the same as older checkpoints have it, which changed with the text's compression, too
     place: str
 
 
@@ -143,11 +144,15 @@ def open_data(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:
         validation = _windows(shards, config, "validation", evaluation.tokens) if evaluation.tokens else None
         if config.sources is None:
             (name,) = training
-            return Data(tokenizer, training[name], validation, shards[name].fingerprint, str(shards[name].directory))
+            part = shards[name]
+            return Data(
+                tokenizer, training[name], validation, part.fingerprint, part.former_fingerprint, str(part.directory)
+            )
         weights = [config.sources[name].weight for name in training]
-        content = [[name, part.fingerprint] for name, part in shards.items()]
+        now = _fingerprint([[name, part.fingerprint] for name, part in shards.items()], weights)
+        former = _fingerprint([[name, part.former_fingerprint] for name, part in shards.items()], weights)
         place = ", ".join(str(part.directory) for part in shards.values())
-        return Data(tokenizer, Mixture(training, weights), validation, _fingerprint(content, weights), place)
+        return Data(tokenizer, Mixture(training, weights), validation, now, former, place)
 
     if config.stream:
         return _open_stream(config, evaluation, world)
@@ -186,7 +191,7 @@ def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> Tex
 
 
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:
-    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists():
+    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists() and not is_on_hub(config.tokenizer):
         raise UserError(f"data.tokenizer={config.tokenizer}: no such file or directory; {_preparing(config)}")
     return load_tokenizer(config.tokenizer, config.eot_token)
 
@@ -234,22 +239,26 @@ def _preparing(config: DataConfig) -> str:
 
 
 def _open_stream(config: DataConfig, evaluation: EvalConfig, world: World) -> Data:
-    def read() -> tuple[list[CorpusFile], list[str], Any]:
+    def read() -> tuple[list[CorpusFile], list[str], list[str], Any]:
         # By one process, for all: the same view of a directory that may change, and one request instead of many.
         tokenizer = _open_tokenizer(config)
         files = config.files()
         wanted = -(-evaluation.tokens // config.seq_len) * config.seq_len + 1
         head = read_head(files["validation"], tokenizer, wanted, config.row_limits) if evaluation.tokens else None
-        return files["train"], [file.identity() for file in files["train"]], head
+        train = files["train"]
+        return train, [file.text_identity() for file in train], [file.identity() for file in train], head
 
-    files, identities, head = world.on_main(read)
+    files, identities, former, head = world.on_main(read)
     tokenizer = world.on_all(lambda: _open_tokenizer(config))
     validation = _text_windows(*head, config, "validation") if head is not None else None
     training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows, config.row_limits)
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
-    content = [[file.index, identity] for file, identity in zip(files, identities, strict=True)]
-    return Data(tokenizer, training, validation, _fingerprint(content, tokenizer.fingerprint), config.path)
+    now, before = (
+        _fingerprint([[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint)
+        for of_files in (identities, former)
+    )
+    return Data(tokenizer, training, validation, now, before, config.path)
 
 
 def _fingerprint(*content: Any) -> str:

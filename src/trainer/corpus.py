@@ -26,6 +26,7 @@ _OFFICIAL = [  # where a web server lists nothing: the sets of C4's en and realn
     *("c4-train.00000-of-01024.json.gz", "c4-train.00000-of-00512.json.gz"),
     *("c4-validation.00000-of-00008.json.gz", "c4-validation.00000-of-00001.json.gz"),
 ]
+_HEAD_BYTES = 1 << 15  # of a text, to know it by
 _PIECE_BYTES = 1 << 20  # of a line that is too long to be kept
 _SAMPLE_TRAIN_FILES = 8
 _SAMPLE_DOCUMENT_BYTES = 2400
@@ -52,6 +53,30 @@ class CorpusFile:
             size = file.seek(0, 2)
             file.seek(max(0, size - 8))
             return f"{size}:{file.read().hex()}"
+
+    def text_identity(self) -> str:
+        """Changes with the text, not with its compression, at the cost of a read of its first bytes.
+
+        It is a checksum of the first characters and the gzip trailer, which is CRC-32 and length of the text if the
+        file is one gzip member. A file that shows signs of several, or that lies on a server, has its ``identity``.
+        """
+        if isinstance(self.path, RemoteFile):
+            return self.path.identity()
+        with self.path.open("rb") as file:
+            inflate = zlib.decompressobj(wbits=31)
+            begin = file.read(2 * _HEAD_BYTES)  # holds that much text at any compression, none included
+            try:
+                head = inflate.decompress(begin, _HEAD_BYTES)
+            except zlib.error:
+                return self.identity()  # whoever reads it says what is wrong
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 8))
+            trailer = file.read()
+        length = int.from_bytes(trailer[4:], "little")
+        several = inflate.eof and len(begin) - len(inflate.unused_data) < size
+        if several or size > length + length // 100 + 4096:  # no compression makes a text so much longer
+            return self.identity()
+        return f"{zlib.crc32(head):08x}:{trailer.hex()}"
 
     @property
     def size(self) -> int:

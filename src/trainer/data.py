@@ -31,6 +31,7 @@ from trainer.corpus import SPLITS, CorpusFile, RowLimits, corpus_files
 from trainer.errors import UserError, one_line
 from trainer.files import read_json
 from trainer.remote import MIN_BYTES_PER_SECOND, remote_path
+from trainer.tokenizer import is_on_hub
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -75,7 +76,9 @@ class DataConfig:
 
     @property
     def shards_dir(self) -> str:
-        return self.shards or str(Path(home_of(self.path)) / "shards" / Path(self.tokenizer).stem)
+        tokenizer = Path(self.tokenizer)
+        name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
+        return self.shards or str(Path(home_of(self.path)) / "shards" / name)
 
     @property
     def row_limits(self) -> RowLimits:
@@ -301,6 +304,10 @@ def _read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[s
     return np.dtype(dtype), made_by, vocab_size, {name: [*map(shard_info, splits[name])] for name in splits}
 
 
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _allow_open_files(count: int) -> None:
     """Raise the limit of this process, as far as it may: a memory map keeps its file open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -337,12 +344,17 @@ class TokenShards:
                 f"data.tokenizer={config.tokenizer} data.shards={self.directory}-{tokenizer_fingerprint[:8]}, and "
                 "train with that data.shards"
             )
+        tokens = {
+            split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        self.fingerprint = _fingerprint([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
         splits = {
             split: [{key: shard[key] for key in shard if key not in _SINCE_VERSION_1} for shard in shards]
             for split, shards in manifest["splits"].items()
         }
-        content = json.dumps(manifest | {"splits": splits}, sort_keys=True)
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        #: What older checkpoints hold: it changed with the compression of the text, too.
+        self.former_fingerprint = _fingerprint(manifest | {"splits": splits})
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
         self._files: dict[str, os.stat_result] = {}

@@ -26,7 +26,15 @@ from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
 from trainer.machine import available_cores
 from trainer.remote import remote_path
-from trainer.tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
+from trainer.tokenizer import (
+    DAMAGED,
+    TextTokenizer,
+    holds_vocabulary,
+    is_broken,
+    is_on_hub,
+    load_tokenizer,
+    train_bpe,
+)
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -114,6 +122,8 @@ def train_tokenizer(config: DataConfig) -> None:
     own = Path(home_of(config.path)) in target.parents
     broken = own and is_broken(target)
     if config.tokenizer == "bytes" or (target.exists() and not broken):
+        return
+    if not own and is_on_hub(config.tokenizer):
         return
     if not own:
         raise UserError(

@@ -90,7 +90,7 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
     world.watch.at("opening the data")
     own = config.data if checkpoint is None else world.on_main(lambda: directory.data_of(config.data))
     data = open_data(own, config.eval, world)
-    if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
+    if checkpoint is not None and checkpoint.meta["data"] not in (data.fingerprint, data.former_fingerprint):
         require_tokenizer(checkpoint, data.tokenizer)
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "

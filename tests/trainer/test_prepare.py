@@ -9,22 +9,27 @@ import io
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 from conftest import make_texts, write_corpus
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import import_protobuf
 
+from trainer.build import open_windows
 from trainer.config import load_config
 from trainer.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
 from trainer.data import DataConfig, permute
 from trainer.errors import UserError
 from trainer.prepare import prepare
 from trainer.stream import StreamSource, TextStream
-from trainer.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer, train_bpe
+from trainer.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer, save_for_transformers, train_bpe
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,6 +280,26 @@ def test_the_sample_corpus(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in before}
 
 
+PIECES = [
+    *[("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("</s>", 3, 0.0), ("<sep>", 4, 0.0), ("▁ab", 1, -1.0), ("ab", 1, -2.0)],
+    *[("▁", 1, -3.0), ("a", 1, -4.0), ("b", 1, -5.0)],
+]
+
+
+def sentencepiece_model(kind: str) -> bytes:
+    """A model with these pieces, and 256 of bytes after the sixth, without the package that trains them."""
+    proto = import_protobuf().ModelProto()
+    byte_pieces = [(f"<0x{byte:02X}>", 6, 0.0) for byte in range(256)]
+    for piece, type_, score in [*PIECES[:6], *byte_pieces, *PIECES[6:]]:
+        proto.pieces.add(piece=piece, type=type_, score=score)
+    proto.trainer_spec.model_type = {"unigram": 1, "bpe": 2}[kind]
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.unk_id = 0
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()
+
+
 class TestTokenizers:
     @pytest.fixture
     def bpe(self, tmp_path: Path) -> Path:
@@ -423,6 +448,114 @@ class TestTokenizers:
         (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
         with pytest.raises(UserError, match=r"data.tokenizer cannot tokenize the text: "):
             load_tokenizer(str(tmp_path)).encode_batch(["b"])
+
+    def test_dropout_is_switched_off_and_said_once(self, bpe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        plain = load_tokenizer(str(bpe))
+        tree = json.loads((bpe / "tokenizer.json").read_text())
+        tree["model"]["dropout"] = 0.5
+        (bpe / "tokenizer.json").write_text(json.dumps(tree))
+        texts = make_texts(30, 3)
+        for _ in range(2):
+            assert load_tokenizer(str(bpe)).encode_batch(texts) == plain.encode_batch(texts)
+        assert load_tokenizer(str(bpe)).fingerprint == plain.fingerprint
+        assert capfd.readouterr().err.count("dropout=0.5, which is switched off") == 1
+        save_for_transformers(str(bpe), None, bpe.parent / "saved")
+        assert json.loads((bpe.parent / "saved" / "tokenizer.json").read_text())["model"]["dropout"] is None
+
+    @pytest.mark.parametrize("name", [".", "vocab.json", "merges.txt"])
+    @pytest.mark.parametrize("configured", [False, True], ids=["files alone", "configured"])
+    def test_a_vocabulary_and_its_merges(self, bpe: Path, tmp_path: Path, name: str, configured: bool) -> None:
+        whole, pair = load_tokenizer(str(bpe)), tmp_path / "pair"
+        pair.mkdir()
+        Tokenizer.from_file(str(bpe / "tokenizer.json")).model.save(str(pair))
+        text = ["the narrow gauge é 東  \n\n don't " + END_OF_TEXT, ""]
+        # The oracle needs to be told the class; what is read here does not.
+        theirs = shutil.copytree(pair, tmp_path / "theirs")
+        (theirs / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+        oracle = transformers.AutoTokenizer.from_pretrained(theirs)
+        tokenizer = load_tokenizer(str((theirs if configured else pair) / name))
+        assert tokenizer.encode_batch(text) == whole.encode_batch(text)
+        assert tokenizer.encode_batch(text[:1])[0][:-1] != oracle(text[0], add_special_tokens=False)["input_ids"]
+        text[0] = text[0].removesuffix(END_OF_TEXT)
+        assert tokenizer.encode_batch(text) == oracle(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.eot == whole.eot == oracle.eos_token_id
+
+    def test_a_tokenizer_of_the_hub(self, bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As its library has kept it: nothing is asked of the hub."""
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        kept = tmp_path / "hub" / "models--owner--name-1.5b"
+        shutil.copytree(bpe, kept / "snapshots" / revision)
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text(revision)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        for name in ("owner/name-1.5b", f"owner/name-1.5b@{revision}"):
+            assert load_tokenizer(name).fingerprint == load_tokenizer(str(bpe)).fingerprint
+        config = data(small(tmp_path / "c"), "data.tokenizer=owner/name-1.5b")
+        assert prepare(config, 1)["tokenizer"]["vocab_size"] == 300
+        assert (tmp_path / "c" / "shards" / "name-1.5b" / "manifest.json").is_file()
+        assert open_windows(config, load_tokenizer(config.tokenizer), "validation", 0).num_windows > 0
+        with pytest.raises(
+            UserError, match="no such file or directory here, and not to be had from the hub: "
+        ) as caught:
+            load_tokenizer("owner/another")
+        assert "\n" not in str(caught.value)
+        # What is here comes first, and what looks like a place here is none of the hub.
+        train_bpe(["a b"], 257, Path("owner/name-1.5b"), progress=False)
+        assert load_tokenizer("owner/name-1.5b").vocab_size == 257
+        for name in ("owner/another", "./name", "../name", "a/b/c", "name/tokenizer.json", "owner/x.model", "/name"):
+            with pytest.raises(UserError, match=r"no such file or directory .scripts/train_tokenizer.py makes one"):
+                load_tokenizer(name)
+
+    @pytest.mark.parametrize("kind", ["unigram", "bpe"])
+    @pytest.mark.parametrize("named", ["file", "directory"])
+    def test_a_sentencepiece_model(self, tmp_path: Path, kind: str, named: str) -> None:
+        directory = tmp_path / "spm"
+        directory.mkdir()
+        file = directory / "tokenizer.model"
+        file.write_bytes(sentencepiece_model(kind))
+        tokenizer = load_tokenizer(str(file if named == "file" else directory))
+        assert tokenizer.vocab_size == 256 + len(PIECES)
+        assert tokenizer.eot == 2
+
+        def pieces(text: str) -> list[str]:
+            return [name_of(token) for token in tokenizer.encode_batch([text])[0]]
+
+        def name_of(token: int) -> str:
+            return PIECES[token][0] if token < 6 else f"<{token - 6}>" if token < 262 else PIECES[token - 256][0]
+
+        assert pieces("abab b") == ["▁ab", "ab", "▁", "b"]
+        assert pieces("") == []
+        assert pieces("b<sep>é") == ["▁", "b", "<sep>", "<195>", "<169>"]
+        assert tokenizer.decode(tokenizer.encode_batch(["abab  bé\n"])[0]) == "abab  bé\n"
+
+    @pytest.mark.parametrize("kind", ["unigram", "bpe"])
+    def test_sentencepiece_itself_gives_the_same_tokens(self, tmp_path: Path, kind: str) -> None:
+        spm = pytest.importorskip("sentencepiece")
+        file = tmp_path / "x.model"
+        file.write_bytes(sentencepiece_model(kind))
+        tokenizer = load_tokenizer(str(file))
+        oracle = spm.SentencePieceProcessor(model_file=str(file))
+        for text in ["abab b", "", " ab", "b  a ", "b<sep>ab<sep><sep> a", "<sep>ab", "東\tab\n\n", "ab" * 50]:
+            assert tokenizer.encode_batch([text])[0] == oracle.encode(text)
+
+    def test_a_sentencepiece_model_with_a_class_is_read_as_transformers_reads_it(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+        if find_spec("sentencepiece") is None:
+            with pytest.raises(UserError, match=r"not a tokenizer that can be read: .*.pip install sentencepiece"):
+                load_tokenizer(str(tmp_path))
+            return
+        oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        texts = ["abab b", " ab", "b  a ", "東\tab\n\n"]
+        assert load_tokenizer(str(tmp_path)).encode_batch(texts) == oracle(texts, add_special_tokens=False)["input_ids"]
+
+    def test_ranks_of_tiktoken_are_one_line(self, tmp_path: Path) -> None:
+        for name in ("tokenizer.model", "x.tiktoken"):
+            (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
+            with pytest.raises(UserError, match=r"tiktoken's ranks.* name the tokenizer.json of the same model"):
+                load_tokenizer(str(tmp_path / name))
 
     def test_a_disk_that_is_full_while_it_is_written_leaves_none(self, tmp_path: Path) -> None:
         corpus = small(tmp_path)

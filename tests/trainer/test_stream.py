@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch, make_texts, tiny_overrides, train_here, write_corpus
+from conftest import launch, make_texts, sign, tiny_overrides, train_here, write_corpus
 from mirror import serving
 from torch import Tensor
 
 from trainer import distributed, remote
 from trainer.checkpoint import list_checkpoints, read_tensors
 from trainer.config import load_config
-from trainer.corpus import RowLimits, corpus_files, read_texts
+from trainer.corpus import CorpusFile, RowLimits, corpus_files, read_texts
 from trainer.errors import ExitCode, UserError
 from trainer.evaluation import evaluate_on, open_run
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
@@ -370,6 +372,49 @@ def test_a_run_is_not_gone_on_with_over_other_text(texts: Path, tmp_path: Path) 
     assert "with data.lanes=64, not 2" in refusal(run_of(*again, "data.lanes=2"))
     assert "with data.shuffle_rows=1024, not 7" in refusal(run_of(*again, "data.shuffle_rows=7"))
     assert run_of(*again)() is ExitCode.FINISHED
+
+
+def compressed_again(path: Path, level: int = 1) -> None:
+    for file in (path / "en").iterdir():
+        before = file.read_bytes()
+        file.write_bytes(gzip.compress(gzip.decompress(before), level, mtime=1))
+        assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize("level", [0, 1], ids=["not at all", "another level"])
+def test_a_run_goes_on_over_the_same_text_compressed_again(texts: Path, tmp_path: Path, level: int) -> None:
+    shutil.copytree(texts, tmp_path / "texts")
+    run_of(tmp_path / "texts", tmp_path / "run")()
+    compressed_again(tmp_path / "texts", level)
+    assert run_of(tmp_path / "texts", tmp_path / "run", "train.steps=9")() is ExitCode.FINISHED
+    file = tmp_path / "texts" / "en" / f"c4-train.00000-of-{FILES:05}.json.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"the", b"teh", 1)))
+    assert "was trained on other tokens" in refusal(run_of(tmp_path / "texts", tmp_path / "run", "train.steps=12"))
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_over_its_text(texts: Path, tmp_path: Path) -> None:
+    run_of(texts, tmp_path / "run")()
+    checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    config = load_config(streamed(texts, tmp_path / "run"))
+    files = config.data.files()["train"]
+    content = [[[file.index, file.identity()] for file in files], "bytes"]
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta["data"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    sign(checkpoint)
+    assert run_of(texts, tmp_path / "run", "train.steps=9")() is ExitCode.FINISHED
+
+
+def test_text_of_several_gzip_members_is_known_by_its_file(tmp_path: Path) -> None:
+    def identity(*members: bytes, level: int = 9) -> str:
+        tmp_path.joinpath("file").write_bytes(b"".join(gzip.compress(member, level, mtime=0) for member in members))
+        return CorpusFile(tmp_path / "file", "train", 0, 1).text_identity()
+
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in make_texts(3000, 1)]
+    long = b"".join(rows)
+    assert identity(long) == identity(long, level=0) == identity(long, level=1)
+    assert len({identity(*parts) for parts in ([long], [long, rows[0]], [rows[1], rows[0]], [rows[2], rows[0]])}) == 4
+    assert identity(rows[0], long) != identity(rows[0], long, level=1)  # not known to be the same
 
 
 def test_streams_that_cannot_start(texts: Path, tmp_path: Path) -> None:
