@@ -12,7 +12,7 @@ from functools import cached_property
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -105,10 +105,11 @@ def _by_gemm(slots: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def numerics_of(runs: Iterable[tuple[str, Path]]) -> dict[str, Numerics]:
-    """By recipe, from (recipe, run directory): the first run of each that was watched."""
+    """By recipe, from (recipe, run directory): the first run of each that was watched and rounded something."""
     found: dict[str, Numerics] = {}
     for recipe, path in runs:
-        if recipe not in found and (numerics := read_numerics(path / "metrics.jsonl")) is not None:
+        numerics = None if recipe in found else read_numerics(path / "metrics.jsonl")
+        if numerics is not None and any(is_rounded(slots) for slots in numerics.newest.values()):
             found[recipe] = numerics
     return found
 
@@ -151,6 +152,8 @@ def worst_layers(runs: Mapping[str, Numerics]) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 class LayerMap:
     """A plot of one run's probe rows."""
+
+    wide: ClassVar[bool] = True  # on the page
 
     name: str
     recipe: str
@@ -214,7 +217,12 @@ def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
         ],
     }
     for index, panel in enumerate(_PANELS):
-        axis = {"title": {"text": panel.title}, "domain": _domain(index), "tickangle": -45, "tickfont": {"size": 9}}
+        axis = {
+            "title": {"text": panel.title, "font": {"size": 11}},
+            "domain": _domain(index),
+            "tickangle": -45,
+            "tickfont": {"size": 9},
+        }
         axis["showgrid"] = False
         layout[f"xaxis{index + 1}" if index else "xaxis"] = axis
     return {"name": name, "data": data, "layout": layout}

@@ -68,7 +68,7 @@ def smooth(values: Sequence[float | None], fits: int = 2_000) -> list[float | No
     centres = np.unique(np.linspace(0, len(x) - 1, min(fits, len(x))).round().astype(int))
     fitted = []
     for centre in centres:
-        half = min(widest, max(1, centre * 3 // 20))
+        half = min(widest, centre * 3 // 20)
         window = slice(max(0, centre - half), centre + half + 1)
         weights = (1 - (np.abs(np.arange(len(x))[window] - centre) / (half + 1)) ** 3) ** 3
         away = x[window] - x[centre]

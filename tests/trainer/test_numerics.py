@@ -171,6 +171,7 @@ def test_the_report_has_the_numerics_of_runs_that_were_watched(tmp_path: Path) -
     html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "Numerics of mxfp8, by layer" in html
     assert "Numerics of mxfp4" not in html
+    assert "Numerics of bf16" not in html  # a map of nothing
     assert re.search(r"\| mxfp8 \| 20 \| layers.3.up \| wgrad.dy \| e4m3 \| 5.0000 \|", markdown)
     for line in re.findall(r"!\[numerics of .*?\]\((.*?)\)", markdown):
         assert (tmp_path / "out" / line).exists()

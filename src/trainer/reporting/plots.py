@@ -10,7 +10,7 @@ from enum import Enum
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -85,6 +85,8 @@ class Mark:
 class Plot:
     """Marks on two axes."""
 
+    wide: ClassVar[bool] = False  # on the page
+
     name: str
     title: str
     note: str
@@ -101,6 +103,8 @@ class Plot:
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
     """One number a cell, None where there is none, and what stands in it."""
+
+    wide: ClassVar[bool] = False
 
     name: str
     title: str
