@@ -563,6 +563,8 @@ def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: st
     assert load_tokenizer(str(tmp_path / "out")).encode_batch(SPOKEN) == trained.encode_batch(SPOKEN)
     assert exported.decode(exported(SPOKEN[-1]).input_ids) == trained.decode(trained.encode_batch(SPOKEN[-1:])[0])
     assert (exported.bos_token, exported.eos_token, exported.model_max_length) == (LAST, LAST, 32)
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described.get("add_prefix_space") == tree["pre_tokenizer"].get("add_prefix_space")
     # What only trims offsets is left.
     span = [exported(" the people", return_offsets_mapping=True).offset_mapping[0]]
     assert span == [tokenizer.encode(" the people", add_special_tokens=False).offsets[0]] or name == "cut and padded"
