@@ -21,7 +21,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from trainer import distributed
 from trainer.build import open_windows
@@ -79,10 +79,11 @@ def write_corpus(path: Path) -> list[str]:
 
 
 def make_tokenizers(place: Path) -> dict[str, str]:
-    """Bytes, a BPE, and one that puts a first token before every text, as Llama 3's does."""
+    """Bytes, a BPE, and one that puts a first token before every text, as Llama 3's does, and a space."""
     train_bpe(make_texts(40, 0), 300, place / "bpe", progress=False)
     first = Tokenizer.from_file(str(place / "bpe" / "tokenizer.json"))
     first.add_special_tokens([FIRST])
+    first.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     number = first.token_to_id(FIRST)
     first.post_processor = processors.Sequence(
         [processors.ByteLevel(), processors.TemplateProcessing(single=f"{FIRST} $A", special_tokens=[(FIRST, number)])]

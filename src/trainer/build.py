@@ -428,11 +428,12 @@ def build_state(
     tokens: int | None = None,
     pretrained: str | None = None,
     seq_len: int | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> TrainState:
     """A state at step 0, with random weights, or with those of the `transformers` directory ``pretrained``.
 
-    ``seq_len``: of what it will be trained on; a line says so if that is longer than the model is said to be made for.
-    Raises UserError if that directory does not fit.
+    ``seq_len``, ``tokenizer``: of what it will be trained on; a line says so if that is longer than the model is said
+    to be made for, or if the directory has another tokenizer. Raises UserError if the directory does not fit.
     """
     made_for = {f"model.max_seq_len={model_config.max_seq_len}": model_config.max_seq_len}
     recipe = recipe_of(precision, optim)
@@ -448,6 +449,10 @@ def build_state(
     for said, length in made_for.items():
         if world.is_main and seq_len is not None and seq_len > length:
             say(f"warning: data.seq_len={seq_len} is longer than {said}")
+    if world.is_main and pretrained is not None and tokenizer is not None and _reads_otherwise(tokenizer, pretrained):
+        say(
+            f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
+        )
     try:
         optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend)
     except ValueError as error:
@@ -476,6 +481,16 @@ def _start_from(model: Model, pretrained: str) -> int | None:
     _require_same_shape(model.config, directory)
     load_pretrained(model, directory)
     return directory.trained_length
+
+
+def _reads_otherwise(tokenizer: TextTokenizer, directory: str) -> bool:
+    """Whether there is a tokenizer in ``directory``, and it makes other tokens of a text than ``tokenizer`` does."""
+    sample = ["The train's 3 carriages (2 of them new) carry 1,024 bits over é hills.\n\tIt is 東."]
+    try:
+        theirs = load_tokenizer(f"{directory}/tokenizer.json")
+        return (tokenizer.eot, tokenizer.encode_batch(sample)) != (theirs.eot, theirs.encode_batch(sample))
+    except UserError:  # none, or none that can be used
+        return False
 
 
 def to_transformers(

@@ -282,6 +282,7 @@ def _build(
         tokens=micro_batch * config.data.seq_len,
         pretrained=config.model.init_from if checkpoint is None else None,
         seq_len=config.data.seq_len,
+        tokenizer=data.tokenizer,
     )
     meta = {
         "recipe": config.precision.identity(),

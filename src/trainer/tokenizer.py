@@ -463,6 +463,8 @@ def _save(tokenizer: Tokenizer, eot_token: str, directory: Path, **own: Any) -> 
     partial = directory / name if stands else directory.with_name(name)
     settings = own | {"eos_token": eot_token, "bos_token": eot_token, "clean_up_tokenization_spaces": False}
     settings |= {"model_input_names": ["input_ids", "attention_mask"]}  # what a causal model takes
+    if (first := tokenizer.pre_tokenizer) and "add_prefix_space" in (state := json.loads(first.__getstate__())):
+        settings["add_prefix_space"] = state["add_prefix_space"]  # releases before 5 take it from here
     settings |= {"split_special_tokens": True}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import check_export
 import pytest
@@ -489,6 +490,11 @@ def with_words(tokenizer: Tokenizer) -> None:
     tokenizer.post_processor = WITH_FIRST
 
 
+def of_pieces(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = WITH_FIRST
+
+
 def sets(processor: object) -> Callable[[Tokenizer], None]:
     return lambda tokenizer: setattr(tokenizer, "post_processor", processor)
 
@@ -508,6 +514,11 @@ TOKENIZERS: dict[str, Callable[[Tokenizer], None]] = {
     "cut and padded": cut_and_padded,
     "prefixed": prefixed,
     "words of its own": with_words,
+    "pieces": of_pieces,
+}
+ADDED: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {
+    "special": lambda token: token,
+    "in the vocabulary only": lambda token: None,
 }
 SPOKEN = [
     "the people",
@@ -520,9 +531,15 @@ SPOKEN = [
 ]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("adds", ["", "LlamaTokenizerFast", "LlamaTokenizer", "GPT2TokenizerFast"])
-def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: str, adds: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "adds", "added"),
+    [
+        *((name, adds, "special") for name in TOKENIZERS for adds in ("", "LlamaTokenizerFast", "GPT2Tokenizer")),
+        *(("template", "LlamaTokenizer", added) for added in ADDED),
+        *(("nothing", "", added) for added in ADDED if added != "special"),
+    ],
+)
+def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: str, adds: str, added: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = BYTE_LEVEL, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -532,7 +549,9 @@ def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: st
     tokenizer.train_from_iterator(["the people of the united states and the government"] * 9, trainer)
     TOKENIZERS[name](tokenizer)
     (tmp_path / "theirs").mkdir()
-    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    tree = json.loads(tokenizer.to_str())
+    tree["added_tokens"] = [changed for token in tree["added_tokens"] if (changed := ADDED[added](token))]
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(tree))
     if adds:
         settings = {"tokenizer_class": adds, "bos_token": FIRST, "eos_token": LAST, "add_bos_token": True}
         (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings | {"add_eos_token": True}))
@@ -544,6 +563,8 @@ def test_an_exported_tokenizer_gives_what_training_used(tmp_path: Path, name: st
     assert load_tokenizer(str(tmp_path / "out")).encode_batch(SPOKEN) == trained.encode_batch(SPOKEN)
     assert exported.decode(exported(SPOKEN[-1]).input_ids) == trained.decode(trained.encode_batch(SPOKEN[-1:])[0])
     assert (exported.bos_token, exported.eos_token, exported.model_max_length) == (LAST, LAST, 32)
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described.get("add_prefix_space") == tree["pre_tokenizer"].get("add_prefix_space")
     # What only trims offsets is left.
     span = [exported(" the people", return_offsets_mapping=True).offset_mapping[0]]
     assert span == [tokenizer.encode(" the people", add_special_tokens=False).offsets[0]] or name == "cut and padded"
@@ -614,6 +635,23 @@ def test_a_run_that_is_longer_than_its_model_says_so(
             *said,
             f"warning: data.seq_len=48 is longer than the 32 tokens that {directory} was trained at",
         ]
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_said(
+    directory: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the export is read as it is, though it is a BPE by now and was bytes in training."""
+    shifted = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = shifted["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    said = f"warning: data.tokenizer gives other tokens than the tokenizer in {directory}"
+    only = ("train.steps=1", "sample.tokens=0", "eval.tokens=0", f"model.init_from={directory}", "run.resume=never")
+    for content, warned in ((None, False), (json.dumps(shifted), True), ("{", False)):
+        if content is not None:
+            (directory / "tokenizer.json").write_text(content)
+        capsys.readouterr()
+        train_here(tiny(*only))
+        assert (said in capsys.readouterr().out) == warned
 
 
 def test_a_model_that_was_trained_longer_than_a_pass_needs_says_so(
