@@ -307,8 +307,8 @@ def to_config(tree: Any) -> TrainConfig:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, with the old and the new value."""
-    before, after = old.flat(), new.flat()
+    """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
+    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 

@@ -188,6 +188,7 @@ def test_what_differs_from_the_run_is_named_in_one_line(tiny: Tiny) -> None:
     ):
         assert words in told
     assert "train.steps" not in told
+    assert "{}" not in told
     assert told.endswith(": choose another run.dir, or run.resume=never to move it aside")
     told = refusal(load_config([*alone, "precision=bf16"]))
     assert "resume.recipe_change=allow to go on under this recipe" in told
