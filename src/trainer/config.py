@@ -168,11 +168,14 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     if earlier is None:
         _check_keys(parsed, _compose([override.input_line or "" for override in choices.values()]))
         return to_config(_compose([_for_compose(override) for override in parsed if not _is_hydra(override)]))
-    keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
     try:
         tree = _run_tree(earlier, choices)
         _check_keys(parsed, tree)
-        ConfigLoaderImpl._apply_overrides_to_config(parse([_for_compose(key) for key in keys]), tree)
+        keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+        # What the run's first command added or took away is as it wants it already.
+        keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
+        lines = [re.sub(r"^\+(?!\+)", "++", _for_compose(override)) for override in keys]
+        ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
     return to_config(tree)
@@ -347,6 +350,8 @@ def _as_typed(text: str, several: bool) -> str:
     """
     key, separator, value = text.partition("=")
     kind = _kind(key) if separator else None
+    if value.startswith("{") and not isinstance(kind, _Text):
+        return f"{key}={_mapping_as_typed(key.lstrip('+'), value)}"
     if kind == list[str] and not value.startswith("[") and not (several and "," in value):
         return f"{key}=[{value}]"
     if kind is int and re.fullmatch(r"[+-]?[\d_]*\.?[\d_]*([eE][+-]?\d+)?", value):
@@ -360,6 +365,21 @@ def _as_typed(text: str, several: bool) -> str:
     if text == "???":
         raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
     return f"{key}={_quoted(text)}"
+
+
+def _mapping_as_typed(key: str, value: str) -> str:
+    """Texts in a mapping without any quotes: those that Hydra would read as something else are quoted."""
+    of = SourceConfig if key.startswith(_SOURCES) else TrainConfig
+    leaves = {name: kind for name, kind in _kinds(of).items() if of is SourceConfig or name.startswith(f"{key}.")}
+    names = [name.rpartition(".")[2] for name, kind in leaves.items() if isinstance(kind, _Text)]
+    if not names or "'" in value or '"' in value:
+        return value
+
+    def quoted(found: re.Match[str]) -> str:
+        same = found[2] == "null" or isinstance(_parse_one(f"{key}={found[2]}").value(), str)
+        return found[0] if same else f"{found[1]}{_quoted(found[2])}"
+
+    return re.sub(rf"(\b(?:{'|'.join(names)})\s*:\s*)([\w.+-]+)(?=\s*[,}}])", quoted, value)
 
 
 def _several_as_typed(key: str, value: str) -> str:
