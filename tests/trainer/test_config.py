@@ -348,6 +348,18 @@ def test_options_of_other_trainers_are_shown_as_keys(
     assert told.count("\n") == 1
 
 
+def test_a_path_that_cannot_be_ends_a_script_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", f"out={'x' * 5000}"])
+    with pytest.raises(SystemExit) as caught:
+        script_main(lambda overrides, *, out="": print(Path(out).stat()), None)
+    assert caught.value.code == ExitCode.FAILED
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 36] File name too long")
+    assert told.count("\n") == 1
+
+
 def test_options_are_shown_as_a_scripts_arguments_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
