@@ -184,11 +184,15 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
             _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
         lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
         return to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
-    keys = [for_compose(o) for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
-        ConfigLoaderImpl._apply_overrides_to_config(parse([*keys, *name_of_file(parsed, tree.precision.recipe)]), tree)
+        keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+        # What the run's first command added or took away is as it wants it already.
+        keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
+        lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
+        lines += name_of_file(parsed, tree.precision.recipe)
+        ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
     return to_config(tree, said)
@@ -369,8 +373,8 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, with the old and the new value."""
-    before, after = old.flat(), new.flat()
+    """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
+    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -409,6 +413,8 @@ def _as_typed(text: str, several: bool) -> str:
     """
     key, separator, value = text.partition("=")
     kind = _kind(key) if separator else None
+    if value.startswith("{") and not isinstance(kind, _Text):
+        return f"{key}={_mapping_as_typed(key.lstrip('+'), value)}"
     if kind == list[str] and not value.startswith("[") and not (several and "," in value):
         return f"{key}=[{value}]"
     if kind is int and re.fullmatch(r"[+-]?[\d_]*\.?[\d_]*([eE][+-]?\d+)?", value):
@@ -422,6 +428,21 @@ def _as_typed(text: str, several: bool) -> str:
     if text == "???":
         raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
     return f"{key}={_quoted(text)}"
+
+
+def _mapping_as_typed(key: str, value: str) -> str:
+    """Texts in a mapping without any quotes: those that Hydra would read as something else are quoted."""
+    of = SourceConfig if key.startswith(_SOURCES) else TrainConfig
+    leaves = {name: kind for name, kind in _kinds(of).items() if of is SourceConfig or name.startswith(f"{key}.")}
+    names = [name.rpartition(".")[2] for name, kind in leaves.items() if isinstance(kind, _Text)]
+    if not names or "'" in value or '"' in value:
+        return value
+
+    def quoted(found: re.Match[str]) -> str:
+        same = found[2] == "null" or isinstance(_parse_one(f"{key}={found[2]}").value(), str)
+        return found[0] if same else f"{found[1]}{_quoted(found[2])}"
+
+    return re.sub(rf"(\b(?:{'|'.join(names)})\s*:\s*)([\w.+-]+)(?=\s*[,}}])", quoted, value)
 
 
 def _several_as_typed(key: str, value: str) -> str:

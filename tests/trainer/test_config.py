@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from trainer.__main__ import main
 from trainer.cli import run_dir_of, script_main
 from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, parse, read_yaml
+from trainer.data import SourceConfig
 from trainer.environ import unquoted
 from trainer.errors import ExitCode, UserError
 
@@ -268,6 +269,17 @@ def test_the_trainer_and_the_scripts_read_one_path(text: str) -> None:
     assert (config.log.project, config.data.parts()["a"].path) == ("007", text)
 
 
+def test_text_in_a_mapping_is_text_too() -> None:
+    source = "{a:{path:2026_1,weight:2_0,shards:null},b: {path: 1e3 ,shards: x}}"
+    parts = load_config(["data=mix", f"data.sources={source}", "sample={prompt: 0x1F, tokens: 1_0}"])
+    assert parts.data.sources == {
+        "a": SourceConfig(path="2026_1", weight=20.0),
+        "b": SourceConfig(path="1e3", shards="x"),
+    }
+    assert (parts.sample.prompt, parts.sample.tokens) == ("0x1F", 10)
+    assert load_config(["sample={prompt: 'x, prompt: 1, y'}"]).sample.prompt == "x, prompt: 1, y"
+
+
 def test_text_may_still_name_another_key_or_nothing() -> None:
     config = load_config(
         ["seed=3", "run.dir=runs/${seed}", "data.shards=null", "sample.prompt=cost \\${x}", "data.eot_token='null'"]
@@ -333,6 +345,18 @@ def test_options_of_other_trainers_are_shown_as_keys(
     assert main() == ExitCode.BAD_INPUT
     told = capsys.readouterr().err
     assert words in told
+    assert told.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_ends_a_script_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", f"out={'x' * 5000}"])
+    with pytest.raises(SystemExit) as caught:
+        script_main(lambda overrides, *, out="": print(Path(out).stat()), None)
+    assert caught.value.code == ExitCode.FAILED
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 36] File name too long")
     assert told.count("\n") == 1
 
 

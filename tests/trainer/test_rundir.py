@@ -175,6 +175,14 @@ def test_the_path_alone_brings_the_runs_config(tiny: Tiny, capsys: pytest.Captur
     assert "going on with another config: optim.lr=0.002 (was 0.001), train.steps=3 (was 2)" in capsys.readouterr().out
 
 
+def test_the_same_command_goes_on_whatever_its_prefixes(tiny: Tiny) -> None:
+    args = ("~precision.args.margin", "+precision.args.margin=1", "~precision.args.history")
+    words = ("precision=fp8_delayed", *args, "++optim.lr=1e-3")
+    config = tiny(*words, "train.steps=1")
+    train_here(config)
+    assert tiny(*words, "train.steps=1") == config
+
+
 def test_what_differs_from_the_run_is_named_in_one_line(tiny: Tiny) -> None:
     config = tiny("precision=fp8_delayed", "precision.args.history=4", "train.steps=2")
     train_here(config)
@@ -188,6 +196,7 @@ def test_what_differs_from_the_run_is_named_in_one_line(tiny: Tiny) -> None:
     ):
         assert words in told
     assert "train.steps" not in told
+    assert "{}" not in told
     assert told.endswith(": choose another run.dir, or run.resume=never to move it aside")
     told = refusal(load_config([*alone, "precision=bf16"]))
     assert "resume.recipe_change=allow to go on under this recipe" in told
