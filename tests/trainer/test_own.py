@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.__main__ import main
+from trainer.__main__ import _require_own_directory, main
 from trainer.config import load_config
 from trainer.errors import ExitCode, UserError
 from trainer.own import CONFIG_DIR, setting, shell, split
@@ -112,6 +112,13 @@ def test_a_runs_own_config_does_not_end_in_its_directory_unasked(monkeypatch: py
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "runs/a/config.yaml has run.dir=runs/a, which holds a run: run.dir=... says where" in told
+
+
+@pytest.mark.usefixtures("place")
+def test_the_same_command_with_ones_own_file_goes_on() -> None:
+    write("runs/a/metrics.jsonl", "")
+    _require_own_directory(split([str(write("mine.yaml", "run: {dir: runs/a}\n"))])[0], [], "runs/a")
+    _require_own_directory(split([str(write("runs/a/config.yaml", "seed: 1\n"))])[0], ["run.dir=runs/a"], "runs/a")
 
 
 @pytest.mark.usefixtures("place")
