@@ -107,7 +107,8 @@ def _show(place: Place, arguments: Namespace) -> None:
 def _require_own_directory(place: Place, overrides: list[str], directory: str) -> None:
     """Raises UserError if a run that starts from another's ``config.yaml`` would go on in the other's directory."""
     told = any(override.partition("=")[0] == "run.dir" for override in overrides)
-    if place.file is not None and not told and RunDirectory(Path(directory)).has_run():
+    run = RunDirectory(Path(directory))
+    if place.file is not None and not told and run.has_run() and place.file.resolve() == run.config.resolve():
         raise UserError(
             f"{place.file} has run.dir={directory}, which holds a run: run.dir=... says where the new one goes "
             f"(run.dir={directory} goes on with that one)"

@@ -198,6 +198,7 @@ def test_the_command_line_says_it_once_on_every_rank() -> None:
     result = launch(["optim.lrr=1"], processes=2)
     assert result.returncode == 1  # torchrun's word for every failure
     assert result.stderr.count("error: unknown key 'optim.lrr' (did you mean 'optim.lr'") == 1
+    assert result.stderr.splitlines()[-1].startswith("error: unknown key 'optim.lrr'")
     alone = launch(["optim.lrr=1"])
     assert alone.returncode == 2
     assert alone.stderr.count("\n") == 1

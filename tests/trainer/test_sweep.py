@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,8 +26,11 @@ from omegaconf import OmegaConf
 
 from trainer import sweep as module
 from trainer.__main__ import main
+from trainer.build import require_data
 from trainer.checkpoint import list_checkpoints
+from trainer.config import load_config
 from trainer.errors import ExitCode, UserError
+from trainer.own import setting
 from trainer.report import Settings, write_report
 from trainer.sweep import Job, State, SweepStopped, expand, expand_named, job_name, named_grids, run_jobs, sweep
 
@@ -224,6 +229,107 @@ def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path) ->
     assert attempts(tmp_path, "a") == 2
 
 
+def grid(root: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The configs of a dry run's jobs, as the shell and the trainer read their lines."""
+    capsys.readouterr()
+    told = [*overrides, setting("hydra.sweep.dir", str(root)), "hydra.launcher.dry_run=true"]
+    assert sweep(told) == ExitCode.FINISHED
+    lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+    return [load_config(shlex.split(line)[3:]).flat() for line in lines]
+
+
+def begin(values: dict[str, Any], *, directory: str | None = None) -> None:
+    """Leave what a run of this config leaves, under another name if that is given."""
+    place = Path(values["run.dir"]) if directory is None else Path(values["run.dir"]).parent / directory
+    place.mkdir(parents=True)
+    config = load_config([setting(key, value) for key, value in values.items() if key.startswith(KEYS)])
+    (place / "config.yaml").write_text(config.to_yaml())
+    (place / "metrics.jsonl").touch()
+
+
+KEYS = ("seed", "optim.lr", "train.steps", "precision.name", "precision.recipe")
+
+
+def names(jobs: list[dict[str, Any]]) -> list[str]:
+    return [Path(job["run.dir"]).name for job in jobs]
+
+
+def test_runs_are_named_by_what_varies_alone(tmp_path: Path, capsys) -> None:
+    fixed = ["train.steps=50", "sample.prompt='a, b'", "model=llama_tiny"]
+    assert names(grid(tmp_path, "seed=0,1", *fixed, capsys=capsys)) == ["seed=0", "seed=1"]
+    assert names(grid(tmp_path, "seed=3", *fixed, capsys=capsys)) == ["defaults"]
+
+
+def test_a_run_is_found_again_when_another_key_begins_to_vary(tmp_path: Path, capsys) -> None:
+    first = grid(tmp_path, "optim.lr=1e-3,3e-3", "seed=0", capsys=capsys)
+    for job in first:
+        begin(job)
+    second = grid(tmp_path, "optim.lr=1e-3,3e-3", "seed=0,1", capsys=capsys)
+    assert names(second) == ["optim.lr=0.001", "optim.lr=0.001,seed=1", "optim.lr=0.003", "optim.lr=0.003,seed=1"]
+    assert names(grid(tmp_path, "optim.lr=1e-3", "seed=0", "log.every=3", capsys=capsys)) == ["optim.lr=0.001"]
+
+
+def test_a_run_is_found_under_the_name_that_an_earlier_sweep_gave_it(tmp_path: Path, capsys) -> None:
+    (job,) = grid(tmp_path, "seed=0", "train.steps=50", capsys=capsys)
+    begin(job, directory="seed=0,train.steps=50")
+    assert names(grid(tmp_path, "seed=0,1", "train.steps=50", capsys=capsys)) == ["seed=0,train.steps=50", "seed=1"]
+
+
+@pytest.mark.parametrize("changed", ["train.steps=70", "optim.lr=0.5"], ids=["length", "rate"])
+def test_no_run_goes_on_where_another_configs_lies(changed: str, tmp_path: Path, capsys) -> None:
+    for job in grid(tmp_path, "seed=0,1", "train.steps=50", capsys=capsys):
+        begin(job)
+    told = ["seed=0,1", "train.steps=50", changed] if "lr" in changed else ["seed=0,1", changed]
+    other = grid(tmp_path, *told, capsys=capsys)
+    assert [name[:7] for name in names(other)] == ["seed=0-", "seed=1-"]
+    begin(other[0])
+    assert names(grid(tmp_path, *told, capsys=capsys)) == names(other)
+    assert names(grid(tmp_path, "seed=0,1", "train.steps=50", capsys=capsys)) == ["seed=0", "seed=1"]
+
+
+ODD = ["it's", "a=b,c", "$HOME (x)", "back\\", 'é "q" `x`', "[a] {b}"]
+
+
+@pytest.mark.parametrize("text", ODD, ids=["apostrophe", "comma", "dollar", "backslash", "quotes", "brackets"])
+def test_a_dry_runs_lines_are_what_a_shell_and_the_trainer_read_back(text: str, tmp_path: Path, capsys) -> None:
+    jobs = grid(tmp_path / text, "seed=0,1", setting("sample.prompt", text), capsys=capsys)
+    assert [job["run.dir"] for job in jobs] == [str(tmp_path / text / f"seed={seed}") for seed in (0, 1)]
+    assert [job["sample.prompt"] for job in jobs] == [text, text]
+
+
+@pytest.mark.parametrize("launcher", ["narrowgauge", "submitit_local"])
+def test_missing_data_are_one_line_before_the_first_job(launcher: str, corpus: Path, tmp_path: Path) -> None:
+    root, missing = tmp_path / "grid", tmp_path / "none"
+    told = ["data.tokenizer=bytes", f"data.path={corpus},{missing}", "seed=0,1", f"hydra/launcher={launcher}"]
+    with pytest.raises(UserError) as error:
+        sweep([*told, f"hydra.sweep.dir={root}"])
+    assert str(error.value).startswith(f"data.path={missing}: no such directory; run python scripts/prepare_data.py ")
+    assert "\n" not in str(error.value)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "advice"),
+    [
+        (["data.path=no/where", "data.vocab_size=512"], "data=sample data.path=no/where data.vocab_size=512"),
+        (["data.tokenizer=no/where", "data.seq_len=64"], "data=sample data.tokenizer=no/where"),
+        (["data=c4_stream", "data.path=it's"], "data=c4_stream \"data.path='it\\'s'\""),
+        (
+            ["data=mix", "data.tokenizer=bytes", "data.sources={a:{path:no/where}}"],
+            'data=mix data.tokenizer=bytes "data.sources={a:{path:no/where,weight:1.0}}"',
+        ),
+    ],
+    ids=["corpus", "tokenizer", "stream", "mixture"],
+)
+def test_the_advice_is_about_the_users_own_data(told: list[str], advice: str) -> None:
+    with pytest.raises(UserError) as error:
+        require_data(load_config(told).data)
+    line = str(error.value).partition("run python scripts/")[2]
+    script, *said = shlex.split(line)
+    assert said == shlex.split(advice) or load_config(said).data.path == "it's"
+    assert script == ("train_tokenizer.py" if "c4_stream" in told[0] else "prepare_data.py")
+
+
 def test_the_table_has_every_job(tmp_path: Path) -> None:
     jobs = jobs_in(tmp_path, "a", "b")
     assert module._Display(jobs).table().row_count == 2
@@ -259,7 +365,7 @@ def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert sweep([*command, f"hydra.sweep.dir={alone}"]) == ExitCode.FINISHED
     names = sorted(path.name for path in alone.iterdir() if path.is_dir())
-    assert [name.partition(",")[2].partition("-")[0] for name in names] == ["precision=bf16", "precision=exmy_e8m3"]
+    assert names == ["precision=bf16", "precision=exmy_e8m3"]
 
     start = [sys.executable, "-m", "trainer", "--multirun", *command, f"hydra.sweep.dir={killed}"]
     with subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True) as process:
