@@ -1,6 +1,6 @@
 """Recipes under the ``Trainer`` of `transformers`:
 
->>> plan = apply(load("nvfp4", {}), model)
+>>> plan = apply("nvfp4", model)
 >>> Trainer(model, arguments, train_dataset=data, callbacks=[PrecisionCallback(plan)]).train()
 
 What is saved is a plain model: what a recipe remembers from step to step (``fp8_delayed``) lies beside it, in a file of

@@ -568,6 +568,15 @@ def apply(
         raise ValueError(
             f"paths={scene.paths}: this recipe chooses no linears of blocks, so there is nothing to choose"
         )
+    with _whole_or_not(model):
+        plan = _put_in(recipe, scene, tokens, device, backend, seed)
+    if plan.coverage.surprises:
+        warnings.warn(str(plan.coverage), CoverageWarning, stacklevel=2)
+    return plan
+
+
+def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.device, backend: str, seed: int) -> Plan:
+    model = scene.model
     others = [_specs(phase, scene) for phase in recipe.schedule]
     for rule in recipe.rules:
         for path, module in scene.chosen(rule):
@@ -598,8 +607,6 @@ def apply(
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
     coverage = covered(model, scene.kept, scene.reasons)
-    if coverage.surprises:
-        warnings.warn(str(coverage), CoverageWarning, stacklevel=2)
     plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.buffers().items():
@@ -610,6 +617,26 @@ def apply(
     if why := _by_step(recipe, model):
         require_steps(model, clock, why)
     return plan
+
+
+@contextmanager
+def _whole_or_not(model: nn.Module) -> Iterator[None]:
+    """Have the modules of ``model`` be what they were, if an error ends what is done within."""
+    own = ("forward", "plan_row")  # what a rule may put on a module that stays
+    before = [
+        (module, dict(module._modules), {name: vars(module)[name] for name in own if name in vars(module)})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, children, attributes in before:
+            module._modules.clear()
+            module._modules.update(children)
+            for name in own:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
+        raise
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -462,8 +462,14 @@ def build_state(
 
 
 def recipe_of(precision: PrecisionConfig, optim: OptimConfig) -> Recipe:
-    """The recipe, with what ``optim.moments`` says in place of its own."""
-    recipe = load(precision.recipe, precision.args, precision.schedule)
+    """The recipe, with what ``optim.moments`` says in place of its own.
+
+    Raises UserError for a recipe file that is not what it was when the config was read.
+    """
+    try:
+        recipe = load(precision.recipe, precision.args, precision.schedule)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
     return replace(recipe, moments=chosen(optim.moments, recipe.moments))
 
 

@@ -256,6 +256,17 @@ def test_a_recipe_goes_into_a_model_once() -> None:
         apply(load("mxfp8"), llama(), args={"keep_last": 1})
 
 
+@pytest.mark.parametrize("recipe", ["mxfp8", "smooth_swiglu"])
+def test_a_recipe_that_fails_leaves_the_model_as_it_was(recipe: str) -> None:
+    model = llama()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="scaled_mm"):
+        apply(recipe, model, backend="scaled_mm")
+    assert list(model.modules()) == before
+    assert not any("forward" in vars(module) for module in before)
+    assert len(quantized_in(apply(recipe, model).model)) == 21
+
+
 def test_the_package_shows_what_there_is() -> None:
     assert load("nvfp4").schedule == load("nvfp4", {}).schedule
     assert {"bf16", "mxfp8", "nvfp4"} <= set(available())
