@@ -44,7 +44,7 @@ from trainer.loop import EvalConfig
 from trainer.machine import memory_of_process
 from trainer.optim import OptimConfig, build_optimizer
 from trainer.pretrained import PretrainedDirectory
-from trainer.remote import remote_path
+from trainer.rows import is_elsewhere, is_rows
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
 from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
@@ -152,7 +152,7 @@ def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> Tex
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:
     if config.tokenizer != "bytes" and not Path(config.tokenizer).exists() and not is_on_hub(config.tokenizer):
         script = "train_tokenizer" if config.stream else "prepare_data"
-        path = f" data.path={config.path}" if config.stream else ""
+        path = f" data.path={config.path}" if config.stream or is_rows(config.path) else ""
         raise UserError(
             f"data.tokenizer={config.tokenizer}: no such file or directory; "
             f"run python scripts/{script}.py data={config.name}{path}"
@@ -164,7 +164,7 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
     """By the name of the source."""
     shards = {}
     for name, part in config.parts().items():
-        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
+        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or is_elsewhere(part.path)
         if not here:
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(
