@@ -137,7 +137,7 @@ def is_rows(path: str) -> bool:
     place = Path(path)
     if place.is_dir():
         return not is_c4(place) and (_is_saved(place) or next(_text_files(place), None) is not None)
-    return place.exists() or _is_pattern(path) or is_on_hub(path) or _kind(place) is not None
+    return place.exists() or _is_pattern(path) or ("/" in path and is_on_hub(path)) or _kind(place) is not None
 
 
 def is_elsewhere(path: str) -> bool:

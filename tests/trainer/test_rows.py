@@ -307,6 +307,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     # What is here, or looks like it, is not asked for.
     (tmp_path / "here").mkdir()
     assert "no such directory" in refusal("here/name")
+    assert "no such directory" in refusal("name")
     assert "no such directory" in refusal("./owner/name")
 
 
