@@ -1,7 +1,9 @@
 """Text to token shards: python scripts/prepare_data.py data=sample [data.path=...] [data.tokenizer=...] [workers=N]
 
 Writes the sample corpus and trains its tokenizer if they are missing, then tokenizes every file in parallel.
-data=c4 reads the hub, a mirror in a directory or on a web server (data.path); data=mix prepares each of its sources.
+data=c4 reads the hub, a mirror in a directory or on a web server (data.path); data=text a file of rows, a directory of
+such files or a dataset of the hub (data.path, data.field); data=mix prepares each of its sources. data.out=DIR keeps
+tokenizer and shards elsewhere.
 Interrupted, the same command goes on; shards that stand are checked and kept.
 """
 

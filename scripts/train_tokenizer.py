@@ -12,7 +12,6 @@ from pathlib import Path
 from trainer.cli import script_main
 from trainer.config import load_config
 from trainer.corpus import write_sample
-from trainer.data import home_of
 from trainer.errors import UserError
 from trainer.prepare import train_tokenizer
 from trainer.tokenizer import holds_vocabulary, is_broken, load_tokenizer
@@ -30,7 +29,7 @@ def main(overrides: list[str]) -> None:
         train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     if stands and not holds_vocabulary(place, config.vocab_size):
-        name = f"{home_of(config.path)}/tokenizer-{config.vocab_size}"
+        name = f"{config.home}/tokenizer-{config.vocab_size}"
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         free = next(one for one in names if not Path(one).exists())
         raise UserError(

@@ -50,6 +50,7 @@ from trainer.optim import OptimConfig, build_optimizer
 from trainer.own import CONFIG_DIR, setting, shell
 from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
+from trainer.rows import is_elsewhere
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
 from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
@@ -200,7 +201,7 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
     """By the name of the source."""
     shards = {}
     for name, part in config.parts().items():
-        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) is not None
+        here = Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or is_elsewhere(part.path)
         if not here:
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
@@ -224,8 +225,9 @@ def _preparing(config: DataConfig) -> str:
     """The command that makes what is missing: with the options in which this config differs from its yaml."""
     file = CONFIG_DIR / "data" / f"{config.name}.yaml"
     yaml = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    tree = OmegaConf.create({"data": OmegaConf.merge(yaml, {"path": config.path})})
-    known = OmegaConf.to_container(tree.data, resolve=True) | {"path": yaml.get("path")}
+    leading = ("path", "out", "vocab_size")  # from which others follow
+    tree = OmegaConf.create({"data": OmegaConf.merge(yaml, {key: getattr(config, key) for key in leading})})
+    known = OmegaConf.to_container(tree.data, resolve=True) | {key: yaml.get(key) for key in leading}
     defaults = {part.name: part.default for part in fields(config) if part.default is not MISSING}
     told = [f"data={config.name}"]
     for part in fields(config):

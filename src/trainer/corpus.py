@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from trainer.errors import UserError, one_line
 from trainer.remote import MIN_BYTES_PER_SECOND, RemoteFile, list_remote, remote_path
@@ -53,6 +53,14 @@ class CorpusFile:
             size = file.seek(0, 2)
             file.seek(max(0, size - 8))
             return f"{size}:{file.read().hex()}"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
+        """As ``read_texts``."""
+        return read_texts(self.path, on_bytes, bad)
 
     def text_identity(self) -> str:
         """Changes with the text, not with its compression, at the cost of a read of its first bytes.
@@ -115,6 +123,11 @@ def corpus_files(
         split: [CorpusFile(found[match[0]], split, int(match["index"]), int(match["count"])) for match in group]
         for split, group in chosen.items()
     }
+
+
+def is_c4(directory: Path) -> bool:
+    """Whether there is a file named as in C4's layout."""
+    return any(_NAME.fullmatch(file.name) for place in (directory / "en", directory) for file in place.glob("c4-*"))
 
 
 def _local_directory(path: Path) -> Path:
@@ -190,7 +203,7 @@ class BadRows:
         if self.heard and self.count == 1:
             say_aside(f"warning: {error}; left out, as up to data.max_bad_rows={allowed} rows of a file are")
 
-    def sum_up(self, path: Path | RemoteFile) -> None:
+    def sum_up(self, path: Path | RemoteFile | str) -> None:
         """Say how many there were, at the end of the file."""
         if self.heard and self.count:
             say_aside(f"{path}: {self.count:,} bad row{'s' * (self.count > 1)} left out of the whole file")
@@ -253,25 +266,43 @@ def read_texts(
             yield text
 
 
-def texts_of(files: Sequence[CorpusFile], limits: RowLimits) -> Iterator[str]:
+class TextFile(Protocol):
+    """What a shard is made of: a file of a corpus, or some of its rows. ``on_bytes`` hears of ``size`` bytes."""
+
+    split: str
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def identity(self) -> str: ...
+
+    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]: ...
+
+
+def texts_of(files: Sequence[TextFile], limits: RowLimits) -> Iterator[str]:
     """The texts of several files, in order; says what is left out. Raises UserError as ``read_texts``."""
     for file in files:
         bad = BadRows(limits, heard=True)
-        yield from read_texts(file.path, bad=bad)
-        bad.sum_up(file.path)
+        yield from file.texts(lambda count: None, bad)
+        bad.sum_up(getattr(file, "path", file.name))
 
 
-def text_of(line: Line, path: Path | RemoteFile, limits: RowLimits) -> str:
+def text_of(line: Line, path: Path | RemoteFile | str, limits: RowLimits, field: str = "text") -> str:
     """The text of a line.
 
-    Raises BadRow, with the file and the line, for one that is too long or not a JSON object with a string ``text``, and
-    for text that is not valid Unicode.
+    Raises BadRow, with the file and the line, for one that is too long or not a JSON object with a string ``field``,
+    and for text that is not valid Unicode.
     """
     if line.size and not line.content:
         raise _too_long(path, line.number, limits)
     try:
         row = json.loads(line.content)
-        text = row["text"]
+        text = row[field]
         text.encode()  # a lone surrogate is valid JSON and not valid text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadRow(f"{path}: line {line.number} is not valid UTF-8: {error.reason}") from error
@@ -280,11 +311,11 @@ def text_of(line: Line, path: Path | RemoteFile, limits: RowLimits) -> str:
     except ValueError as error:
         raise BadRow(f"{path}: line {line.number} is not JSON: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadRow(f"{path}: line {line.number} has no string field 'text'") from error
+        raise BadRow(f"{path}: line {line.number} has no string field {field!r}") from error
     return text  # type: ignore[no-any-return]
 
 
-def _too_long(path: Path | RemoteFile, number: int, limits: RowLimits) -> BadRow:
+def _too_long(path: Path | RemoteFile | str, number: int, limits: RowLimits) -> BadRow:
     return BadRow(f"{path}: line {number} is longer than data.max_line_bytes={limits.max_line_bytes}")
 
 

@@ -19,7 +19,7 @@ import resource
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast, get_type_hints
 
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.corpus import SPLITS, CorpusFile, RowLimits, corpus_files
+from trainer.corpus import SPLITS, CorpusFile, RowLimits, TextFile, corpus_files
 from trainer.errors import UserError, one_line
 from trainer.files import read_json
 from trainer.remote import MIN_BYTES_PER_SECOND, remote_path
+from trainer.rows import SAMPLE_BY, Source, is_rows, row_parts
 from trainer.tokenizer import is_on_hub
 
 MANIFEST = "manifest.json"
@@ -47,6 +48,8 @@ class SourceConfig:
     path: str
     weight: float = 1.0  # share of the samples, relative to the other weights
     shards: str | None = None
+    field: str | None = None  # null: the mixture's; and so on
+    subset: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -54,10 +57,17 @@ class DataConfig:
     """Where text and tokens lie, and what a batch is."""
 
     name: str
-    path: str  # a corpus in C4's layout: a directory, an HTTP address, allenai/c4 or hf://datasets/OWNER/NAME
+    path: str  # C4's layout: a directory, an HTTP address, allenai/c4, hf://datasets/OWNER/NAME; or rows (trainer.rows)
     tokenizer: str  # a directory, a tokenizer.json, or "bytes"
     eot_token: str | None = None  # end of text; null finds the tokenizer's own
     shards: str | None = None  # token shards; null is a directory in the corpus's home named after the tokenizer
+    out: str | None = None  # where tokenizer and shards are kept; null is the corpus's home
+    field: str = Source.field  # of a row, the one that holds its text
+    subset: str | None = Source.subset  # of a dataset that has several: its config's name
+    train_split: str = Source.train_split
+    validation_split: str | None = Source.validation_split  # where there is none, or with null, a part of the training
+    validation_fraction: float | None = Source.validation_fraction  # split is held out: this part of its documents
+    sample_by: str = Source.sample_by  # a document of a .txt file: line, paragraph, or document, the whole file
     verify: bool = True  # compare the shards' checksums at every start (sizes are always compared)
     max_files: int | None = None  # the first ones of each split; null is all
     attempts: int = 8  # at reading from a server, the waits between them doubling from half a second to a minute
@@ -78,14 +88,37 @@ class DataConfig:
     def shards_dir(self) -> str:
         tokenizer = Path(self.tokenizer)
         name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
-        return self.shards or str(Path(home_of(self.path)) / "shards" / name)
+        return self.shards or str(Path(self.home) / "shards" / name)
+
+    @property
+    def home(self) -> str:
+        """Where the corpus keeps its tokenizer and token shards."""
+        return home_of(self.path, self.out, self.name)
 
     @property
     def row_limits(self) -> RowLimits:
         return RowLimits(self.max_line_bytes, self.max_bad_rows)
 
+    def texts(self, splits: Sequence[str] = SPLITS) -> Mapping[str, Sequence[TextFile]]:
+        """What shards are made of, by split. Raises as ``row_parts`` and ``corpus_files``."""
+        if not is_rows(self.path):
+            if self.field != Source.field:
+                raise UserError(f"data.field={self.field}: {self.path} is in C4's layout, whose field is 'text'")
+            return self.files(splits)
+        if self.max_files is not None:
+            raise UserError(
+                f"data.max_files={self.max_files} counts files of C4's layout, which {self.path} is not: "
+                "data.train_split='train[:10%]' takes a part"
+            )
+        return row_parts(Source(**{part.name: getattr(self, part.name) for part in fields(Source)}), splits)
+
     def files(self, splits: Sequence[str] = SPLITS) -> dict[str, list[CorpusFile]]:
-        """The corpus's files by split. Raises as ``corpus_files``."""
+        """The files of a corpus in C4's layout by split. Raises as ``corpus_files``."""
+        if is_rows(self.path):
+            raise UserError(
+                f"data.path={self.path} is not in C4's layout, which data={self.name} reads as it is: prepare it, "
+                f"python scripts/prepare_data.py data=text data.path={self.path}"
+            )
         return corpus_files(
             self.path,
             splits,
@@ -104,7 +137,16 @@ class DataConfig:
         if not self.sources:
             raise UserError(f"data={self.name} has no sources: data.sources='{{a: {{path: DIR, weight: 2}}, ...}}'")
         return {
-            name: replace(self, name=name, path=source.path, shards=source.shards, sources=None)
+            name: replace(
+                self,
+                name=name,
+                path=source.path,
+                shards=source.shards,
+                out=str(Path(self.out) / name) if self.out else None,
+                field=source.field or self.field,
+                subset=source.subset or self.subset,
+                sources=None,
+            )
             for name, source in sorted(self.sources.items())
         }
 
@@ -119,6 +161,10 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must not be negative")
         if self.max_files is not None and self.max_files < 1:
             raise ValueError(f"data.max_files={self.max_files}: must be at least 1, or null for all")
+        if self.validation_fraction is not None and not 0 <= self.validation_fraction <= 0.5:
+            raise ValueError(f"data.validation_fraction={self.validation_fraction}: must be from 0 to 0.5, or null")
+        if self.sample_by not in SAMPLE_BY:
+            raise ValueError(f"data.sample_by={self.sample_by}: must be one of {', '.join(SAMPLE_BY)}")
         if self.vocab_size < 257:
             raise ValueError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has at least 257 entries")
         if self.sources is not None and self.stream:
@@ -140,9 +186,13 @@ class DataConfig:
                     )
 
 
-def home_of(path: str) -> str:
-    """Where a corpus keeps its tokenizer and token shards: in itself, or in ``data/`` if it lies on a server."""
-    if remote_path(path) is None or Path(path).is_dir():
+def home_of(path: str, out: str | None = None, name: str = "") -> str:
+    """Where a corpus keeps its tokenizer and token shards: in ``out``; in itself, if it is a directory in C4's layout,
+    as the corpus ``name`` sample is; or in ``data/``."""
+    if out:
+        return out
+    rows = name != "sample" and is_rows(path)
+    if not rows and (remote_path(path) is None or Path(path).is_dir()):
         return path
     place = path.split("://")[-1].removeprefix("datasets/").lower()
     return f"data/{re.sub('[^a-z0-9]+', '-', place).strip('-')}"

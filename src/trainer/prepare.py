@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.corpus import SPLITS, BadRows, CorpusFile, RowLimits, lacks_sample, read_texts, texts_of, write_sample
-from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, home_of, shard_info
+from trainer.corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
+from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, shard_info
 from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
 from trainer.machine import available_cores
 from trainer.remote import remote_path
+from trainer.rows import is_rows
 from trainer.tokenizer import (
     DAMAGED,
     TextTokenizer,
@@ -37,6 +39,7 @@ from trainer.tokenizer import (
 )
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
+_ELSEWHERE = "data.out=DIR puts tokenizer and shards elsewhere"
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 # Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
@@ -56,11 +59,22 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
             f"data={config.name} trains from the text itself: there is nothing to prepare "
             f"(scripts/train_tokenizer.py data={config.name} trains its tokenizer)"
         )
+    try:
+        return _prepare(config, workers, splits)
+    except OSError as error:  # of a place that is not the shards' or the tokenizer's, which say so themselves
+        raise UserError(f"{error.filename or config.path}: {error.strerror or one_line(error)}") from error
+
+
+def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> dict[str, Any]:
     path = Path(config.path)
+    if is_rows(config.path) and path.is_dir():
+        for key, place in (("out", config.home), ("shards", config.shards_dir)):
+            if path.resolve() in (Path(place).resolve(), *Path(place).resolve().parents):
+                raise UserError(f"data.{key}={place}: lies in data.path={path}, whose files are text")
     if config.name == "sample" and lacks_sample(path):
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = config.files(splits)
+    files = config.texts(splits)
     if remote_path(config.path) and not path.is_dir():
         size = sum(file.size for group in files.values() for file in group)
         number = sum(map(len, files.values()))
@@ -68,22 +82,20 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     place = Path(config.tokenizer)
     train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
-    own = Path(home_of(config.path)) / "tokenizer"
+    own = Path(config.home) / "tokenizer"
     if place == own and not holds_vocabulary(place, config.vocab_size):
         other = f"data.tokenizer={own}-{config.vocab_size}"
         print(f"{place} has {tokenizer.vocab_size} entries, not data.vocab_size={config.vocab_size}; {other} would")
     target = Path(config.shards_dir)
     _require_no_others(target, tokenizer)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.shards={target}: cannot be made: {one_line(error)}") from error
 
     everything = [file for split in files.values() for file in split]
     infos = {file: info for file in everything if (info := _standing(file, config, tokenizer, target))}
     todo = [file for file in everything if file not in infos]
     if infos and todo:
         print(f"{len(infos)} of {len(everything)} shards stand already in {target}")
+    if todo:
+        _require_writable(target, "data.shards")
     infos |= _tokenize_all(todo, config, target, workers)
 
     manifest = {
@@ -92,10 +104,11 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
         "dtype": _dtype(tokenizer),
         "splits": {split: [infos[file] for file in split_files] for split, split_files in files.items()},
     }
-    _write_description(target / MANIFEST, manifest)
+    if _read_if_there(target / MANIFEST) != manifest:
+        _write_description(target / MANIFEST, manifest)
     if bad := {file: info["bad_rows"] for file, info in infos.items() if info["bad_rows"]}:
         most = max(bad, key=lambda file: bad[file])
-        where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {most.path}"
+        where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {getattr(most, 'path', most.name)}"
         print(f"{sum(bad.values()):,} bad rows left out, in {where} ({target / MANIFEST} counts them by file)")
     return manifest
 
@@ -119,7 +132,7 @@ def train_tokenizer(config: DataConfig) -> None:
     Half a tokenizer is none: it is moved aside. One that can be read is never replaced.
     """
     target = Path(config.tokenizer)
-    own = Path(home_of(config.path)) in target.parents
+    own = Path(config.home) in target.parents
     broken = own and is_broken(target)
     if config.tokenizer == "bytes" or (target.exists() and not broken):
         return
@@ -129,16 +142,34 @@ def train_tokenizer(config: DataConfig) -> None:
         raise UserError(
             f"data.tokenizer={config.tokenizer}: no such file or directory "
             f"(only a tokenizer inside data.path={config.path} is trained when missing)"
-            if home_of(config.path) == config.path
+            if config.home == config.path
             else f"data.tokenizer={config.tokenizer}: no such file or directory "
-            f"(only one inside {home_of(config.path)} is trained when missing)"
+            f"(only one inside {config.home} is trained when missing)"
         )
     if broken and (file := target / "tokenizer.json").exists():
         print(f"{file} is cut short: it is kept as {file.name}{DAMAGED}")
         file.replace(file.with_name(f"{file.name}{DAMAGED}"))
+    _require_writable(target.parent, "the directory of data.tokenizer")
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = texts_of(config.files(["train"])["train"], config.row_limits)
+    texts = texts_of(config.texts(["train"])["train"], config.row_limits)
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
+
+
+def _require_writable(directory: Path, key: str) -> None:
+    """Make ``directory`` if it is not there. Raises UserError if nothing can be written in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}={directory}: cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
+
+
+def _read_if_there(file: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return None
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
@@ -150,11 +181,11 @@ def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
             return
 
 
-def _shard_name(file: CorpusFile) -> str:
+def _shard_name(file: TextFile) -> str:
     return f"{file.split}.{file.index:05}-of-{file.count:05}"
 
 
-def _standing(file: CorpusFile, config: DataConfig, tokenizer: TextTokenizer, target: Path) -> ShardInfo | None:
+def _standing(file: TextFile, config: DataConfig, tokenizer: TextTokenizer, target: Path) -> ShardInfo | None:
     """The finished shard of ``file`` in ``target``, unless source, tokenizer, limits or shard have changed since."""
     name = _shard_name(file)
     try:
@@ -180,8 +211,8 @@ def _has_same_rows(info: ShardInfo, limits: RowLimits) -> bool:
 
 
 def _tokenize_all(
-    files: Sequence[CorpusFile], config: DataConfig, target: Path, workers: int | None
-) -> dict[CorpusFile, ShardInfo]:
+    files: Sequence[TextFile], config: DataConfig, target: Path, workers: int | None
+) -> dict[TextFile, ShardInfo]:
     """``workers`` processes; None takes one for each core, or none but this one where they would not pay."""
     if not files:
         return {}
@@ -199,14 +230,14 @@ def _tokenize_all(
 
 
 def _tokenize_in_pool(
-    files: Sequence[CorpusFile], config: DataConfig, target: Path, processes: int, cpus: int, bar: Any
-) -> dict[CorpusFile, ShardInfo]:
+    files: Sequence[TextFile], config: DataConfig, target: Path, processes: int, cpus: int, bar: Any
+) -> dict[TextFile, ShardInfo]:
     # Spawned, not forked: a forked child that inherits OpenMP or tokenizer threads can hang.
     context = multiprocessing.get_context("spawn")
     read = context.Value("q", 0)
     threads = {"RAYON_NUM_THREADS": str(max(1, cpus // processes)), "TOKENIZERS_PARALLELISM": "true"}
     arguments = (read, config.tokenizer, config.eot_token, threads)
-    done: dict[CorpusFile, ShardInfo] = {}
+    done: dict[TextFile, ShardInfo] = {}
     with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
         jobs = {pool.submit(_tokenize_in_worker, file, target, config.row_limits): file for file in files}
         pending = set(jobs)
@@ -230,12 +261,12 @@ def _start_worker(read: Any, tokenizer: str, eot_token: str | None, environment:
     _tokenizer = load_tokenizer(tokenizer, eot_token)
 
 
-def _tokenize_in_worker(file: CorpusFile, target: Path, limits: RowLimits) -> ShardInfo:
+def _tokenize_in_worker(file: TextFile, target: Path, limits: RowLimits) -> ShardInfo:
     return _tokenize(file, target, _tokenizer, limits, _report)
 
 
 def _tokenize(
-    file: CorpusFile,
+    file: TextFile,
     target: Path,
     tokenizer: TextTokenizer,
     limits: RowLimits,
@@ -248,11 +279,13 @@ def _tokenize(
     try:
         return _write_shard(file, target, tokenizer, BadRows(limits), on_bytes)
     except OSError as error:
-        raise UserError(f"{target}: the shard {_shard_name(file)} cannot be written: {one_line(error)}") from error
+        raise UserError(
+            f"{target}: the shard {_shard_name(file)} cannot be written: {one_line(error)}; {_ELSEWHERE}"
+        ) from error
 
 
 def _write_shard(
-    file: CorpusFile, target: Path, tokenizer: TextTokenizer, bad: BadRows, on_bytes: Callable[[int], object]
+    file: TextFile, target: Path, tokenizer: TextTokenizer, bad: BadRows, on_bytes: Callable[[int], object]
 ) -> ShardInfo:
     name, dtype = _shard_name(file), np.dtype(_dtype(tokenizer))
     binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
@@ -261,7 +294,7 @@ def _write_shard(
     digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
     try:
         with partial.open("wb") as output:
-            for chunk_of_texts in _chunks(read_texts(file.path, on_bytes, bad)):
+            for chunk_of_texts in _chunks(file.texts(on_bytes, bad)):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
                 encoded = tokenizer.encode_batch(texts)
@@ -289,7 +322,7 @@ def _write_shard(
     info: ShardInfo = {
         "file": binary.name,
         "documents_file": documents.name,
-        "source": file.path.name,
+        "source": file.name,
         "source_identity": file.identity(),
         "tokenizer": tokenizer.fingerprint,
         "tokens": tokens,
@@ -309,7 +342,7 @@ def _write_description(path: Path, value: Any) -> None:
     try:
         write_json(path, value)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
+        raise UserError(f"{path} cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
 
 
 def _report(count: int) -> None:

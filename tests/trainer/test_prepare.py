@@ -646,6 +646,60 @@ def test_a_disk_that_is_full_while_a_shard_is_written_is_one_line(tmp_path: Path
     assert prepare(config, 1)["splits"]["train"][0]["documents"] == 30
 
 
+@pytest.mark.parametrize("what", ["shards", "tokenizer", "manifest"])
+def test_a_corpus_that_cannot_be_written_names_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    corpus = small(tmp_path / "c")
+    config = data(corpus, "data.vocab_size=300" if what == "tokenizer" else "data.tokenizer=bytes")
+    if what == "manifest":
+
+        def full(path: Path, value: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr("trainer.prepare.write_json", full)
+    else:
+
+        def read_only(*arguments: object, dir: Path, **options: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+        monkeypatch.setattr("trainer.prepare.tempfile.TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"cannot be written: .*; data.out=DIR puts tokenizer and shards elsewhere"):
+        prepare(config, 1)
+    monkeypatch.undo()
+    elsewhere = data(corpus, *(["data.vocab_size=300"] if what == "tokenizer" else ["data.tokenizer=bytes"]))
+    before = sorted(corpus.rglob("*"))
+    elsewhere = load_config(
+        [f"data.path={corpus}", f"data.out={tmp_path / 'out'}", f"data.tokenizer={elsewhere.tokenizer}"]
+        if what != "tokenizer"
+        else [f"data.path={corpus}", f"data.out={tmp_path / 'out'}", "data.vocab_size=300"]
+    ).data
+    assert prepare(elsewhere, 1)["splits"]["train"][0]["documents"] == 30
+    assert sorted(corpus.rglob("*")) == before
+    assert (Path(elsewhere.shards_dir) / "manifest.json").is_relative_to(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists() == (what == "tokenizer")
+
+
+def test_a_file_where_the_shards_should_be_is_one_line(tmp_path: Path) -> None:
+    corpus = small(tmp_path / "c")
+    (corpus / "shards").write_text("mine")
+    with pytest.raises(UserError, match=r"^data.shards=.*: cannot be written: .*; data.out=DIR puts"):
+        prepare(data(corpus, "data.tokenizer=bytes"), 1)
+    assert (corpus / "shards").read_text() == "mine"
+
+
+def test_a_finished_corpus_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data(small(tmp_path), "data.vocab_size=300")
+    manifest = prepare(config, 1)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("trainer.prepare.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("trainer.prepare.write_json", refuse)
+    assert prepare(config, 1) == manifest
+
+
 def test_nothing_asks_whether_it_may_run_what_it_loads() -> None:
     """`transformers` asks on standard input where `trust_remote_code` is left out, and then runs what it found."""
     calls = []
