@@ -181,9 +181,13 @@ def require_data(config: DataConfig) -> None:
 def _preparing(config: DataConfig) -> str:
     """The command that makes what is missing: with the options in which this config differs from its yaml."""
     file = CONFIG_DIR / "data" / f"{config.name}.yaml"
-    yaml = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    tree = OmegaConf.create({"data": OmegaConf.merge(yaml, {"path": config.path})})
-    known = OmegaConf.to_container(tree.data, resolve=True) | {"path": yaml.get("path")}
+    raw = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    assert isinstance(raw, dict)
+    plain = {key: value for key, value in raw.items() if "${" not in str(value)}  # the others follow from these
+    tree = OmegaConf.create(
+        {"data": raw | {key: getattr(config, key) for key in plain if key in ("path", "vocab_size")}}
+    )
+    known = OmegaConf.to_container(tree.data, resolve=True) | plain
     defaults = {part.name: part.default for part in fields(config) if part.default is not MISSING}
     told = [f"data={config.name}"]
     for part in fields(config):
