@@ -224,10 +224,12 @@ def require_data(config: DataConfig) -> None:
 def _preparing(config: DataConfig) -> str:
     """The command that makes what is missing: with the options in which this config differs from its yaml."""
     file = CONFIG_DIR / "data" / f"{config.name}.yaml"
-    yaml = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    leading = ("path", "out", "vocab_size")  # from which others follow
-    tree = OmegaConf.create({"data": OmegaConf.merge(yaml, {key: getattr(config, key) for key in leading})})
-    known = OmegaConf.to_container(tree.data, resolve=True) | {key: yaml.get(key) for key in leading}
+    raw = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    assert isinstance(raw, dict)
+    plain = {key: value for key, value in raw.items() if "${" not in str(value)}  # the others follow from these
+    leading = {key: getattr(config, key) for key in plain if key in ("path", "out", "vocab_size")}
+    tree = OmegaConf.create({"data": raw | leading})
+    known = OmegaConf.to_container(tree.data, resolve=True) | plain
     defaults = {part.name: part.default for part in fields(config) if part.default is not MISSING}
     told = [f"data={config.name}"]
     for part in fields(config):
