@@ -173,6 +173,14 @@ def test_stochastic_noise_goes_by_the_step(tmp_path: Path) -> None:
     assert not torch.equal(gradients[0], gradients[1])
 
 
+def test_a_trainer_that_tells_no_steps_is_stopped(tmp_path: Path) -> None:
+    model = llama()
+    apply("nvfp4", model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to="none")
+    with pytest.raises(RuntimeError, match=r"rounding noise and the schedule would stand still.*PrecisionCallback"):
+        Trainer(model, arguments, train_dataset=DATA).train()
+
+
 def test_samples_are_dealt_to_ranks_in_turn(tmp_path: Path) -> None:
     """Two ranks with batches of 2 number samples as one rank with batches of 4 does."""
 
