@@ -2,17 +2,20 @@
 
 [data.vocab_size=4096] [data.tokenizer=DIRECTORY]
 
-Replaces a tokenizer that stands there; its old token shards then no longer fit and training says so.
+It goes into the corpus's `tokenizer`, or where one for another vocabulary stands there, into `tokenizer-VOCABULARY`.
+One that stands is never replaced: runs were trained with it.
 """
 
+from itertools import chain, count
 from pathlib import Path
 
 from trainer.cli import script_main
 from trainer.config import load_config
 from trainer.corpus import write_sample
+from trainer.data import home_of
 from trainer.errors import UserError
 from trainer.prepare import train_tokenizer
-from trainer.tokenizer import load_tokenizer
+from trainer.tokenizer import holds_vocabulary, is_broken, load_tokenizer
 
 
 def main(overrides: list[str]) -> None:
@@ -21,8 +24,21 @@ def main(overrides: list[str]) -> None:
         raise UserError(f"data={config.name}: train the tokenizer on one source, as in data=c4 data.path=DIR")
     if config.name == "sample" and not (Path(config.path) / "en").is_dir():
         write_sample(Path(config.path))
-    train_tokenizer(config, again=True)
+    place = Path(config.tokenizer)
+    stands = place.exists() and not is_broken(place)
+    if not stands:
+        train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    if stands and not holds_vocabulary(place, config.vocab_size):
+        name = f"{home_of(config.path)}/tokenizer-{config.vocab_size}"
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        free = next(one for one in names if not Path(one).exists())
+        raise UserError(
+            f"data.tokenizer={place}: a tokenizer of {tokenizer.vocab_size:,} entries stands there and is never "
+            f"replaced; one of {config.vocab_size:,} needs another place: data.tokenizer={free}"
+        )
+    if stands:
+        print(f"{place} stands already and is kept; data.tokenizer=DIRECTORY trains another")
     print(f"{config.tokenizer}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.environ import check_environment, forgive_console, require_text, unquoted
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode, UserError, one_line
 
 
 def script_main(main: Callable[..., Any], doc: str | None) -> None:
@@ -33,6 +33,9 @@ def script_main(main: Callable[..., Any], doc: str | None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.BAD_INPUT)
+    except OSError as error:  # of a path that cannot be, or a disk
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(ExitCode.FAILED)
     sys.exit(code or ExitCode.FINISHED)
 
 

@@ -42,11 +42,12 @@ from trainer.optim import OptimConfig
 from trainer.own import CONFIG_DIR, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
 from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
+from trainer.tokenizer import tokenizer_place
 
 _SOURCES = "data.sources"
 _OPEN = re.compile(r"precision\.args\.|data\.sources\.[^.]+(\.(path|weight|shards))?$")  # of any names
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
-_FLAGS |= {"output_dir": "run.dir", "epochs": "train.steps", "resume": "run.dir"}  # what other trainers call them
+_FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
 
@@ -136,6 +137,8 @@ def _dumper() -> Any:
 def register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
     OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
+    # ${tokenizer:HOME,VOCABULARY,DEFAULT}: not kept, for another vocabulary is another place
+    OmegaConf.register_new_resolver("tokenizer", tokenizer_place, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():
@@ -157,6 +160,9 @@ def groups() -> dict[str, list[str]]:
 def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> TrainConfig:
     """Compose ``configs/train.yaml``, or what ``trainer.own``'s flags name, with Hydra overrides, and validate.
 
+    Where ``run.dir`` names a run that is to go on, what it was trained with takes the place of ``configs``: the path
+    alone is enough, and a choice that is the run's own adds nothing.
+
     Raises UserError, one line: an unknown key, group or value (with the closest valid names), a wrong type, or a
     value out of range.
     """
@@ -174,11 +180,14 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
             _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
         lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
         return to_config(_compose(place, name, lines))
-    keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
-        ConfigLoaderImpl._apply_overrides_to_config(parse([for_compose(key) for key in keys]), tree)
+        keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+        # What the run's first command added or took away is as it wants it already.
+        keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
+        lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
+        ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_error(error)) from error
     return to_config(tree)
@@ -222,7 +231,10 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
     if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
         return None
     earlier = RunDirectory(Path(directory))
-    return earlier if earlier.config.is_file() and earlier.has_run() else None
+    try:
+        return earlier if earlier.config.is_file() and earlier.has_run() else None
+    except OSError as error:
+        raise UserError(f"run.dir={directory} cannot be read: {error.strerror or error}") from error
 
 
 def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Place) -> DictConfig:
@@ -240,8 +252,7 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Pla
         for group in choices:
             if composed[group].name != names.get(group):
                 tree[group] = composed[group]
-    derived = flatten(OmegaConf.to_container(composed, resolve=False))
-    for key, text in derived:
+    for key, text in flatten(OmegaConf.to_container(composed, resolve=False)):
         if isinstance(text, str) and "${" in text and not key.startswith("run."):
             before = OmegaConf.select(tree, key)
             OmegaConf.update(tree, key, text)
@@ -334,8 +345,8 @@ def to_config(tree: Any) -> TrainConfig:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, with the old and the new value."""
-    before, after = old.flat(), new.flat()
+    """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
+    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -374,6 +385,8 @@ def _as_typed(text: str, several: bool) -> str:
     """
     key, separator, value = text.partition("=")
     kind = _kind(key) if separator else None
+    if value.startswith("{") and not isinstance(kind, _Text):
+        return f"{key}={_mapping_as_typed(key.lstrip('+'), value)}"
     if kind == list[str] and not value.startswith("[") and not (several and "," in value):
         return f"{key}=[{value}]"
     if kind is int and re.fullmatch(r"[+-]?[\d_]*\.?[\d_]*([eE][+-]?\d+)?", value):
@@ -387,6 +400,21 @@ def _as_typed(text: str, several: bool) -> str:
     if text == "???":
         raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
     return f"{key}={_quoted(text)}"
+
+
+def _mapping_as_typed(key: str, value: str) -> str:
+    """Texts in a mapping without any quotes: those that Hydra would read as something else are quoted."""
+    of = SourceConfig if key.startswith(_SOURCES) else TrainConfig
+    leaves = {name: kind for name, kind in _kinds(of).items() if of is SourceConfig or name.startswith(f"{key}.")}
+    names = [name.rpartition(".")[2] for name, kind in leaves.items() if isinstance(kind, _Text)]
+    if not names or "'" in value or '"' in value:
+        return value
+
+    def quoted(found: re.Match[str]) -> str:
+        same = found[2] == "null" or isinstance(_parse_one(f"{key}={found[2]}").value(), str)
+        return found[0] if same else f"{found[1]}{_quoted(found[2])}"
+
+    return re.sub(rf"(\b(?:{'|'.join(names)})\s*:\s*)([\w.+-]+)(?=\s*[,}}])", quoted, value)
 
 
 def _several_as_typed(key: str, value: str) -> str:

@@ -333,7 +333,9 @@ class TokenShards:
         if made_by != tokenizer_fingerprint:
             raise UserError(
                 f"data.tokenizer={config.tokenizer} (fingerprint {tokenizer_fingerprint}) did not make the shards in "
-                f"{self.directory} (fingerprint {made_by}): {again}, or name the tokenizer that did"
+                f"{self.directory} (fingerprint {made_by}): name the tokenizer that did, or {again} and "
+                f"data.tokenizer={config.tokenizer} data.shards={self.directory}-{tokenizer_fingerprint[:8]}, and "
+                "train with that data.shards"
             )
         splits = {
             split: [{key: shard[key] for key in shard if key not in _SINCE_VERSION_1} for shard in shards]

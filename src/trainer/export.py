@@ -13,10 +13,9 @@ from precision.smooth import DOWN, GATE, UP, fold, scales_of
 from trainer import distributed
 from trainer.build import open_windows, resolve_model, to_transformers
 from trainer.checkpoint import newest, read_tensors
-from trainer.config import load_run_config
 from trainer.errors import UserError
-from trainer.restore import require_tokenizer, restore_run
-from trainer.rundir import RunDirectory
+from trainer.restore import open_config, restore_run
+from trainer.rundir import RunDirectory, require_tokenizer
 from trainer.state import evaluating
 from trainer.tokenizer import load_tokenizer, save_for_transformers
 
@@ -39,7 +38,7 @@ def export_run(run_dir: Path, out: Path, dtype: str = "float32", *, folded: bool
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
     directory = RunDirectory(run_dir)
-    config = load_run_config(directory.config)
+    config = open_config(directory)
     checkpoint = newest(directory.checkpoints)
     if checkpoint is None:
         raise UserError(f"{directory.checkpoints} holds no usable checkpoint")

@@ -26,7 +26,7 @@ from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
 from trainer.machine import available_cores
 from trainer.remote import remote_path
-from trainer.tokenizer import DAMAGED, TextTokenizer, is_broken, load_tokenizer, train_bpe
+from trainer.tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -40,7 +40,8 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     """Do what is missing of: sample corpus, tokenizer, token shards of ``splits``. Returns the manifest.
 
     Shards that stand from an earlier, interrupted call are kept if source and tokenizer are still the same and
-    their checksum holds. Raises UserError for input that cannot be used; what is finished by then stays.
+    their checksum holds. Raises UserError for input that cannot be used, and where another tokenizer's shards stand,
+    which runs go on with; what is finished by then stays.
     """
     if config.stream:
         raise UserError(
@@ -56,9 +57,15 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
         size = sum(file.size for group in files.values() for file in group)
         number = sum(map(len, files.values()))
         print(f"{number:,} files, {size / 1e9:,.2f} GB, are read from {config.path} (data.max_files takes the first)")
+    place = Path(config.tokenizer)
     train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    own = Path(home_of(config.path)) / "tokenizer"
+    if place == own and not holds_vocabulary(place, config.vocab_size):
+        other = f"data.tokenizer={own}-{config.vocab_size}"
+        print(f"{place} has {tokenizer.vocab_size} entries, not data.vocab_size={config.vocab_size}; {other} would")
     target = Path(config.shards_dir)
+    _require_no_others(target, tokenizer)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,15 +92,28 @@ def prepare(config: DataConfig, workers: int | None = None, splits: Sequence[str
     return manifest
 
 
-def train_tokenizer(config: DataConfig, *, again: bool = False) -> None:
+def _require_no_others(target: Path, tokenizer: TextTokenizer) -> None:
+    try:
+        theirs = read_json(target / MANIFEST)["tokenizer"]
+        fingerprint, size = str(theirs["fingerprint"]), theirs["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{target} holds the token shards of another tokenizer ({size} entries, fingerprint {fingerprint}), which "
+            f"runs go on with: name another place, data.shards={target}-{tokenizer.fingerprint[:8]}"
+        )
+
+
+def train_tokenizer(config: DataConfig) -> None:
     """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet.
 
-    Half a tokenizer is none: it is moved aside. One that can be read is replaced only ``again``.
+    Half a tokenizer is none: it is moved aside. One that can be read is never replaced.
     """
     target = Path(config.tokenizer)
     own = Path(home_of(config.path)) in target.parents
     broken = own and is_broken(target)
-    if config.tokenizer == "bytes" or (target.exists() and not again and not broken):
+    if config.tokenizer == "bytes" or (target.exists() and not broken):
         return
     if not own:
         raise UserError(

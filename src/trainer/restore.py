@@ -9,11 +9,11 @@ import torch
 
 from trainer import distributed
 from trainer.build import build_state, resolve_model
-from trainer.checkpoint import Checkpoint, load_into, newest
+from trainer.checkpoint import load_into, newest
 from trainer.config import TrainConfig, load_run_config
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, require_tokenizer
 from trainer.state import POSITION, TrainState
 from trainer.tokenizer import TextTokenizer, load_tokenizer
 
@@ -29,19 +29,17 @@ class Run:
     context: int  # the longest prefix it was trained on
 
 
-def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:
-    """Raises UserError if the run was trained with another tokenizer: its tokens would be other words."""
-    if (before := checkpoint.meta.get("tokenizer")) != tokenizer.fingerprint:
-        raise UserError(
-            f"{checkpoint.path} was trained with the tokenizer of fingerprint {before}; "
-            f"data.tokenizer holds {tokenizer.fingerprint} now"
-        )
+def open_config(directory: RunDirectory) -> TrainConfig:
+    """The config of a run, with the tokenizer that the run keeps. Raises as ``load_run_config``."""
+    config = load_run_config(directory.config)
+    config.data = directory.data_of(config.data)
+    return config
 
 
 def restore_run(run_dir: Path) -> Run:
     """Open ``run_dir``. Raises UserError if it is no run directory or holds no usable checkpoint."""
     directory = RunDirectory(run_dir)
-    config = load_run_config(directory.config)
+    config = open_config(directory)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
     checkpoint = newest(directory.checkpoints)
     if checkpoint is None:

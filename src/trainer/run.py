@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ from trainer.build import (
 )
 from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, newest
 from trainer.config import TrainConfig, differences, load_run_config
-from trainer.data import Ahead
+from trainer.data import Ahead, DataConfig
 from trainer.distributed import StopRequest, World, say
 from trainer.errors import ExitCode, RunFailed, UserError, one_line
 from trainer.generate import generate
 from trainer.loop import Job, Outcome, ProbeConfig, Status, train
 from trainer.machine import out_of_memory_line
 from trainer.metrics import Console, MetricsFile, Trackers, evaluated_step
-from trainer.rundir import Resume, RunDirectory, environment
+from trainer.rundir import Resume, RunDirectory, environment, require_tokenizer
 from trainer.spikes import SpikeAction, SpikeWatch
 from trainer.stream import TextStream
+from trainer.tokenizer import load_tokenizer
 
 _FIXED_DATA = (
     "data.seq_len",
@@ -58,6 +60,7 @@ def run(config: TrainConfig) -> ExitCode:
     distributed.record_flights(directory.path)
     world = distributed.start(config.parallel)
     try:
+        config = world.on_main(lambda: config)  # what other hosts see of a run to go on with may be the past
         with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
@@ -82,8 +85,10 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
         return ExitCode.FINISHED
     assert checkpoint is None or isinstance(checkpoint, Checkpoint)
     world.watch.at("opening the data")
-    data = open_data(config.data, config.eval, world)
+    own = config.data if checkpoint is None else world.on_main(lambda: directory.data_of(config.data))
+    data = open_data(own, config.eval, world)
     if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
+        require_tokenizer(checkpoint, data.tokenizer)
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
             "prepare the same data again, or choose another run.dir"
@@ -137,11 +142,11 @@ def _prepare(config: TrainConfig, directory: RunDirectory) -> None:
         return
     if directory.config.exists() and directory.has_run():
         changed = differences(load_run_config(directory.config), config)
-        fixed = [key for key in changed if _is_fixed(key) and not _may_change(key, config)]
+        fixed = {key: change for key, change in changed.items() if _is_fixed(key) and not _may_change(key, config)}
         if fixed:
-            key = min(fixed, key=_telling)
-            old, new = changed[key]
-            raise UserError(f"run.dir={directory.path} holds a run with {key}={old}, not {new}: {_ways(key)}")
+            raise UserError(f"run.dir={directory.path} holds a run with {_told(fixed)}")
+        if changed.keys() & {"data.tokenizer", "data.eot_token"}:
+            _require_own_tokenizer(config.data, directory)
         shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
         if shown:
             say(f"going on with another config: {', '.join(shown)}")
@@ -161,11 +166,10 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
     identity = checkpoint.meta.get("identity", {})
-    for key, value in sorted(_identity(config).items(), key=lambda item: _telling(item[0])):
-        if (there := identity.get(key, value)) != value:
-            if _may_change(key, config):
-                continue
-            raise UserError(f"checkpoint {checkpoint.path} is of a run with {key}={there}, not {value}: {_ways(key)}")
+    others = {key: (identity.get(key, value), value) for key, value in _identity(config).items()}
+    fixed = {key: (old, new) for key, (old, new) in others.items() if old != new and not _may_change(key, config)}
+    if fixed:
+        raise UserError(f"checkpoint {checkpoint.path} is of a run with {_told(fixed)}")
     finished = directory.finished_step()
     if finished is not None and checkpoint.meta["step"] >= config.train.steps:
         say(f"{directory.path} is finished: step {finished}. Nothing to do; raise train.steps to go on")
@@ -186,13 +190,30 @@ def _telling(key: str) -> bool:
     return key != "precision.recipe"
 
 
-def _ways(key: str) -> str:
-    if key == _MOMENTS:
-        return (
-            "states are not converted: keep optim.moments, choose another run.dir, or run.resume=never to move it aside"
+def _told(fixed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Each key with what it was and what it cannot become, and the ways out."""
+    keys = sorted(fixed, key=lambda key: (_telling(key), key))
+    told = "; ".join(f"{key}={fixed[key][0]}, not {fixed[key][1]}" for key in keys)
+    ways = ["choose another run.dir", "or run.resume=never to move it aside"]
+    if all(key.startswith("precision.") for key in keys):
+        ways.insert(1, "resume.recipe_change=allow to go on under this recipe")
+    if _MOMENTS in keys:
+        ways.insert(0, "states are not converted: keep optim.moments")
+    return f"{told}: {', '.join(ways)}"
+
+
+def _require_own_tokenizer(data: DataConfig, directory: RunDirectory) -> None:
+    """Raises UserError if ``data.tokenizer`` is another than the run keeps; one that is gone is not missed."""
+    try:
+        own, named = (load_tokenizer(one.tokenizer, one.eot_token) for one in (directory.data_of(data), data))
+    except UserError:
+        return
+    if own.fingerprint != named.fingerprint:
+        raise UserError(
+            f"run.dir={directory.path} holds a run with the tokenizer of fingerprint {own.fingerprint}, and "
+            f"data.tokenizer={data.tokenizer} has {named.fingerprint}: leave data.tokenizer and data.eot_token as they "
+            "were, choose another run.dir, or run.resume=never to move it aside"
         )
-    allow = "resume.recipe_change=allow to go on under this recipe, " if key.startswith("precision.") else ""
-    return f"choose another run.dir, {allow}or run.resume=never to move it aside"
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
@@ -280,6 +301,7 @@ def _build(
         "deterministic": config.parallel.is_deterministic(world.device),
     }
     env = environment(world, state.step) | made_of
+    world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)

@@ -1,4 +1,7 @@
-"""The run directory, which is the API: ``config.yaml, plan.txt, env.json, metrics.jsonl, checkpoints/, done.json``."""
+"""The run directory, which is the API: ``config.yaml, plan.txt, env.json, metrics.jsonl, checkpoints/, done.json``.
+
+With ``tokenizer/``, a copy, it holds all that a run is, wherever it is moved; token shards stay where they are.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,12 +23,17 @@ from typing import IO, Any
 import psutil
 import torch
 
-from trainer.checkpoint import had_checkpoints
+from trainer.checkpoint import Checkpoint, had_checkpoints
+from trainer.data import DataConfig
 from trainer.distributed import StopRequest, World, launcher_pid, say
 from trainer.errors import UserError
-from trainer.files import lock, read_json, write_json, write_text
+from trainer.files import lock, read_json, sync_directory, write_json, write_text
+from trainer.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
 
 _SAY_AGAIN_SECONDS = 60.0
+# What a tokenizer's directory may hold beside a model; the second line is read only where there is no tokenizer.json.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_OTHER_TOKENIZER_FILES = ("config.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 class Resume(Enum):
@@ -56,6 +64,7 @@ class RunDirectory:
         self.plan = path / "plan.txt"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
         self.done = path / "done.json"
         self._lock: IO[str] | None = None
 
@@ -160,16 +169,69 @@ class RunDirectory:
 
     def move_aside(self) -> None:
         """Put an earlier run's files into a numbered directory beside the new ones."""
-        number = 1
-        while (target := self.path / f"earlier-{number}").exists():
-            number += 1
-        target.mkdir()
+        target = self._new_place()
         # Checkpoints first and the config last: killed in between, the rest is still known as the old run's.
         rank = {"checkpoints": 0, "config.yaml": 2}
         for path in sorted(self.path.iterdir(), key=lambda path: rank.get(path.name, 1)):
             if path.name != ".lock" and not path.name.startswith("earlier-"):
                 shutil.move(path, target / path.name)
         say(f"run.resume=never: what {self.path} held is now in {target}")
+
+    def _new_place(self) -> Path:
+        number = 1
+        while (target := self.path / f"earlier-{number}").exists():
+            number += 1
+        target.mkdir()
+        return target
+
+    def data_of(self, data: DataConfig) -> DataConfig:
+        """``data`` with the tokenizer that the run keeps, where it keeps one; its token shards are where they were."""
+        if data.tokenizer == "bytes" or not self.tokenizer.is_dir():
+            return data
+        sources = None
+        if data.sources is not None:
+            sources = {
+                name: replace(source, shards=data.parts()[name].shards_dir) for name, source in data.sources.items()
+            }
+        shards = data.shards if data.stream else data.shards_dir
+        return replace(data, tokenizer=str(self.tokenizer), shards=shards, sources=sources)
+
+    def keep_tokenizer(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
+        """Copy ``data.tokenizer``, which was read as ``tokenizer``: whole or not there, and without a model beside it.
+
+        Raises UserError if it cannot be written.
+        """
+        name, partial = Path(data.tokenizer), self.path / "tokenizer.incomplete"
+        if not isinstance(tokenizer, FastTokenizer) or name == self.tokenizer:
+            return
+
+        def same(directory: Path) -> bool:
+            try:
+                return load_tokenizer(str(directory), data.eot_token).fingerprint == tokenizer.fingerprint
+            except UserError:
+                return False
+
+        try:
+            if self.tokenizer.exists():  # of a start that came to no checkpoint
+                if same(self.tokenizer):
+                    return
+                self.tokenizer.rename(self._new_place() / "tokenizer")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for file, copy in _tokenizer_files(name).items():
+                shutil.copyfile(file, partial / copy)
+            if not same(partial):  # it is changed just now, or no directory at all
+                shutil.rmtree(partial)
+                partial.mkdir()
+                for copy, text in tokenizer.files().items():
+                    (partial / copy).write_text(text, encoding="utf-8")
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            partial.rename(self.tokenizer)
+            sync_directory(self.path)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""
@@ -203,6 +265,25 @@ class RunDirectory:
             write_json(self.done, {"status": status, "step": step, "reason": reason})
         except OSError as error:
             say(f"warning: {self.done} cannot be written: {error.strerror or error}")
+
+
+def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:
+    """Raises UserError if the run was trained with another tokenizer: its tokens would be other words."""
+    if (before := checkpoint.meta.get("tokenizer")) != tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoint.path} was trained with the tokenizer of fingerprint {before}; "
+            f"data.tokenizer holds {tokenizer.fingerprint} now: name the directory that holds the run's"
+        )
+
+
+def _tokenizer_files(place: Path) -> dict[Path, str]:
+    """The files that ``place`` is read from, and their names in a directory of a tokenizer."""
+    if place.is_file() and place.suffix == ".json":
+        beside = {place.with_name(name): name for name in _TOKENIZER_FILES[1:]}
+        return {place: _TOKENIZER_FILES[0]} | {file: name for file, name in beside.items() if file.is_file()}
+    names = _TOKENIZER_FILES if (place / _TOKENIZER_FILES[0]).exists() else _TOKENIZER_FILES + _OTHER_TOKENIZER_FILES
+    files = [file for file in (place.iterdir() if place.is_dir() else ()) if file.is_file()]
+    return {file: file.name for file in files if file.name in names or file.suffix == ".model"}
 
 
 def _is_running(pid: int, began: float | None) -> bool:

@@ -22,6 +22,7 @@ _LONG_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _INCOMPLETE = ".incomplete"
 DAMAGED = ".damaged"
+_ASKED = "asked_vocab_size"  # in tokenizer_config.json
 _SAVED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 
@@ -80,6 +81,11 @@ class FastTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def files(self) -> dict[str, str]:
+        """What a directory has to hold for ``load_tokenizer`` to find the same tokenizer in it, by name."""
+        settings = json.dumps({"eos_token": self._tokenizer.id_to_token(self.eot)})
+        return {"tokenizer.json": self._tokenizer.to_str(), "tokenizer_config.json": settings}
 
 
 def _cuts_before_words(tokenizer: Tokenizer) -> bool:
@@ -193,6 +199,27 @@ def _configured_end_token(directory: Path) -> list[str]:
     return [token] if token and isinstance(token, str) else []
 
 
+def tokenizer_place(home: str, vocab_size: int, default: int) -> str:
+    """Where a corpus that lives in ``home`` has its tokenizer of ``vocab_size`` entries.
+
+    That is ``tokenizer``, unless one for another vocabulary stands there. For the vocabulary that nobody has to name,
+    ``default``, it is the one that stands there.
+    """
+    place, named = Path(home) / "tokenizer", Path(home) / f"tokenizer-{vocab_size}"
+    if vocab_size == default or not place.exists() or is_broken(place):
+        return str(place)
+    return str(place if not named.exists() and holds_vocabulary(place, vocab_size) else named)
+
+
+def holds_vocabulary(directory: Path, vocab_size: int) -> bool:
+    """Whether the tokenizer has ``vocab_size`` entries, or was trained for so many from a text that gave fewer."""
+    try:
+        asked = _settings(directory / "tokenizer_config.json").get(_ASKED)
+        return asked == vocab_size or load_tokenizer(str(directory)).vocab_size == vocab_size
+    except UserError:
+        return False
+
+
 def is_broken(directory: Path) -> bool:
     """Whether ``directory`` holds what an interrupted ``train_bpe`` of an older version left: half a tokenizer or none.
 
@@ -215,7 +242,8 @@ def is_broken(directory: Path) -> bool:
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progress: bool = True) -> None:
     """Train a byte-level BPE of ``vocab_size`` entries (Radford et al. 2019) and write it for `transformers`.
 
-    It replaces what stands in ``directory``. Raises UserError if it cannot be written.
+    It replaces what stands in ``directory``, and notes there which size was asked for: a short text gives less. Raises
+    UserError if it cannot be written.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -231,10 +259,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
         directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: the tokenizer cannot be written: {one_line(error)}") from error
-    _save(tokenizer, END_OF_TEXT, directory)
+    _save(tokenizer, END_OF_TEXT, directory, **{_ASKED: vocab_size})
 
 
-def _save(tokenizer: Tokenizer, eot_token: str, directory: Path) -> None:
+def _save(tokenizer: Tokenizer, eot_token: str, directory: Path, **settings: Any) -> None:
     """Whole or not there; in a directory that there is, ``tokenizer.json`` comes last. Raises UserError."""
     from transformers import PreTrainedTokenizerFast  # a second that only those wait who write a tokenizer
 
@@ -242,7 +270,11 @@ def _save(tokenizer: Tokenizer, eot_token: str, directory: Path) -> None:
     name = f"{directory.name}.{os.getpid()}{_INCOMPLETE}"
     partial = directory / name if stands else directory.with_name(name)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eot_token, bos_token=eot_token, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=eot_token,
+        bos_token=eot_token,
+        clean_up_tokenization_spaces=False,
+        **settings,
     )
     try:
         fast.save_pretrained(partial)

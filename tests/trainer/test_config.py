@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import launch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from trainer.__main__ import main
-from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, read_yaml
+from trainer.cli import run_dir_of, script_main
+from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, parse, read_yaml
+from trainer.data import SourceConfig
+from trainer.environ import unquoted
 from trainer.errors import ExitCode, UserError
 
 CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]
@@ -48,6 +55,8 @@ def complaint(*overrides: str) -> str:
         ("hydra.rn.dir=x", "unknown key 'hydra.rn.dir' (did you mean 'hydra.run.dir'"),
         ("model=llama_tinny", "model=llama_tinny: no such model config (did you mean 'llama_tiny'"),
         ("precision=bf61", "precision=bf61: no such precision config (did you mean 'bf16'"),
+        ("precision=fp8", "(did you mean 'fp8_block' or 'fp8_current' or 'fp8_delayed' or 'fp8_full'"),
+        ("precision=rowwise", "(did you mean 'fp8_rowwise' or 'fp8_rowwise_gw_hp'?); there are: "),
         ("data=c5", "there are: c4, c4_stream, mix, sample"),
         ("nonsense", "'nonsense' is not an override; write key=value"),
         ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
@@ -207,6 +216,158 @@ def test_help_and_cfg_show_and_run_nothing(tmp_path: Path) -> None:
 def test_flags_that_are_not_used_are_refused(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["trainer", *flags])
     assert main() == ExitCode.BAD_INPUT
+
+
+TEXTS = (
+    "", " ", "  x ", "x\n", "\n", "\t", "a\r\nb", "\x85", "a\x85b", "\u2028x\u2029", "\ufeff", "\x00",
+    "\x1b", "é 東 😀", "null", "~", "true", "yes", "off", "n", "1e3", "1_000", "2026_11_26", "2026-11-26",
+    "0x1F", "0o17", "1:30", "1.5", "nan", ".inf", "+1", "-", "- a", "?", "? a", ":", "a: b", "a:", "#x",
+    "a #b", "=", "a=b", "!tag", "&a", "*a", "%x", "@x", "`x", "|", ">", "<<", "---", "...", "[a", "{a: b}",
+    "'", '"', "it's", 'a\'b"c', "'a", '"a', "a\\", "\\", "\\\\", "\\'", '\\"', "$", "Hello, world", "a,b",
+    "f(x)", "choice(a,b)", "a=1,b=(2)", "/x/optim.lr=1e-3,seed=0",
+)  # fmt: skip
+LETTERS = " \n\t\r\\'\"${}[]():#,=-?!&*|>%@`~a1e_.\u2028\x85é😀x"
+
+
+def texts() -> list[str]:
+    """Those that YAML or Hydra would read as something else, and some by chance."""
+    rng = random.Random(0)
+    return [*TEXTS, *("".join(rng.choices(LETTERS, k=rng.randint(1, 12))) for _ in range(300))]
+
+
+def test_every_text_of_many_is_read_back_as_it_was(tmp_path: Path) -> None:
+    config = load_config([])
+    config = replace(config, log=replace(config.log, trackers=texts()))
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    tree = OmegaConf.to_object(read_yaml(tmp_path / "config.yaml"))
+    assert isinstance(tree, dict)
+    assert tree["log"]["trackers"] == texts()
+
+
+def test_a_key_of_text_holds_the_text_that_was_typed() -> None:
+    for text in texts():
+        if "${" in text:
+            continue
+        quoted = [QuotedString(text, quote).with_quotes() for quote in Quote]
+        assert [unquoted(one) for one in quoted] == [text, text]
+        for several in (True, False):
+            assert [parse([f"run.dir={one}"], several=several)[0].value() for one in quoted] == [text, text]
+        if unquoted(text) is None:
+            assert parse([f"sample.prompt={text}"], several=False)[0].value() == text
+            assert run_dir_of([f"run.dir={text or 'x'}"]) == Path(text or "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026_11_26", "1e3", "a=1,b=(2)", "Hello, world", "it's", "[a]", "nulls"],
+    ids=["date", "number", "sweep", "sentence", "apostrophe", "list", "word"],
+)
+def test_the_trainer_and_the_scripts_read_one_path(text: str) -> None:
+    keys = [f"{key}={text}" for key in ("run.dir", "data.path", "data.tokenizer", "data.shards", "sample.prompt")]
+    config = load_config([*keys, "log.project=007", "data=mix", f"data.sources.a.path={text}"])
+    assert config.run.dir == str(run_dir_of([keys[0]])) == text
+    assert (config.data.path, config.data.tokenizer, config.data.shards, config.sample.prompt) == (text,) * 4
+    assert (config.log.project, config.data.parts()["a"].path) == ("007", text)
+
+
+def test_text_in_a_mapping_is_text_too() -> None:
+    source = "{a:{path:2026_1,weight:2_0,shards:null},b: {path: 1e3 ,shards: x}}"
+    parts = load_config(["data=mix", f"data.sources={source}", "sample={prompt: 0x1F, tokens: 1_0}"])
+    assert parts.data.sources == {
+        "a": SourceConfig(path="2026_1", weight=20.0),
+        "b": SourceConfig(path="1e3", shards="x"),
+    }
+    assert (parts.sample.prompt, parts.sample.tokens) == ("0x1F", 10)
+    assert load_config(["sample={prompt: 'x, prompt: 1, y'}"]).sample.prompt == "x, prompt: 1, y"
+
+
+def test_text_may_still_name_another_key_or_nothing() -> None:
+    config = load_config(
+        ["seed=3", "run.dir=runs/${seed}", "data.shards=null", "sample.prompt=cost \\${x}", "data.eot_token='null'"]
+    )
+    assert (config.run.dir, config.data.shards) == ("runs/3", None)
+    assert (config.sample.prompt, config.data.eot_token) == ("cost ${x}", "null")
+    assert "\\${...} for itself" in complaint("sample.prompt=cost ${x}")
+    assert "sample.prompt=???: " in complaint("sample.prompt=???")
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ("data.path=2026_1,2_0,x", ["2026_1", "2_0", "x"]),
+        ("data.path=2026_1", ["2026_1"]),
+        ("data.path='a, b',c", ["a, b", "c"]),
+        ("data.path=null,true", ["null", "true"]),
+    ],
+    ids=["several", "one", "quoted", "words"],
+)
+def test_the_values_of_a_sweep_are_text_too(given: str, values: list[str]) -> None:
+    (override,) = parse([given])
+    lines = [job[0] for batch in BasicSweeper.split_arguments([override], None) for job in batch]
+    assert [load_config([line]).data.path for line in lines] == values
+
+
+def test_text_that_is_no_value_among_several_runs_is_shown_quoted() -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["sample.prompt=Hello, (it's)"])
+    assert "; among several runs such text is quoted: " in str(caught.value)
+    shown = str(caught.value).partition("is quoted: ")[2].rpartition(" (extraneous")[0]
+    (line,) = shlex.split(shown)
+    assert parse([line])[0].value() == "Hello, (it's)"
+
+
+def test_numbers_and_lists_as_people_write_them() -> None:
+    config = load_config(["train.steps=1e3", "data.max_files=2.0", "log.trackers=wandb"])
+    assert (config.train.steps, config.data.max_files, config.log.trackers) == (1000, 2, ["wandb"])
+    assert type(config.train.steps) is int
+    assert load_config(["log.trackers=wandb,tensorboard"]).log.trackers == ["wandb", "tensorboard"]
+    assert "train.steps: Value '1.5'" in complaint("train.steps=15e-1")
+    assert "train.steps: Value 'inf'" in complaint("train.steps=inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr", "1e-3"], "'--lr' is no option: write optim.lr=1e-3"),
+        (["--lr=1e-3"], "'--lr' is no option: write optim.lr=1e-3"),
+        (["--global-batch-size", "8", "seed=1"], "write data.global_batch_size=8"),
+        (["seed=1", "--learning_rate", "1"], "write optim.lr=1"),
+        (["--train.steps"], "write train.steps=VALUE"),
+        (["--model", "gpt2_tiny"], "write model=gpt2_tiny"),
+        (["--nonsense", "seed=1"], "'--nonsense' is no option: write key=value"),
+        (["-x"], "'-x' is no option: write key=value"),
+    ],
+    ids=["apart", "together", "dashes", "of another trainer", "no value", "group", "unknown", "short"],
+)
+def test_options_of_other_trainers_are_shown_as_keys(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+    assert main() == ExitCode.BAD_INPUT
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_ends_a_script_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", f"out={'x' * 5000}"])
+    with pytest.raises(SystemExit) as caught:
+        script_main(lambda overrides, *, out="": print(Path(out).stat()), None)
+    assert caught.value.code == ExitCode.FAILED
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 36] File name too long")
+    assert told.count("\n") == 1
+
+
+def test_options_are_shown_as_a_scripts_arguments_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", "--top-k", "3"])
+    with pytest.raises(SystemExit):
+        script_main(lambda overrides, *, top_k=1: None, None)
+    assert capsys.readouterr().err == "error: '--top-k' is no option: write top_k=3\n"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_preparing_again_keeps_what_stands_and_mends_what_does_not(tmp_path: Pat
     assert damaged.stat().st_size > 2
 
 
-def test_a_changed_text_or_tokenizer_is_tokenized_again(tmp_path: Path) -> None:
+def test_a_changed_text_is_tokenized_again_and_another_tokenizers_shards_stay(tmp_path: Path) -> None:
     corpus = small(tmp_path)
     config = data(corpus, f"data.shards={tmp_path / 's'}", "data.tokenizer=bytes")
     before = prepare(config, 1)
@@ -86,8 +86,9 @@ def test_a_changed_text_or_tokenizer_is_tokenized_again(tmp_path: Path) -> None:
     after = prepare(config, 1)
     changed = [a != b for a, b in zip(before["splits"]["train"], after["splits"]["train"], strict=True)]
     assert changed == [False, True]
-    other = prepare(data(corpus, f"data.shards={tmp_path / 's'}", "data.vocab_size=300"), 1)
-    assert other["tokenizer"]["fingerprint"] != after["tokenizer"]["fingerprint"]
+    with pytest.raises(UserError, match=r"holds the token shards of another tokenizer \(257 entries.*data.shards="):
+        prepare(data(corpus, f"data.shards={tmp_path / 's'}", "data.vocab_size=300"), 1)
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text()) == after
 
 
 def first_file(corpus: Path) -> Path:
