@@ -193,7 +193,7 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
         lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
         lines += name_of_file(parsed, tree.precision.recipe)
         ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise UserError(_composition_error(error)) from error
     return to_config(tree, said)
 
@@ -237,9 +237,7 @@ def check_own(file: Path, group: str) -> str | None:
         whole = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
         if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
-            near = close(whole, known).replace(f"'{prefix}", "'") or close(
-                key.split(".")[-1], {one.split(".")[-1] for one in known}
-            )
+            near = close(whole, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
             raise UserError(f"{file}: unknown key {key!r}{near}")
     return package
 
@@ -563,8 +561,14 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
             if not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
                 raise UserError(f"unknown key {key!r}{close(key, hydra_known)}")
         elif key not in known:
-            near = close(key, known) or close(key.split(".")[-1], {k.split(".")[-1] for k in known})
+            near = close(key, known) or _alike_at_the_end(key, known)
             raise UserError(f"unknown key {key!r}{near}; python -m trainer --cfg job shows all")
+
+
+def _alike_at_the_end(key: str, known: Collection[str]) -> str:
+    ends = {one.split(".")[-1]: one for one in sorted(known, reverse=True)}
+    near = [ends[end] for end in get_close_matches(key.split(".")[-1], list(ends))]
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def _check_source(key: str, base: DictConfig) -> None:
@@ -589,11 +593,14 @@ def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:
     try:
         with hydra_at(place):
             return compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise UserError(_composition_error(error)) from error
 
 
 def _composition_error(error: BaseException) -> str:
+    if not isinstance(error, OmegaConfBaseException) and (key := re.search(r"full_key: (\S+)", str(error))):
+        # What OmegaConf makes of a mapping for a part that is null; from a yaml it takes one.
+        return f"{key[1]}: is null, which no mapping replaces here: write it in a yaml (--config-dir=DIR, or FILE.yaml)"
     return _type_error(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
 
 

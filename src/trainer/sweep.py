@@ -46,7 +46,7 @@ from trainer.data import DataConfig
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.files import lock, read_json
 from trainer.lifeline import end_with_parent
-from trainer.machine import available_cores
+from trainer.machine import threads_of_process
 from trainer.metrics import SWEEP, read_metrics
 from trainer.own import NOWHERE, Place, hydra_at, setting, shell, split
 from trainer.slurm import sbatch_script
@@ -454,7 +454,7 @@ def launch(
 
 def _share_cores(jobs: Sequence[Job], options: LauncherConfig) -> None:
     """Give jobs that run at once their share of the cores each: threads that outnumber cores wait for one another."""
-    threads = max(1, available_cores() // (options.jobs * options.processes))
+    threads = threads_of_process(options.jobs * options.processes)
     for job in jobs:
         if not any(override.startswith("parallel.threads=") for override in job.overrides):
             job.overrides.append(f"parallel.threads={threads}")

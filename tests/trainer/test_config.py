@@ -47,7 +47,8 @@ def complaint(*overrides: str) -> str:
     ("override", "words"),
     [
         ("optim.lrr=1", "unknown key 'optim.lrr' (did you mean 'optim.lr'"),
-        ("lr=1", "unknown key 'lr' (did you mean 'lr'"),
+        ("lr=1", "unknown key 'lr' (did you mean 'optim.lr'"),
+        ("model.rope_scaling={factor: 8}", "model.rope_scaling: is null, which no mapping replaces here"),
         ("+optim.lrr=1", "unknown key 'optim.lrr'"),
         ("trian.steps=1", "unknown key 'trian.steps' (did you mean 'train.steps'"),
         ("data.batch_size=1", "unknown key 'data.batch_size' (did you mean 'data.global_batch_size'"),

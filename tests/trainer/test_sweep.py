@@ -24,6 +24,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
+from trainer import machine
 from trainer import sweep as module
 from trainer.__main__ import main
 from trainer.build import require_data
@@ -155,7 +156,8 @@ def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, 
 
 def test_jobs_at_once_share_the_cores_unless_told_otherwise(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "available_cores", lambda: 12)
+    monkeypatch.setattr(machine, "available_cores", lambda root: 12)
+    monkeypatch.setattr(machine, "_TOLD_THREADS", "")
     for jobs, told, wanted in (("3", [], "2"), ("100", [], "1"), ("3", ["parallel.threads=5"], "5"), ("1", [], None)):
         sweep(
             [
