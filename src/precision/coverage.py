@@ -37,10 +37,14 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """``quantized``: elements of weights times GEMMs both of whose operands are; ``left``: the rest, largest first."""
+    """``quantized``: elements of weights times GEMMs both of whose operands are; ``left``: the rest, largest first.
+
+    ``scheduled``: phases of a schedule have other shares.
+    """
 
     quantized: int = 0
     left: tuple[Left, ...] = ()
+    scheduled: bool = False
 
     @property
     def share(self) -> float:
@@ -57,8 +61,9 @@ class Coverage:
     @property
     def short(self) -> str:
         if not self.quantized:
-            return "quantized: no matrix product with weights"
-        return f"quantized: {_percent(self.share)} of the FLOPs of matrix products with weights"
+            return f"quantized: no matrix product with weights{', but in phases of the schedule' * self.scheduled}"
+        when = ", outside the phases of the schedule" * self.scheduled
+        return f"quantized: {_percent(self.share)} of the FLOPs of matrix products with weights{when}"
 
     @property
     def _total(self) -> int:

@@ -110,7 +110,8 @@ class Clock:
                 raise RuntimeError(
                     f"a training forward pass {'of a new step ' if self.begun else ''}that no step was begun for: "
                     f"{why} would stand still; call plan.begin_step(step, first_sample) before each step and "
-                    "plan.end_step() after it, or give PrecisionCallback(plan) to the Trainer of transformers"
+                    "plan.end_step() after it, or give PrecisionCallback(plan) to the Trainer of transformers; in a "
+                    "step of several updates, call plan.begin_micro(first_sample) before each further pass"
                 )
         self._trained = weakref.ref(weight), weight._version
 

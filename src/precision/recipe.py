@@ -277,6 +277,7 @@ class Plan:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
         self.clock.set(step, sample_offset, None)
+        self.clock.begin()
         if self.recipe.schedule:
             picks = [0, 0, 0]
             for number, phase in enumerate(self.recipe.schedule, 1):
@@ -518,7 +519,8 @@ def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_is_of(value, part) for part in get_args(hint))
     if get_origin(hint) in (list, tuple, Sequence):
-        return isinstance(value, (list, tuple)) and all(_is_of(item, get_args(hint)[0]) for item in value)
+        kinds = [kind for kind in get_args(hint) if kind is not ...]
+        return isinstance(value, (list, tuple)) and (len(kinds) != 1 or all(_is_of(item, kinds[0]) for item in value))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
@@ -570,8 +572,11 @@ def apply(
         )
     with _whole_or_not(model):
         plan = _put_in(recipe, scene, tokens, device, backend, seed)
-    if plan.coverage.surprises:
-        warnings.warn(str(plan.coverage), CoverageWarning, stacklevel=2)
+        if plan.coverage.surprises:  # which may be an error by the user's wish
+            warnings.warn(str(plan.coverage), CoverageWarning, stacklevel=2)
+    _leave_fast_paths(model)
+    if why := _by_step(recipe, model):
+        require_steps(model, plan.clock, why)
     return plan
 
 
@@ -582,7 +587,10 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
         for path, module in scene.chosen(rule):
             parent, _, child = path.rpartition(".")
             siblings = (model.get_submodule(f"{parent}.{name}" if parent else name) for name in rule.siblings)
-            setattr(model.get_submodule(parent), child, rule.make(module, path, *siblings))
+            made = rule.make(module, path, *siblings)
+            for other in scene.places(module):  # the same linear at several places stays one
+                parent, _, child = other.rpartition(".")
+                setattr(model.get_submodule(parent), child, made)
     for path in dict.fromkeys(path for specs in others for path in specs):
         linear = model.get_submodule(path)
         if type(linear) is nn.Linear:  # in high precision but for a phase
@@ -590,7 +598,6 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
             setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
     if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
-    _leave_fast_paths(model)
     clock = Clock(seed=seed, device=None if device.type == "meta" else device)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
@@ -606,7 +613,7 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
             rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
-    coverage = covered(model, scene.kept, scene.reasons)
+    coverage = replace(covered(model, scene.kept, scene.reasons), scheduled=bool(recipe.schedule))
     plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), clock=clock)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.buffers().items():
@@ -614,8 +621,6 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, torch.empty_like(buffer, device=device))
         plan.reset_state()
-    if why := _by_step(recipe, model):
-        require_steps(model, clock, why)
     return plan
 
 
@@ -709,6 +714,9 @@ class _Scene:
             raise ValueError(
                 f"the model is quantized already ({before or 'it'} is a QuantLinear): a recipe goes into a plain model"
             )
+        computed = next((path for path, linear in linears.items() if not isinstance(linear.weight, nn.Parameter)), None)
+        if computed is not None:
+            raise ValueError(f"{computed}: its weight is computed, as by a parametrization: no recipe takes it over")
         for pattern in paths:
             try:
                 found = any(re.fullmatch(pattern, path) for path in linears)
@@ -723,6 +731,10 @@ class _Scene:
         }
         reasons = dict.fromkeys(unreached, "read, not called, by nn.MultiheadAttention")
         return cls(model, find_blocks(model), paths, frozenset(unreached), reasons)
+
+    def places(self, module: nn.Module) -> list[str]:
+        """All paths of a module, of which the model may hold one object several times."""
+        return [path for path, other in self.model.named_modules(remove_duplicate=False) if other is module]
 
     def chosen(self, rule: Rule) -> list[tuple[str, nn.Module]]:
         """What ``rule`` replaces. Raises ValueError if it, or a part of what it keeps, matches nothing."""
@@ -750,7 +762,7 @@ class _Scene:
                 f"the rule {'for the blocks' if in_blocks else repr(rule.path)} matches no {rule.kind.__name__}{beside}"
                 f"{near}; {_there(kinds)}" + (hint if other else "")
             )
-        if in_blocks and not self.paths and not self.blocks.stacks:
+        if in_blocks and not self.paths and len(self.blocks.stacks) != 1:
             self.notes.append(str(self.blocks))
         self._settle_kept(rule, matched, of_kind)
         chosen = []

@@ -50,7 +50,7 @@ from trainer.optim import OptimConfig, build_optimizer
 from trainer.own import CONFIG_DIR, setting, shell
 from trainer.pretrained import PretrainedDirectory
 from trainer.remote import remote_path
-from trainer.rows import is_elsewhere
+from trainer.rows import is_elsewhere, is_rows
 from trainer.state import TrainState
 from trainer.stream import StreamSource, TextStream, TextWindows, read_head
 from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
@@ -192,7 +192,9 @@ def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> Tex
 
 
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:
-    if config.tokenizer != "bytes" and not Path(config.tokenizer).exists() and not is_on_hub(config.tokenizer):
+    place = Path(config.tokenizer)
+    own = any(Path(part.home) in place.parents for part in config.parts().values())  # trained there, not fetched
+    if config.tokenizer != "bytes" and not place.exists() and (own or not is_on_hub(config.tokenizer)):
         raise UserError(f"data.tokenizer={config.tokenizer}: no such file or directory; {_preparing(config)}")
     return load_tokenizer(config.tokenizer, config.eot_token)
 
@@ -205,7 +207,7 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
         if not here:
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
-        shards[name] = TokenShards(part, tokenizer.fingerprint)
+        shards[name] = TokenShards(part, tokenizer.fingerprint, _preparing(config))
     return shards
 
 
@@ -223,15 +225,17 @@ def require_data(config: DataConfig) -> None:
 
 def _preparing(config: DataConfig) -> str:
     """The command that makes what is missing: with the options in which this config differs from its yaml."""
-    file = CONFIG_DIR / "data" / f"{config.name}.yaml"
-    raw = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    name = config.name
+    if not (CONFIG_DIR / "data" / f"{name}.yaml").is_file():  # a user's: what says all of it is one of ours
+        name = "mix" if config.sources else "c4_stream" if config.stream else "text" if is_rows(config.path) else "c4"
+    raw = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "data" / f"{name}.yaml"))
     assert isinstance(raw, dict)
     plain = {key: value for key, value in raw.items() if "${" not in str(value)}  # the others follow from these
     leading = {key: getattr(config, key) for key in plain if key in ("path", "out", "vocab_size")}
     tree = OmegaConf.create({"data": raw | leading})
     known = OmegaConf.to_container(tree.data, resolve=True) | plain
     defaults = {part.name: part.default for part in fields(config) if part.default is not MISSING}
-    told = [f"data={config.name}"]
+    told = [f"data={name}"]
     for part in fields(config):
         value = getattr(config, part.name)
         if part.name == "sources" and value:

@@ -63,7 +63,8 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
 
 def recipe_files_of(arguments: list[str]) -> list[str]:
     """The values of ``precision.recipe=...``: the files of the run's recipe, which may then be run."""
-    return [value for key, _, value in (argument.partition("=") for argument in arguments) if key == _RECIPE]
+    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == _RECIPE]
+    return [value if (content := unquoted(value)) is None else content for value in values]
 
 
 def run_dir_of(arguments: list[str]) -> Path:

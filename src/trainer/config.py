@@ -7,7 +7,7 @@ import re
 import shlex
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
@@ -28,7 +28,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from precision.recipe import close
+from precision.recipe import close, filled
 from precision.registry import files_in, is_file
 from trainer.build import MODEL_SCHEMAS, PrecisionConfig
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
@@ -40,13 +40,16 @@ from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
-from trainer.own import CONFIG_DIR, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
+from trainer.own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
 from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
 from trainer.tokenizer import tokenizer_place
 
 _SOURCES = "data.sources"
-_OPEN = re.compile(r"precision\.args\.|data\.sources\.[^.]+(\.(path|weight|shards))?$")  # of any names
+_OPEN = re.compile(  # of any names
+    rf"precision\.args\.|data\.sources\.[^.]+(\.({'|'.join(part.name for part in fields(SourceConfig))}))?$"
+)
+_EXECUTES = re.compile(r"hydra\.(searchpath|callbacks|hydra_logging|job_logging)\b")
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
 _FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 _MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
@@ -229,13 +232,19 @@ def check_own(file: Path, group: str) -> str | None:
     tree = read_own(file)
     header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8")[:512], re.MULTILINE)
     package = header[1] if header else None
-    if group.split("/")[0] == "hydra" or package not in (None, "_global_", "_group_", group):
+    if package not in (None, "_global_", "_group_", group, group.replace("/", ".")):
+        raise UserError(f"{file}: its package is {package!r}: one of a group's name or _global_")
+    if group.split("/")[0] == "hydra":
+        if group not in ("hydra/launcher", "hydra/sweeper") or package == "_global_":
+            raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
     known = {key.rsplit(".", up)[0] for key in _kinds(TrainConfig) for up in range(key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         whole = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
+        if _EXECUTES.match(key):
+            raise UserError(f"{file}: {key} is not a config's to set: it finds or executes code")
         if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
             near = close(whole, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
             raise UserError(f"{file}: unknown key {key!r}{near}")
@@ -372,9 +381,16 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
-    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
+    whole = (with_arguments(config).flat() for config in (old, new))
+    before, after = ({key: value for key, value in flat.items() if value != {}} for flat in whole)
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def with_arguments(config: TrainConfig) -> TrainConfig:
+    """With every argument of the recipe: older configs lack those that it has learned since."""
+    precision = config.precision
+    return replace(config, precision=replace(precision, args=filled(precision.recipe, precision.args)))
 
 
 def parse(overrides: Sequence[str], *, several: bool = True) -> list[Override]:
@@ -556,6 +572,8 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         if key == _SOURCES or key.startswith(f"{_SOURCES}."):
             _check_source(key, base)
         elif _is_hydra(override):
+            if key.startswith("hydra.searchpath"):
+                raise UserError(f"{key}: --config-dir=DIR is where configs of your own are")
             if "/" in key:
                 raise UserError(f"{key}: Hydra's own groups are not used here; drop this override")
             if not any(key == k or key.startswith(f"{k}.") for k in hydra_known):
@@ -606,7 +624,8 @@ def _composition_error(error: BaseException) -> str:
 
 def _type_error(error: BaseException) -> str:
     key = getattr(error, "full_key", None)
-    message = (getattr(error, "msg", None) or str(error)).splitlines()[0]
+    lines = (getattr(error, "msg", None) or str(error)).splitlines()
+    message = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).replace(f"In '{ENTRY}'", "in the file")
     if isinstance(error, GrammarParseError | InterpolationResolutionError):
         message += "; ${...} stands for another key's value, \\${...} for itself"
     return f"{key}: {message}" if key and key not in message else message

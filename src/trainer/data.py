@@ -139,7 +139,7 @@ class DataConfig:
         return {
             name: replace(
                 self,
-                name=name,
+                name=f"{self.name}.{name}",
                 path=source.path,
                 shards=source.shards,
                 out=str(Path(self.out) / name) if self.out else None,
@@ -373,9 +373,14 @@ class TokenShards:
     Raises UserError if there is none, if a shard is missing or damaged, or if another tokenizer made it.
     """
 
-    def __init__(self, config: DataConfig, tokenizer_fingerprint: str) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer_fingerprint: str,
+        advice: str = "run python scripts/prepare_data.py with the same data options",
+    ) -> None:
         self.directory = Path(config.shards_dir)
-        self._again = again = "run python scripts/prepare_data.py with the same data options"
+        self._again = again = advice
         file = self.directory / MANIFEST
         try:
             manifest = read_json(file)

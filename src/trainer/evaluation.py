@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from trainer import distributed
@@ -18,6 +18,7 @@ from trainer.loop import EvalConfig, EvalPrecision, validate
 from trainer.prepare import prepare
 from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from trainer.restore import restore_run
+from trainer.rows import Source
 from trainer.state import TrainState
 from trainer.tokenizer import load_tokenizer
 
@@ -97,7 +98,10 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
     data = subject.data
     with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch, StopRequest() as stop:
         if path is not None:
-            data = replace(data, name="c4", path=path, shards=scratch, sources=None, stream=False, max_files=None)
+            if path != data.path:  # how the rows of the other were read says nothing of these
+                rows = {part.name: part.default for part in fields(Source) if part.default is not MISSING}
+                data = replace(data, path=path, **rows)
+            data = replace(data, name="c4", shards=scratch, out=None, sources=None, stream=False, max_files=None)
             prepare(data, splits=(split,))
         tokenizer = load_tokenizer(data.tokenizer, data.eot_token)
         windows = open_windows(data, tokenizer, split, tokens)

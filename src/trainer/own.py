@@ -36,7 +36,7 @@ _FLAGS = {
     "--config-dir": "directory", "-cd": "directory",
     "--config-name": "file", "-cn": "file", "--config": "file",
 }  # fmt: skip
-_ENTRY = "own_entry"
+ENTRY = "own_entry"
 _MOST_BYTES = 1 << 20
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
 
@@ -153,8 +153,8 @@ def entry(place: Place, chosen: Sequence[str], groups: Sequence[str]) -> str:
             defaults.insert(1, {"override /model": f"{model['arch']}_schema"})
     if "_self_" not in defaults:
         defaults.append("_self_")
-    ConfigStore.instance().store(name=_ENTRY, node={"defaults": defaults, **tree})
-    return _ENTRY
+    ConfigStore.instance().store(name=ENTRY, node={"defaults": defaults, **tree})
+    return ENTRY
 
 
 def _overriding(item: Any, groups: Sequence[str]) -> Any:

@@ -207,6 +207,8 @@ def _telling(key: str) -> bool:
 def _told(fixed: Mapping[str, tuple[Any, Any]]) -> str:
     """Each key with what it was and what it cannot become, and the ways out."""
     keys = sorted(fixed, key=lambda key: (_telling(key), key))
+    if "precision.recipe" in fixed:  # arguments of the other recipe follow from it
+        keys = [key for key in keys if not (key.startswith("precision.args.") and fixed[key][0] is None)]
     told = "; ".join(_difference(key, *fixed[key]) for key in keys)
     ways = ["choose another run.dir", "or run.resume=never to move it aside"]
     if all(key.startswith("precision.") for key in keys):

@@ -227,6 +227,8 @@ class RunDirectory:
                 partial.mkdir()
                 for copy, text in tokenizer.files().items():
                     (partial / copy).write_text(text, encoding="utf-8")
+                if not same(partial):
+                    raise UserError(f"data.tokenizer={data.tokenizer} cannot be written such that it reads back alike")
             for file in partial.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())

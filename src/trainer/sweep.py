@@ -40,8 +40,18 @@ from rich.table import Table
 from yaml import YAMLError
 
 from precision.recipe import close
+from precision.registry import sha256
 from trainer.build import require_data
-from trainer.config import TrainConfig, entry_config, for_compose, load_config, load_run_config, parse
+from trainer.config import (
+    TrainConfig,
+    entry_config,
+    for_compose,
+    load_config,
+    load_run_config,
+    parse,
+    said_files,
+    with_arguments,
+)
 from trainer.data import DataConfig
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.files import lock, read_json
@@ -181,6 +191,12 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
     overrides = expand_named(told, place)
     parsed = parse(overrides)
     own = [override for override in parsed if not _is_hydra(override)]
+    said = said_files(parse([text for text in told if not text.startswith("sweep=")]))
+    if unsaid := sorted(said_files(parsed) - said):
+        raise UserError(
+            f"the grid names the recipe file {unsaid[0]} (sha256 {sha256(unsaid[0])}): it is Python, and runs only if "
+            f"the command line says precision.recipe={unsaid[0]}"
+        )
     configs = _check(parsed, own, place)
     dry = next((o for o in parsed if o.key_or_group == "hydra.launcher.dry_run"), None)
     if dry is not None and dry.value() and _chosen(parsed, "hydra/sweeper") in PLUGINS["hydra/sweeper"]:
@@ -210,6 +226,10 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
         print(error, file=sys.stderr, flush=True)
         return ExitCode.STOPPED
     except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+    except RuntimeError as error:  # Hydra's, bare
+        if "Invalid plugin" not in str(error):
+            raise
         raise UserError(one_line(error)) from error
     return ExitCode.FINISHED
 
@@ -276,7 +296,10 @@ def _read_grid(file: Path) -> tuple[list[str], list[str]]:
         assert isinstance(tree, dict)
         if unknown := sorted(str(key) for key in tree.keys() - {"fixed", "grid"}):
             raise UserError(f"{file}: unknown key {unknown[0]!r}{close(unknown[0], ['fixed', 'grid'])}")
-        return [str(text) for text in tree.get("fixed") or []], [str(text) for text in tree.get("grid") or []]
+        fixed, grid = (tree.get(key) or [] for key in ("fixed", "grid"))
+        if not (isinstance(fixed, list) and isinstance(grid, list)):
+            raise UserError(f"{file}: fixed and grid are lists of key=value")
+        return [str(text) for text in fixed], [str(text) for text in grid]
     except (OSError, AssertionError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
 
@@ -284,7 +307,11 @@ def _read_grid(file: Path) -> tuple[list[str], list[str]]:
 def _check(parsed: Sequence[Override], own: Sequence[Override], place: Place) -> list[TrainConfig]:
     """The configs of every value of every key once, beside the first values of the others."""
     for override in parsed:
-        if override.key_or_group.split(".")[-1] == "_target_":
+        if override.key_or_group.startswith("hydra.searchpath"):
+            raise UserError(f"{override.key_or_group}: --config-dir=DIR is where configs of your own are")
+        if "_target_" in override.key_or_group.split(".") or (
+            _is_hydra(override) and "_target_" in str(override.value())
+        ):
             raise UserError(f"{override.key_or_group}: a config names things, it never executes them")
     for override in own:
         if override.key_or_group in ("run.dir", "run.resume"):
@@ -420,7 +447,7 @@ def _identity(config: TrainConfig, varied: set[str]) -> str:
     """What tells a run's result from another's, as JSON: all keys but those that change none and are not ``varied``."""
     parts = {
         key: value
-        for key, value in sorted(config.flat().items())
+        for key, value in sorted(with_arguments(config).flat().items())
         if not _NO_RESULT.match(key) or any(key == one or key.startswith(f"{one}.") for one in varied)
     }
     return json.dumps(parts, default=str)

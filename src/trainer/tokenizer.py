@@ -139,7 +139,7 @@ def is_on_hub(name: str) -> bool:
     """Whether ``name`` can only be a repository of the hub: it is no place here and does not look like one."""
     return (
         _HUB_NAME.fullmatch(name) is not None
-        and not name.startswith(".")
+        and not name.startswith((".", "data/", "runs/"))
         and not name.lower().endswith(_FILE_SUFFIXES)
         and not Path(name).exists()
         and (Path(name).parent == Path() or not Path(name).parent.exists())

@@ -48,7 +48,8 @@ def test_a_run_goes_on_whatever_auto_came_to(corpus: Path, tmp_path: Path) -> No
     said = [f"parallel.{name}=true" for name in ("deterministic", "reshard_after_forward")]
     overrides = tiny_overrides(corpus, tmp_path, "train.steps=1", "sample.tokens=0", "eval.tokens=0")
     assert train_here(load_config([*overrides, *said])) is ExitCode.FINISHED
-    assert train_here(load_config([*overrides, "train.steps=2"])) is ExitCode.FINISHED
+    auto = [f"parallel.{name}=auto" for name in ("deterministic", "reshard_after_forward")]
+    assert train_here(load_config([*overrides, *auto, "train.steps=2"])) is ExitCode.FINISHED
     env = json.loads((tmp_path / "env.json").read_text())
     assert (env["started_at_step"], env["compiled"], env["deterministic"]) == (1, False, True)
     line = "execution on cpu: blocks eager, parameters kept until backward, sums in a fixed order\n"

@@ -541,4 +541,4 @@ def test_documents_are_kept_apart_if_asked(tiny: Callable[..., TrainConfig]) -> 
     assert losses["true"] != losses["false"]
     assert losses["true"] == pytest.approx(losses["false"], abs=0.5)
     with pytest.raises(UserError, match=r"data\.document_mask=True, not False"):
-        train_here(tiny(f"run.dir={tiny().run.dir}-true"))
+        train_here(tiny("data.document_mask=false", f"run.dir={tiny().run.dir}-true"))

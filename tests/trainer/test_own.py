@@ -224,3 +224,52 @@ def test_other_values_are_settings_too() -> None:
     }  # fmt: skip
     assert config.log.trackers == ["wandb"]
     assert load_config([setting("eval.sharpness", 0), setting("probe.layers", None)]).probe.layers is None
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        pytest.param("cb.yaml", "hydra: {searchpath: ['file:///elsewhere']}\n", id="search-path"),
+        pytest.param("cb.yaml", "hydra: {callbacks: {x: {a: 1}}}\n", id="callbacks"),
+        pytest.param("cb.yaml", "hydra: {job_logging: {handlers: {x: {'()': os.getcwd}}}}\n", id="logging"),
+        pytest.param("cb.yaml", "# @package hydra\nsearchpath: ['file:///elsewhere']\n", id="package"),
+        pytest.param("my/model/cb.yaml", "# @package hydra.callbacks\nx: {a: 1}\n", id="package-of-a-group"),
+        pytest.param("my/hydra/callbacks/cb.yaml", "x: {a: 1}\n", id="group"),
+    ],
+)
+def test_no_config_finds_or_executes_code(path: str, text: str) -> None:
+    write(path, text)
+    by_file = {"cb.yaml": ["cb.yaml"], "my/model/cb.yaml": ["--config-dir=my", "model=cb"]}
+    arguments = by_file.get(path, ["--config-dir=my", "hydra/callbacks=cb"])
+    assert "hydra" in complaint(*arguments).lower()
+    with pytest.raises(UserError):
+        sweep([*arguments, "seed=0,1", "data.tokenizer=bytes", "hydra.launcher.dry_run=true"])
+
+
+@pytest.mark.usefixtures("place")
+def test_a_search_path_is_no_override() -> None:
+    assert "--config-dir" in complaint("hydra.searchpath=[file:///elsewhere]")
+    with pytest.raises(UserError, match="--config-dir"):
+        sweep(["hydra.searchpath=[file:///elsewhere]", "seed=0,1"])
+
+
+@pytest.mark.usefixtures("place")
+def test_a_grid_runs_no_recipe_file_that_the_command_line_does_not_name() -> None:
+    file = write("mine.py", "open('ran', 'w').close()\nfrom precision.recipes.mxfp8 import recipe\n").resolve()
+    write("my/sweep/evil.yaml", f"grid: ['precision.recipe={file}', 'seed=0,1']\n")
+    with pytest.raises(UserError, match=rf"recipe file {file} \(sha256 .*only if"):
+        sweep(["--config-dir=my", "sweep=evil", "hydra.launcher.dry_run=true"])
+    assert not Path("ran").exists()
+    write("my/sweep/evil.yaml", "grid: 3\n")
+    with pytest.raises(UserError, match="fixed and grid are lists"):
+        sweep(["--config-dir=my", "sweep=evil"])
+
+
+@pytest.mark.usefixtures("place")
+def test_a_source_takes_all_its_keys_from_a_users_yaml() -> None:
+    source = "{path: x.jsonl, weight: 1, field: content, subset: en}"
+    write("my/data/mine.yaml", f"defaults: [mix, _self_]\nsources: {{a: {source}}}\n")
+    sources = load_config(["--config-dir=my", "data=mine"]).data.sources
+    assert sources is not None
+    assert (sources["a"].field, sources["a"].subset) == ("content", "en")

@@ -92,7 +92,9 @@ def test_its_content_counts_not_its_place(tiny: Tiny, mine: Path, tmp_path: Path
     assert train_here(tiny(f"precision.recipe={moved}", *longer)) is ExitCode.FINISHED
     moved.write_text(MINE + "# another\n")
     again = (f"precision.recipe={moved}", "train.steps=6", "precision.name=my_recipe")
-    with pytest.raises(UserError, match=r"elsewhere.py has changed since checkpoint.*resume\.recipe_change=allow"):
+    with pytest.raises(
+        UserError, match=r"another precision\.recipe, the recipe file has changed: .*resume\.recipe_change=allow"
+    ):
         train_here(tiny(*again))
     assert train_here(tiny(*again, "resume.recipe_change=allow")) is ExitCode.FINISHED
     root = Path(config.run.dir)
@@ -116,7 +118,7 @@ def test_it_runs_only_where_the_command_line_names_it(tiny: Tiny, mine: Path, tm
     with pytest.raises(UserError, match=refused):
         export_run(root, tmp_path / "folded", folded=True)
     export_run(root, tmp_path / "hf")  # weights alone
-    with pytest.raises(UserError, match=r"run.dir=.* holds a run with precision\.recipe=.*my_recipe.py, not bf16"):
+    with pytest.raises(UserError, match=r"my_recipe.py \(sha256 .*: it is Python, and runs only if"):
         train_here(tiny("train.steps=2"))
     assert not ran(mine)
     arguments = [f"run.dir={root}", f"precision.recipe={root / 'recipe.py'}"]

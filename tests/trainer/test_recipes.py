@@ -100,7 +100,7 @@ def test_a_run_goes_on_under_another_recipe_only_if_allowed(tiny: Tiny) -> None:
         distributed.finish()
         file.write_text(before)
     # Back again, and what the recipe had learned is left behind.
-    assert train_here(tiny("train.steps=8", "resume.recipe_change=allow")) is ExitCode.FINISHED
+    assert train_here(tiny("precision=bf16", "train.steps=8", "resume.recipe_change=allow")) is ExitCode.FINISHED
     assert not read_tensors(list_checkpoints(Path(first.run.dir) / "checkpoints")[-1], "recipe.")
 
 
@@ -185,8 +185,9 @@ def test_a_schedule_from_the_command_line_resumes_bit_for_bit(tiny: Tiny, tmp_pa
     finally:
         distributed.finish()
     with pytest.raises(UserError, match=r"holds a run with precision\.schedule=.*resume\.recipe_change=allow"):
-        train_here(tiny(*options[1:]))
-    assert train_here(tiny(*options[1:], "resume.recipe_change=allow")) is ExitCode.FINISHED
+        train_here(tiny(*options[1:], "precision.schedule=[]"))
+    again = ("precision.schedule=[]", "resume.recipe_change=allow")
+    assert train_here(tiny(*options[1:], *again)) is ExitCode.FINISHED
 
 
 @pytest.mark.parametrize(

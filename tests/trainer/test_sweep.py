@@ -314,7 +314,7 @@ def test_missing_data_are_one_line_before_the_first_job(launcher: str, corpus: P
     ("told", "advice"),
     [
         (["data.path=no/where", "data.vocab_size=512"], "data=sample data.path=no/where data.vocab_size=512"),
-        (["data.tokenizer=no/where", "data.seq_len=64"], "data=sample data.tokenizer=no/where"),
+        (["data.tokenizer=/no/where", "data.seq_len=64"], "data=sample data.tokenizer=/no/where"),
         (["data=c4_stream", "data.path=it's"], "data=c4_stream \"data.path='it\\'s'\""),
         (
             ["data=mix", "data.tokenizer=bytes", "data.sources={a:{path:no/where}}"],

@@ -64,12 +64,13 @@ def resolved(name: str) -> Any:
     """Raises AttributeError for what is not there."""
     found: Any = importlib.import_module(name.partition(".")[0])
     for at, part in list(enumerate(name.split(".")))[1:]:
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(".".join(name.split(".")[: at + 1]))
-            except ImportError:
-                raise AttributeError(name) from None
-        found = getattr(found, part)
+        if hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        try:
+            found = importlib.import_module(".".join(name.split(".")[: at + 1]))
+        except ImportError:
+            raise AttributeError(name) from None
     return found
 
 

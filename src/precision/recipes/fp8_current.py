@@ -45,7 +45,8 @@ def recipe(
         eps: floor of amax.
         amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
             whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
-            a step must be one micro-batch. Weights are the same everywhere.
+            a step must be one micro-batch. Weights are the same everywhere. All ranks call the same linears in the same
+            order while they train: no experts that some ranks pass by.
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).

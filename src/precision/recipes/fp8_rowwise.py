@@ -49,7 +49,7 @@ def recipe(
             `rowwise_with_gw_hp`).
         amax: what wgrad's scales are made from, whose rows run over tokens: micro, those of a rank's micro-batch, or
             step, those of the whole step, so that every number of processes has the same scales: two small all-reduces
-            for each linear, and a step must be one micro-batch.
+            for each linear, and a step must be one micro-batch. All ranks call the same linears in the same order.
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).

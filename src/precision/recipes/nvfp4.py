@@ -77,7 +77,8 @@ def recipe(
             off at 448.
         amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
             whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
-            a step must be one micro-batch. Weights are the same everywhere.
+            a step must be one micro-batch. Weights are the same everywhere. All ranks call the same linears in the same
+            order while they train: no experts that some ranks pass by.
         bf16_forward: last part of the run whose forward GEMMs are in BF16; 0 = none.
         keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
         keep_paths: linears left in BF16, by regex.
