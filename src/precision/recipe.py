@@ -493,7 +493,7 @@ def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
     if missing:
         raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
-    hints = guarded(where, lambda: get_type_hints(make))
+    hints = guarded(where, lambda: get_type_hints(getattr(make, "func", make)))
     for key, value in args.items():
         hint = hints.get(key, Any)
         if not _is_of(value, hint):
@@ -501,7 +501,7 @@ def _load(name: str, args: Mapping[str, Any]) -> Recipe:
             if wanted == "Sequence":
                 wanted = str(hint).rpartition("abc.")[2]
             raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
-    if is_file(name):
+    if name not in names():
         recipe = guarded(where, lambda: make(**args))
     else:
         try:

@@ -165,7 +165,8 @@ class LinearSpec:
     """The three GEMMs of a linear. An empty spec is a plain linear.
 
     Raises ValueError where an operand is to come from codes that nobody makes: x, w and dy appear first in fprop and
-    dgrad, and must come from the original there; later operands can reuse only what was quantized before.
+    dgrad, and must come from the original there; later operands can reuse only what was quantized before. Also where
+    rows of x or dy, which are tokens of one rank there, are to be scaled by the amax of the whole step.
     """
 
     fprop: GemmSpec = GemmSpec()
@@ -177,6 +178,10 @@ class LinearSpec:
         for tensor, slot in slots.items():
             if slot is not None and slot.source is Source.QUANTIZED:
                 raise ValueError(f"{tensor} is quantized here for the first time: its source must be ORIGINAL")
+            if slot is not None and slot.amax == Current(step=True):
+                rows = slot.scale.rows if isinstance(slot.scale, TwoLevel) else slot.tile != TENSOR
+                if tensor != "w" and rows:
+                    raise ValueError(f"rows of {tensor} are tokens of one rank: no scale of them is of the whole step")
         reuses = {"dgrad.b": (self.dgrad.b, "w"), "wgrad.a": (self.wgrad.a, "dy"), "wgrad.b": (self.wgrad.b, "x")}
         for name, (slot, tensor) in reuses.items():
             if slot is not None and slot.source is Source.QUANTIZED and slots[tensor] is None:

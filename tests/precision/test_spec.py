@@ -89,3 +89,12 @@ def test_linears_that_cannot_be(gemms: dict[str, GemmSpec], match: str) -> None:
 
 def test_reuse_of_codes() -> None:
     LinearSpec(fprop=GemmSpec(a=FP8, b=FP8), dgrad=GemmSpec(a=FP8, b=AGAIN), wgrad=GemmSpec(a=AGAIN, b=AGAIN))
+
+
+def test_no_scale_of_the_whole_step_is_of_rows_that_are_tokens() -> None:
+    whole = OperandSpec(format=E4M3, amax=Current(step=True))
+    row = replace(whole, tile=Tile(1, -1))
+    assert LinearSpec(fprop=GemmSpec(a=whole), wgrad=GemmSpec(a=row, b=row)) != LinearSpec()
+    for spec in ({"fprop": GemmSpec(a=row)}, {"dgrad": GemmSpec(a=row)}):
+        with pytest.raises(ValueError, match="are tokens of one rank"):
+            LinearSpec(**spec)
