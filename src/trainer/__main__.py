@@ -64,7 +64,7 @@ def main() -> int:
     except UserError as error:
         return _complain(error)
     except RunFailed as error:  # of this rank: another one may see something else, or nothing any more
-        last_words(f"error: {error}")
+        last_words(f"error: {error}", at_once=True)
         return ExitCode.FAILED
     except Exception as error:
         if launched_by_torchrun():  # whose own lines come after the traceback

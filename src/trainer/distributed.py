@@ -43,6 +43,8 @@ _ASK_SECONDS = 0.1
 _ALONE_SECONDS = 30.0  # that rank 0 waits for the others before it says so
 _ATTEMPT = "narrowgauge/attempt"
 
+_watching: list[Watch] = []
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -220,6 +222,7 @@ def start(config: ParallelConfig) -> World:
     store, rank, size, beats = _meet(start)
     watch = Watch(rank, size, beats)
     watch.start()
+    _watching.append(watch)
     try:
         dist.init_process_group(backend, timeout=step, store=store, rank=rank, world_size=size)
         with warnings.catch_warnings():
@@ -377,7 +380,13 @@ def _keep_freed_memory() -> None:
 
 
 def finish() -> None:
-    """Leave the process group."""
+    """Leave the process group.
+
+    The watch ends before the interpreter does: a thread that is then within the store's C++ code ends the process by
+    SIGABRT.
+    """
+    while _watching:
+        _watching.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
     PartialState._reset_state()

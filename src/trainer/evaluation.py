@@ -18,7 +18,7 @@ from trainer.loop import EvalConfig, EvalPrecision, validate
 from trainer.prepare import prepare
 from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from trainer.restore import restore_run
-from trainer.rows import Source
+from trainer.rows import Source, is_rows
 from trainer.state import TrainState
 from trainer.tokenizer import load_tokenizer
 
@@ -98,9 +98,9 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
     data = subject.data
     with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch, StopRequest() as stop:
         if path is not None:
-            if path != data.path:  # how the rows of the other were read says nothing of these
+            if path != data.path:  # parts of the other are none of this one; rows may have their text in the same field
                 rows = {part.name: part.default for part in fields(Source) if part.default is not MISSING}
-                data = replace(data, path=path, **rows)
+                data = replace(data, path=path, **rows | ({"field": data.field} if is_rows(path) else {}))
             data = replace(data, name="c4", shards=scratch, out=None, sources=None, stream=False, max_files=None)
             prepare(data, splits=(split,))
         tokenizer = load_tokenizer(data.tokenizer, data.eot_token)

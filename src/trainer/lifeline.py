@@ -59,8 +59,8 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def last_words(line: str) -> None:
-    """Have ``line`` be the last one on standard error.
+def last_words(line: str, *, at_once: bool = False) -> None:
+    """Have ``line`` be the last one on standard error; ``at_once``: also now, as torchrun may wait for other workers.
 
     After a worker's failure torchrun prints some forty lines of its own. The line goes into them, by the file that
     torchrun reads for it, and a small process says it again once torchrun has ended, unless workers are restarted.
@@ -76,6 +76,8 @@ def last_words(line: str) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"):
         print(line, file=sys.stderr, flush=True)
         return
+    if at_once:
+        print(line, file=sys.stderr, flush=True)
     command = [sys.executable, "-I", "-S", "-c", _LINGER, str(PARENT), line, str(_LINGER_SECONDS)]
     try:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -315,6 +315,7 @@ def test_workers_end_with_their_launcher_from_their_first_moment(corpus: Path, t
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still_is_named(corpus: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "run", "train.steps=100000", "parallel.timeout_seconds=3")
     process = start(overrides, 2)

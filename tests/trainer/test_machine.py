@@ -193,7 +193,14 @@ def test_a_users_number_of_threads_counts(
 def test_threads_wait_without_spinning(chosen: dict[str, str], policy: str | None) -> None:
     """Asked of OpenMP itself, which prints what it read when torch loads it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    code = "import trainer.config, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    code = """
+import ctypes, importlib.util, os, pathlib
+import trainer
+libraries = pathlib.Path(importlib.util.find_spec("torch").origin).parent / "lib"
+for library in libraries.glob("libgomp*"):
+    ctypes.CDLL(str(library))  # as torch does
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
     told = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

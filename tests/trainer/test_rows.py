@@ -330,7 +330,7 @@ def test_a_run_a_mixture_and_an_evaluation_take_such_text(tmp_path: Path) -> Non
     own = ["data=text", "data.field=content", "data.global_batch_size=8"]
     config = load_config(tiny_overrides(file, tmp_path / "run", *own, "train.steps=2"))
     with pytest.raises(
-        UserError, match=r"no token shards in data/.*: run python scripts/prepare_data.py with the same"
+        UserError, match=r"no token shards in data/.*: run python scripts/prepare_data.py data=text data.path="
     ):
         train_here(config)
     prepare(config.data, 1)

@@ -359,6 +359,7 @@ def hold_in_the_middle(sweep_process: psutil.Process, root: Path) -> list[psutil
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus: Path, tmp_path: Path) -> None:
     own = [text for text in tiny_overrides(corpus, tmp_path) if not text.startswith("run.dir=")]
     grid = ["precision=bf16,exmy_e8m3", "hydra.launcher.jobs=2", "sample.tokens=0", "checkpoint.asynchronous=false"]
