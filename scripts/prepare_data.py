@@ -20,7 +20,7 @@ def main(overrides: list[str], *, workers: int = 0) -> None:
             tokens, documents, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
             counts = f"{documents:>12,} documents  {size:>15,} bytes  {tokens:>15,} tokens"
             print(f"{split:10} {counts}  {len(shards)} shards")
-        print(f"token shards in {part.shards_dir}")
+        print(f"token shards in {part.shards_of(manifest['tokenizer']['fingerprint'])}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ class DataConfig:
         name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
         return self.shards or str(Path(self.home) / "shards" / name)
 
+    def shards_of(self, fingerprint: str) -> Path:
+        """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or beside others that stand there."""
+        directory = Path(self.shards_dir)
+        other = made_by(directory) not in (None, fingerprint)
+        return directory.with_name(f"{directory.name}-{fingerprint[:8]}") if other else directory
+
     @property
     def home(self) -> str:
         """Where the corpus keeps its tokenizer and token shards."""
@@ -196,6 +202,14 @@ def home_of(path: str, out: str | None = None, name: str = "") -> str:
         return path
     place = path.split("://")[-1].removeprefix("datasets/").lower()
     return f"data/{re.sub('[^a-z0-9]+', '-', place).strip('-')}"
+
+
+def made_by(directory: Path) -> str | None:
+    """The fingerprint of the tokenizer whose token shards stand in a directory; None if that cannot be told."""
+    try:
+        return str(read_json(directory / MANIFEST)["tokenizer"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class ShardInfo(TypedDict):
@@ -379,7 +393,8 @@ class TokenShards:
         tokenizer_fingerprint: str,
         advice: str = "run python scripts/prepare_data.py with the same data options",
     ) -> None:
-        self.directory = Path(config.shards_dir)
+        beside = config.shards_of(tokenizer_fingerprint)
+        self.directory = beside if (beside / MANIFEST).exists() else Path(config.shards_dir)
         self._again = again = advice
         file = self.directory / MANIFEST
         try:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
-from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, shard_info
+from trainer.data import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, made_by, shard_info
 from trainer.errors import UserError, one_line
 from trainer.files import read_json, sha256_of, write_json
 from trainer.machine import available_cores
@@ -86,8 +86,12 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     if place == own and not holds_vocabulary(place, config.vocab_size):
         other = f"data.tokenizer={own}-{config.vocab_size}"
         print(f"{place} has {tokenizer.vocab_size} entries, not data.vocab_size={config.vocab_size}; {other} would")
-    target = Path(config.shards_dir)
-    _require_no_others(target, tokenizer)
+    target = config.shards_of(tokenizer.fingerprint)
+    if config.shards is not None and target != Path(config.shards):
+        raise UserError(
+            f"data.shards={config.shards} holds shards of another tokenizer ({made_by(Path(config.shards))}), "
+            f"with which runs go on: name another place, data.shards={target}"
+        )
 
     everything = [file for split in files.values() for file in split]
     infos = {file: info for file in everything if (info := _standing(file, config, tokenizer, target))}
@@ -111,19 +115,6 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
         where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {getattr(most, 'path', most.name)}"
         print(f"{sum(bad.values()):,} bad rows left out, in {where} ({target / MANIFEST} counts them by file)")
     return manifest
-
-
-def _require_no_others(target: Path, tokenizer: TextTokenizer) -> None:
-    try:
-        theirs = read_json(target / MANIFEST)["tokenizer"]
-        fingerprint, size = str(theirs["fingerprint"]), theirs["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{target} holds the token shards of another tokenizer ({size} entries, fingerprint {fingerprint}), which "
-            f"runs go on with: name another place, data.shards={target}-{tokenizer.fingerprint[:8]}"
-        )
 
 
 def train_tokenizer(config: DataConfig) -> None:

@@ -25,7 +25,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from trainer.build import open_windows
 from trainer.config import load_config
 from trainer.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
-from trainer.data import DataConfig, permute
+from trainer.data import DataConfig, TokenShards, permute
 from trainer.errors import UserError
 from trainer.prepare import prepare
 from trainer.stream import StreamSource, TextStream
@@ -91,9 +91,26 @@ def test_a_changed_text_is_tokenized_again_and_another_tokenizers_shards_stay(tm
     after = prepare(config, 1)
     changed = [a != b for a, b in zip(before["splits"]["train"], after["splits"]["train"], strict=True)]
     assert changed == [False, True]
-    with pytest.raises(UserError, match=r"holds the token shards of another tokenizer \(257 entries.*data.shards="):
+    with pytest.raises(UserError, match=r"holds shards of another tokenizer \(bytes\).*data.shards="):
         prepare(data(corpus, f"data.shards={tmp_path / 's'}", "data.vocab_size=300"), 1)
     assert json.loads((tmp_path / "s" / "manifest.json").read_text()) == after
+
+
+def test_shards_of_a_tokenizer_that_has_the_same_name_stand_beside(tmp_path: Path) -> None:
+    """As those of a mixture, whose tokenizer is another corpus's."""
+    corpus, other = small(tmp_path), small(tmp_path / "other")
+    own, foreign = (
+        data(corpus, f"data.tokenizer={place}/tokenizer", f"data.vocab_size={size}")
+        for place, size in ((corpus, 300), (other, 280))
+    )
+    prepare(data(other, f"data.tokenizer={other}/tokenizer", "data.vocab_size=280"), 1)
+    manifests = [prepare(config, 1) for config in (own, foreign)]
+    fingerprints = [manifest["tokenizer"]["fingerprint"] for manifest in manifests]
+    assert fingerprints[0] != fingerprints[1]
+    for config, fingerprint, manifest in zip((own, foreign), fingerprints, manifests, strict=True):
+        shards = TokenShards(config, fingerprint)
+        assert json.loads((shards.directory / "manifest.json").read_text()) == manifest
+        assert prepare(config, 1) == manifest
 
 
 def first_file(corpus: Path) -> Path:
