@@ -36,6 +36,7 @@ def history(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("history")
 def test_nothing_has_changed_since_head_but_what_is_planted(
     script: ModuleType,
