@@ -207,14 +207,24 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
         if not here:
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
-        shards[name] = TokenShards(part, tokenizer.fingerprint, _preparing(config))
+        shards[name] = TokenShards(part, tokenizer.fingerprint, _preparing(_beside(config, tokenizer.fingerprint)))
     return shards
+
+
+def _beside(config: DataConfig, fingerprint: str) -> DataConfig:
+    """With the shards of that tokenizer where preparing may write them: beside others, which runs go on with."""
+    places = {name: (part.shards_dir, str(part.shards_of(fingerprint))) for name, part in config.parts().items()}
+    moved = {name: place for name, (told, place) in places.items() if place != told}
+    if config.sources is None:
+        return replace(config, shards=next(iter(moved.values()), config.shards))
+    sources = {name: replace(one, shards=moved.get(name, one.shards)) for name, one in config.sources.items()}
+    return replace(config, sources=sources)
 
 
 def require_data(config: DataConfig) -> None:
     """Raises UserError if the tokenizer, the token shards or the streamed files are not there or do not fit.
 
-    Cheap: reads no checksums, asks no server.
+    Cheap: reads no checksums, asks no server of text; a tokenizer of the hub is fetched.
     """
     tokenizer = _open_tokenizer(config)
     if not config.stream:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shlex
-import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -40,7 +39,7 @@ from trainer.generate import SampleConfig
 from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
 from trainer.metrics import LogConfig
 from trainer.optim import OptimConfig
-from trainer.own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split
+from trainer.own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from trainer.rundir import Resume, RunConfig, RunDirectory
 from trainer.spikes import SpikeAction
 from trainer.tokenizer import tokenizer_place
@@ -52,7 +51,7 @@ _OPEN = re.compile(  # of any names
 _EXECUTES = re.compile(r"hydra\.(searchpath|callbacks|hydra_logging|job_logging)\b")
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
 _FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
-_MOST_BYTES, _MOST_DEPTH = 1 << 20, 20  # of a config.yaml; those that are written have some 4,000 and 5
+_MOST_DEPTH = 20  # of a config.yaml; those that are written have some 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
 
 
@@ -319,12 +318,7 @@ def read_yaml(file: Path) -> DictConfig:
     Raises OSError if it cannot be read, ValueError for what the trainer never writes: interpolations (``${oc.env:X}``
     would put this machine's secrets into a report), ``_target_``, aliases, values nested without end.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("no file")
-    if found.st_size > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-    text = file.read_text(encoding="utf-8")
+    text = text_of(file)
     try:
         _require_plain(text)
         tree = OmegaConf.load(io.StringIO(text))

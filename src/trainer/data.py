@@ -402,17 +402,15 @@ class TokenShards:
             if manifest.get("version") != MANIFEST_VERSION:
                 version = reprlib.repr(manifest.get("version"))
                 raise UserError(f"{self.directory} has version {version}, not {MANIFEST_VERSION}: {again}")
-            self.dtype, made_by, self.vocab_size, self.splits = _read_manifest(manifest)
+            self.dtype, maker, self.vocab_size, self.splits = _read_manifest(manifest)
         except FileNotFoundError as error:
             raise UserError(f"no token shards in {self.directory}: {again}") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({one_line(error)}): {again}") from error
-        if made_by != tokenizer_fingerprint:
+        if maker != tokenizer_fingerprint:
             raise UserError(
                 f"data.tokenizer={config.tokenizer} (fingerprint {tokenizer_fingerprint}) did not make the shards in "
-                f"{self.directory} (fingerprint {made_by}): name the tokenizer that did, or {again} and "
-                f"data.tokenizer={config.tokenizer} data.shards={self.directory}-{tokenizer_fingerprint[:8]}, and "
-                "train with that data.shards"
+                f"{self.directory} (fingerprint {maker}): name the tokenizer that did, or {again}"
             )
         tokens = {
             split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]

@@ -5,6 +5,7 @@ They travel as flags among the overrides, so that whoever hands arguments on han
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -37,7 +38,7 @@ _FLAGS = {
     "--config-name": "file", "-cn": "file", "--config": "file",
 }  # fmt: skip
 ENTRY = "own_entry"
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 20  # of a yaml; the config.yaml of a run has some 4,000
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
 
 
@@ -163,15 +164,20 @@ def _overriding(item: Any, groups: Sequence[str]) -> Any:
     return item
 
 
+def text_of(file: Path) -> str:
+    """What a yaml holds, which may be anybody's. Raises OSError, and ValueError for what is no file or beyond size."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("no file")
+    if found.st_size > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    return file.read_text(encoding="utf-8")
+
+
 def read_own(file: Path) -> DictConfig:
     """A yaml of the user's. Raises UserError if it cannot be read, or would have something executed."""
     try:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("no file")
-        if found.st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        tree = OmegaConf.load(file)
+        tree = OmegaConf.load(io.StringIO(text_of(file)))
         if not isinstance(tree, DictConfig):
             raise ValueError("no key: value in it")
         if "_target_" in keys_of(OmegaConf.to_container(tree, resolve=False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -114,9 +115,9 @@ def test_shards_of_another_tokenizer_end_a_resume_with_what_to_do(bpe: Path, tmp
     told = refusal(load_config(longer))
     assert f"data.tokenizer={run_dir}/tokenizer (fingerprint " in told
     assert "did not make the shards in" in told
-    options = [word.rstrip(",") for word in told.split() if word.startswith(("data.tokenizer=", "data.shards="))]
-    prepare(load_config([f"data.path={bpe}", *options[1:]]).data, workers=1)
-    assert train_here(load_config([*longer, options[-1]])) is ExitCode.FINISHED
+    advice = shlex.split(told.partition("run python scripts/prepare_data.py ")[2])
+    prepare(load_config(advice).data, workers=1)
+    assert train_here(load_config(longer)) is ExitCode.FINISHED
 
 
 def test_another_tokenizer_by_name_is_refused(bpe: Path, tmp_path: Path) -> None:
