@@ -399,7 +399,7 @@ def test_two_hosts_come_back_too(runs: Path, corpus: Path, tmp_path: Path, hosts
     assert compare_runs(runs / "alone-2", tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_second_run_in_the_same_directory_is_refused(
     corpus: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,6 +423,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     assert json.loads((tmp_path / "run" / "done.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.long
 def test_verify_resume_as_a_user_calls_it(corpus: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "v", "train.steps=30")
     arguments = [str(ROOT / "scripts" / "verify_resume.py"), *overrides, "processes=1", "kills=1", "random_seed=3"]
