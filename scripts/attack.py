@@ -31,10 +31,9 @@ import torch
 from attack_suite import attacks, damage, disks, servers
 from attack_suite import kills as killing
 from attack_suite.scene import Scene
-
-from trainer.cli import script_main
-from trainer.errors import ExitCode, UserError
-from trainer.rundir import revision
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.rundir import revision
 
 PARTS = ("damage", "servers", "disks", "kills")  # the short ones first
 

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from narrowgauge.models.layers import causal_attention
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.errors import UserError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
-from models.layers import causal_attention
-from trainer import distributed
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.errors import UserError
 
 
 def main(

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 from bench_train import our_training
-
-from trainer import distributed
-from trainer.checkpoint import CheckpointConfig, Checkpointer
-from trainer.cli import script_main
-from trainer.errors import UserError
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.checkpoint import CheckpointConfig, Checkpointer
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.errors import UserError
 
 
 def main(overrides: list[str], *, rounds: int = 9) -> None:

@@ -10,13 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts
-from trainer.data import ShuffledSource, TokenShards, TokenStream
-from trainer.errors import UserError
-from trainer.prepare import prepare
-from trainer.tokenizer import load_tokenizer
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import ShuffledSource, TokenShards, TokenStream
+from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.tokenizer import load_tokenizer
+from narrowgauge.trainer.errors import UserError
 
 
 def main(

@@ -13,16 +13,15 @@ k, v; gate, up) count once.
 from contextlib import AbstractContextManager
 
 import torch
+from narrowgauge.models import create
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.spec import LinearSpec
+from narrowgauge.trainer.build import resolve_model
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.errors import UserError
 from torch import Tensor
-
-from models import create
-from precision.linear import QuantLinear
-from precision.recipe import apply, load
-from precision.spec import LinearSpec
-from trainer.build import resolve_model
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.errors import UserError
 
 RECIPES = "bf16,fp8_delayed,fp8_current,mxfp8,mxfp4,nvfp4"
 VOCABULARY = 4096

@@ -1,6 +1,6 @@
 """Milliseconds of an optimizer step, against torch's fused AdamW: python scripts/bench_optimizer.py [moments=...]
 
-[moments=fp32,fp8,...] of `precision.codecs.CHOICES` or any that `optim.moments` takes, `/` included; [rounds=30]
+[moments=fp32,fp8,...] of `precision.states.codecs.CHOICES` or any that `optim.moments` takes, `/` included; [rounds=30]
 [threads=0, as torch has them]; [cpu=1: one thread, and the processor time it took, on a machine that is busy with other
 work]; overrides as for training: model=llama_15m ...
 
@@ -12,15 +12,14 @@ import statistics
 import time
 
 import torch
+from narrowgauge.models import create
+from narrowgauge.precision.states.codecs import CHOICES, STANDARD, chosen
+from narrowgauge.precision.states.updates import AdamW, CodecAdamW
+from narrowgauge.trainer.build import resolve_model
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.errors import UserError
 from torch import Tensor, nn
-
-from models import create
-from precision.codecs import CHOICES, STANDARD, chosen
-from precision.updates import AdamW, CodecAdamW
-from trainer.build import resolve_model
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.errors import UserError
 
 VOCABULARY = 4096
 

@@ -9,7 +9,7 @@ linear      forward and backward of one linear 256 -> 704 at 8,192 rows against 
             emulated Float8Linear and MXFP8 linear where torchao is installed.
 step        a training step of this trainer: vocabulary 8,192, hidden 256, FFN 704, 8 layers, 8 heads, 16 sequences of
             512 tokens.
-start       from the start of `python -m trainer` to the end of its first step, of BF16 and of every recipe in
+start       from the start of `python -m narrowgauge` to the end of its first step, of BF16 and of every recipe in
             ``starts=RECIPE,...``, with kernels built before and with an empty cache. Wall time of one run each, 10 to
             30 s; ``rounds`` and ``clock`` are of the other parts.
 
@@ -30,29 +30,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from narrowgauge.models import LlamaConfig
+from narrowgauge.precision.backends import choose
+from narrowgauge.precision.formats import E2M1, E4M3
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.recipe import Plan, apply, load
+from narrowgauge.precision.scaling import PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.transforms import Hadamard
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import TrainConfig, groups, load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.kernels import KERNELS
+from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.metrics import read_metrics
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import native
-from models import LlamaConfig
-from precision.backends import choose
-from precision.formats import E2M1, E4M3
-from precision.linear import QuantLinear
-from precision.noise import Noise, base_key, step_key
-from precision.recipe import Plan, apply, load
-from precision.scaling import PowerOfTwo, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
-from trainer import distributed
-from trainer.build import build_state
-from trainer.cli import script_main
-from trainer.config import TrainConfig, groups, load_config
-from trainer.data import Batch
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.kernels import KERNELS
-from trainer.loop import update_from
-from trainer.metrics import read_metrics
+from narrowgauge import native
 
 try:  # a test-only dependency
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -308,7 +308,7 @@ def _text(directory: Path) -> Path:
 def _first_step(recipe: str, text: Path, environment: Mapping[str, str]) -> float:
     """Seconds from the start of the process to what its ``metrics.jsonl`` says of step 1."""
     run = text / "run"
-    command = [sys.executable, "-m", "trainer", *_first_step_overrides(recipe, text, run)]
+    command = [sys.executable, "-m", "narrowgauge", *_first_step_overrides(recipe, text, run)]
     started = time.time()
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:

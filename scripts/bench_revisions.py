@@ -12,17 +12,16 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from trainer.cli import script_main
-from trainer.errors import UserError
-from trainer.verify import check_out
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.tools.verify import check_out
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs in the scripts folder of either tree, on what both have; a line read is a step to take.
 WORKER = """
 import sys, time
 import bench_precision
-from trainer import distributed
-from trainer.config import load_config
+from bench_precision import distributed, load_config
 config = load_config([f"precision={sys.argv[1]}"])
 way = bench_precision._step_way(config, distributed.start(config.parallel))
 way()

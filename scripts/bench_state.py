@@ -12,19 +12,18 @@ import gc
 import json
 
 import torch
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, micro_batch_size, num_parameters, resolve_model
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.distributed import World, say
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.state import TrainState, local
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-
-from trainer import distributed
-from trainer.build import build_state, micro_batch_size, num_parameters, resolve_model
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.data import Batch
-from trainer.distributed import World, say
-from trainer.errors import UserError
-from trainer.loop import update_from
-from trainer.state import TrainState, local
 
 MOMENTS = "fp32,bf16,fp8,fp8_tensor,fp8_fishman,fp8_lm,dynamic8,coat,pure_bf16,pure_bf16_sr,pure_bf16_kahan"
 KINDS = ("weights", "master", "grads", "m", "v", "scales", "gathered", "others")

@@ -17,18 +17,17 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from narrowgauge.models import LlamaConfig
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, num_parameters
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.loop import StepResult, update_from
+from narrowgauge.trainer.state import TrainState
 from torch import Tensor
-
-from models import LlamaConfig
-from trainer import distributed
-from trainer.build import build_state, num_parameters
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.data import Batch
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.loop import StepResult, update_from
-from trainer.state import TrainState
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, POSITIONS, SEQUENCES = 8192, 256, 704, 8, 8, 512, 16
 TOKENS = POSITIONS * SEQUENCES

@@ -21,19 +21,18 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import open_windows
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.run import run
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
+from narrowgauge.trainer.tools.export import export_run
+from narrowgauge.trainer.tools.generate import SampleConfig, generate
 from tokenizers import Tokenizer, pre_tokenizers, processors
-
-from trainer import distributed
-from trainer.build import open_windows
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import evaluate_on, open_run
-from trainer.export import export_run
-from trainer.generate import SampleConfig, generate
-from trainer.prepare import prepare
-from trainer.run import run
-from trainer.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 
 LIMIT, OF_FLOAT32 = 1e-3, 1e-5  # nats a token
 PROMPT, ADDED = "the gauge", 12

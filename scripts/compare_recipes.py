@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.metrics import read_metrics
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.metrics import read_metrics
 
 BASELINE = "bf16"
 
@@ -39,7 +39,7 @@ def main(
                 "--nproc-per-node",
                 str(processes),
             ]
-            command += ["-m", "trainer", *overrides, f"precision={name}", f"seed={seed}"]
+            command += ["-m", "narrowgauge", *overrides, f"precision={name}", f"seed={seed}"]
             failed = subprocess.run([*command, f"run.dir={root / f'{name}-seed{seed}'}"], check=False).returncode
             if failed:
                 print(f"{name}, seed {seed}: ended with code {failed}; going on", file=sys.stderr)

@@ -5,11 +5,11 @@
 [precision.recipe=FILE.py, of a run that was trained with a recipe file]
 """
 
-from trainer import distributed
-from trainer.cli import recipe_files_of, run_dir_of, script_main
-from trainer.corpus import SPLITS
-from trainer.errors import UserError
-from trainer.evaluation import evaluate_on, open_pretrained, open_run
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.cli import recipe_files_of, run_dir_of, script_main
+from narrowgauge.trainer.data.corpus import SPLITS
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_pretrained, open_run
 
 
 def main(

@@ -10,10 +10,10 @@ of like size, for who casts them to FP8 afterwards.
 
 from pathlib import Path
 
-from trainer.cli import recipe_files_of, run_dir_of, script_main
-from trainer.errors import UserError
-from trainer.export import export_run
-from trainer.pretrained import PretrainedDirectory
+from narrowgauge.trainer.cli import recipe_files_of, run_dir_of, script_main
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.pretrained import PretrainedDirectory
+from narrowgauge.trainer.tools.export import export_run
 
 
 def main(overrides: list[str], *, out: str = "", dtype: str = "float32", fold: str = "false") -> None:

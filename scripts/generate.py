@@ -8,11 +8,11 @@ Uses the newest complete checkpoint of the run directory.
 
 import sys
 
-from trainer import distributed
-from trainer.cli import recipe_files_of, run_dir_of, script_main
-from trainer.errors import UserError
-from trainer.generate import SampleConfig, generate
-from trainer.restore import restore_run
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.cli import recipe_files_of, run_dir_of, script_main
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.tools.generate import SampleConfig, generate
+from narrowgauge.trainer.tools.restore import restore_run
 
 
 def main(

@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -415,7 +416,8 @@ class Model(nn.Module):
 def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
     """Counts and host microseconds of one linear, forward and backward, of ``num_linears`` that share an x."""
     global watch
-    recipe = importlib.import_module("precision.recipe")
+    tree = Path(os.environ["PYTHONPATH"].split(os.pathsep)[0])
+    precision = importlib.import_module("narrowgauge.precision" if (tree / "narrowgauge").is_dir() else "precision")
     kind, arguments = RECIPES[name]
     tokens, ins, outs = SIZES.get(name, (128, 128, 128))
     torch.manual_seed(0)
@@ -423,7 +425,7 @@ def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
     with watch:
         model = Model(num_linears, ins, outs).to(torch.bfloat16)
         _place(model)
-        plan = recipe.apply(recipe.load(kind, arguments), model, tokens=tokens, device=GPU)
+        plan = precision.apply(precision.load(kind, arguments), model, tokens=tokens, device=GPU)
         _place(model)
         x = to_gpu(torch.randn(1, tokens, ins, dtype=torch.bfloat16))
         dy = [to_gpu(torch.randn(1, tokens, outs, dtype=torch.bfloat16)) for _ in range(num_linears)]

@@ -7,9 +7,9 @@ tokenizer and shards elsewhere.
 Interrupted, the same command goes on; shards that stand are checked and kept.
 """
 
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.prepare import prepare
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.prepare import prepare
 
 
 def main(overrides: list[str], *, workers: int = 0) -> None:

@@ -8,9 +8,9 @@ count as no difference. formats=png,svg,pdf: of the figures.
 
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.errors import UserError
-from trainer.report import Settings, write_report
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.reporting.report import Settings, write_report
 
 
 def main(

@@ -25,11 +25,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.config import groups, load_config
-from trainer.data import MANIFEST
-from trainer.errors import ExitCode, UserError
-from trainer.verify import check_out, command, compare_runs
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import groups, load_config
+from narrowgauge.trainer.data.batches import MANIFEST
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.verify import check_out, command, compare_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Six steps: a schedule by parts of a run has steps on both sides, and a history of three is full.
@@ -232,9 +232,14 @@ def _environment(tree: Path) -> dict[str, str]:
 
 def _require_import(tree: Path) -> None:
     """Raises UserError where ``python -m trainer`` would run another tree's code."""
-    code = "import importlib.util as u; print(*(u.find_spec(n).origin for n in ('trainer', 'models', 'precision')))"
+    packages = ["trainer", *(["narrowgauge"] if (tree / "src" / "narrowgauge").is_dir() else [])]
+    code = "import sys, importlib.util as u; print(*(u.find_spec(name).origin for name in sys.argv[1:]))"
     result = subprocess.run(
-        [sys.executable, "-c", code], env=_environment(tree), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *packages],
+        env=_environment(tree),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for file in result.stdout.split():
         if not Path(file).resolve().is_relative_to(tree.resolve()):
@@ -270,7 +275,7 @@ def _run(case: Case, tree: Path, more: list[str], place: Path) -> tuple[int, str
     code, line = 0, ""
     for overrides in case.commands(more):
         result = subprocess.run(
-            command([*overrides, f"run.dir={place}"], case.processes),
+            command([*overrides, f"run.dir={place}"], case.processes, module="trainer"),
             env=_environment(tree),
             capture_output=True,
             text=True,

@@ -9,12 +9,12 @@ One that stands is never replaced: runs were trained with it.
 from itertools import chain, count
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.corpus import write_sample
-from trainer.errors import UserError
-from trainer.prepare import train_tokenizer
-from trainer.tokenizer import holds_vocabulary, is_broken, load_tokenizer
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.corpus import write_sample
+from narrowgauge.trainer.data.prepare import train_tokenizer
+from narrowgauge.trainer.data.tokenizer import holds_vocabulary, is_broken, load_tokenizer
+from narrowgauge.trainer.errors import UserError
 
 
 def main(overrides: list[str]) -> None:

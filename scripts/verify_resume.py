@@ -13,10 +13,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.errors import ExitCode, UserError
-from trainer.verify import KILL_TARGETS, compare_runs, run_killed, run_to_end
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.verify import KILL_TARGETS, compare_runs, run_killed, run_to_end
 
 
 def main(

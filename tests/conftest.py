@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import versions
-
-from trainer import distributed
-from trainer.config import TrainConfig, load_config
-from trainer.distributed import World
-from trainer.errors import ExitCode
-from trainer.files import sha256_of
-from trainer.prepare import prepare
-from trainer.run import run
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import ExitCode
+from narrowgauge.trainer.files import sha256_of
+from narrowgauge.trainer.run import run
 
 TINY = [
     "model.hidden_size=32",

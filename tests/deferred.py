@@ -5,8 +5,8 @@ from __future__ import annotations
 import runpy
 from dataclasses import replace
 
-from trainer import distributed
-from trainer.distributed import ParallelConfig, World
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.distributed import ParallelConfig, World
 
 _start = distributed.start
 
@@ -18,4 +18,4 @@ def start(config: ParallelConfig) -> World:
 
 if __name__ == "__main__":
     distributed.start = start
-    runpy.run_module("trainer", run_name="__main__")
+    runpy.run_module("narrowgauge", run_name="__main__")

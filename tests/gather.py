@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from precision.backends import REFERENCE
-from precision.linear import QuantLinear
-from precision.quantize import Quantized
-from precision.scaling import Unit
-from precision.spec import OperandSpec
-from trainer import distributed
-from trainer.build import build_state, resolve_model
-from trainer.config import TrainConfig, load_config
-from trainer.data import Batch
-from trainer.distributed import StopRequest, World
-from trainer.loop import update_from, validate
-from trainer.state import local
+from narrowgauge.precision.backends import REFERENCE
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.quantize import Quantized
+from narrowgauge.precision.scaling import Unit
+from narrowgauge.precision.spec import OperandSpec
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, resolve_model
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.distributed import StopRequest, World
+from narrowgauge.trainer.loop import update_from, validate
+from narrowgauge.trainer.state import local
 
 counts: Counter[str] = Counter()
 

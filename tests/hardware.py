@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision import backends
+from narrowgauge.precision.backends import scaled_mm
+from narrowgauge.precision.backends.scaled_mm import ScaledMM
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import ScalingType, SwizzleType
 from torch.nn.functional import scaled_mm as torch_scaled_mm
-
-from precision import backends
-from precision.backends import scaled_mm
-from precision.backends.scaled_mm import ScaledMM
 
 T, R, B128, S128 = (
     ScalingType.TensorWise,

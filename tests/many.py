@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import checkpoint, distributed
-from trainer.config import load_config
-from trainer.run import run
+from narrowgauge.trainer import checkpoint, distributed
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.run import run
 
 if __name__ == "__main__":
     configs = [load_config(overrides) for overrides in json.loads(Path(sys.argv[1]).read_text())]

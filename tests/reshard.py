@@ -17,10 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "precision"))
+from narrowgauge.precision.states.codecs import STANDARD, chosen
+from narrowgauge.precision.states.updates import CodecAdamW
 from test_updates import HYPER, VARIANTS
-
-from precision.codecs import STANDARD, chosen
-from precision.updates import CodecAdamW
 
 SHAPES = [(7, 130), (5, 64), (3, 9), (6,), (2, 4)]  # no size divides into 4 rows of equal number
 

@@ -18,9 +18,8 @@ import pyarrow.parquet
 import pytest
 from conftest import make_texts, write_corpus
 from mirror import serving
-
-from trainer.checkpoint import newest
-from trainer.config import load_config
+from narrowgauge.trainer.checkpoint import newest
+from narrowgauge.trainer.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("make", "python", "torchrun", "lm_eval")

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from narrowgauge.trainer.files import write_text
 from tqdm import tqdm
-
-from trainer.files import write_text
 
 T = TypeVar("T")
 NOT_REACHED = "not reached: the budget was spent"

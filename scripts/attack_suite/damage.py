@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.errors import ExitCode, UserError, one_line
+from narrowgauge.trainer.run import run
+from narrowgauge.trainer.tools.verify import command, compare_runs, run_to_end
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from attack_suite.attacks import NEEDED, Attack, Child, Ended
 from attack_suite.scene import Scene
-from trainer.config import TrainConfig, load_config
-from trainer.errors import ExitCode, UserError, one_line
-from trainer.run import run
-from trainer.verify import command, compare_runs, run_to_end
 
 STEPS = 3  # of the attacked start; the run had a checkpoint at each of two
 OLDER, NEWEST = "step-00000001", "step-00000002"

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.tools.verify import compare_runs, run_to_end
+
 from attack_suite.attacks import NEEDED, Attack, Ended
 from attack_suite.kills import Start
 from attack_suite.scene import Scene
-from trainer.errors import UserError
-from trainer.verify import compare_runs, run_to_end
 
 BEFORE, STEPS = 4, 8
 NEWEST = f"step-{BEFORE:08}"

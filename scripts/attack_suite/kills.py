@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.tools.verify import command, compare_runs, newest_step
 
 from attack_suite.attacks import Attack, Ended
 from attack_suite.scene import Scene
-from trainer.errors import UserError
-from trainer.verify import command, compare_runs, newest_step
 
 STEPS = 40
 MARK = "ATTACK_RUN"  # in the environment of all that a start starts

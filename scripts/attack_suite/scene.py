@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import load_config
-from trainer.prepare import prepare
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.prepare import prepare
 
 #: One thread: the number of threads is part of a sum's order.
 TINY = (

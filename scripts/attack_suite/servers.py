@@ -16,14 +16,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data import remote
+from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.run import run
+
 from attack_suite.attacks import Attack, Child, Ended
 from attack_suite.scene import Scene
-from trainer import remote
-from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts
-from trainer.errors import UserError
-from trainer.metrics import read_metrics
-from trainer.run import run
 
 #: Seconds after which waiting is a fault. What waits in earnest for half a minute waits for a second here.
 _LIMIT_SECONDS = 60.0

@@ -32,20 +32,19 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.trainer.build import open_windows
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import DataConfig
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.tokenizer import load_tokenizer
+from narrowgauge.trainer.errors import ExitCode
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.reporting.statistics import t_interval
+from narrowgauge.trainer.run import run
+from narrowgauge.trainer.tools.export import export_run
 from torch import Tensor, nn
-
-from precision.recipe import apply, load
-from trainer.build import open_windows
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.data import DataConfig
-from trainer.errors import ExitCode
-from trainer.export import export_run
-from trainer.metrics import read_metrics
-from trainer.prepare import prepare
-from trainer.run import run
-from trainer.statistics import t_interval
-from trainer.tokenizer import load_tokenizer
 
 BASELINE = "bf16"
 ARMS = {

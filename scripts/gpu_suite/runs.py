@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from narrowgauge.models import LlamaConfig
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state
+from narrowgauge.trainer.checkpoint import newest
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.tools.verify import compare_runs, run_killed, run_to_end
 
 from gpu_suite.bundle import EXTRAS, ROOT
 from gpu_suite.steps import RandomTokens, Row
-from models import LlamaConfig
-from trainer import distributed
-from trainer.build import build_state
-from trainer.checkpoint import newest
-from trainer.config import load_config
-from trainer.loop import update_from
-from trainer.metrics import read_metrics
-from trainer.prepare import prepare
-from trainer.verify import compare_runs, run_killed, run_to_end
 
 SHORT = ["eval.every=0", "eval.tokens=2000", "sample.tokens=0", "log.every=1"]
 TOY = ["model.hidden_size=64", "model.intermediate_size=128", "model.num_layers=2", "model.num_heads=4"]
@@ -89,7 +89,7 @@ def torchrun_twice(folder: Path, overrides: Sequence[str], *, seconds: float) ->
     """Four steps under torchrun with one rank, then the same command with eight, which goes on from the checkpoint."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += ["--nproc-per-node=1", "-m", "trainer", *_size(), *SHORT, *overrides, f"run.dir={folder}"]
+    command += ["--nproc-per-node=1", "-m", "narrowgauge", *_size(), *SHORT, *overrides, f"run.dir={folder}"]
     command += ["precision=fp8_current", "checkpoint.every=2", "parallel.compile=false"]
     row: Row = {}
     text = ""

@@ -23,6 +23,17 @@ from typing import Any
 
 import gpu_check
 import torch
+from narrowgauge.precision.backends import NATIVE, QUANTIZERS
+from narrowgauge.precision.backends.triton.quantizer import prepare_fused, quantize_both, quantize_fused, runs_on
+from narrowgauge.precision.formats import E2M1, E4M3, E5M2
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.transforms import Hadamard
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.loop import update_from
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
@@ -47,17 +58,6 @@ from gpu_suite.steps import (
     synchronize,
     within_memory,
 )
-from precision.backends import NATIVE, QUANTIZERS
-from precision.backends.triton import prepare_fused, quantize_both, quantize_fused, runs_on
-from precision.formats import E2M1, E4M3, E5M2
-from precision.noise import Noise, base_key, step_key
-from precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
-from trainer import distributed
-from trainer.config import load_config
-from trainer.distributed import World
-from trainer.loop import update_from
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from narrowgauge.models import LlamaConfig, create
+from narrowgauge.trainer import build
+from narrowgauge.trainer.config import groups, load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.state import TrainState, local
 from torch import nn
-
-from models import LlamaConfig, create
-from trainer import build
-from trainer.config import groups, load_config
-from trainer.data import Batch
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.loop import update_from
-from trainer.state import TrainState, local
 
 PEAK_FLOPS = 989e12  # BF16, dense, of an H100 SXM by its data sheet
 VOCABULARY = 32_000

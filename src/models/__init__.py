@@ -3,9 +3,9 @@
 A model never hears the word "precision": narrow formats are put in from outside, by replacing linears.
 """
 
-from models.gpt import GPT, GPTConfig
-from models.layers import Init
-from models.llama import Llama, LlamaConfig, RopeScaling
+from .gpt import GPT, GPTConfig
+from .layers import Init
+from .llama import Llama, LlamaConfig, RopeScaling
 
 ModelConfig = LlamaConfig | GPTConfig
 Model = Llama | GPT

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels.documents import KeyBlocks
-from models.layers import Attention, Init, init_of, key_blocks, token_losses
+from .kernels.documents import KeyBlocks
+from .layers import Attention, Init, init_of, key_blocks, token_losses
 
 
 @dataclass(kw_only=True)

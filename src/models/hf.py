@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.gpt import GPTConfig
-from models.llama import LlamaConfig, RopeScaling
+from .gpt import GPTConfig
+from .llama import LlamaConfig, RopeScaling
 
 _GPT_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 _GPT_BLOCK = {

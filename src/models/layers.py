@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import attention, cross_entropy, documents, pointwise
-from models.kernels.attention import Rope
-from models.kernels.documents import KeyBlocks
+from .kernels import attention, cross_entropy, documents, pointwise
+from .kernels.attention import Rope
+from .kernels.documents import KeyBlocks
 
 
 class Init(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels.attention import Rope
-from models.kernels.documents import KeyBlocks
-from models.layers import Attention, Init, RMSNorm, init_of, key_blocks, rope_frequencies, swiglu, token_losses
+from .kernels.attention import Rope
+from .kernels.documents import KeyBlocks
+from .layers import Attention, Init, RMSNorm, init_of, key_blocks, rope_frequencies, swiglu, token_losses
 
 
 @dataclass(kw_only=True)

@@ -14,17 +14,17 @@ Under the ``Trainer`` of `transformers` a ``PrecisionCallback(plan)`` tells the 
 
 from typing import TYPE_CHECKING, Any
 
-from precision.recipe import Plan, Recipe, apply, available, load
+from .recipe import Plan, Recipe, apply, available, load
 
 if TYPE_CHECKING:
-    from precision.callback import PrecisionCallback
+    from .integrations.transformers import PrecisionCallback
 
 __all__ = ["Plan", "PrecisionCallback", "Recipe", "apply", "available", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "PrecisionCallback":
-        from precision.callback import PrecisionCallback  # `transformers` takes seconds to import
+        from .integrations.transformers import PrecisionCallback  # `transformers` takes seconds to import
 
         return PrecisionCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from precision.linear import QuantLinear
-from precision.spec import GEMMS, GemmSpec, LinearSpec
+from .linear import QuantLinear
+from .spec import GEMMS, GemmSpec, LinearSpec
 
 OUTSIDE = "outside the blocks"
 _MOST = 6  # things named

@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 from torch.nn.modules.module import _has_any_global_hook
 
-from precision.backends import Backend, Operand
-from precision.backends.scaled_mm import ScaledMM
-from precision.backends.triton import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
-from precision.backends.triton_fused import gradient_amaxes, quantize_gradients
-from precision.linear import (
+from .backends import Backend, Operand
+from .backends.scaled_mm import ScaledMM
+from .backends.triton.fused import gradient_amaxes, quantize_gradients
+from .backends.triton.quantizer import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
+from .linear import (
     DGRAD_DY,
     DGRAD_W,
     TRANSPOSED,
@@ -37,11 +37,11 @@ from precision.linear import (
     keeps_first,
     kept_of,
 )
-from precision.quantize import Quantized
-from precision.scaling import TENSOR, Current, Tile
-from precision.spec import LinearSpec, OperandSpec, Source, Transform
-from precision.swiglu import Gradients, Hidden
-from precision.transforms import Composed, Hadamard, Rescale
+from .quantize import Quantized
+from .scaling import TENSOR, Current, Tile
+from .spec import LinearSpec, OperandSpec, Source, Transform
+from .swiglu import Gradients, Hidden
+from .transforms import Composed, Hadamard, Rescale
 
 Backends = tuple[Backend, Backend, Backend]
 

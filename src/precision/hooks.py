@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from precision.linear import QuantLinear
-from precision.scaling import Delayed
+from .linear import QuantLinear
+from .scaling import Delayed
 
 
 def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:

@@ -27,13 +27,13 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from precision import traced
-from precision.backends import REFERENCE, Backend, Choice, Operand, choose
-from precision.noise import Noise, base_key
-from precision.quantize import Prepared, Quantized, dequantize
-from precision.scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
-from precision.spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
-from precision.transforms import Composed, Hadamard
+from . import traced
+from .backends import REFERENCE, Backend, Choice, Operand, choose
+from .noise import Noise, base_key
+from .quantize import Prepared, Quantized, dequantize
+from .scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
+from .spec import GEMMS, GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
+from .transforms import Composed, Hadamard
 
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TRANSPOSED = (DGRAD_W, WGRAD_DY, WGRAD_X)
@@ -306,7 +306,7 @@ def _resolved(spec: LinearSpec, backends: Sequence[Backend]) -> Resolved:
 
 
 class Gathered(NamedTuple):
-    """How to read a weight that holds the values of its codes, unscaled (``precision.all_gather``).
+    """How to read a weight that holds the values of its codes, unscaled (``precision.comm``).
 
     ``scales`` and ``tensor_scale`` are those of the whole weight, as in ``Quantized``.
     """

@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from precision.backends import Operand
-from precision.linear import QuantLinear
-from precision.quantize import Quantized, dequantize
-from precision.recipe import Plan, close
-from precision.spec import GemmSpec, LinearSpec, OperandSpec
+from .backends import Operand
+from .linear import QuantLinear
+from .quantize import Quantized, dequantize
+from .recipe import Plan, close
+from .spec import GemmSpec, LinearSpec, OperandSpec
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from precision.formats import E8M0, pack4, unpack4
-from precision.noise import Noise
-from precision.scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
-from precision.spec import OperandSpec, Rounding
+from .formats import E8M0, pack4, unpack4
+from .noise import Noise
+from .scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
+from .spec import OperandSpec, Rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from precision.backends import require_backend as require_backend
-from precision.blocks import Block, Blocks, find_blocks
-from precision.codecs import STANDARD, Moments
-from precision.coverage import OUTSIDE, Coverage, CoverageWarning, covered
-from precision.linear import UNKNOWN, Clock, QuantLinear, assign_backends, is_random, require_steps
-from precision.loss_scale import LossScaler
-from precision.registry import available as available
-from precision.registry import guarded, is_file, make_of
-from precision.registry import names as names
-from precision.scaling import Current
-from precision.schedule import Span, parse_span
-from precision.spec import GEMMS, LinearSpec
-from precision.updates import AdamW, UpdateRule
+from .backends import require_backend as require_backend
+from .blocks import Block, Blocks, find_blocks
+from .coverage import OUTSIDE, Coverage, CoverageWarning, covered
+from .linear import UNKNOWN, Clock, QuantLinear, assign_backends, is_random, require_steps
+from .loading import available as available
+from .loading import guarded, is_file, make_of
+from .loading import names as names
+from .loss_scale import LossScaler
+from .scaling import Current
+from .schedule import Span, parse_span
+from .spec import GEMMS, LinearSpec
+from .states.codecs import STANDARD, Moments
+from .states.updates import AdamW, UpdateRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from precision.formats import E4M3, E8M0, NumberFormat
+from .formats import E4M3, E8M0, NumberFormat
 
 FP32_MAX = torch.finfo(torch.float32).max
 FP32_TINY = torch.finfo(torch.float32).tiny

@@ -34,11 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision.fused import FusedSwiGLU, Smoothing
-from precision.linear import QuantLinear
-from precision.scaling import Current
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
-from precision.transforms import Along, Composed, Rescale
+from .fused import FusedSwiGLU, Smoothing
+from .linear import QuantLinear
+from .scaling import Current
+from .spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
+from .transforms import Along, Composed, Rescale
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 _TINY = 2.0**-126

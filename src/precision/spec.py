@@ -20,8 +20,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from precision.formats import NumberFormat
-from precision.scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
+from .formats import NumberFormat
+from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
 
 
 class Rounding(enum.Enum):

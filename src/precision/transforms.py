@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from precision.spec import Transform
+from .spec import Transform
 
 # The sign vector that TransformerEngine uses for every layer and step of its 16-wide transform.
 TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)

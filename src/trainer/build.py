@@ -18,17 +18,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from models import ARCHITECTURES, Model, ModelConfig, create
-from models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
-from models.layers import BLOCK_ATTENTION_MAX_POSITIONS
-from precision.all_gather import gather_codes
-from precision.codecs import chosen
-from precision.coverage import CoverageWarning
-from precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
-from precision.registry import content_of, files_in, is_file, renamed, sha256
-from precision.updates import CodecAdamW
-from trainer.corpus import CorpusFile
-from trainer.data import (
+from ..models import ARCHITECTURES, Model, ModelConfig, create
+from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
+from ..models.layers import BLOCK_ATTENTION_MAX_POSITIONS
+from ..precision.comm import gather_codes
+from ..precision.coverage import CoverageWarning
+from ..precision.loading import content_of, files_in, is_file, renamed, sha256
+from ..precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
+from ..precision.states.codecs import chosen
+from ..precision.states.updates import CodecAdamW
+from .data.batches import (
     DataConfig,
     DataSource,
     DocumentsApart,
@@ -42,18 +41,19 @@ from trainer.data import (
     TrainingSource,
     Windows,
 )
-from trainer.distributed import ParallelConfig, World, say
-from trainer.errors import UserError, one_line
-from trainer.loop import EvalConfig
-from trainer.machine import memory_of_process
-from trainer.optim import OptimConfig, build_optimizer
-from trainer.own import CONFIG_DIR, setting, shell
-from trainer.pretrained import PretrainedDirectory
-from trainer.remote import remote_path
-from trainer.rows import is_elsewhere, is_rows
-from trainer.state import TrainState
-from trainer.stream import StreamSource, TextStream, TextWindows, read_head
-from trainer.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
+from .data.corpus import CorpusFile
+from .data.remote import remote_path
+from .data.rows import is_elsewhere, is_rows
+from .data.stream import StreamSource, TextStream, TextWindows, read_head
+from .data.tokenizer import TextTokenizer, is_on_hub, load_tokenizer
+from .distributed import ParallelConfig, World, say
+from .errors import UserError, one_line
+from .loop import EvalConfig
+from .machine import memory_of_process
+from .optim import OptimConfig, build_optimizer
+from .own import CONFIG_DIR, setting, shell
+from .pretrained import PretrainedDirectory
+from .state import TrainState
 
 # What a run does with its data, which preparing them does not ask for.
 _NOT_PREPARED = {"name", "verify", "document_mask", "seq_len", "global_batch_size", "stream", "lanes", "shuffle_rows"}

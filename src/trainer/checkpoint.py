@@ -31,14 +31,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from precision.recipe import filled
-from trainer.distributed import World, say
-from trainer.errors import UserError, one_line
-from trainer.files import sha256_of, sync_directory, write_json
-from trainer.metadata import NAME as METADATA
-from trainer.metadata import ForbiddenError, Reader
-from trainer.spikes import COUNT, LEFT_OUT, SPIKE_PREFIX
-from trainer.state import POSITION, RECIPE_PREFIX, TrainState, local
+from ..precision.recipe import filled
+from .distributed import World, say
+from .errors import UserError, one_line
+from .files import sha256_of, sync_directory, write_json
+from .metadata import NAME as METADATA
+from .metadata import ForbiddenError, Reader
+from .spikes import COUNT, LEFT_OUT, SPIKE_PREFIX
+from .state import POSITION, RECIPE_PREFIX, TrainState, local
 
 T = TypeVar("T")
 FORMAT = 1

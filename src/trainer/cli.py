@@ -9,8 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trainer.environ import check_environment, forgive_console, require_text, unquoted
-from trainer.errors import ExitCode, UserError, one_line
+from .environ import check_environment, forgive_console, require_text, unquoted
+from .errors import ExitCode, UserError, one_line
 
 _RECIPE = "precision.recipe"
 

@@ -27,22 +27,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from precision.recipe import close, filled
-from precision.registry import files_in, is_file
-from trainer.build import MODEL_SCHEMAS, PrecisionConfig
-from trainer.checkpoint import CheckpointConfig, ResumeConfig
-from trainer.data import DataConfig, SourceConfig, home_of
-from trainer.distributed import ParallelConfig
-from trainer.environ import is_text, require_text, unquoted
-from trainer.errors import UserError, one_line
-from trainer.generate import SampleConfig
-from trainer.loop import EvalConfig, LoopConfig, ProbeConfig
-from trainer.metrics import LogConfig
-from trainer.optim import OptimConfig
-from trainer.own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
-from trainer.rundir import Resume, RunConfig, RunDirectory
-from trainer.spikes import SpikeAction
-from trainer.tokenizer import tokenizer_place
+from ..precision.loading import files_in, is_file
+from ..precision.recipe import close, filled
+from .build import MODEL_SCHEMAS, PrecisionConfig
+from .checkpoint import CheckpointConfig, ResumeConfig
+from .data.batches import DataConfig, SourceConfig, home_of
+from .data.tokenizer import tokenizer_place
+from .distributed import ParallelConfig
+from .environ import is_text, require_text, unquoted
+from .errors import UserError, one_line
+from .loop import EvalConfig, LoopConfig, ProbeConfig
+from .metrics import LogConfig
+from .optim import OptimConfig
+from .own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
+from .rundir import Resume, RunConfig, RunDirectory
+from .spikes import SpikeAction
+from .tools.generate import SampleConfig
 
 _SOURCES = "data.sources"
 _OPEN = re.compile(  # of any names
@@ -176,7 +176,7 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     parsed = parse(rest, several=False)
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values are several runs: python -m trainer --multirun")
+            raise UserError(f"{override.input_line}: several values are several runs: python -m narrowgauge --multirun")
     name, said = entry_config(place, parsed), said_files(parsed)
     choices = {o.key_or_group: o for o in parsed if o.key_or_group in (*groups(), EXPERIMENT)}
     # A whole file, or an experiment, says what it says: a run in run.dir must agree.
@@ -562,7 +562,7 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         if key in (*groups(), EXPERIMENT) or key.startswith("precision.args."):
             continue
         if key == "sweep":
-            raise UserError(f"{override.input_line}: a named grid is of many runs: python -m trainer --multirun")
+            raise UserError(f"{override.input_line}: a named grid is of many runs: python -m narrowgauge --multirun")
         if key == _SOURCES or key.startswith(f"{_SOURCES}."):
             _check_source(key, base)
         elif _is_hydra(override):
@@ -574,7 +574,7 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
                 raise UserError(f"unknown key {key!r}{close(key, hydra_known)}")
         elif key not in known:
             near = close(key, known) or _alike_at_the_end(key, known)
-            raise UserError(f"unknown key {key!r}{near}; python -m trainer --cfg job shows all")
+            raise UserError(f"unknown key {key!r}{near}; python -m narrowgauge --cfg job shows all")
 
 
 def _alike_at_the_end(key: str, known: Collection[str]) -> str:

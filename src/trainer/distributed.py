@@ -26,10 +26,10 @@ from accelerate import PartialState
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.errors import RunFailed, UserError, one_line
-from trainer.lifeline import PARENT, launched_by_torchrun, lost_launcher
-from trainer.machine import threads_of_process
-from trainer.watch import Watch
+from .errors import RunFailed, UserError, one_line
+from .lifeline import PARENT, launched_by_torchrun, lost_launcher
+from .machine import threads_of_process
+from .watch import Watch
 
 T = TypeVar("T")
 TIME_IS_UP, LOST_LAUNCHER = 254, 255  # beside the signal numbers

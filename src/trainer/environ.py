@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from trainer.errors import UserError
+from .errors import UserError
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # any of them says that there is a launcher
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

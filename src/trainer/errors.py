@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``python -m trainer`` (torchrun turns every code but 0 into 1)."""
+    """Exit codes of ``python -m narrowgauge`` (torchrun turns every code but 0 into 1)."""
 
     FINISHED = 0
     FAILED = 1

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision.probe import Probe, check_settings
-from precision.updates import can_gate, gated_step, multiply
-from trainer.checkpoint import Checkpointer
-from trainer.data import Batch, DataSource
-from trainer.distributed import StopRequest, World, seconds_of
-from trainer.errors import ExitCode
-from trainer.metrics import Console, MetricsFile, Trackers, megabytes
-from trainer.optim import OptimConfig, learning_rate, measured_step
-from trainer.sharpness import sharpness
-from trainer.spikes import Spike, SpikeAction
-from trainer.state import TrainState, evaluating, local
+from ..precision.probe import Probe, check_settings
+from ..precision.states.updates import can_gate, gated_step, multiply
+from .checkpoint import Checkpointer
+from .data.batches import Batch, DataSource
+from .distributed import StopRequest, World, seconds_of
+from .errors import ExitCode
+from .metrics import Console, MetricsFile, Trackers, megabytes
+from .optim import OptimConfig, learning_rate, measured_step
+from .sharpness import sharpness
+from .spikes import Spike, SpikeAction
+from .state import TrainState, evaluating, local
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.errors import one_line
-from trainer.lifeline import PARENT, launched_by_torchrun
+from .errors import one_line
+from .lifeline import PARENT, launched_by_torchrun
 
 _THREADS = "OMP_NUM_THREADS"
 _TOLD_THREADS = os.environ.get(_THREADS, "")  # before this process sets it for those that it starts

@@ -22,8 +22,8 @@ import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
-from trainer.distributed import say
-from trainer.errors import RunFailed, UserError, one_line
+from .distributed import say
+from .errors import RunFailed, UserError, one_line
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 SWEEP = "NARROWGAUGE_SWEEP"  # the environment of a sweep's jobs has it

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from precision.codecs import STANDARD, Moments, chosen
-from precision.updates import UpdateRule, step_with_sums
-from trainer.distributed import World
+from ..precision.states.codecs import STANDARD, Moments, chosen
+from ..precision.states.updates import UpdateRule, step_with_sums
+from .distributed import World
 
 
 class Schedule(Enum):

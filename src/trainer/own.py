@@ -25,8 +25,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from precision.recipe import close
-from trainer.errors import UserError, one_line
+from ..precision.recipe import close
+from .errors import UserError, one_line
 
 _HERE = Path(__file__).resolve().parent
 #: In a checkout beside ``src``, in an installed package within it.

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.errors import UserError, one_line
-from trainer.files import read_json
+from .errors import UserError, one_line
+from .files import read_json
 
 #: Our key of config.json: the documents of a window did not see one another in training. `transformers` passes it over.
 DOCUMENT_MASK = "document_mask"

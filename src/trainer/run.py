@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from precision.probe import Probe
-from precision.recipe import Plan
-from precision.registry import content_of, is_file, renamed
-from trainer import distributed
-from trainer.build import (
+from ..precision.loading import content_of, is_file, renamed
+from ..precision.probe import Probe
+from ..precision.recipe import Plan
+from . import distributed
+from .build import (
     Data,
     build_state,
     documents_end,
@@ -25,20 +25,20 @@ from trainer.build import (
     training_source,
     validation_source,
 )
-from trainer.checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, list_checkpoints, newest
-from trainer.config import TrainConfig, differences, load_run_config
-from trainer.costs import flops_per_token, peak_flops, peak_memory, size_in_name
-from trainer.data import Ahead, DataConfig
-from trainer.distributed import StopRequest, World, say
-from trainer.errors import ExitCode, RunFailed, UserError, one_line
-from trainer.generate import generate
-from trainer.loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
-from trainer.machine import out_of_memory_line
-from trainer.metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
-from trainer.rundir import Resume, RunDirectory, environment, require_tokenizer
-from trainer.spikes import SpikeAction, SpikeWatch
-from trainer.stream import TextStream
-from trainer.tokenizer import load_tokenizer
+from .checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, list_checkpoints, newest
+from .config import TrainConfig, differences, load_run_config
+from .costs import flops_per_token, peak_flops, peak_memory, size_in_name
+from .data.batches import Ahead, DataConfig
+from .data.stream import TextStream
+from .data.tokenizer import load_tokenizer
+from .distributed import StopRequest, World, say
+from .errors import ExitCode, RunFailed, UserError, one_line
+from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
+from .machine import out_of_memory_line
+from .metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
+from .rundir import Resume, RunDirectory, environment, require_tokenizer
+from .spikes import SpikeAction, SpikeWatch
+from .tools.generate import generate
 
 _FIXED_DATA = (
     "data.seq_len",
@@ -419,7 +419,7 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
         job.console.close()
         totals = job.console.totals()
         job.console = None
-    from trainer.plot import plot_losses  # matplotlib: not before the first step
+    from .reporting.figures import plot_losses  # matplotlib: not before the first step
 
     try:
         plot_losses(directory.path, directory.path / "loss.png")

@@ -25,12 +25,12 @@ from typing import IO, Any
 import psutil
 import torch
 
-from trainer.checkpoint import Checkpoint, had_checkpoints
-from trainer.data import DataConfig
-from trainer.distributed import StopRequest, World, launcher_pid, say
-from trainer.errors import UserError
-from trainer.files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
-from trainer.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
+from .checkpoint import Checkpoint, had_checkpoints
+from .data.batches import DataConfig
+from .data.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
+from .distributed import StopRequest, World, launcher_pid, say
+from .errors import UserError
+from .files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
 
 _SAY_AGAIN_SECONDS = 60.0
 # What a tokenizer's directory may hold beside a model; the second line is read only where there is no tokenizer.json.

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data import DataSource
-from trainer.distributed import World
-from trainer.state import TrainState, evaluating
+from .data.batches import DataSource
+from .distributed import World
+from .state import TrainState, evaluating
 
 EPSILON = 1e-3
 

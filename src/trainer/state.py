@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from precision.recipe import Plan
-from trainer.spikes import LEFT_OUT, SpikeWatch
+from ..precision.recipe import Plan
+from .spikes import LEFT_OUT, SpikeWatch
 
 RECIPE_PREFIX = "recipe."
 """Of the names of what the precision recipe remembers."""

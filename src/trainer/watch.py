@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from trainer.lifeline import launched_by_torchrun, lost_launcher
+from .lifeline import launched_by_torchrun, lost_launcher
 
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 5 * _BEAT_SECONDS  # without a beat

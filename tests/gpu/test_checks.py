@@ -10,10 +10,9 @@ import torch
 from gpu import checks
 from gpu_suite.clock import Timing
 from hardware import Hardware, pretend
-
-from precision import backends
-from precision.backends import scaled_mm
-from precision.recipe import names
+from narrowgauge.precision import backends
+from narrowgauge.precision.backends import scaled_mm
+from narrowgauge.precision.recipe import names
 
 
 @pytest.fixture

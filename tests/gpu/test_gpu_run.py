@@ -18,11 +18,10 @@ import pytest
 import torch
 from gpu_suite import bundle, clock, results, stages, steps
 from hardware import pretend
-
-from models import create
-from precision import backends
-from precision.backends import triton
-from trainer.distributed import World
+from narrowgauge.models import create
+from narrowgauge.precision import backends
+from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.trainer.distributed import World
 
 #: What a stage may do, as programs: argv is rows=FILE and a folder for what they leave behind.
 FAKES = {

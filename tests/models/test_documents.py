@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
+from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, gpt, layers, llama
+from narrowgauge.models.kernels import attention, documents, pointwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from models import GPT, GPTConfig, Llama, LlamaConfig, gpt, layers, llama
-from models.kernels import attention, documents, pointwise
 
 ROWS = {
     "one document": [[300]],

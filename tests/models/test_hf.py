@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-
-from models import create
-from models.hf import from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
+from narrowgauge.models import create
+from narrowgauge.models.hf import from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

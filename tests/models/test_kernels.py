@@ -10,14 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import native
-from models.kernels import compiled, cross_entropy, pointwise
-from models.kernels.attention import (
+from narrowgauge import native
+from narrowgauge.models.kernels import compiled, cross_entropy, pointwise
+from narrowgauge.models.kernels.attention import (
     QUERY_BLOCK,
     Rope,
     attention_definition,
@@ -26,12 +21,16 @@ from models.kernels.attention import (
     rotate,
     starts_of,
 )
-from models.kernels.cross_entropy import (
+from narrowgauge.models.kernels.cross_entropy import (
     chunked_cross_entropy,
     cross_entropy_definition,
     native_cross_entropy,
     overwriting_cross_entropy,
 )
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler on this machine")
 needs_avx512_bf16 = pytest.mark.skipif(not compiled.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")

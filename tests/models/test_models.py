@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, create
+from narrowgauge.models.layers import BLOCK_ATTENTION_MAX_POSITIONS, Init, causal_attention
+from narrowgauge.models.llama import rope_table
+from narrowgauge.trainer.config import groups, load_config
 from torch import nn
-
-from models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, create
-from models.layers import BLOCK_ATTENTION_MAX_POSITIONS, Init, causal_attention
-from models.llama import rope_table
-from trainer.config import groups, load_config
 
 PUBLISHED = [
     ("llama_tiny", 4096, 5_868_800),

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from narrowgauge.models.kernels import compiled
+from narrowgauge.precision.backends.cpu import quantizer
+from narrowgauge.trainer.kernels import KERNELS
 
-import models.kernels.compiled
-import native
-import precision.backends.cpu
-from trainer.kernels import KERNELS
+from narrowgauge import native
 
 pytestmark = pytest.mark.skipif(native.shutil.which("g++") is None, reason="no C++ compiler")
 SOURCE = 'extern "C" int answer() { return ANSWER; }\n// flags: -DANSWER=42 -w\n'
@@ -58,7 +58,7 @@ def process(code: str, source: Path, **environment: str) -> subprocess.Popen[str
 
 
 def test_the_trainer_begins_every_source() -> None:
-    assert set(KERNELS) == {models.kernels.compiled.SOURCE, precision.backends.cpu.SOURCE}
+    assert set(KERNELS) == {compiled.SOURCE, quantizer.SOURCE}
 
 
 def test_processes_that_build_at_once_build_once(source: Path, tmp_path: Path) -> None:

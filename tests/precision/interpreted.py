@@ -17,19 +17,22 @@ import test_updates
 import torch
 import transformers
 from hardware import pretend
-from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
-from test_updates import CPU, make, params_of, set_grads, state_of
-from test_updates import same as same_states
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from triton.runtime import interpreter
-
-from models.llama import Llama, LlamaConfig
-from precision import backends
-from precision.backends import REFERENCE, choose, scaled_mm, triton
-from precision.backends.adam import choose as choose_update
-from precision.backends.scaled_mm import PRODUCTS, swizzle
-from precision.backends.triton import (
+from narrowgauge.models.llama import Llama, LlamaConfig
+from narrowgauge.precision import backends
+from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
+from narrowgauge.precision.backends.adam import choose as choose_update
+from narrowgauge.precision.backends.scaled_mm import PRODUCTS, swizzle
+from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.fused import (
+    State,
+    Step,
+    adamw,
+    adamw_amaxes,
+    gradient_amaxes,
+    quantize_gradients,
+)
+from narrowgauge.precision.backends.triton.gemm import product
+from narrowgauge.precision.backends.triton.quantizer import (
     CANDIDATES,
     Choice,
     Triton,
@@ -41,17 +44,21 @@ from precision.backends.triton import (
     swizzled,
     tile_amax,
 )
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes, gradient_amaxes, quantize_gradients
-from precision.backends.triton_gemm import product
-from precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
-from precision.noise import Noise, base_key, step_key
-from precision.probe import Probe
-from precision.quantize import Prepared, Quantized, dequantize
-from precision.recipe import apply, load
-from precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.spec import GemmSpec, OperandSpec, Rounding
-from precision.swiglu import Gradients, Hidden
-from precision.transforms import Hadamard
+from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.probe import Probe
+from narrowgauge.precision.quantize import Prepared, Quantized, dequantize
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.swiglu import Gradients, Hidden
+from narrowgauge.precision.transforms import Hadamard
+from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+from test_updates import CPU, make, params_of, set_grads, state_of
+from test_updates import same as same_states
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from triton.runtime import interpreter
 
 
 def read_bounds_by_item() -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from narrowgauge.precision import apply, available, load
+from narrowgauge.precision.blocks import find_blocks
+from narrowgauge.precision.coverage import CoverageWarning
+from narrowgauge.precision.linear import QuantLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import precision
-from precision import apply, available, load
-from precision.blocks import find_blocks
-from precision.coverage import CoverageWarning
-from precision.linear import QuantLinear
+from narrowgauge import precision
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -275,7 +275,8 @@ def test_the_package_shows_what_there_is() -> None:
     assert "class PrecisionCallback" in shown
     with pytest.raises(AttributeError, match="no attribute 'aply'"):
         precision.aply  # noqa: B018
-    code = "import sys, precision; assert 'transformers' not in sys.modules; precision.PrecisionCallback"
+    load_it = "import sys; from narrowgauge import precision"
+    code = f"{load_it}; assert 'transformers' not in sys.modules; precision.PrecisionCallback"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrowgauge import native
+from narrowgauge.precision.backends import ORDER, QUANTIZERS, REFERENCE, Backend, choose
+from narrowgauge.precision.backends.cpu.quantizer import PASSES, SOURCE, _Compiled
+from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.quantize import Prepared, Quantized
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
-
-import native
-from precision.backends import ORDER, QUANTIZERS, REFERENCE, Backend, choose
-from precision.backends.cpu import PASSES, SOURCE, _Compiled
-from precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
-from precision.noise import Noise, base_key, step_key
-from precision.quantize import Prepared, Quantized
-from precision.recipe import apply, load
-from precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.spec import GemmSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
 
 SPEC = OperandSpec(format=E4M3)
 CPU = torch.device("cpu")
@@ -271,10 +270,10 @@ def test_wrong_shapes_are_refused_before_a_kernel_reads_them() -> None:
 
 FORKS = """
 import multiprocessing, torch
-from precision.backends import QUANTIZERS
-from precision.scaling import TwoLevel, Tile
-from precision.formats import E2M1
-from precision.spec import OperandSpec
+from narrowgauge.precision.backends import QUANTIZERS
+from narrowgauge.precision.scaling import TwoLevel, Tile
+from narrowgauge.precision.formats import E2M1
+from narrowgauge.precision.spec import OperandSpec
 
 def work():
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -322,7 +321,7 @@ def test_a_backend_that_refuses_says_why() -> None:
 
 
 def test_without_a_compiler_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precision.backends.cpu.library", lambda: None)
+    monkeypatch.setattr("narrowgauge.precision.backends.cpu.quantizer.library", lambda: None)
     assert str(choose(GemmSpec(a=SPEC), (None, 8, 8), CPU)).startswith("reference (not cpu: no C++ compiler)")
 
 

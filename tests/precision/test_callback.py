@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision import apply, load
+from narrowgauge.precision.integrations.transformers import PrecisionCallback
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.recipe import Plan
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -23,11 +27,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-
-from precision import apply, load
-from precision.callback import PrecisionCallback
-from precision.linear import QuantLinear
-from precision.recipe import Plan
 
 README = Path(__file__).parents[2] / "README.md"
 DATA = [{"input_ids": (row := (torch.arange(16) + start) % 64), "labels": row} for start in range(64)]

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
-from torchao.optim.quant_utils import create_dynamic_map
-
-from precision.codecs import (
+from narrowgauge.precision.formats import E2M1, E4M3
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.spec import Rounding
+from narrowgauge.precision.states.codecs import (
     CHOICES,
     STANDARD,
     Codec,
@@ -24,9 +24,8 @@ from precision.codecs import (
     dynamic_map,
     expanded_maps,
 )
-from precision.formats import E2M1, E4M3
-from precision.noise import Noise, base_key, step_key
-from precision.spec import Rounding
+from torch import Tensor
+from torchao.optim.quant_utils import create_dynamic_map
 
 NAMES = [
     "fp32", "bf16", "bf16/kahan", "e4m3", "e4m3/tensor", "e4m3_240/tensor", "e4m3_240/33", "e5m2", "e5m2/tensor",

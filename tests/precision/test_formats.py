@@ -8,10 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torchao.prototype.mx_formats.kernels import pack_uint4
-
-from precision.formats import (
+from narrowgauge.precision.formats import (
     BF16,
     E2M1,
     E2M3,
@@ -30,6 +27,8 @@ from precision.formats import (
     pack4,
     unpack4,
 )
+from torch import Tensor
+from torchao.prototype.mx_formats.kernels import pack_uint4
 
 ML_DTYPES = {
     E4M3: ml_dtypes.float8_e4m3fn,

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision.hooks import RollAmax, quant_linears
+from narrowgauge.precision.linear import UNKNOWN, quantized
+from narrowgauge.precision.recipe import Plan, apply, load
+from narrowgauge.precision.spec import GemmSpec
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from precision.hooks import RollAmax, quant_linears
-from precision.linear import UNKNOWN, quantized
-from precision.recipe import Plan, apply, load
-from precision.spec import GemmSpec
 
 
 def made(num: int) -> Plan:

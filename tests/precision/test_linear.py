@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrowgauge.precision.backends import ORDER, REFERENCE
+from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, exmy
+from narrowgauge.precision.linear import UNKNOWN, QuantLinear, quantized
+from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
+from narrowgauge.precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.schedule import Span
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from precision.backends import ORDER, REFERENCE
-from precision.formats import BF16, E2M1, E4M3, E5M2, exmy
-from precision.linear import UNKNOWN, QuantLinear, quantized
-from precision.quantize import dequantize, quantize
-from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
-from precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.schedule import Span
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
-from precision.transforms import Hadamard
 
 ROWS, INS, OUTS = 64, 48, 80
 TENSOR8 = OperandSpec(format=E4M3)
@@ -320,7 +319,7 @@ class Meeting:
         self.said: list[Tensor] = []
         for name, value in (("is_initialized", True), ("get_world_size", 2)):
             monkeypatch.setattr(f"precision.linear.dist.{name}", lambda value=value: value)
-        monkeypatch.setattr("precision.linear.dist.all_reduce", self.all_reduce)
+        monkeypatch.setattr("narrowgauge.precision.linear.dist.all_reduce", self.all_reduce)
 
     def all_reduce(self, x: Tensor, op: object) -> None:
         place = len(self.said)

@@ -6,10 +6,9 @@ import random
 
 import pytest
 import torch
+from narrowgauge.precision.loss_scale import LossScaler
+from narrowgauge.precision.recipe import apply, load
 from torch import nn
-
-from precision.loss_scale import LossScaler
-from precision.recipe import apply, load
 
 
 @pytest.mark.parametrize(

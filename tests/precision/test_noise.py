@@ -7,9 +7,8 @@ import itertools
 
 import pytest
 import torch
+from narrowgauge.precision.noise import Noise, base_key, step_key
 from torch import Tensor
-
-from precision.noise import Noise, base_key, step_key
 
 SEED, PATH, SLOT, STEP = 1234, "layers.0.attention.q_proj", 2, 7
 

@@ -9,19 +9,18 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from narrowgauge.precision.formats import E2M1, E4M3, E5M2
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.probe import OUTPUTS, SLOTS, Probe, Row, of_operand
+from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.recipe import Plan, Recipe, Rule, apply, load, names
+from narrowgauge.precision.scaling import Delayed, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from narrowgauge.precision.transforms import Hadamard
 from test_linear import INS, OUTS, SMOOTH, block_model, run, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from precision.formats import E2M1, E4M3, E5M2
-from precision.linear import QuantLinear, quantized
-from precision.noise import Noise, base_key, step_key
-from precision.probe import OUTPUTS, SLOTS, Probe, Row, of_operand
-from precision.quantize import dequantize, quantize
-from precision.recipe import Plan, Recipe, Rule, apply, load, names
-from precision.scaling import Delayed, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
 
 TENSOR8 = OperandSpec(format=E4M3)
 MX8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())

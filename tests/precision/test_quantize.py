@@ -10,13 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torchao.prototype.mx_formats.config import ScaleCalculationMode
-from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
-from torchao.prototype.mx_formats.mx_tensor import to_mx
-from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
-
-from precision.formats import (
+from narrowgauge.precision.formats import (
     BF16,
     E2M1,
     E2M3,
@@ -31,10 +25,15 @@ from precision.formats import (
     exmy,
     unpack4,
 )
-from precision.noise import Noise, base_key, step_key
-from precision.quantize import Quantized, amax, dequantize, operand, quantize
-from precision.scaling import Delayed, Fp32, Fp32Decode, Power, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.spec import OperandSpec, Rounding
+from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.quantize import Quantized, amax, dequantize, operand, quantize
+from narrowgauge.precision.scaling import Delayed, Fp32, Fp32Decode, Power, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.spec import OperandSpec, Rounding
+from torch import Tensor
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
+from torchao.prototype.mx_formats.mx_tensor import to_mx
+from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
 FLT_MAX = np.float32(torch.finfo(torch.float32).max)
 NVFP4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())

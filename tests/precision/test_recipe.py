@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from narrowgauge.precision.recipe import Dtypes, Recipe, Rule, apply, load, names
+from narrowgauge.precision.states.updates import AdamW
 from torch import nn
-
-from precision.recipe import Dtypes, Recipe, Rule, apply, load, names
-from precision.updates import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "precision"
 
@@ -32,7 +31,7 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_names_its_paper_and_has_a_yaml(name: str) -> None:
-    doc = importlib.import_module(f"precision.recipes.{name}").__doc__ or ""
+    doc = importlib.import_module(f"narrowgauge.precision.recipes.{name}").__doc__ or ""
     assert re.search(r"arXiv \d{4}\.\d{4,5}|IEEE 754", doc)
     assert any(yaml.safe_load(file.read_text())["recipe"] == name for file in CONFIGS.glob("*.yaml"))
 

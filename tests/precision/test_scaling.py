@@ -7,10 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from precision.formats import E2M1, E4M3, E4M3_240, E5M2, E8M0, INT8, NumberFormat
-from precision.scaling import (
+from narrowgauge.precision.formats import E2M1, E4M3, E4M3_240, E5M2, E8M0, INT8, NumberFormat
+from narrowgauge.precision.scaling import (
     FP32_MAX,
     Current,
     Delayed,
@@ -26,6 +24,7 @@ from precision.scaling import (
     Unit,
     encode_power,
 )
+from torch import Tensor
 
 INF, NAN = math.inf, math.nan
 BF16_MAX = torch.finfo(torch.bfloat16).max

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.recipe import Plan, Recipe, apply, load, require_apart
+from narrowgauge.precision.schedule import Span, parse_span
 from torch import Tensor, nn
-
-from precision.linear import QuantLinear
-from precision.recipe import Plan, Recipe, apply, load, require_apart
-from precision.schedule import Span, parse_span
 
 INS, OUTS = 64, 48
 

@@ -11,21 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrowgauge.precision import fused
+from narrowgauge.precision.backends import Reference
+from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.probe import Probe
+from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.recipe import Plan, Recipe, Rule, apply, load
+from narrowgauge.precision.scaling import Unit
+from narrowgauge.precision.smooth import FORMS, fold, scales_of, smooth, smoothed
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-
-import precision.fused
-from precision.backends import Reference
-from precision.formats import E4M3
-from precision.linear import QuantLinear, quantized
-from precision.probe import Probe
-from precision.quantize import dequantize, quantize
-from precision.recipe import Plan, Recipe, Rule, apply, load
-from precision.scaling import Unit
-from precision.smooth import FORMS, fold, scales_of, smooth, smoothed
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
 
 HIDDEN, CHANNELS = 24, 40
 
@@ -384,8 +383,8 @@ def test_the_probe_sees_what_is_quantized_and_changes_nothing(form: str) -> None
 @pytest.fixture
 def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the fused function run on a CPU: what it calls is plain torch there."""
-    monkeypatch.setattr(precision.fused, "Triton", Reference)
-    monkeypatch.setattr(precision.fused, "runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "Triton", Reference)
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
 
 
 def block_of(mlp: nn.Module) -> nn.ModuleDict:
@@ -395,8 +394,8 @@ def block_of(mlp: nn.Module) -> nn.ModuleDict:
 def calls_of_fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Grows by the inputs of the fused function."""
     calls: list[Tensor] = []
-    apply_ = precision.fused._Fused.apply
-    monkeypatch.setattr(precision.fused._Fused, "apply", lambda x, *rest: calls.append(x) or apply_(x, *rest))
+    apply_ = fused._Fused.apply
+    monkeypatch.setattr(fused._Fused, "apply", lambda x, *rest: calls.append(x) or apply_(x, *rest))
     return calls
 
 
@@ -586,7 +585,7 @@ def test_frozen_weights_have_the_state_of_plain_torch(
         for name in frozen.replace("x", "").split():
             mlp.get_submodule(f"{name}_proj").requires_grad_(False)
         plan = apply(load("smooth_swiglu", {"base": base, "fuse": "always"}), model)
-        monkeypatch.setattr(precision.fused, "runs_on", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(fused, "runs_on", lambda device, kernels=kernels: kernels)
         x, dy = (samples(4, 32, HIDDEN, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
         x.requires_grad_("x" not in frozen)
         for step in range(2):

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-from precision.formats import BF16, E2M1, E4M3, E5M2, E8M0
-from precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
-from precision.transforms import Hadamard
+from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, E8M0
+from narrowgauge.precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from narrowgauge.precision.transforms import Hadamard
 
 FP8 = OperandSpec(format=E4M3, amax=Delayed())
 BLOCK = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())

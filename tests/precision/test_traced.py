@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.recipe import Plan, apply, load
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-
-from precision.linear import QuantLinear
-from precision.recipe import Plan, apply, load
 
 RECIPES: dict[str, dict[str, Any]] = {
     "fp8_current": {},
@@ -136,7 +135,7 @@ def test_a_schedule_changes_what_is_compiled() -> None:
 
 
 KINDS = """
-from precision.recipe import apply, load
+from narrowgauge.precision.recipe import apply, load
 from test_traced import RECIPES, Model
 for name in RECIPES:
     model = Model(1)

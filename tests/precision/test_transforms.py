@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from narrowgauge.precision.transforms import TE_SIGNS, Hadamard
 from torch import Tensor
-
-from precision.transforms import TE_SIGNS, Hadamard
 
 SIZES = [2, 4, 8, 16, 32, 64, 128]
 

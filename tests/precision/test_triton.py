@@ -14,24 +14,19 @@ from typing import Any
 import pytest
 import torch
 from hardware import pretend
+from narrowgauge.precision import backends
+from narrowgauge.precision.backends import REFERENCE, Triton, choose
+from narrowgauge.precision.backends.triton import fused_kernels as triton_fused_kernels
+from narrowgauge.precision.backends.triton import gemm_kernels as triton_gemm_kernels
+from narrowgauge.precision.backends.triton import kernels as triton_kernels
+from narrowgauge.precision.backends.triton import output_kernels as triton_output_kernels
+from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.quantizer import CANDIDATES, Choice, Launcher, chosen, recording, start
+from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface
-
-from precision import backends
-from precision.backends import (
-    REFERENCE,
-    Triton,
-    choose,
-    triton,
-    triton_fused_kernels,
-    triton_gemm_kernels,
-    triton_kernels,
-    triton_output_kernels,
-)
-from precision.backends.triton import CANDIDATES, Choice, Launcher, chosen, recording, start
-from precision.formats import E4M3
-from precision.recipe import apply, load
-from precision.spec import GemmSpec, OperandSpec
 
 HERE = Path(__file__).parent
 

@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-
-from precision.backends.triton import quantize_both, quantize_fused, recording, tile_amax, version
-from precision.backends.triton_aot import ARCHITECTURES, Compiled, cases, compile
-from precision.formats import E4M3 as E4M3_FORMAT
-from precision.scaling import TENSOR
-from precision.spec import OperandSpec
+from narrowgauge.precision.backends.triton.aot import ARCHITECTURES, Compiled, cases, compile
+from narrowgauge.precision.backends.triton.quantizer import quantize_both, quantize_fused, recording, tile_amax, version
+from narrowgauge.precision.formats import E4M3 as E4M3_FORMAT
+from narrowgauge.precision.scaling import TENSOR
+from narrowgauge.precision.spec import OperandSpec
 
 E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 E5M2 = r"cvt\.rn\.satfinite\.e5m2x2\.f32"

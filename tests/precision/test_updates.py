@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrowgauge.precision.backends.adam import ORDER, choose
+from narrowgauge.precision.states.codecs import CHOICES, STANDARD, Moments, chosen
+from narrowgauge.precision.states.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply, step_with_sums
 from torch import Tensor, nn
-
-from precision.backends.adam import ORDER, choose
-from precision.codecs import CHOICES, STANDARD, Moments, chosen
-from precision.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply, step_with_sums
 
 CPU = torch.device("cpu")
 SHAPES = [(37, 300), (5, 7), (33,), (1, 1), (6, 1), (0, 9)]

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from narrowgauge.precision.comm import CodesAllGather, _Segment, gather_codes, weight_spec
+from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-
-from precision.all_gather import CodesAllGather, _Segment, gather_codes, weight_spec
-from precision.linear import QuantLinear
-from precision.recipe import apply, load
-from trainer.config import load_config
-from trainer.distributed import World
-from trainer.errors import UserError
 
 
 @dataclass(frozen=True)

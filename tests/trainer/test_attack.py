@@ -12,8 +12,7 @@ import pytest
 from attack_suite import damage, disks, kills, servers
 from attack_suite.attacks import NOT_REACHED, Attack, Child, Ended, carry_out, spread, table
 from attack_suite.scene import Scene
-
-from trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.errors import ExitCode, UserError
 
 
 @pytest.fixture(scope="module")

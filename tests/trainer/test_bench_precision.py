@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from trainer.errors import UserError
+from narrowgauge.trainer.errors import UserError
 
 
 @pytest.fixture(scope="module")

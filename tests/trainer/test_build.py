@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_overrides, train_here
+from narrowgauge.models import create
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
+from narrowgauge.trainer.config import load_config, load_run_config
+from narrowgauge.trainer.distributed import ParallelConfig, World
+from narrowgauge.trainer.errors import ExitCode, UserError
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
-
-from models import create
-from precision.recipe import apply, load
-from trainer import distributed
-from trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
-from trainer.config import load_config, load_run_config
-from trainer.distributed import ParallelConfig, World
-from trainer.errors import ExitCode, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -110,7 +109,7 @@ def test_activations_are_counted_as_they_are_kept(monkeypatch: pytest.MonkeyPatc
         4 * 32 * 1024 * 16
     )
     world = World(0, 1, 1, CUDA, None, None)
-    monkeypatch.setattr("trainer.build._memory_of_process", lambda world: 79.0 * 2**30)
+    monkeypatch.setattr("narrowgauge.trainer.build._memory_of_process", lambda world: 79.0 * 2**30)
     sizes = {
         (said, dtype): micro_batch_size("auto", model, config.data, replace(parallel, compile=said), world, dtype)
         for said, dtype in [("auto", torch.bfloat16), ("auto", torch.float32), (False, torch.bfloat16)]

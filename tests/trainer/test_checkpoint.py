@@ -18,12 +18,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from conftest import sign, tiny_overrides
-from torch.distributed.checkpoint import metadata as kinds
-
-from trainer import checkpoint as module
-from trainer import distributed
-from trainer.build import build_state, resolve_model
-from trainer.checkpoint import (
+from narrowgauge.trainer import checkpoint as module
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, resolve_model
+from narrowgauge.trainer.checkpoint import (
     CheckpointConfig,
     Checkpointer,
     examine,
@@ -32,10 +30,11 @@ from trainer.checkpoint import (
     newest,
     read_tensors,
 )
-from trainer.config import TrainConfig, load_config
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.state import TrainState
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.state import TrainState
+from torch.distributed.checkpoint import metadata as kinds
 
 META = {"recipe": {"name": "fp32", "args": {}}, "data": "x", "world_size": 1, "micro_batch_size": 8}
 T = TypeVar("T")

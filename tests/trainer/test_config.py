@@ -16,14 +16,13 @@ import yaml
 from conftest import launch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Quote, QuotedString
+from narrowgauge.trainer.cli import run_dir_of, script_main
+from narrowgauge.trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, parse, read_yaml
+from narrowgauge.trainer.data.batches import SourceConfig
+from narrowgauge.trainer.entry import main
+from narrowgauge.trainer.environ import unquoted
+from narrowgauge.trainer.errors import ExitCode, UserError
 from omegaconf import OmegaConf
-
-from trainer.__main__ import main
-from trainer.cli import run_dir_of, script_main
-from trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, parse, read_yaml
-from trainer.data import SourceConfig
-from trainer.environ import unquoted
-from trainer.errors import ExitCode, UserError
 
 CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]
 
@@ -207,7 +206,7 @@ def test_the_command_line_says_it_once_on_every_rank() -> None:
 
 def test_help_and_cfg_show_and_run_nothing(tmp_path: Path) -> None:
     for flags, words in ((["--help"], "torchrun --nproc-per-node"), (["--cfg", "job", "seed=7"], "seed: 7")):
-        command = [sys.executable, "-m", "trainer", *flags]
+        command = [sys.executable, "-m", "narrowgauge", *flags]
         result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ)
         assert words in result.stdout
     assert not list(tmp_path.iterdir())

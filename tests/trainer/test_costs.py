@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import train_here
-
-from models import create
-from precision.recipe import apply, load
-from trainer.config import CONFIG_DIR, TrainConfig, groups, load_config
-from trainer.costs import NAMED_SIZES, flops_per_token, peak_flops, peak_memory, short, size_in_name
+from narrowgauge.models import create
+from narrowgauge.precision.recipe import apply, load
+from narrowgauge.trainer.config import CONFIG_DIR, TrainConfig, groups, load_config
+from narrowgauge.trainer.costs import NAMED_SIZES, flops_per_token, peak_flops, peak_memory, short, size_in_name
 
 
 def model_of(*overrides: str) -> torch.nn.Module:

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_texts, sign, tiny_overrides, train_here, write_corpus
-
-from trainer.checkpoint import list_checkpoints
-from trainer.config import TrainConfig, load_config
-from trainer.data import (
+from narrowgauge.trainer.checkpoint import list_checkpoints
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.data.batches import (
     MixedSource,
     MixedWindows,
     Mixture,
@@ -30,11 +29,11 @@ from trainer.data import (
     document_positions,
     permute,
 )
-from trainer.errors import ExitCode, UserError
-from trainer.metrics import read_metrics
-from trainer.prepare import prepare
-from trainer.tokenizer import train_bpe
-from trainer.verify import compare_runs
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.tokenizer import train_bpe
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.tools.verify import compare_runs
 
 
 def stream(corpus: Path, seq_len: int = 32, split: str = "train") -> TokenStream:

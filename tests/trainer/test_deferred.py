@@ -16,20 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_overrides, train_here
+from narrowgauge.precision.states.updates import gated_step
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, resolve_model
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.data.batches import Ahead, Batch, DataSource
+from narrowgauge.trainer.distributed import ParallelConfig, World
+from narrowgauge.trainer.errors import ExitCode
+from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.state import TrainState, local
 from test_run import poison
 from test_stream import positions_after, source, steps_of, stream, texts  # noqa: F401 (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from precision.updates import gated_step
-from trainer import distributed
-from trainer.build import build_state, resolve_model
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import TrainConfig, load_config
-from trainer.data import Ahead, Batch, DataSource
-from trainer.distributed import ParallelConfig, World
-from trainer.errors import ExitCode
-from trainer.loop import update_from
-from trainer.state import TrainState, local
 
 Tiny = Callable[..., TrainConfig]
 Runs = Callable[..., tuple[Path, Path]]
@@ -70,7 +69,7 @@ def defer(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.plot.plot_losses", lambda *_: None)
+    monkeypatch.setattr("narrowgauge.trainer.reporting.figures.plot_losses", lambda *_: None)
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_two_processes_decide_as_one(corpus: Path, tmp_path: Path) -> None:
     options = ("precision=fp8_delayed", "optim.moments=fp8_tensor", "parallel.replicate=2", "optim.clip_norm=0.5")
     script = str(Path(__file__).parents[1] / "deferred.py")
     paths = []
-    for command in (["-m", "trainer"], [script]):
+    for command in (["-m", "narrowgauge"], [script]):
         paths.append(tmp_path / str(len(paths)))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
         overrides = tiny_overrides(corpus, paths[-1], *PLAIN, *options)

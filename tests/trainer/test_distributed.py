@@ -17,15 +17,14 @@ import psutil
 import pytest
 import torch
 from conftest import launch, tiny_overrides, train_here
-
-from trainer import distributed
-from trainer.__main__ import main
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import load_config
-from trainer.errors import ExitCode, UserError
-from trainer.metrics import read_metrics, read_rows
-from trainer.restore import restore_run
-from trainer.verify import command, compare_runs, run_killed, run_to_end
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.entry import main
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics, read_rows
+from narrowgauge.trainer.tools.restore import restore_run
+from narrowgauge.trainer.tools.verify import command, compare_runs, run_killed, run_to_end
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -259,7 +258,7 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         with suppress(psutil.Error):
-            if "trainer" in process.cmdline() and "RANK" in (environment := process.environ()):
+            if "narrowgauge" in process.cmdline() and "RANK" in (environment := process.environ()):
                 found[int(environment["RANK"])] = process
     return found
 
@@ -375,7 +374,7 @@ def test_two_hosts_come_back_too(runs: Path, corpus: Path, tmp_path: Path, hosts
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet]
         processes.append(
             subprocess.Popen(
-                [*there, *launcher, "-m", "trainer", *overrides],
+                [*there, *launcher, "-m", "narrowgauge", *overrides],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

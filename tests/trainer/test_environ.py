@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_overrides
-
-from trainer.__main__ import main
-from trainer.cli import script_main
-from trainer.config import load_config
-from trainer.environ import check_environment, forgive_console
-from trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.entry import main
+from narrowgauge.trainer.environ import check_environment, forgive_console
+from narrowgauge.trainer.errors import ExitCode, UserError
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 WHOLE |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -162,7 +161,11 @@ def test_a_run_ends_well_on_a_console_that_lacks_most_characters(corpus: Path, t
     overrides = tiny_overrides(corpus, tmp_path / "run", "train.steps=1", "sample.tokens=30", "sample.temperature=9")
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
     result = subprocess.run(
-        [sys.executable, "-m", "trainer", *overrides], capture_output=True, env=environment, check=False, timeout=240
+        [sys.executable, "-m", "narrowgauge", *overrides],
+        capture_output=True,
+        env=environment,
+        check=False,
+        timeout=240,
     )
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.isascii()

@@ -19,21 +19,20 @@ import pytest
 import torch
 import transformers
 from conftest import train_here
+from narrowgauge.models import GPTConfig, LlamaConfig, create
+from narrowgauge.models.hf import to_hf_config, to_hf_tensors
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import load_pretrained, pretrained_config
+from narrowgauge.trainer.checkpoint import read_tensors
+from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.data.tokenizer import load_tokenizer, save_for_transformers, train_bpe
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
+from narrowgauge.trainer.tools.evaluation import Evaluation, evaluate_on, open_pretrained, open_run
+from narrowgauge.trainer.tools.export import export_run
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-from models import GPTConfig, LlamaConfig, create
-from models.hf import to_hf_config, to_hf_tensors
-from trainer import distributed
-from trainer.build import load_pretrained, pretrained_config
-from trainer.checkpoint import read_tensors
-from trainer.config import TrainConfig
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import Evaluation, evaluate_on, open_pretrained, open_run
-from trainer.export import export_run
-from trainer.metrics import read_metrics
-from trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
-from trainer.tokenizer import load_tokenizer, save_for_transformers, train_bpe
 
 Tiny = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[2]
@@ -692,7 +691,7 @@ def test_half_an_export_is_none(directory: Path, tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.export.write_json", full)
+        patch.setattr("narrowgauge.trainer.tools.export.write_json", full)
         with pytest.raises(UserError, match=re.escape(f"out={out} cannot be written: ") + ".*No space left"):
             export_run(tmp_path / "first", out)
     assert out.exists() == stands

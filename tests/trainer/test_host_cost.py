@@ -11,8 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from trainer.errors import UserError
+from narrowgauge.trainer.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Expressions of one operation, x on the device and h on the host, and the counts that they are to give.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LINE = "error: it's a = (b), é"
-WORKER = f"from trainer.lifeline import last_words; last_words({LINE!r})"
+WORKER = f"from narrowgauge.trainer.lifeline import last_words; last_words({LINE!r})"
 AGENT = """
 import subprocess, sys
 subprocess.run([sys.executable, "-c", sys.argv[1]])

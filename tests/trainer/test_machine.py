@@ -13,12 +13,11 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-
-from trainer import machine
-from trainer.build import micro_batch_size
-from trainer.config import load_config
-from trainer.distributed import World
-from trainer.machine import available_cores, memory_of_process, out_of_memory_line, threads_of_process
+from narrowgauge.trainer import machine
+from narrowgauge.trainer.build import micro_batch_size
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.machine import available_cores, memory_of_process, out_of_memory_line, threads_of_process
 
 GB = 10**9
 NOTHING = {  # as kernels say that there is no limit
@@ -129,7 +128,7 @@ def test_a_limit_of_each_process_is_not_shared_out() -> None:
     code = """
 import psutil, resource
 from unittest.mock import Mock
-from trainer.machine import memory_of_process
+from narrowgauge.trainer.machine import memory_of_process
 psutil.virtual_memory = lambda: Mock(total=64 * 10**9)
 for limit, name in ((resource.RLIMIT_AS, "vms"), (resource.RLIMIT_DATA, "data")):
     resource.setrlimit(limit, (getattr(psutil.Process().memory_info(), name) + 3 * 10**9, resource.RLIM_INFINITY))
@@ -151,7 +150,7 @@ def test_a_limit_decides_about_the_micro_batch(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     before = chosen()
     root = make_root(tmp_path, "0::/\n", V2, {"memory.max": f"{GB}"})
-    monkeypatch.setattr("trainer.build.memory_of_process", lambda local: memory_of_process(local, root))
+    monkeypatch.setattr("narrowgauge.trainer.build.memory_of_process", lambda local: memory_of_process(local, root))
     assert 1 <= chosen() < before == 64
 
 
@@ -195,7 +194,7 @@ def test_threads_wait_without_spinning(chosen: dict[str, str], policy: str | Non
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     code = """
 import ctypes, importlib.util, os, pathlib
-import trainer
+from narrowgauge import trainer
 libraries = pathlib.Path(importlib.util.find_spec("torch").origin).parent / "lib"
 for library in libraries.glob("libgomp*"):
     ctypes.CDLL(str(library))  # as torch does

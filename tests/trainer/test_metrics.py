@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 from conftest import train_here
-
-from trainer import metrics
-from trainer.config import TrainConfig
-from trainer.distributed import say
-from trainer.errors import ExitCode, UserError
-from trainer.metrics import Console, ConsoleLog, LogConfig, MetricsFile, Trackers, read_metrics
+from narrowgauge.trainer import metrics
+from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.distributed import say
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import Console, ConsoleLog, LogConfig, MetricsFile, Trackers, read_metrics
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

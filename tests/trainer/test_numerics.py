@@ -14,15 +14,22 @@ import pytest
 import torch
 from conftest import tiny_overrides, train_here
 from matplotlib.figure import Figure
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics, read_rows
+from narrowgauge.trainer.reporting.numerics import (
+    Numerics,
+    draw,
+    heat_map,
+    numerics_of,
+    picture,
+    read_numerics,
+    worst_layers,
+)
+from narrowgauge.trainer.reporting.report import Settings, write_report
 from test_distributed import run_many
 from test_report import make_run
-
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import TrainConfig, load_config
-from trainer.errors import ExitCode, UserError
-from trainer.metrics import read_metrics, read_rows
-from trainer.numerics import Numerics, draw, heat_map, numerics_of, picture, read_numerics, worst_layers
-from trainer.report import Settings, write_report
 
 Tiny = Callable[..., TrainConfig]
 SLOTS = ["fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.y", "dgrad.dx", "wgrad.dw"]

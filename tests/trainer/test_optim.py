@@ -13,18 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_here
+from narrowgauge.precision.states.codecs import CHOICES
+from narrowgauge.precision.states.updates import AdamW
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.optim import OptimConfig, Schedule, build_optimizer, learning_rate
+from narrowgauge.trainer.tools.export import export_run
+from narrowgauge.trainer.tools.verify import compare_runs
 from test_recipes import go_back
 from torch import nn
-
-from precision.codecs import CHOICES
-from precision.updates import AdamW
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import TrainConfig
-from trainer.errors import ExitCode, UserError
-from trainer.export import export_run
-from trainer.metrics import read_metrics
-from trainer.optim import OptimConfig, Schedule, build_optimizer, learning_rate
-from trainer.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 

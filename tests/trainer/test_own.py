@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from trainer.__main__ import _require_own_directory, main
-from trainer.config import load_config
-from trainer.errors import ExitCode, UserError
-from trainer.own import CONFIG_DIR, setting, shell, split
-from trainer.sweep import sweep
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.entry import _require_own_directory, main
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.own import CONFIG_DIR, setting, shell, split
+from narrowgauge.trainer.sweep.launch import sweep
 
 MODEL = "defaults: [llama_tiny, _self_]\nname: mine\nnum_layers: 3\n"
 
@@ -171,7 +170,7 @@ def test_a_sweep_hands_the_flags_to_its_jobs(capsys) -> None:
     grid = ["model=mine,gpt2_tiny", "+experiment=both", "hydra.launcher.dry_run=true"]
     assert sweep(["--config-dir=my", *grid]) == ExitCode.FINISHED
     assert sweep(["--config-dir=my", "sweep=grid", "hydra.launcher.dry_run=true"]) == ExitCode.FINISHED
-    lines = [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+    lines = [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines() if "-m narrowgauge" in line]
     configs = [load_config(line) for line in lines]
     assert [(one.model.name, one.train.steps, one.seed) for one in configs] == [
         ("mine", 7, 0), ("gpt2_tiny", 7, 0), ("llama_tiny", 4, 0), ("llama_tiny", 4, 1),

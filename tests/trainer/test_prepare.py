@@ -19,17 +19,22 @@ import numpy as np
 import pytest
 import transformers
 from conftest import make_texts, write_corpus
+from narrowgauge.trainer.build import open_windows
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import DataConfig, TokenShards, permute
+from narrowgauge.trainer.data.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.stream import StreamSource, TextStream
+from narrowgauge.trainer.data.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    load_tokenizer,
+    save_for_transformers,
+    train_bpe,
+)
+from narrowgauge.trainer.errors import UserError
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
-
-from trainer.build import open_windows
-from trainer.config import load_config
-from trainer.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
-from trainer.data import DataConfig, TokenShards, permute
-from trainer.errors import UserError
-from trainer.prepare import prepare
-from trainer.stream import StreamSource, TextStream
-from trainer.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer, save_for_transformers, train_bpe
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,7 +236,7 @@ def test_a_line_without_an_end_is_never_in_memory_as_a_whole(tmp_path: Path, mon
         return readline(file, size)
 
     monkeypatch.setattr(gzip.GzipFile, "readline", noting)
-    monkeypatch.setattr("trainer.corpus._PIECE_BYTES", 1000)
+    monkeypatch.setattr("narrowgauge.trainer.data.corpus._PIECE_BYTES", 1000)
     corpus = small(tmp_path)
     first_file(corpus).write_bytes(gzip.compress(b'{"text": "' + b"x" * 100_000 + b'"}\n' + GOOD))
     bad = BadRows(RowLimits(max_line_bytes=900, max_bad_rows=1))
@@ -354,7 +359,7 @@ class TestTokenizers:
         )
         whole = load_tokenizer(str(bpe)).encode_batch([text, "short", ""])
         for length in (1, 2, 7, 100):
-            monkeypatch.setattr("trainer.tokenizer._LONG_CHARACTERS", length)
+            monkeypatch.setattr("narrowgauge.trainer.data.tokenizer._LONG_CHARACTERS", length)
             assert load_tokenizer(str(bpe)).encode_batch([text, "short", ""]) == whole
 
     @pytest.mark.parametrize(("kind", "size"), [("bytes", 50_000_000), ("bpe", 2_500_000)])
@@ -674,13 +679,13 @@ def test_a_corpus_that_cannot_be_written_names_the_way_out(
         def full(path: Path, value: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        monkeypatch.setattr("trainer.prepare.write_json", full)
+        monkeypatch.setattr("narrowgauge.trainer.data.prepare.write_json", full)
     else:
 
         def read_only(*arguments: object, dir: Path, **options: object) -> None:
             raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
-        monkeypatch.setattr("trainer.prepare.tempfile.TemporaryFile", read_only)
+        monkeypatch.setattr("narrowgauge.trainer.data.prepare.tempfile.TemporaryFile", read_only)
     with pytest.raises(UserError, match=r"cannot be written: .*; data.out=DIR puts tokenizer and shards elsewhere"):
         prepare(config, 1)
     monkeypatch.undo()
@@ -712,8 +717,8 @@ def test_a_finished_corpus_is_only_read(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("trainer.prepare.tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("trainer.prepare.write_json", refuse)
+    monkeypatch.setattr("narrowgauge.trainer.data.prepare.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("narrowgauge.trainer.data.prepare.write_json", refuse)
     assert prepare(config, 1) == manifest
 
 

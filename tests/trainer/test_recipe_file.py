@@ -10,27 +10,26 @@ from pathlib import Path
 
 import pytest
 from conftest import train_here
-
-from precision import available, load
-from trainer import distributed
-from trainer.checkpoint import list_checkpoints
-from trainer.cli import recipe_files_of, run_dir_of
-from trainer.config import TrainConfig, load_run_config
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import open_run
-from trainer.export import export_run
-from trainer.restore import restore_run
-from trainer.verify import compare_runs
+from narrowgauge.precision import available, load
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.checkpoint import list_checkpoints
+from narrowgauge.trainer.cli import recipe_files_of, run_dir_of
+from narrowgauge.trainer.config import TrainConfig, load_run_config
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.evaluation import open_run
+from narrowgauge.trainer.tools.export import export_run
+from narrowgauge.trainer.tools.restore import restore_run
+from narrowgauge.trainer.tools.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 
 MINE = """
 from torch import nn
 from pathlib import Path
-from precision.formats import exmy
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from narrowgauge.precision.formats import exmy
+from narrowgauge.precision.linear import quantized
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Recipe, Rule
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 
 Path(__file__).with_suffix(".ran").touch()
 
@@ -57,7 +56,7 @@ def ran(file: Path) -> bool:
     trace.unlink(missing_ok=True)
     for name in [name for name in sys.modules if name.startswith("narrowgauge_recipe_")]:
         del sys.modules[name]
-    from precision import registry
+    from narrowgauge.precision import loading as registry
 
     registry._MODULES.clear()
     return found

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 from conftest import sign, train_here
-
-from precision import recipes
-from precision.recipe import names
-from trainer import distributed
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import TrainConfig, groups
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import evaluate_on, open_run
-from trainer.metrics import read_metrics
-from trainer.report import Settings, find_runs
-from trainer.verify import compare_runs
+from narrowgauge.precision import recipes
+from narrowgauge.precision.recipe import names
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import TrainConfig, groups
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.reporting.report import Settings, find_runs
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
+from narrowgauge.trainer.tools.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[2]
@@ -61,7 +60,9 @@ def test_every_recipe_has_a_yaml_with_its_defaults(tiny: Tiny) -> None:
     configs = {name: tiny(f"precision={name}").precision for name in groups()["precision"]}
     assert {config.recipe for config in configs.values()} == set(names())
     for name in names():
-        parameters = inspect.signature(importlib.import_module(f"precision.recipes.{name}").recipe).parameters
+        parameters = inspect.signature(
+            importlib.import_module(f"narrowgauge.precision.recipes.{name}").recipe
+        ).parameters
         defaults = {key: [] if p.default == () else p.default for key, p in parameters.items()}
         assert configs[name].args == defaults, name
 
@@ -211,10 +212,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from precision.formats import exmy
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule
-from precision.spec import GemmSpec, LinearSpec, OperandSpec
+from narrowgauge.precision.formats import exmy
+from narrowgauge.precision.linear import quantized
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Recipe, Rule
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,14 +18,13 @@ from urllib.request import Request
 import pytest
 from conftest import make_texts, write_corpus
 from mirror import REVISION, Mirror, serving
-
-from trainer import remote
-from trainer.config import load_config
-from trainer.corpus import corpus_files, read_texts
-from trainer.data import DataConfig, home_of
-from trainer.errors import UserError
-from trainer.prepare import prepare
-from trainer.remote import RemoteFile
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data import remote
+from narrowgauge.trainer.data.batches import DataConfig, home_of
+from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.remote import RemoteFile
+from narrowgauge.trainer.errors import UserError
 
 TRAIN = [make_texts(60, 1), make_texts(60, 2)]
 
@@ -302,7 +301,8 @@ def test_a_server_without_an_index_is_asked_for_the_official_names(
 ) -> None:
     mirror.index = False
     monkeypatch.setattr(
-        "trainer.corpus._OFFICIAL", ["c4-train.00000-of-00009.json.gz", "c4-train.00000-of-00002.json.gz"]
+        "narrowgauge.trainer.data.corpus._OFFICIAL",
+        ["c4-train.00000-of-00009.json.gz", "c4-train.00000-of-00002.json.gz"],
     )
     assert texts(mirror.address) == TRAIN
 

@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 import yaml
 from chromium import CHROMIUM, browser
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.reporting.figures import plot_losses, smooth
+from narrowgauge.trainer.reporting.latex import escaped
+from narrowgauge.trainer.reporting.plots import HeatMap, Kind, Mark, Plot, Style, save_plot, to_plotly
+from narrowgauge.trainer.reporting.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
 from omegaconf import OmegaConf
 from scipy import stats
-
-from trainer.config import load_config
-from trainer.errors import UserError
-from trainer.plot import plot_losses, smooth
-from trainer.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
-from trainer.reporting.latex import escaped
-from trainer.reporting.plots import HeatMap, Kind, Mark, Plot, Style, save_plot, to_plotly
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
 TOKENS = 8 * 256  # of a step

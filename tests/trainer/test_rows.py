@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import make_texts, tiny_overrides, train_here, write_corpus
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import DataConfig, home_of
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
 from pyarrow import parquet
-
-from trainer import distributed
-from trainer.config import load_config
-from trainer.data import DataConfig, home_of
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import evaluate_on, open_run
-from trainer.prepare import prepare
 
 TEXTS = [
     *make_texts(40, 1),
@@ -230,8 +229,8 @@ def test_bad_rows_are_left_out_as_far_as_is_allowed(tmp_path: Path, kind: str) -
 def test_a_large_corpus_is_of_several_shards_that_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("trainer.rows._PART_BYTES", 2000)
-    monkeypatch.setattr("trainer.rows._BATCH_BYTES", 500)
+    monkeypatch.setattr("narrowgauge.trainer.data.rows._PART_BYTES", 2000)
+    monkeypatch.setattr("narrowgauge.trainer.data.rows._BATCH_BYTES", 500)
     file = write_parquet(tmp_path / "x.parquet", texts := make_texts(300, 1))
     config = data(file)
     first = prepare(config, workers)

@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import sign, tiny_overrides, train_here
-
-from trainer import run as run_module
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import TrainConfig, load_config
-from trainer.data import Batch, ShuffledSource
-from trainer.distributed import seconds_of
-from trainer.errors import ExitCode, RunFailed, UserError
-from trainer.metrics import read_metrics
-from trainer.verify import compare_runs
+from narrowgauge.trainer import run as run_module
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import TrainConfig, load_config
+from narrowgauge.trainer.data.batches import Batch, ShuffledSource
+from narrowgauge.trainer.distributed import seconds_of
+from narrowgauge.trainer.errors import ExitCode, RunFailed, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.tools.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 
@@ -231,8 +230,8 @@ def test_other_tokens_than_the_checkpoints_are_refused(tiny: Tiny) -> None:
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    from trainer.export import export_run
-    from trainer.restore import restore_run
+    from narrowgauge.trainer.tools.export import export_run
+    from narrowgauge.trainer.tools.restore import restore_run
 
     config = tiny()
     train_here(config)
@@ -294,7 +293,7 @@ def test_a_read_error_that_passes_costs_nothing(tiny: Tiny, monkeypatch: pytest.
         raise OSError(errno.ESTALE, "Stale file handle", str(file))
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.checkpoint.sha256_of", fail)
+        patch.setattr("narrowgauge.trainer.checkpoint.sha256_of", fail)
         assert "cannot be read now (Stale file handle)" in refusal(tiny("train.steps=8"))
     assert {path.name for path in (Path(config.run.dir) / "checkpoints").iterdir()} == before
     assert train_here(tiny("train.steps=8")) is ExitCode.FINISHED
@@ -507,7 +506,7 @@ def test_missing_and_empty_data_directories(tmp_path: Path, corpus: Path) -> Non
 
 
 def test_another_tokenizer_than_the_shards(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
-    from trainer.tokenizer import train_bpe
+    from narrowgauge.trainer.data.tokenizer import train_bpe
 
     train_bpe(["a b c"], 257, tmp_path / "bpe", progress=False)
     config = tiny(f"data.tokenizer={tmp_path / 'bpe'}", f"data.shards={corpus / 'shards' / 'bytes'}")
@@ -520,7 +519,7 @@ def test_a_run_directory_that_cannot_be_made(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_the_micro_batch_follows_memory_and_never_the_mood(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import build
+    from narrowgauge.trainer import build
 
     config = tiny()
     train_here(config)

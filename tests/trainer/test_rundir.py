@@ -13,19 +13,18 @@ from pathlib import Path
 import pytest
 import train_tokenizer as train_tokenizer_script
 from conftest import make_texts, tiny_overrides, train_here, write_corpus
-
-from trainer import distributed
-from trainer.__main__ import main
-from trainer.config import TrainConfig, differences, load_config, load_run_config
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import evaluate_on, open_run
-from trainer.export import export_run
-from trainer.generate import SampleConfig, generate
-from trainer.metrics import read_metrics
-from trainer.prepare import prepare
-from trainer.restore import restore_run
-from trainer.rundir import RunDirectory
-from trainer.tokenizer import load_tokenizer, train_bpe
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.config import TrainConfig, differences, load_config, load_run_config
+from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.tokenizer import load_tokenizer, train_bpe
+from narrowgauge.trainer.entry import main
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.rundir import RunDirectory
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
+from narrowgauge.trainer.tools.export import export_run
+from narrowgauge.trainer.tools.generate import SampleConfig, generate
+from narrowgauge.trainer.tools.restore import restore_run
 
 Tiny = Callable[..., TrainConfig]
 

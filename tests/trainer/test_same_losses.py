@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from trainer.errors import ExitCode, UserError
-from trainer.verify import check_out
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.verify import check_out
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import train_here
+from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.sharpness import EPSILON, worst_losses
 from scipy.optimize import minimize
-
-from trainer.config import TrainConfig
-from trainer.metrics import read_metrics
-from trainer.sharpness import EPSILON, worst_losses
 
 
 def logits(seed: int, size: int = 6) -> torch.Tensor:

@@ -15,20 +15,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_overrides, train_here
+from narrowgauge.trainer import checkpoint, distributed
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.batches import Batch
+from narrowgauge.trainer.errors import ExitCode
+from narrowgauge.trainer.metrics import evaluated_step, read_metrics, read_rows
+from narrowgauge.trainer.spikes import COUNT, LEFT_OUT, SPIKE_PREFIX, SpikeAction, SpikeWatch
+from narrowgauge.trainer.tools.restore import restore_run
+from narrowgauge.trainer.tools.verify import compare_runs
 from test_deferred import defer
 from test_deferred import rows as all_rows
 from test_run import tamper
 from test_stream import texts  # noqa: F401 (a fixture)
-
-from trainer import checkpoint, distributed
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import load_config
-from trainer.data import Batch
-from trainer.errors import ExitCode
-from trainer.metrics import evaluated_step, read_metrics, read_rows
-from trainer.restore import restore_run
-from trainer.spikes import COUNT, LEFT_OUT, SPIKE_PREFIX, SpikeAction, SpikeWatch
-from trainer.verify import compare_runs
 
 RULE = ("train.spike_window=6", "train.spike_deviations=30")
 # A batch that is a spike is told by its index, from 0, in the order of the data; without rollbacks its step's less one.
@@ -45,7 +44,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.plot.plot_losses", lambda *_: None)
+    monkeypatch.setattr("narrowgauge.trainer.reporting.figures.plot_losses", lambda *_: None)
 
 
 def test_a_value_far_above_the_last_ones_is_a_spike() -> None:

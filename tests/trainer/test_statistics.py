@@ -7,9 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from scipy import stats
-
-from trainer.statistics import (
+from narrowgauge.trainer.reporting.statistics import (
     DivergenceRule,
     bootstrap_mean,
     equivalence,
@@ -23,6 +21,7 @@ from trainer.statistics import (
     usable_width,
     wilson,
 )
+from scipy import stats
 
 
 def test_an_interval_of_a_mean() -> None:

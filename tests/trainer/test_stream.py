@@ -14,17 +14,17 @@ import pytest
 import torch
 from conftest import launch, make_texts, sign, tiny_overrides, train_here, write_corpus
 from mirror import serving
+from narrowgauge.trainer import distributed
+from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data import remote
+from narrowgauge.trainer.data.corpus import CorpusFile, RowLimits, corpus_files, read_texts
+from narrowgauge.trainer.data.stream import StreamSource, TextStream, TextWindows, read_head
+from narrowgauge.trainer.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
+from narrowgauge.trainer.tools.verify import compare_runs
 from torch import Tensor
-
-from trainer import distributed, remote
-from trainer.checkpoint import list_checkpoints, read_tensors
-from trainer.config import load_config
-from trainer.corpus import CorpusFile, RowLimits, corpus_files, read_texts
-from trainer.errors import ExitCode, UserError
-from trainer.evaluation import evaluate_on, open_run
-from trainer.stream import StreamSource, TextStream, TextWindows, read_head
-from trainer.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
-from trainer.verify import compare_runs
 
 FILES = 5
 STRICT = RowLimits()
@@ -199,7 +199,7 @@ def test_text_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, words
 
 
 def test_a_document_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.stream._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("narrowgauge.trainer.data.stream._BLOCK_BYTES", 1000)
     long = " ".join(make_texts(30, 5))
     path = write_corpus(tmp_path, {"train": [["a", long, "b", *make_texts(20, 1)]], "validation": [["b"]]})
     train_bpe(make_texts(100, 0), 300, tmp_path / "bpe", progress=False)

@@ -22,18 +22,27 @@ import pytest
 from conftest import tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from narrowgauge.trainer import machine
+from narrowgauge.trainer.build import require_data
+from narrowgauge.trainer.checkpoint import list_checkpoints
+from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.entry import main
+from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.own import setting
+from narrowgauge.trainer.reporting.report import Settings, write_report
+from narrowgauge.trainer.sweep import launch as module
+from narrowgauge.trainer.sweep.launch import (
+    Job,
+    State,
+    SweepStopped,
+    expand,
+    expand_named,
+    job_name,
+    named_grids,
+    run_jobs,
+    sweep,
+)
 from omegaconf import OmegaConf
-
-from trainer import machine
-from trainer import sweep as module
-from trainer.__main__ import main
-from trainer.build import require_data
-from trainer.checkpoint import list_checkpoints
-from trainer.config import load_config
-from trainer.errors import ExitCode, UserError
-from trainer.own import setting
-from trainer.report import Settings, write_report
-from trainer.sweep import Job, State, SweepStopped, expand, expand_named, job_name, named_grids, run_jobs, sweep
 
 TIMES = ("tokens_per_second", "seconds")  # columns that no restart leaves alone
 END = """mkdir -p '{dir}'; echo run >> '{dir}/attempts'
@@ -132,15 +141,15 @@ def test_several_values_without_multirun_are_refused(monkeypatch: pytest.MonkeyP
     for arguments in (["seed=0,1"], ["sweep=example"]):
         monkeypatch.setattr("sys.argv", ["trainer", *arguments])
         assert main() == ExitCode.BAD_INPUT
-        assert "python -m trainer --multirun" in capsys.readouterr().err
+        assert "python -m narrowgauge --multirun" in capsys.readouterr().err
 
 
 def test_under_torchrun_the_right_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("trainer.__main__.launched_by_torchrun", lambda: True)
+    monkeypatch.setattr("narrowgauge.trainer.__main__.launched_by_torchrun", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("sys.argv", ["trainer", "--multirun", "seed=0,1"])
     assert main() == ExitCode.BAD_INPUT
-    assert "python -m trainer --multirun hydra.launcher.processes=4 seed=0,1" in capsys.readouterr().err
+    assert "python -m narrowgauge --multirun hydra.launcher.processes=4 seed=0,1" in capsys.readouterr().err
 
 
 def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -148,9 +157,9 @@ def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, 
     monkeypatch.chdir(tmp_path)
     told = ["precision.args.history=4,8", "precision=fp8_delayed", "hydra.launcher.processes=2"]
     assert sweep([*told, "hydra.launcher.dry_run=true"]) == ExitCode.FINISHED
-    lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "-m narrowgauge" in line]
     assert len(lines) == 2
-    assert "torch.distributed.run --standalone --nproc-per-node 2 -m trainer" in lines[0]
+    assert "torch.distributed.run --standalone --nproc-per-node 2 -m narrowgauge" in lines[0]
     assert "run.dir='multirun/sweep/precision.args.history=4'" in lines[0]
 
 
@@ -168,7 +177,7 @@ def test_jobs_at_once_share_the_cores_unless_told_otherwise(tmp_path: Path, caps
                 *told,
             ]
         )
-        lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "-m narrowgauge" in line]
         assert [line.count(" parallel.threads=") for line in lines] == [int(wanted is not None)] * 2
         assert wanted is None or all(f"parallel.threads={wanted}" in line.split() for line in lines)
 
@@ -236,7 +245,7 @@ def grid(root: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> lis
     capsys.readouterr()
     told = [*overrides, setting("hydra.sweep.dir", str(root)), "hydra.launcher.dry_run=true"]
     assert sweep(told) == ExitCode.FINISHED
-    lines = [line for line in capsys.readouterr().out.splitlines() if "-m trainer" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "-m narrowgauge" in line]
     return [load_config(shlex.split(line)[3:]).flat() for line in lines]
 
 
@@ -370,7 +379,7 @@ def test_a_sweep_killed_in_the_middle_of_two_jobs_ends_as_one_left_alone(corpus:
     names = sorted(path.name for path in alone.iterdir() if path.is_dir())
     assert names == ["precision=bf16", "precision=exmy_e8m3"]
 
-    start = [sys.executable, "-m", "trainer", "--multirun", *command, f"hydra.sweep.dir={killed}"]
+    start = [sys.executable, "-m", "narrowgauge", "--multirun", *command, f"hydra.sweep.dir={killed}"]
     with subprocess.Popen(start, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         jobs = hold_in_the_middle(psutil.Process(process.pid), killed)
         for victim in (psutil.Process(process.pid), *jobs):
@@ -401,7 +410,8 @@ def test_slurm_gets_one_task_a_run(tmp_path: Path, capsys, monkeypatch: pytest.M
     assert "-m submitit.core._submit" in script
     assert script.count("# task") == 6
     assert (
-        "# task 5: python -m trainer precision=mxfp8 seed=2 run.dir='multirun/sweep/precision=mxfp8,seed=2'" in script
+        "# task 5: python -m narrowgauge precision=mxfp8 seed=2 run.dir='multirun/sweep/precision=mxfp8,seed=2'"
+        in script
     )
     assert not list(tmp_path.iterdir())
 

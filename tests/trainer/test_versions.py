@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import versions
+from narrowgauge.precision.backends.triton import gemm as triton_gemm
+from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.quantizer import hardware, recording
+from narrowgauge.precision.formats import E2M1
+from narrowgauge.precision.scaling import Tile, TwoLevel
+from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from packaging.requirements import Requirement
-
-from precision.backends import triton, triton_gemm
-from precision.backends.triton import hardware, recording
-from precision.formats import E2M1
-from precision.scaling import Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("src", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]

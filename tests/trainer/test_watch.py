@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch.distributed as dist
-
-from trainer import watch as module
-from trainer.watch import Watch
+from narrowgauge.trainer import watch as module
+from narrowgauge.trainer.watch import Watch
 
 
 @pytest.fixture

@@ -25,7 +25,11 @@ def test_a_wheel_has_every_config_and_every_source(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"trainer/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.yaml")}
+    wanted = {f"narrowgauge/trainer/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.yaml")}
     files = (file for file in (source / "src").rglob("*") if file.is_file())
-    wanted |= {str(file.relative_to(source / "src")) for file in files if "egg-info" not in str(file)}
+    inside = [str(file.relative_to(source / "src")) for file in files if "egg-info" not in str(file)]
+    wanted |= {
+        name if name.startswith(("hydra_plugins/", "narrowgauge/")) else f"narrowgauge/{name}" for name in inside
+    }
     assert wanted - packed == set()
+    assert {name.split("/")[0] for name in packed if ".dist-info/" not in name} == {"hydra_plugins", "narrowgauge"}

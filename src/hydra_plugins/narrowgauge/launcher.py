@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from trainer.sweep import LAUNCHER, LauncherConfig, launch
+from narrowgauge.trainer.sweep.launch import LAUNCHER, LauncherConfig, launch
 
 ConfigStore.instance().store(group="hydra/launcher", name=LAUNCHER, node=LauncherConfig, provider="narrowgauge")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
 
-from trainer.config import check_own
-from trainer.own import EXPERIMENT, SCHEME
+from narrowgauge.trainer.config import check_own
+from narrowgauge.trainer.own import EXPERIMENT, SCHEME
 
 
 class OwnConfigSource(FileConfigSource):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import native
-from models.kernels import compiled
+from ... import native
+from . import compiled
 
 QUERY_BLOCK = 128
 _MAX_HEAD_DIM = 128

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-import native
+from ... import native
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 

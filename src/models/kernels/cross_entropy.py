@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-import native
-from models.kernels import compiled
+from ... import native
+from . import compiled
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32: stays in a core's cache
 _GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GB in float32, if a chunk is ever held so; offsets fit into 32 bits

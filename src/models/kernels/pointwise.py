@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-import native
-from models.kernels import compiled
+from ... import native
+from . import compiled
 
 _ROWS_OF_A_CHUNK = 64  # dweight is summed over rows within a chunk, then over chunks: the same for any thread count
 

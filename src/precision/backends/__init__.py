@@ -14,15 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from precision.backends.cpu import Cpu
-from precision.backends.reference import Reference
-from precision.backends.scaled_mm import ScaledMM
-from precision.backends.triton import Triton
-from precision.backends.triton_gemm import TritonDot
-from precision.noise import Noise
-from precision.quantize import Prepared, Quantized
-from precision.scaling import Tile
-from precision.spec import GemmSpec, OperandSpec, Transform
+from ..noise import Noise
+from ..quantize import Prepared, Quantized
+from ..scaling import Tile
+from ..spec import GemmSpec, OperandSpec, Transform
+from .cpu.quantizer import Cpu
+from .reference import Reference
+from .scaled_mm import ScaledMM
+from .triton.gemm import TritonDot
+from .triton.quantizer import Triton
 
 Operand = Quantized | Prepared | Tensor
 """One side of a GEMM: codes and scales, or what they stand for, or a plain matrix left in high precision."""

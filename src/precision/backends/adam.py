@@ -29,11 +29,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-import native
-from precision.backends import cpu
-from precision.backends.triton import installed, runs_on
-from precision.backends.triton_fused import State, Step, adamw, adamw_amaxes
-from precision.codecs import (
+from ... import native
+from ..noise import Noise
+from ..spec import OperandSpec
+from ..states.codecs import (
     FP32,
     Codec,
     Dynamic,
@@ -46,8 +45,9 @@ from precision.codecs import (
     expanded_maps,
     expansion_limits,
 )
-from precision.noise import Noise
-from precision.spec import OperandSpec
+from .cpu import quantizer as cpu
+from .triton.fused import State, Step, adamw, adamw_amaxes
+from .triton.quantizer import installed, runs_on
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from precision.noise import Noise
-from precision.quantize import Prepared, Quantized, amax, operand, quantize
-from precision.scaling import FP32_MAX, TENSOR, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec, Transform
+from ..noise import Noise
+from ..quantize import Prepared, Quantized, amax, operand, quantize
+from ..scaling import FP32_MAX, TENSOR, Tile, TwoLevel
+from ..spec import GemmSpec, OperandSpec, Transform
 
 
 class Reference:

@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
 
-from precision.backends import triton
-from precision.backends.reference import Reference
-from precision.formats import E2M1, E4M3, E5M2, E8M0, NumberFormat, pack4, unpack4
-from precision.noise import Noise
-from precision.quantize import Prepared, Quantized
-from precision.scaling import TENSOR, Tile, TwoLevel
-from precision.spec import GemmSpec, OperandSpec, Transform
+from ..formats import E2M1, E4M3, E5M2, E8M0, NumberFormat, pack4, unpack4
+from ..noise import Noise
+from ..quantize import Prepared, Quantized
+from ..scaling import TENSOR, Tile, TwoLevel
+from ..spec import GemmSpec, OperandSpec, Transform
+from .reference import Reference
+from .triton import quantizer as triton
 
 SQNR_DB = 40.0
 """Of a native product against the reference's product of the same codes: claimed, not yet measured."""

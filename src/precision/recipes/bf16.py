@@ -7,7 +7,7 @@ gradient reduction over ranks stay in float32. Every matrix product reads BF16 a
 
 import torch
 
-from precision.recipe import Dtypes, Recipe
+from ..recipe import Dtypes, Recipe
 
 
 def recipe() -> Recipe:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from precision.formats import exmy
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
-from precision.scaling import Unit
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from ..formats import exmy
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..scaling import Unit
+from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 
 
 def recipe(

@@ -15,10 +15,10 @@ On a CPU matrix products are made in float32 and rounded once to FP16: torch mul
 import torch
 from torch import nn
 
-from precision.linear import quantized
-from precision.loss_scale import LossScaler
-from precision.recipe import Dtypes, Recipe, Rule
-from precision.spec import LinearSpec
+from ..linear import quantized
+from ..loss_scale import LossScaler
+from ..recipe import Dtypes, Recipe, Rule
+from ..spec import LinearSpec
 
 
 def recipe(

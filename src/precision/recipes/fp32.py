@@ -5,7 +5,7 @@ Losses of two world sizes agree to the order of float32 sums, which BF16's coars
 
 import torch
 
-from precision.recipe import Dtypes, Recipe
+from ..recipe import Dtypes, Recipe
 
 
 def recipe() -> Recipe:

@@ -17,11 +17,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from precision.formats import E4M3, E5M2
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
-from precision.scaling import Fp32, Tile
-from precision.spec import GemmSpec, LinearSpec, OperandSpec
+from ..formats import E4M3, E5M2
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..scaling import Fp32, Tile
+from ..spec import GemmSpec, LinearSpec, OperandSpec
 
 
 def recipe(

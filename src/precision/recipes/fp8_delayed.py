@@ -22,12 +22,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from precision.formats import E4M3, E5M2
-from precision.hooks import RollAmax
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
-from precision.scaling import Delayed, Fp32, Reduce
-from precision.spec import GemmSpec, LinearSpec, OperandSpec
+from ..formats import E4M3, E5M2
+from ..hooks import RollAmax
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
+from ..scaling import Delayed, Fp32, Reduce
+from ..spec import GemmSpec, LinearSpec, OperandSpec
 
 
 def recipe(

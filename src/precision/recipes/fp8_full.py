@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from precision.codecs import STANDARD, chosen
-from precision.recipe import Recipe
-from precision.recipes import smooth_swiglu
-from precision.recipes.smooth_swiglu import NO_ARGUMENTS
+from ..recipe import Recipe
+from ..states.codecs import STANDARD, chosen
+from . import smooth_swiglu
+from .smooth_swiglu import NO_ARGUMENTS
 
 
 def recipe(

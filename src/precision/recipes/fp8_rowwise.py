@@ -23,11 +23,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from precision.formats import E4M3
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep
-from precision.scaling import Fp32, Tile
-from precision.spec import GemmSpec, LinearSpec, OperandSpec
+from ..formats import E4M3
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep
+from ..scaling import Fp32, Tile
+from ..spec import GemmSpec, LinearSpec, OperandSpec
 
 _EPS = 1e-12
 

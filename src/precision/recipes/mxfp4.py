@@ -18,12 +18,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from precision.formats import E2M1
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
-from precision.scaling import Power, PowerOfTwo, Tile
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
+from ..formats import E2M1
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..scaling import Power, PowerOfTwo, Tile
+from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from ..transforms import Hadamard
 
 
 def recipe(

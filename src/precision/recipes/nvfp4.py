@@ -25,13 +25,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from precision.formats import E2M1
-from precision.linear import quantized
-from precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
-from precision.scaling import Current, Error, Tile, TwoLevel
-from precision.schedule import Span
-from precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
-from precision.transforms import Hadamard
+from ..formats import E2M1
+from ..linear import quantized
+from ..recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
+from ..scaling import Current, Error, Tile, TwoLevel
+from ..schedule import Span
+from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from ..transforms import Hadamard
 
 _FOUR_OVER_SIX = {
     "none": (),

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from precision.linear import QuantLinear
-from precision.recipe import Recipe, Rule, load, one_of
-from precision.smooth import DOWN, FORMS, GATE, UP, fused, smooth
+from ..linear import QuantLinear
+from ..recipe import Recipe, Rule, load, one_of
+from ..smooth import DOWN, FORMS, GATE, UP, fused, smooth
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 

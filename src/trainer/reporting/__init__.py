@@ -1,1 +1,1 @@
-"""The parts of a report: runs are read, measured, put into words, tables and plots. ``trainer.report`` writes them."""
+"""The parts of a report: runs are read, measured, put into words, tables and plots. ``report`` writes them."""

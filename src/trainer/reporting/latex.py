@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from trainer.environ import printable
-from trainer.reporting.measures import RecipeSummary
-from trainer.reporting.runs import Settings
-from trainer.reporting.tables import Cell, Table
+from ..environ import printable
+from .measures import RecipeSummary
+from .runs import Settings
+from .tables import Cell, Table
 
 _ROWS = 40  # of a table on one page
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?")

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from precision.recipe import close
-from trainer.environ import printable
-from trainer.errors import UserError
-from trainer.metrics import number
-from trainer.reporting.runs import Key, Product, Run, Settings, arguments, differing_arguments
-from trainer.statistics import (
+from ...precision.recipe import close
+from ..environ import printable
+from ..errors import UserError
+from ..metrics import number
+from .runs import Key, Product, Run, Settings, arguments, differing_arguments
+from .statistics import (
     Equivalence,
     Interval,
     bootstrap_mean,

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
-from trainer.environ import printable
-from trainer.plot import COLORS, save_figure, shown, smooth, token_axis
-from trainer.reporting.measures import RecipeSummary, Rung, losses_by_rate
-from trainer.reporting.runs import Run
-from trainer.reporting.tables import rung_text
+from ..environ import printable
+from .figures import COLORS, save_figure, shown, smooth, token_axis
+from .measures import RecipeSummary, Rung, losses_by_rate
+from .runs import Run
+from .tables import rung_text
 
 _MOST_POINTS = 400  # of a curve
 _NATS = "nats per token"

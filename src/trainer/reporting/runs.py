@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from trainer.config import flatten, read_yaml
-from trainer.environ import printable
-from trainer.errors import UserError, one_line
-from trainer.metrics import corrupt_lines, number, read_metrics, read_rows
-from trainer.statistics import DivergenceRule, spike_score, spikes
+from ..config import flatten, read_yaml
+from ..environ import printable
+from ..errors import UserError, one_line
+from ..metrics import corrupt_lines, number, read_metrics, read_rows
+from .statistics import DivergenceRule, spike_score, spikes
 
 # What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
 _FREE = (

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from trainer.environ import printable
-from trainer.metrics import number
-from trainer.reporting.measures import RecipeSummary, Rung, Switch, is_emulated, mean
-from trainer.reporting.runs import Product, Run, Settings
-from trainer.sharpness import EPSILON
-from trainer.statistics import bootstrap_mean, sign_test
+from ..environ import printable
+from ..metrics import number
+from ..sharpness import EPSILON
+from .measures import RecipeSummary, Rung, Switch, is_emulated, mean
+from .runs import Product, Run, Settings
+from .statistics import bootstrap_mean, sign_test
 
 Cell = str | float | int | None
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.reporting.measures import RecipeSummary
-from trainer.reporting.runs import Run, Settings
+from .measures import RecipeSummary
+from .runs import Run, Settings
 
 EMULATED = "emulated: this machine's speed, not narrow hardware's"
 

@@ -1,0 +1,444 @@
+"""Fused C++ passes over memory: the codes, scales and operands of the reference, bit for bit.
+
+Scales are computed by the rules themselves (``precision.scaling``), on grids that are small beside the matrix; only
+what reads or writes a whole matrix is compiled. The matrix product is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .... import native
+from ...formats import NumberFormat
+from ...noise import Noise
+from ...quantize import TORCH, Prepared, Quantized, check, operand, prepare, quantize
+from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
+from ...spec import GemmSpec, OperandSpec, Rounding, Transform
+from ...transforms import Hadamard
+from ..reference import Reference
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_ROWS_OF_A_PART = 64  # of a whole tensor's amax: what one thread takes at once
+_LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return native.library(SOURCE)
+
+
+class Cpu(Reference):
+    """The reference with compiled passes."""
+
+    name = "cpu"
+
+    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device.type}"
+        for spec in (gemm.a, gemm.b):
+            if spec is not None and not _fits(spec.format):
+                return f"no kernel for {spec.format}"
+            if spec is not None and spec.rounding is Rounding.TRUNCATE:
+                return "no kernel truncates"
+        return None if library() is not None else "no C++ compiler"
+
+    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
+        made = self.prepare(x, spec, amax=amax, noise=noise, transform=None, left=True, codes=True)
+        assert isinstance(made, Quantized)
+        return made
+
+    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
+        return operand(q, passes=PASSES)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return PASSES.amax(x, tile)
+
+    def prepare(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        *,
+        amax: Tensor | None,
+        noise: Noise | None,
+        transform: Transform | None,
+        left: bool,
+        codes: bool,
+        note: Tensor | None = None,
+    ) -> Quantized | Prepared:
+        passes = PASSES
+        compares = isinstance(spec.scale, TwoLevel) and spec.scale.four_over_six is not None  # what it makes with x
+        if isinstance(transform, Hadamard) and _in_columns(x, spec.tile) and _rounds(spec) and not compares:
+            passes = _after(transform)
+        elif transform is not None:
+            x = self.transformed(transform, x, left=left)
+        check(x, spec, amax, noise)
+        made = passes.at_once(x, spec, amax, noise, codes)
+        if made is not None:
+            return made
+        return (quantize if codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        if not isinstance(transform, Hadamard) or x.dtype not in _DTYPES:
+            return super().transformed(transform, x, left=left)
+        columns = not x.is_contiguous() and x.mT.is_contiguous()
+        x = x if columns else contiguous(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
+        factor = native.real(1 / math.sqrt(transform.size))
+        sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
+        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
+        _kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
+        return y
+
+
+class Format(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("bits", "mantissa_bits", "min_exponent", "max_exponent", "nan", "inf")),
+        ("max", ctypes.c_float),
+    ]
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = [
+        ("on", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("key0", ctypes.c_uint32),
+        ("key1", ctypes.c_uint32),
+        ("row_offset", ctypes.c_uint64),
+    ]
+
+
+class _Butterflies(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_int32), ("factor", ctypes.c_float), ("signs", ctypes.c_void_p)]
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "pow2", "nan_decodes")),
+        *((name, ctypes.c_float) for name in ("eps", "top", "limit", "inverse_max")),
+        ("tiny_exponent", ctypes.c_int32),
+        ("block", Format),
+    ]
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "tall", "wide")),
+        ("dtype", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("butterflies", _Butterflies),
+    ]
+
+
+class _Compiled:
+    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel.
+
+    ``transform``: what happens to a matrix first; those that are given then lie in columns.
+    """
+
+    def __init__(self, transform: Hadamard | None = None) -> None:
+        self._butterflies = _Butterflies()
+        if transform is not None:
+            self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
+            pointer = native.pointer(self._signs)
+            self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
+
+    def at_once(
+        self, x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, codes: bool
+    ) -> Quantized | Prepared | None:
+        """``quantize`` or ``prepare`` in one call, scales included.
+
+        None where that is not to be had: rules and tiles that have no kernel, and tensors with an amax that is not
+        finite.
+        """
+        ready = _ready(spec, x.dtype)
+        if ready is None or x.numel() == 0 or (amax is not None and ready.kind == _RCEIL):
+            return None
+        if not x.is_cpu or not (amax is None or amax.is_cpu):  # an address elsewhere means nothing here
+            return None
+        x = x.detach()
+        if not x.is_contiguous():
+            x = self._readable(x, spec.tile)
+        outer, inner = x.shape
+        tall, wide = spec.tile.extent(outer, inner)
+        columns = _in_columns(x, spec.tile)
+        if self._butterflies.size not in (0, 16):
+            return None
+        if _DEPTH % wide != 0 if columns else wide % _LANES != 0 and wide < inner:
+            return None
+        grid = spec.tile.grid(outer, inner)
+        stored = torch.empty(grid, dtype=torch.uint8, device="cpu") if codes and ready.kind != _TENSOR else None
+        if not codes:
+            out = torch.empty(outer, inner, dtype=torch.bfloat16, device="cpu")
+        else:
+            out = torch.empty(
+                outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
+            )
+        factor = torch.empty((), dtype=torch.float32, device="cpu")
+        given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
+        # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
+        rows, cols = (inner, outer) if columns else (outer, inner)
+        bf16 = int(x.dtype == torch.bfloat16)
+        source = _Source(x.data_ptr(), rows, cols, tall, wide, bf16, int(columns), self._butterflies)
+        failed = _quantize_source()(
+            ctypes.byref(source),
+            ready.rule,
+            None if given is None else given.data_ptr(),
+            out.data_ptr(),
+            None if stored is None else stored.data_ptr(),
+            factor.data_ptr(),
+            ready.format,
+            _NO_NOISE if noise is None else ctypes.byref(_noise(noise)),
+            not codes,
+        )
+        if failed:
+            return None
+        if not codes:
+            return Prepared(matrix=out, factor=factor)
+        scales = factor.reshape(grid) if stored is None else stored
+        tensor = factor if ready.kind == _TWO_LEVEL else None
+        return Quantized(codes=out, scales=scales, tensor_scale=tensor, shape=(outer, inner), spec=spec)
+
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        if x.dtype not in _DTYPES or x.numel() == 0:
+            return TORCH.amax(x, tile)
+        x = x.detach()
+        if tile.outer == tile.inner and not x.is_contiguous() and x.mT.is_contiguous():
+            return self.amax(x.mT, tile).mT.contiguous()  # square tiles of a transpose: no copy is needed
+        x = x if _in_columns(x, tile) else contiguous(x)
+        part = Tile(min(x.shape[0], _ROWS_OF_A_PART), tile.inner) if tile.outer < 0 else tile
+        out = torch.empty(part.grid(*x.shape), dtype=torch.float32, device="cpu")
+        _kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
+        return out.amax(0, keepdim=True) if tile.outer < 0 else out
+
+    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
+        return TORCH.scales(spec, amax, tensor_amax, dtype)
+
+    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
+        codes = codes.contiguous()
+        factors = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+        pointers = map(native.pointer, (codes, factors))
+        centre = _kernels().centred_factors(*pointers, native.size(codes.numel()), ctypes.c_int32(tiny_exponent))
+        return factors, encode_power(torch.tensor(254 - centre, device="cpu"))
+
+    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
+        if not _rounds(spec) or x.numel() == 0:
+            return TORCH.encode(x, scales, spec, noise)
+        _require_grid(scales, spec.tile, x.shape)
+        outer, inner = x.shape
+        codes = torch.empty(
+            outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
+        )
+        x = self._readable(x, spec.tile)
+        if _in_vectors(x, spec.tile):
+            self._round(x, scales, None, spec, noise, codes)
+            return codes
+        sizes = map(native.size, (outer, inner, *spec.tile.extent(outer, inner)))
+        format, random = ctypes.byref(c_format(spec.format)), ctypes.byref(_noise(noise))
+        pointers = map(native.pointer, (x, scales.contiguous(), codes))
+        _kernels().encode(*pointers, *sizes, format, random, _dtype(x))
+        return codes
+
+    def rounded(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        factors: Tensor | None,
+        spec: OperandSpec,
+        noise: Noise | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        readable = self._readable(x, spec.tile) if _rounds(spec) and x.numel() else x
+        if dtype != torch.bfloat16 or readable.numel() == 0 or not _in_vectors(readable, spec.tile):
+            codes = self.encode(x, scales, spec, noise)
+            q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+            return self.values(q, factors, dtype)
+        _require_grid(scales, spec.tile, x.shape)
+        if factors is not None:
+            _require_grid(factors, spec.tile, x.shape)
+        out = torch.empty(x.shape, dtype=dtype, device="cpu")
+        self._round(readable, scales, factors, spec, noise, out)
+        return out
+
+    def _readable(self, x: Tensor, tile: Tile) -> Tensor:
+        x = x if x.dtype in _DTYPES else x.float()
+        return x if _in_columns(x, tile) else contiguous(x)
+
+    def _round(
+        self, x: Tensor, scales: Tensor, factors: Tensor | None, spec: OperandSpec, noise: Noise | None, out: Tensor
+    ) -> None:
+        scales = scales.contiguous()  # named: its memory must outlive the call
+        factors = None if factors is None else factors.contiguous()
+        source, format, random = self._source(x, spec.tile), c_format(spec.format), _noise(noise)
+        pointers = map(native.pointer, (scales, factors, out))
+        structures = (ctypes.byref(format), ctypes.byref(random))
+        _kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
+
+    def _source(self, x: Tensor, tile: Tile) -> _Source:
+        columns = _in_columns(x, tile)
+        if self._butterflies.size and not columns:
+            raise ValueError(f"what is transformed in passing lies in columns, not with strides {x.stride()}")
+        memory = x.mT if columns else x
+        extent = tile.extent(*x.shape)
+        return _Source(
+            native.pointer(memory),
+            *memory.shape,
+            *extent,
+            int(x.dtype == torch.bfloat16),
+            int(columns),
+            self._butterflies,
+        )
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
+            return TORCH.values(q, factors, dtype)
+        outer, inner = q.stored_shape
+        bytes_of_a_row = (inner + 1) // 2 if q.spec.format.bits == 4 else inner
+        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, bytes_of_a_row):
+            raise ValueError(
+                f"codes of {q.spec.format} of {[outer, inner]} are uint8 {[outer, bytes_of_a_row]}, "
+                f"not {q.codes.dtype} {list(q.codes.shape)}"
+            )
+        if factors is not None:
+            _require_grid(factors, q.spec.tile, q.stored_shape)
+        if factors is None:
+            factors = torch.ones(q.spec.tile.grid(outer, inner), dtype=torch.float32, device="cpu")
+        out = torch.empty(outer, inner, dtype=dtype, device="cpu")
+        sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
+        pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
+        _kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
+        return out.mT if q.transposed else out
+
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of cpu_kernels.cpp
+PASSES = _Compiled()
+
+
+_NO_NOISE = ctypes.byref(_Noise())
+
+
+class _Ready(NamedTuple):
+    """What a spec is to ``quantize_source``: pointers to its rule and its format."""
+
+    kind: int
+    rule: Any
+    format: Any
+
+
+@functools.cache
+def _ready(spec: OperandSpec, dtype: torch.dtype) -> _Ready | None:
+    rule = _rule(spec, dtype) if dtype in _DTYPES else None
+    return None if rule is None else _Ready(rule.kind, ctypes.byref(rule), ctypes.byref(c_format(spec.format)))
+
+
+@functools.cache
+def _quantize_source() -> Callable[..., int]:
+    function = _kernels().quantize_source
+    function.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int32]
+    return function
+
+
+@functools.cache
+def _after(transform: Hadamard) -> _Compiled:
+    return _Compiled(transform)
+
+
+def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
+    """The spec's rule, if kernels know how its scales come from amaxes, and operands are BF16."""
+    rule, element = spec.scale, spec.format
+    if not _rounds(spec) or element.significant_bits > 8:
+        return None
+    common = {"inverse_max": _inverse(element.max), "tiny_exponent": element.tiny_exponent}
+    if isinstance(rule, Fp32) and spec.tile == TENSOR:
+        limit = torch.finfo(dtype).max if rule.input_max and dtype != torch.float64 else FP32_MAX
+        top = element.max * 2.0**-rule.margin
+        flags = {"kind": _TENSOR, "pow2": rule.pow2, "nan_decodes": element.nan is None}
+        return _Rule(**flags, eps=rule.eps, top=top, limit=limit, **common)
+    if isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL and element.tiny_exponent >= -126:
+        return _Rule(kind=_RCEIL, **common)
+    if not isinstance(rule, TwoLevel) or rule.rows or rule.four_over_six is not None:
+        return None
+    exact = element.significant_bits + rule.block.significant_bits <= 8
+    if not exact or not _fits(rule.block) or spec.tile == TENSOR:
+        return None
+    return _Rule(kind=_TWO_LEVEL, top=rule.top(element), block=c_format(rule.block), **common)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x.contiguous()`` of a matrix, fast where it is a transpose."""
+    if x.is_contiguous() or x.numel() == 0 or not x.mT.is_contiguous() or x.element_size() not in (1, 2, 4):
+        return x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    sizes = (native.size(x.shape[1]), native.size(x.shape[0]), ctypes.c_int32(x.element_size()))
+    _kernels().transpose(native.pointer(x.mT), native.pointer(y), *sizes)
+    return y
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None
+    return kernels
+
+
+def _fits(format: NumberFormat) -> bool:
+    return format.bits <= 8 and not format.integer and not format.scales_only and format.min_exponent > -100
+
+
+def _dtype(x: Tensor) -> ctypes.c_int32:
+    return ctypes.c_int32(x.dtype == torch.bfloat16)
+
+
+@functools.cache
+def c_format(format: NumberFormat) -> Format:
+    nan = -1 if format.nan is None else format.nan
+    exponents = (format.min_exponent, format.max_exponent)
+    return Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
+
+
+@functools.cache
+def _inverse(value: float) -> float:
+    """1 / value in float32."""
+    return float(1.0 / torch.tensor([value], dtype=torch.float32, device="cpu"))
+
+
+def _rounds(spec: OperandSpec) -> bool:
+    return _fits(spec.format) and spec.rounding is not Rounding.TRUNCATE
+
+
+def _in_columns(x: Tensor, tile: Tile) -> bool:
+    """Whether x is the transpose of what lies in memory, in tiles that kernels can read so."""
+    if x.is_contiguous() or tile.outer != 1 or x.dtype not in _DTYPES or x.numel() == 0 or not x.mT.is_contiguous():
+        return False
+    wide = tile.extent(*x.shape)[1]
+    return _DEPTH % wide == 0 or wide % _DEPTH == 0
+
+
+def _in_vectors(x: Tensor, tile: Tile) -> bool:
+    wide = tile.extent(*x.shape)[1]
+    return wide % _LANES == 0 or wide >= x.shape[1] or _in_columns(x, tile)
+
+
+def _require_grid(scales: Tensor, tile: Tile, shape: tuple[int, ...]) -> None:
+    outer, inner = shape
+    wanted = tile.grid(outer, inner)
+    if scales.dtype != torch.float32 or scales.shape != wanted:
+        raise ValueError(
+            f"tiles of {tile} of {[outer, inner]} have float32 {list(wanted)}, not {scales.dtype} {list(scales.shape)}"
+        )
+
+
+def _noise(noise: Noise | None) -> _Noise:
+    if noise is None:
+        return _Noise()
+    key0, key1 = (int(word) & 0xFFFFFFFF for word in noise.key.tolist())
+    return _Noise(1, int(noise.transposed), key0, key1, int(noise.row_offset) & 0xFFFFFFFFFFFFFFFF)

@@ -1,0 +1,299 @@
+"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states, the gradients of a SwiGLU.
+
+They are compiled and launched as in ``precision.backends.triton``, and run in Triton's interpreter as those do.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...noise import Noise
+from ...quantize import TORCH, Quantized, quantize
+from ...scaling import TENSOR, Fp32Decode, Tile
+from ...spec import OperandSpec, Rounding
+from ...swiglu import Gradients
+from ...transforms import Hadamard
+from .quantizer import (
+    ROUNDINGS,
+    Blocks,
+    Room,
+    blocks_of,
+    constants,
+    hardware,
+    launch,
+    noise_parts,
+    rule_of,
+    runs_on,
+    signs_of,
+)
+
+if TYPE_CHECKING:
+    from . import fused_kernels as triton_fused_kernels
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class State:
+    """An optimizer's state of one parameter: FP32 or BF16 [rows, cols], or codes (uint8) under FP32 scales.
+
+    Args:
+        values: contiguous, changed in place.
+        scales: FP32 [rows, ceil(cols / block)], or of one element for the whole tensor; None for plain values.
+        spec: of codes: a tile of (1, block) or the tensor, and scales by ``Fp32Decode``.
+        rounding: of plain BF16.
+        key: int32 [2], of rounding noise.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+    spec: OperandSpec | None = None
+    rounding: Rounding = Rounding.NEAREST
+    key: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether one scale serves the tensor: its new amax must be known before it is written."""
+        return self.spec is not None and self.spec.tile == TENSOR
+
+    def read_scales(self) -> Tensor | None:
+        """Where the old scales are read while new ones are written."""
+        return self.scales.clone() if self.scales is not None and self.whole else self.scales
+
+    def kept(self) -> triton_fused_kernels.Kept:
+        """Raises ValueError for what the kernel does not keep."""
+        if self.spec is None:
+            assert self.values.dtype in (torch.float32, torch.bfloat16)
+        return _kept(self.spec, self.values.dtype == torch.bfloat16, self.rounding)
+
+
+@functools.cache
+def _kept(spec: OperandSpec | None, narrow: bool, rounding: Rounding) -> triton_fused_kernels.Kept:
+    from .fused_kernels import Kept
+    from .kernels import grid_of
+
+    if spec is None:
+        return Kept(kind=int(narrow), rounding=ROUNDINGS[rounding])
+    tile, block = spec.tile, spec.tile.inner
+    whole = tile == TENSOR
+    power = tile == Tile(1, block) and 1 < block <= 1024 and block & (block - 1) == 0
+    if not isinstance(spec.scale, Fp32Decode) or not (whole or power) or spec.format.bits == 4:
+        raise ValueError(f"no kernel for states kept as {spec}")
+    rule = rule_of(spec, torch.float32)
+    return Kept(2, ROUNDINGS[spec.rounding], 0 if whole else block, grid_of(spec.format), rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The scalars of AdamW's update number ``t`` (from 1), computed in float64 and rounded once to FP32."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    decay: float
+    t: float
+
+    def scalars(self) -> dict[str, float]:
+        """Raises ValueError for a beta1 at which torch interpolates otherwise than the kernel."""
+        return _scalars(self)
+
+
+@functools.lru_cache(maxsize=8)  # groups of parameters share them
+def _scalars(step: Step) -> dict[str, float]:
+    beta1, beta2 = step.betas
+    if not 0.5 < beta1 < 1:
+        raise ValueError(f"beta1 is above 0.5 and below 1, not {beta1}: torch interpolates otherwise below")
+    exact = {
+        "lerp": 1 - beta1,
+        "beta2": beta2,
+        "square": 1 - beta2,
+        "correction": (1 - beta2**step.t) ** 0.5,
+        "eps": step.eps,
+        "step": -step.lr / (1 - beta1**step.t),
+        "decay": 1 - step.lr * step.decay,
+    }
+    return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
+
+
+def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
+    """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
+    tops = torch.zeros(3, dtype=torch.int32, device=grad.device)
+    _adamw(grad, m, v, w, None, step, tops, 0, gate, amax_only=True)
+    return tops.view(torch.float32)
+
+
+def adamw(
+    grad: Tensor,
+    m: State,
+    v: State,
+    w: State,
+    step: Step,
+    *,
+    weight: Tensor | None = None,
+    amaxes: Tensor | None = None,
+    row_offset: Tensor | int = 0,
+    gate: Tensor | None = None,
+) -> None:
+    """One update of a parameter [rows, cols], in place, in one read and one write of everything.
+
+    Args:
+        grad: FP32 or BF16, contiguous.
+        weight: the parameter, where ``w`` is kept beside it; else None.
+        amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
+        row_offset: index of the first row in the whole parameter, for rounding noise.
+        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
+    """
+    assert amaxes is not None or not any(state.whole for state in (m, v, w)), "a scale of the tensor wants its amax"
+    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, gate, amax_only=False)
+
+
+def _adamw(
+    grad: Tensor,
+    m: State,
+    v: State,
+    w: State,
+    weight: Tensor | None,
+    step: Step,
+    amaxes: Tensor | None,
+    row_offset: Tensor | int,
+    gate: Tensor | None,
+    *,
+    amax_only: bool,
+) -> None:
+    from .fused_kernels import adamw_kernel
+
+    rows, cols = grad.shape
+    if grad.numel() == 0:
+        return
+    matrices = [grad, m.values, v.values, w.values, *([weight] if weight is not None else [])]
+    assert all(x.shape == (rows, cols) and x.is_contiguous() for x in matrices)
+    kept = {"M": m.kept(), "V": v.kept(), "W": w.kept()}
+    block_c = max(64, *(constants.block for constants in kept.values()))
+    block_r = max(1, 2048 // block_c)
+    states = [part for state in (m, v, w) for part in (_raw(state.values), state.read_scales(), state.scales)]
+    keys = [state.key for state in (m, v, w)]
+    offset = None
+    if any(key is not None for key in keys):
+        offset = torch.as_tensor(row_offset, dtype=torch.int64, device=grad.device).reshape(1)
+    launch(
+        adamw_kernel,
+        -(-rows // block_r) * -(-cols // block_c),
+        grad,
+        *states,
+        _raw(weight),
+        amaxes,
+        *keys,
+        offset,
+        gate,
+        rows,
+        cols,
+        **step.scalars(),
+        **kept,
+        AMAX_ONLY=amax_only,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        HARDWARE=hardware(grad.device)["HARDWARE"],
+        num_warps=4,
+    )
+
+
+def _raw(x: Tensor | None) -> Tensor | None:
+    """BF16 as its bits."""
+    return x.view(torch.int16) if x is not None and x.dtype == torch.bfloat16 else x
+
+
+def gradient_amaxes(gradients: Gradients, tile: Tile, transform: Hadamard | None = None) -> tuple[Tensor, Tensor]:
+    """Of dgate and of dup, after ``transform``: as ``precision.quantize.amax``, bit for bit."""
+    from .fused_kernels import swiglu_backward_amax_kernel
+
+    dh = gradients.dh
+    if dh.numel() == 0 or not runs_on(dh.device):
+        dgate, dup = (x if transform is None else transform.left(x) for x in gradients.computed())
+        return TORCH.amax(dgate, tile), TORCH.amax(dup, tile)
+    cut, grid = _cut(gradients, tile, transform), tile.grid(*dh.shape)
+    made = torch.zeros(2, *grid, dtype=torch.int32, device=dh.device)
+    launch(
+        swiglu_backward_amax_kernel,
+        cut.programs(*dh.shape),
+        *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
+        *(made[0], made[1], *dh.shape, *dh.stride(), *grid),
+        ALONG=gradients.along if gradients.d is not None else -1,
+        HADAMARD=transform.size if transform is not None else 0,
+        HARDWARE=hardware(dh.device)["HARDWARE"],
+        **cut.constexprs,
+        num_warps=2 * cut.num_warps,
+    )
+    dgate, dup = made.view(torch.float32)
+    return dgate, dup
+
+
+def quantize_gradients(
+    gradients: Gradients,
+    spec: OperandSpec,
+    *,
+    amaxes: tuple[Tensor, Tensor] | None = None,
+    noises: tuple[Noise, Noise] | None = None,
+    transform: Hadamard | None = None,
+    by_column: bool = False,
+) -> tuple[Quantized, Quantized]:
+    """dgate and dup, quantized as ``precision.quantize.quantize`` does after ``transform``, bit for bit, in one read.
+
+    ``amaxes`` and ``noises`` are of the two; noises differ in the key alone. ``by_column``: as in ``Triton``.
+    """
+    from .fused_kernels import swiglu_backward_kernel
+
+    dh = gradients.dh
+    if dh.numel() == 0 or not runs_on(dh.device):
+        plain = [x if transform is None else transform.left(x) for x in gradients.computed()]
+        tops, random = amaxes or (None, None), noises or (None, None)
+        first, second = (
+            quantize(x, spec, amax=amax, noise=noise) for x, amax, noise in zip(plain, tops, random, strict=True)
+        )
+        return first, second
+    cut, levels = _cut(gradients, spec.tile, transform), spec.scale.levels
+    given: tuple[Tensor, Tensor] | tuple[None, None] = amaxes or (None, None)
+    tops = (None, None)
+    if levels == 2:
+        tops = amaxes or gradient_amaxes(gradients, TENSOR, transform)
+        given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
+    elif levels and amaxes is None and not cut.fused:
+        given = gradient_amaxes(gradients, spec.tile, transform)
+    room = Room(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False, by_column=by_column)
+    outputs = [room.make() for _ in range(2)]
+    parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
+    pointers: list[Tensor | None] = []
+    for (codes, scales, tensor_scale), tiles, tensor, part in zip(outputs, given, tops, parts, strict=True):
+        of_tiles, of_tensor = (None, tiles) if spec.tile == TENSOR else (tiles, tensor)
+        known = [None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor)]
+        pointers += [codes, scales, *known, tensor_scale, None if part is None else part.key]
+    shared = parts[0]
+    launch(
+        swiglu_backward_kernel,
+        cut.programs(*dh.shape),
+        *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
+        *pointers,
+        *((None, None) if shared is None else (shared.step, shared.first)),
+        *(*dh.shape, *dh.stride(), room.codes[1], *room.grid, 1 if shared is None else shared.rows_of_a_sample),
+        ALONG=gradients.along if gradients.d is not None else -1,
+        **constants(spec, dh.dtype, dh.device),
+        TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
+        GIVEN=given[0] is not None,
+        PARTS=1,
+        BY_COLUMN=room.by_column,
+        **cut.constexprs,
+        HADAMARD=transform.size if transform is not None else 0,
+        num_warps=2 * cut.num_warps,
+    )
+    dgate, dup = (room.filled(*made) for made in outputs)
+    assert isinstance(dgate, Quantized)
+    assert isinstance(dup, Quantized)
+    return dgate, dup
+
+
+def _cut(gradients: Gradients, tile: Tile, transform: Hadamard | None) -> Blocks:
+    dh = gradients.dh
+    assert dh.stride() == gradients.gate.stride() == gradients.up.stride(), "laid out alike"
+    return blocks_of(dh, tile, transform)

@@ -1,0 +1,1 @@
+"""How optimizer states and weights are kept and updated."""

@@ -1,0 +1,530 @@
+"""How optimizer states and master weights are kept: codecs, each a frozen value with a pure ``encode`` and ``decode``.
+
+A codec takes the FP32 matrix x [rows, cols] (this rank's rows of a parameter's state) to a few plain tensors, its
+parts, and back. Blocks are runs of a row and never cross rows (the last of a row may be shorter), so every part but a
+tensor-wide scale has the rows of x and shards with them: a checkpoint loads at any number of ranks exactly.
+
+=========================  =============================================================  ========================
+codec                      parts                                                          bytes an element
+=========================  =============================================================  ========================
+``Plain`` FP32, BF16       the values                                                     4, 2
+``Kahan``                  BF16 values, and what their rounding lost, in BF16             4
+``Scaled``                 codes (uint8, or FP16), FP32 scales of a block or the tensor   1 (2) + 4 / block
+``Dynamic``                codes (uint8), FP32 amax of a block                            1 + 4 / block
+``Expanded``               codes (uint8), FP32 amax and a uint8 exponent of a block       1 + 5 / block
+=========================  =============================================================  ========================
+
+Non-finite values: an infinity or a NaN makes everything that shares its scale NaN on the way back, and the stored
+scale is not finite: whoever looks at the float parts alone (a checkpoint does) finds out. ``Plain`` and ``Kahan`` keep
+them as they are, element by element.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..formats import BF16 as BF16_FORMAT
+from ..formats import E4M3, NumberFormat, by_name
+from ..noise import Noise
+from ..quantize import Quantized, dequantize, quantize
+from ..quantize import amax as amax_of
+from ..scaling import TENSOR, Fp32Decode, Tile
+from ..spec import OperandSpec, Rounding
+
+Parts = dict[str, Tensor]
+"""The stored tensors by name; the name of plain values is empty."""
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each part; a scale of the whole tensor has no dimension, every other part has x's rows."""
+
+
+class Codec(Protocol):
+    """A way to keep a matrix.
+
+    Attributes:
+        whole: all of the matrix, on all ranks, shares one scale: ``encode`` wants its amax.
+        stochastic: ``encode`` wants noise.
+    """
+
+    @property
+    def whole(self) -> bool: ...
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        """What is stored of a matrix [rows, cols]."""
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        """The parts of x FP32 [rows, cols]; ``amax`` FP32 scalar over all ranks, that of ``x`` if None."""
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """FP32 [rows, cols]."""
+
+    def bound(self, x: Tensor) -> Tensor:
+        """What |x - decode(encode(x))| is at most, element by element, for finite x; FP32, rounding to nearest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """FP32 as it is, or rounded to BF16: to nearest (error 2^-8 of the value), or stochastically (2^-7, unbiased)."""
+
+    dtype: torch.dtype = torch.float32
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"plain states are float32 or bfloat16, not {self.dtype}; FP16 needs a scale: fp16/tensor")
+        if self.stochastic and self.dtype is torch.float32:
+            raise ValueError("fp32/sr: there is nothing to round")
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding is Rounding.STOCHASTIC
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        return {"": ((rows, cols), self.dtype)}
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        if not self.stochastic:
+            return {"": x.to(self.dtype)}
+        assert noise is not None
+        rounded = BF16_FORMAT.round(x, noise.uniform(*x.shape))
+        return {"": torch.where(x.isfinite(), rounded, x).to(self.dtype)}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts[""].float()
+
+    def bound(self, x: Tensor) -> Tensor:
+        return x.abs() * 2.0**-8 + 2.0**-134 if self.dtype is torch.bfloat16 else torch.zeros_like(x)
+
+    def __str__(self) -> str:
+        return ("fp32" if self.dtype is torch.float32 else "bf16") + ("/sr" if self.stochastic else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kahan:
+    """BF16 weights with compensation: what rounding lost is kept in BF16 and added before the next update.
+
+    Both are added in FP32. Optimizers that do this in BF16 also round the sum of residual and update.
+    """
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        return {"": ((rows, cols), torch.bfloat16), "residual": ((rows, cols), torch.bfloat16)}
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        high = x.to(torch.bfloat16)
+        rest = x - high.float()
+        return {"": high, "residual": torch.where(high.isfinite(), rest, 0.0).to(torch.bfloat16)}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts[""].float() + parts["residual"].float()
+
+    def bound(self, x: Tensor) -> Tensor:
+        return x.abs() * 2.0**-16 + 2.0**-133
+
+    def __str__(self) -> str:
+        return "bf16/kahan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """Codes of a format of at most 8 bits, or FP16, under an FP32 scale of the tensor or of a block of a row.
+
+    decode scale = max(amax, floor) / format.max (``precision.scaling.Fp32Decode``), so the largest element becomes the
+    largest code. Error, to nearest: half a unit of the format's last mantissa bit, and where the format is subnormal
+    half of its smallest value times the scale.
+
+    Args:
+        format: of the codes.
+        block: elements of a row that share a scale; None for one scale of the tensor.
+        rounding: nearest or stochastic.
+    """
+
+    format: NumberFormat
+    block: int | None = 128
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self) -> None:
+        f = self.format
+        if f.bits not in (5, 6, 7, 8, 16) or f.integer or f.scales_only or f.min_exponent <= -126:
+            raise ValueError(f"{f}: scaled states are floats of 5 to 8 bits, or fp16")
+        if self.rounding is Rounding.TRUNCATE:
+            raise ValueError(f"{f}: states are rounded to nearest or stochastically")
+        _check_block(self.block)
+
+    @property
+    def whole(self) -> bool:
+        return self.block is None
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding is Rounding.STOCHASTIC
+
+    @property
+    def floor(self) -> float:
+        """Amaxes below are taken for this, so that no scale and no reciprocal of one leaves FP32's normal range."""
+        return max(1e-30, self.format.max * 2.0**-120)
+
+    @property
+    def spec(self) -> OperandSpec:
+        """The same in terms of ``precision.quantize``."""
+        tile = TENSOR if self.block is None else Tile(1, self.block)
+        return OperandSpec(format=self.format, tile=tile, scale=Fp32Decode(floor=self.floor), rounding=self.rounding)
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        dtype = torch.uint8 if self.format.bits <= 8 else torch.float16
+        scales = () if self.block is None else (rows, -(-cols // self.block))
+        return {"codes": ((rows, cols), dtype), "scales": (scales, torch.float32)}
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        q = quantize(x, self.spec, amax=amax if self.whole else None, noise=noise)
+        return {"codes": q.codes, "scales": q.scales.reshape(()) if self.whole else q.scales}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        codes, scales = parts["codes"], parts["scales"]
+        rows, cols = codes.shape
+        return dequantize(Quantized(
+            codes=codes, scales=scales.reshape(1, 1) if self.whole else scales, tensor_scale=None, shape=(rows, cols),
+            spec=self.spec,
+        ))  # fmt: skip
+
+    def bound(self, x: Tensor) -> Tensor:
+        f, top = self.format, amax_of(x, self.spec.tile).clamp(min=self.floor)
+        least = (top if self.block is None else _spread(top, x.shape[1], self.block)) * (2.0**f.tiny_exponent / f.max)
+        return 0.5000005 * (x.abs() * 2.0**-f.mantissa_bits).maximum(least)
+
+    def __str__(self) -> str:
+        return f"{self.format}/{self.block or 'tensor'}{'/sr' if self.stochastic else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """Block-wise 8-bit dynamic tree quantization (arXiv 2110.02861; the default map of bitsandbytes' 8-bit optimizers).
+
+    A block is divided by its amax; what is left is the nearest of 256 values: in each of seven decades, 10^-k to
+    10^-(k+1) for k = 6 .. 0, the midpoints of 2^(6-k) equal parts with either sign (of 2^(7-k), all positive, where
+    ``signed`` is false, as for second moments); zero; one. Values half-way go to the lower neighbour. The paper has
+    blocks of 2048; 256 is what is used since. Theirs run over the flat tensor.
+
+    Error: half the gap between neighbours, at most 0.0071 of the block's amax.
+    """
+
+    block: int = 256
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        _check_block(self.block)
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        scales = ((rows, -(-cols // self.block)), torch.float32)
+        return {"codes": ((rows, cols), torch.uint8), "scales": scales}
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        top = amax_of_blocks(x, self.block)
+        _, middles = dynamic_map(self.signed)
+        codes = torch.bucketize(_shares(x, top, self.block), middles.to(x.device))
+        return {"codes": codes.to(torch.uint8), "scales": top}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        values, _ = dynamic_map(self.signed)
+        shares = values.to(parts["codes"].device)[parts["codes"].int()]
+        return shares * _spread(parts["scales"], shares.shape[1], self.block)
+
+    def bound(self, x: Tensor) -> Tensor:
+        values, _ = dynamic_map(self.signed)
+        top = amax_of_blocks(x, self.block)
+        share = _shares(x, top, self.block)
+        above = torch.bucketize(share, values).clamp(1, 255)
+        gap = torch.where(share < values[0], 2 * (values[0] - share), values[above] - values[above - 1])
+        return (gap * 0.500001 + 2.0**-24) * _spread(top, x.shape[1], self.block)
+
+    def __str__(self) -> str:
+        return f"dynamic/{self.block}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expanded:
+    """COAT's range-expanded E4M3 (arXiv 2410.19313): a block is bent by a power until it fills the format's range.
+
+    With M the block's amax and mn its least magnitude that is not zero: k = the largest multiple of 1/16, at most 16,
+    for which (M / mn)^k is within 448^2 / 2 (the released code's range, not all of E4M3's 448 * 512). A value is stored
+    as the sign and the E4M3 code nearest to (|x| / M)^k * 448, half-way cases to the lower code; it comes back as
+    M * (code / 448)^(1/k), from tables over k.
+
+    Not as the authors' code, which stores c = sqrt(M * mn), k and a scale in FP32 (or scales in BF16) and groups 128
+    flat elements: its k has no bound, and exceeds 16 in every block with M / mn below (448^2 / 2)^(1/16) = 2.05 (it is
+    infinite where all magnitudes are equal). Here k stays 16 there, which a byte holds and a table serves: such a block
+    keeps an error of at most 1.5% that theirs goes on reducing. Above 2.05 k is theirs, but for the rounding of
+    logarithms at its steps.
+
+    Error: the least values of a block fall on E4M3's subnormals, so (1 + 0.25)^(1/k) - 1 of the value.
+    """
+
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        _check_block(self.block)
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def layout(self, rows: int, cols: int) -> Layout:
+        blocks = (rows, -(-cols // self.block))
+        return {
+            "codes": ((rows, cols), torch.uint8), "scales": (blocks, torch.float32), "powers": (blocks, torch.uint8),
+        }  # fmt: skip
+
+    def powers(self, x: Tensor, top: Tensor) -> Tensor:
+        """16 k - 1 of every block, int64 [rows, blocks], from 0 to 255."""
+        magnitude = torch.where(x == 0, math.inf, x.abs())
+        padded = torch.nn.functional.pad(magnitude, (0, top.shape[1] * self.block - x.shape[1]), value=math.inf)
+        least = padded.reshape(*top.shape, self.block).amin(-1)
+        ratio = torch.where(top > 0, top / least, 1.0)
+        return 255 - torch.bucketize(ratio, expansion_limits().to(x.device)).clamp(max=255)
+
+    def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
+        top = amax_of_blocks(x, self.block)
+        powers = self.powers(x, top)
+        share = _shares(x, top, self.block)
+        _, middles = expanded_maps()
+        codes = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+        bent = _spread(powers, x.shape[1], self.block)
+        for power in sorted(set(powers.flatten().tolist())):
+            here = bent == power
+            codes[here] = torch.bucketize(share[here].abs(), middles[power].to(x.device)).clamp(max=126)
+        codes |= (share < 0).long() << 7
+        return {"codes": codes.to(torch.uint8), "scales": top, "powers": powers.to(torch.uint8)}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        values, _ = expanded_maps()
+        codes = parts["codes"].int()
+        power = _spread(parts["powers"].int(), codes.shape[1], self.block)
+        shares = values.to(codes.device).flatten()[power * 128 + (codes & 127)]
+        top = _spread(parts["scales"], codes.shape[1], self.block)
+        return torch.where(codes > 127, -shares, shares) * top
+
+    def bound(self, x: Tensor) -> Tensor:
+        k = (self.powers(x, amax_of_blocks(x, self.block)) + 1) / 16
+        return x.abs() * (1.25 ** (1 / _spread(k, x.shape[1], self.block)) - 1 + 2.0**-20)
+
+    def __str__(self) -> str:
+        return f"expanded/{self.block}"
+
+
+FP32: Codec = Plain()
+BF16: Codec = Plain(dtype=torch.bfloat16)
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> tuple[Tensor, Tensor]:
+    """The 256 values of ``Dynamic``, ascending FP32, and the 255 middles between them."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, (1 if signed else 2) * 2**decade + 1, dtype=torch.float32)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
+        values += middles + [-value for value in middles] * signed
+    table = torch.tensor(sorted(values), dtype=torch.float32)
+    return table, ((table[:-1].double() + table[1:].double()) / 2).float()
+
+
+@functools.cache
+def expanded_maps() -> tuple[Tensor, Tensor]:
+    """For k = 1/16 .. 16: the shares (code / 448)^(1/k) of ``Expanded`` [256, 128], the last of no use, and middles."""
+    codes = E4M3.decode(torch.arange(127, dtype=torch.uint8)).double() / E4M3.max
+    middles = (codes[:-1] + codes[1:]) / 2
+    inverse = 16.0 / torch.arange(1, 257, dtype=torch.float64)[:, None]
+    values = torch.nn.functional.pad(codes**inverse, (0, 1), value=1.0)
+    return values.float(), torch.nn.functional.pad(middles**inverse, (0, 2), value=math.inf).float()
+
+
+@functools.cache
+def expansion_limits() -> Tensor:
+    """The largest M / mn for k = 16 down to 1/16: FP32 [256], ascending."""
+    log2 = math.log2(E4M3.max * E4M3.max / 2)
+    exponents = 16.0 * log2 / torch.arange(256, 0, -1, dtype=torch.float64)
+    return (2.0**exponents).float()
+
+
+def _check_block(block: int | None) -> None:
+    if block is not None and not 1 <= block <= 4096:
+        raise ValueError(f"a block of a state has 1 to 4096 elements, not {block}")
+
+
+def amax_of_blocks(x: Tensor, block: int) -> Tensor:
+    """max |x| of every block of a row: FP32 [rows, blocks]; NaN where there is one."""
+    return amax_of(x, Tile(1, block))
+
+
+def _spread(of_blocks: Tensor, cols: int, block: int) -> Tensor:
+    """Values of blocks [rows, blocks] for every element [rows, cols]."""
+    return of_blocks.repeat_interleave(block, 1)[:, :cols]
+
+
+def _shares(x: Tensor, top: Tensor, block: int) -> Tensor:
+    """x divided by the amax of its block; 0 in a block of zeros, and for what is NaN."""
+    top = _spread(top, x.shape[1], block)
+    return torch.where(top > 0, x / top, 0.0).nan_to_num(0.0)
+
+
+# What can be asked for by name. Of the keys that a choice does not name, the recipe's stay.
+CHOICES: dict[str, dict[str, str]] = {
+    "fp32": {"m": "fp32", "v": "fp32"},
+    "bf16": {"m": "bf16", "v": "bf16"},
+    "bf16_sr": {"m": "bf16/sr", "v": "bf16/sr"},
+    "fp8": {"m": "e4m3/128", "v": "e5m2/128"},
+    "fp8_tensor": {"m": "e4m3/tensor", "v": "e5m2/tensor"},
+    "fp8_fishman": {"m": "e4m3_240/tensor", "v": "e5m2/tensor", "master": "fp16/tensor"},  # arXiv 2409.12517
+    "fp8_lm": {"m": "e4m3/tensor", "v": "fp16/tensor", "master": "fp16/tensor"},  # arXiv 2310.18313
+    "dynamic8": {"m": "dynamic/256", "v": "dynamic/256"},
+    "coat": {"m": "expanded/128", "v": "expanded/128"},
+    "pure_bf16": {"m": "bf16", "v": "bf16", "master": "bf16"},
+    "pure_bf16_sr": {"m": "bf16", "v": "bf16", "master": "bf16/sr"},
+    "pure_bf16_kahan": {"m": "bf16", "v": "bf16", "master": "bf16/kahan"},
+}
+_SPELLED = "FORMAT[/BLOCK or /tensor][/sr], as in e4m3/128, e5m2/tensor/sr, fp16/tensor, fp32, bf16, dynamic, expanded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """How the two moments and the weights that are updated are kept.
+
+    Args:
+        m: the first moment (``exp_avg``).
+        v: the second moment (``exp_avg_sq``).
+        master: the weights. None: the parameter itself, in the recipe's parameter dtype, rounded to nearest.
+            ``Plain`` or ``Kahan``: the parameter itself, in that codec's dtype. ``Scaled``: codes and scales beside a
+            parameter in the compute dtype, which becomes what the codes stand for after every update.
+    """
+
+    m: Codec = FP32
+    v: Codec = FP32
+    master: Codec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("m", "v"):
+            if isinstance(getattr(self, name), Kahan):
+                raise ValueError(f"{name}={getattr(self, name)}: compensation is for weights, optim.moments.master")
+        if isinstance(self.master, (Dynamic, Expanded)):
+            raise ValueError(
+                f"master={self.master}: weights are kept as fp32, bf16, or scaled floats such as fp16/tensor"
+            )
+
+    def param_dtype(self, param: torch.dtype, compute: torch.dtype) -> torch.dtype:
+        """Of the model's parameters, for a recipe with these dtypes."""
+        if isinstance(self.master, Plain):
+            return self.master.dtype
+        if isinstance(self.master, Kahan):
+            return torch.bfloat16
+        return param if self.master is None else compute
+
+    def __str__(self) -> str:
+        master = f", weights {self.master}" if self.master is not None else ""
+        return f"m {self.m}, v {self.v}{master}"
+
+
+STANDARD = Moments()
+
+
+def chosen(choice: str | Mapping[str, Any] | None, base: Moments) -> Moments:
+    """``base``, with what ``choice`` names: one of ``CHOICES``, one codec for both moments, or a mapping of m, v,
+    master, and ``block`` for those of them that do not say.
+
+    Raises ValueError, one line with the near matches, for a name that is none.
+    """
+    if choice is None:
+        return base
+    if isinstance(choice, str):
+        near = _near(choice, CHOICES)
+        if choice not in CHOICES:
+            try:
+                return replace(base, m=codec(choice), v=codec(choice, signed=False))
+            except ValueError as error:
+                message = f"no moments named {choice!r}{near}; there are: {', '.join(CHOICES)}; or {_SPELLED}"
+                raise ValueError(message if "no codec named" in str(error) else str(error)) from error
+        choice = CHOICES[choice]
+    if not isinstance(choice, Mapping):
+        raise ValueError(f"{choice!r}: a name, or a mapping of m, v, master, block")
+    keys = [part.name for part in fields(Moments)]
+    for key in choice:
+        if key not in (*keys, "block"):
+            raise ValueError(f"no key {key!r}{_near(str(key), (*keys, 'block'))}; there are: m, v, master, block")
+    block = choice.get("block")
+    if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
+        raise ValueError(f"block={block!r}: a number of elements")
+    given = {key: codec(choice[key], signed=key != "v", block=block) for key in keys if choice.get(key) is not None}
+    return replace(base, **given)
+
+
+def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:
+    """The codec spelled ``text``; ``signed``: whether values may be negative; ``block``: where the text names none.
+
+    Raises ValueError, one line, for what is none.
+    """
+    name, *options = str(text).split("/")
+    stochastic, kahan = ("sr" in options, "kahan" in options)
+    sizes = [option for option in options if option not in ("sr", "kahan")]
+    rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+    known = ["fp32", "bf16", "dynamic", "expanded", "fp16", "e4m3", "e4m3_240", "e5m2"]
+    if len(sizes) > 1 or any(size != "tensor" and not size.isdigit() for size in sizes):
+        raise ValueError(f"{text!r} is no codec: {_SPELLED}")
+    if sizes and name in ("fp32", "bf16"):
+        raise ValueError(f"{text!r}: {name} has no scale, and so no block")
+    if kahan and (name != "bf16" or stochastic):
+        raise ValueError(f"{text!r}: compensation is for bf16 rounded to nearest: bf16/kahan")
+    size = None if sizes == ["tensor"] else int(sizes[0]) if sizes else block
+    usual = {"dynamic": 256}.get(name, 128) if size is None else size
+    match name:
+        case "fp32":
+            return Plain(rounding=rounding)
+        case "bf16":
+            return Kahan() if kahan else Plain(dtype=torch.bfloat16, rounding=rounding)
+        case "dynamic" | "expanded" if stochastic or sizes == ["tensor"]:
+            raise ValueError(f"{text!r}: {name} is of blocks, rounded to nearest")
+        case "dynamic":
+            return Dynamic(block=usual, signed=signed)
+        case "expanded":
+            return Expanded(block=usual)
+    try:
+        format = by_name(name)
+    except ValueError as error:
+        raise ValueError(f"no codec named {text!r}{_near(name, known)}; {_SPELLED}") from error
+    return Scaled(format=format, block=None if sizes == ["tensor"] else usual, rounding=rounding)
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -1,0 +1,1 @@
+"""Text and batches: corpora, tokenizers, shards, streams."""

@@ -1,0 +1,1 @@
+"""Many runs at once: jobs, launchers, schedulers of a cluster."""

@@ -1,0 +1,1 @@
+"""What stands beside training: exports, evaluation, generation, verification."""
