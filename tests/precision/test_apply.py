@@ -104,7 +104,7 @@ def torch_encoder() -> nn.Module:
         *("sequential_with_head", "wrapped", "linears_alone", "bare"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::precision.coverage.CoverageWarning")
+@pytest.mark.filterwarnings("ignore::narrowgauge.precision.coverage.CoverageWarning")
 def test_blocks_are_found_by_structure(
     make: Callable[[], nn.Module], stacks: dict[str, int], outside: list[str]
 ) -> None:
