@@ -18,7 +18,6 @@ and in steps that are watched (``precision.probe`` measures against the weight).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,23 +28,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .linear import Gathered, QuantLinear, W, quantized_once
+from .linear import QuantLinear
+from .operands import Gathered
 from .quantize import Quantized
 from .scaling import TENSOR, Unit
+from .slots import W
 from .spec import LinearSpec, OperandSpec
-
-
-@functools.cache
-def weight_spec(spec: LinearSpec) -> OperandSpec | str:
-    """The one quantization of the weight that fprop and dgrad read, or why there is none."""
-    w, w_t = spec.fprop.b, spec.dgrad.b
-    if w is None or w_t is None:
-        return f"{'fprop' if w is None else 'dgrad'} reads the weight in high precision"
-    if w.format.bits > 8:
-        return f"{w.format} is no narrower than what is gathered"
-    if w.tile.outer != w.tile.inner:
-        return f"a weight in tiles of {w.tile} is quantized anew for dgrad, along its other dimension"
-    return w if quantized_once(spec) else "fprop and dgrad do not read the same codes of the weight"
 
 
 @dataclass(eq=False)
@@ -59,9 +47,9 @@ class _Weight:
     @property
     def spec(self) -> OperandSpec | None:
         """What it is quantized by before it is gathered; None where GEMMs of this pass want it as it is."""
-        if self.linear.clock.high_precision or self.linear.observer is not None:
+        if self.linear.context.high_precision or self.linear.observer is not None:
             return None
-        spec = weight_spec(self.linear.active)
+        spec = self.linear.plan.weight_once
         return None if isinstance(spec, str) else spec
 
 
@@ -149,7 +137,7 @@ def _quantized(segment: _Segment, part: Tensor, spec: OperandSpec | None) -> Qua
     weight = segment.weight
     scaled_by = None
     if weight.amax is not None:
-        scaled_by = weight.linear.amax_for(W, part, now=weight.amax)
+        scaled_by = weight.linear.amaxes.held(weight.linear.plan.slots[W], part, now=weight.amax)
         scaled_by = weight.amax if scaled_by is None else scaled_by
     shard = part.view(segment.rows, segment.columns)
     return weight.linear.backends[0].quantize(shard, spec, amax=scaled_by, noise=None)
@@ -221,7 +209,7 @@ def gather_codes(
 
 
 def _weight(linear: QuantLinear, rows: int) -> _Weight:
-    spec = weight_spec(linear.spec)
+    spec = linear.plan_of((0, 0, 0)).weight_once
     if isinstance(spec, str):
         raise ValueError(f"{linear.path}: {spec}")
     for other in linear.specs[1:]:
@@ -238,7 +226,7 @@ def _find_amaxes(
     weights: Sequence[_Weight], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> Callable[[nn.Module, object], None]:
     """A hook that sets ``amax`` of every weight whose scale is made of the whole weight's."""
-    specs = [weight_spec(weight.linear.spec) for weight in weights]
+    specs = [weight.linear.plan_of((0, 0, 0)).weight_once for weight in weights]
     wanted = [
         weight
         for weight, spec in zip(weights, specs, strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,22 +23,12 @@ from .backends import Backend, Operand
 from .backends.scaled_mm import ScaledMM
 from .backends.triton.fused import gradient_amaxes, quantize_gradients
 from .backends.triton.quantizer import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
-from .linear import (
-    DGRAD_DY,
-    DGRAD_W,
-    TRANSPOSED,
-    WGRAD_DY,
-    WGRAD_X,
-    Call,
-    QuantLinear,
-    W,
-    X,
-    is_random,
-    keeps_first,
-    kept_of,
-)
+from .linear import QuantLinear
+from .operands import Call
+from .packing import pack, unpack
 from .quantize import Quantized
 from .scaling import TENSOR, Current, Tile
+from .slots import DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X, Origin, W, X
 from .spec import LinearSpec, OperandSpec, Source, Transform
 from .swiglu import Gradients, Hidden
 from .transforms import Composed, Hadamard, Rescale
@@ -117,9 +107,9 @@ class FusedSwiGLU:
             return True, False
         linears = self._linears()
         planned = self.always or self._why_not(planned=True) is None
-        if linears[0].clock.high_precision or not planned:
+        if linears[0].context.high_precision or not planned:
             return True, False
-        watched = any(linear.observer is not None or linear.mode.unseen for linear in linears)
+        watched = any(linear.observer is not None or linear.plan.unmeasured for linear in linears)
         fits = x.dtype in DTYPES and x.numel() > 0 and runs_on(x.device)
         autocast = torch.is_autocast_enabled(x.device.type)
         return False, fits and not watched and not autocast and self._why_not() is None
@@ -202,13 +192,9 @@ class FusedSwiGLU:
         gate, up, down = linears = self._linears()
         gate.require_width(x)
         rows = x.reshape(-1, gate.in_features)
-        place = gate.clock.first_sample, gate.clock.rows_of_a_sample(x, len(rows))
         differentiated = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
-        made = gate.clock.recent.of(x)
-        calls = tuple(
-            Call.of(linear, linear.active, *place, of_x)
-            for linear, of_x in zip(linears, (made, made, None), strict=True)
-        )
+        shared = gate.context.shared.operands_of(x)
+        calls = gate.call(x, shared), up.call(x, shared), replace(gate.call(x, None), linear=down, plan=down.plan)
         weights = (gate.weight, up.weight, down.weight)
         y: Tensor = _Fused.apply(rows, *weights, down.bias, calls, self.smoothing, differentiated)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], down.out_features)
@@ -253,10 +239,10 @@ class _Fused(torch.autograd.Function):
         kept: list[Operand | None] = []
         for call, weight, trained in zip(calls[:2], (gate_weight, up_weight), differentiated[:2], strict=True):
             if trained:
-                call.make_both(x)
-            a = call.operand(X, x, codes=trained and keeps_first(call.spec))
+                call.share_pair(x)
+            a = call.operand(X, x, codes=trained and call.plan.saves_fprop_codes)
             outputs.append(call.product(0, a, call.weight(W, weight), dtype=x.dtype))
-            kept.append(kept_of(call, x, a) if trained else None)
+            kept.append(call.saved(x, a) if trained else None)
         gate, up = outputs
         d, top = smoothing.of(gate, up)
         h, down = Hidden(gate, up, d, smoothing.along), calls[2].with_stats(d)
@@ -265,12 +251,12 @@ class _Fused(torch.autograd.Function):
         y = down.product(0, a, down.weight(W, down_weight), dtype=x.dtype, bias=down_bias)
         h_t = None if not differentiated[2] else _hidden(down, WGRAD_X, h, top) if pair is None else pair[1]
         kept.append(h_t)
-        tensors, ctx.kept = zip(*map(_packed, kept), strict=True)
+        tensors, ctx.kept = zip(*map(unpack, kept), strict=True)
         ctx.save_for_backward(
             gate_weight, up_weight, down_weight, gate, up, d, *(part for of in tensors for part in of)
         )
         ctx.calls, ctx.along, ctx.has_bias = (
-            [call.without_input() for call in calls],
+            [call.for_backward() for call in calls],
             smoothing.along,
             down_bias is not None,
         )
@@ -281,23 +267,20 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate_weight, up_weight, down_weight, gate, up, d, *rest = ctx.saved_tensors
         parts = iter(rest)
-        gate_x, up_x, h_t = (_unpacked(parts, meta) for meta in ctx.kept)
+        gate_x, up_x, h_t = (pack(parts, layout) for layout in ctx.kept)
         gate_call, up_call, down = ctx.calls[0], ctx.calls[1], ctx.calls[2].with_stats(d)
         needed = dict(zip(("x", "gate", "up", "down", "bias"), ctx.needs_input_grad[:5], strict=True))
         dx = None
         weights: dict[str, Tensor | None] = {"gate": None, "up": None, "down": None}
 
         dy_made: Operand = dy
-        dgrad = down.spec.dgrad
-        divides = _rescale(dgrad.transform) is not None  # which is then done where dh is read
+        divides = _rescale(down.plan.slots[DGRAD_DY].transform) is not None  # which is then done where dh is read
         dh = None
         if needed["x"] or needed["gate"] or needed["up"]:
             dy_made = down.operand(DGRAD_DY, dy)
-            dh = down.module.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
+            dh = down.plan.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
         if needed["down"]:
-            same = not isinstance(dy_made, Tensor) and down.resolved.dy_transposes
-            dy_t = dy_made.t() if same else down.operand(WGRAD_DY, dy.mT)
-            weights["down"] = down.product(2, dy_t, h_t, dtype=down_weight.dtype)
+            weights["down"] = down.product(2, down.dy_for_wgrad(dy, dy_made), h_t, dtype=down_weight.dtype)
         dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
         if dh is None:
             return None, None, None, weights["down"], dbias, None, None, None
@@ -312,7 +295,7 @@ class _Fused(torch.autograd.Function):
             )
             dx = dx_gate + dx_up
         if needed["gate"] or needed["up"]:
-            if made is not None and gate_call.resolved.dy_transposes:
+            if made is not None and gate_call.plan.slots[WGRAD_DY].origin is Origin.TRANSPOSED:
                 columns = made[0].t(), made[1].t()
             else:
                 columns = _gradients(calls, WGRAD_DY, gradients, noted=(needed["gate"], needed["up"]))
@@ -320,34 +303,35 @@ class _Fused(torch.autograd.Function):
                 ("gate", "up"), calls, columns, (gate_x, up_x), (gate_weight, up_weight), strict=True
             ):
                 if needed[name]:
-                    weights[name] = call.product(2, codes, call.kept_columns(x), dtype=weight.dtype)
+                    weights[name] = call.product(2, codes, call.saved_operand(x), dtype=weight.dtype)
         return dx, weights["gate"], weights["up"], weights["down"], dbias, None, None, None
 
 
 def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     """The slot's codes of h; ``top``: its amax, if known. As ``Call.operand`` would have them of h written out."""
-    gemm, module = call.gemm(slot), call.module
-    spec = gemm.a if slot == X else gemm.b
+    plan = call.plan.slots[slot]
+    spec = plan.spec
     assert spec is not None
-    hadamard = _beside(gemm.transform)
+    hadamard = _beside(plan.transform)
     assert isinstance(hadamard, Hadamard | None)
-    x = h.mT if slot in TRANSPOSED else h
-    noise = module.noise(slot, call) if is_random(spec) else None
+    x = h.mT if plan.transposed else h
+    noise = call.noise(plan) if plan.stochastic else None
     of_tensor = spec.scale.levels == 2 or (spec.scale.levels == 1 and spec.tile == TENSOR)
     amax = top if hadamard is None and of_tensor else None
-    if slot in module.mode.column_of:
-        amax = module.amax_for(slot, x.gate, tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax)
-    by_column = module.backends[slot // 2].by_column
+    if plan.column is not None:
+        now = tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax
+        amax = call.linear.amaxes.held(plan, x.gate, now)
+    by_column = call.plan.backends[slot // 2].by_column
     return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard, by_column=by_column)
 
 
 def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     """The codes of h for fprop and for wgrad, where one read makes both."""
-    fprop, wgrad = call.spec.fprop, call.spec.wgrad
+    fprop, wgrad = call.plan.spec.fprop, call.plan.spec.wgrad
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
     if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
         return None
-    return quantize_both(h, fprop.a, by_column=call.module.backends[0].by_column)  # type: ignore[return-value]
+    return quantize_both(h, fprop.a, by_column=call.plan.backends[0].by_column)  # type: ignore[return-value]
 
 
 def _gradients(
@@ -357,21 +341,20 @@ def _gradients(
 
     ``noted``: whose amaxes are remembered, as they are of what a plain linear reads.
     """
-    gemm = calls[0].gemm(slot)
-    spec, hadamard, transposed = gemm.a, gemm.transform, slot in TRANSPOSED
+    plans = calls[0].plan.slots[slot], calls[1].plan.slots[slot]
+    plan = plans[0]
+    spec, hadamard = plan.spec, plan.transform
     assert spec is not None
     assert isinstance(hadamard, Hadamard | None)
-    square = spec.tile.outer == spec.tile.inner and hadamard is None and not is_random(spec)
-    source = gradients.mT if transposed and not square else gradients
+    source = gradients.mT if plan.transposed and not plan.own_rows else gradients
     noises = amaxes = None
-    if is_random(spec):
-        first, second = (call.module.noise(slot, call) for call in calls)
-        noises = first, second
-    if slot in calls[0].module.mode.column_of:
+    if plan.stochastic:
+        noises = calls[0].noise(plans[0]), calls[1].noise(plans[1])
+    if plan.column is not None:
         tops = gradient_amaxes(source, TENSOR, hadamard)
         held = [
-            call.module.amax_for(slot, gradients.dh, top.reshape(())) if note else top.reshape(())
-            for call, top, note in zip(calls, tops, noted, strict=True)
+            call.linear.amaxes.held(own, gradients.dh, top.reshape(())) if note else top.reshape(())
+            for call, own, top, note in zip(calls, plans, tops, noted, strict=True)
         ]
         assert held[0] is not None
         assert held[1] is not None
@@ -382,33 +365,9 @@ def _gradients(
         amaxes=amaxes,
         noises=noises,
         transform=hadamard,
-        by_column=calls[0].module.backends[slot // 2].by_column,
+        by_column=calls[0].plan.backends[slot // 2].by_column,
     )
-    return (first_made.t(), second_made.t()) if transposed and square else (first_made, second_made)
-
-
-Meta = tuple[tuple[int, int], OperandSpec, bool] | None
-
-
-def _packed(operand: Operand | None) -> tuple[tuple[Tensor | None, ...], Meta]:
-    """An operand as tensors to be saved, and the rest."""
-    if isinstance(operand, Quantized):
-        tensors = operand.codes, operand.scales, operand.tensor_scale
-        return tensors, (operand.shape, operand.spec, operand.transposed)
-    assert operand is None or isinstance(operand, Tensor)
-    return (operand,), None
-
-
-def _unpacked(parts: Any, meta: Meta) -> Operand:
-    """What ``_packed`` was given, from the next of the saved tensors."""
-    first: Tensor = next(parts)
-    if meta is None:
-        return first
-    shape, spec, transposed = meta
-    scales, tensor_scale = next(parts), next(parts)
-    return Quantized(
-        codes=first, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
-    )
+    return (first_made.t(), second_made.t()) if plan.transposed and plan.own_rows else (first_made, second_made)
 
 
 def _rescale(transform: Transform | None) -> Rescale | None:

@@ -32,9 +32,11 @@ from torch import Tensor, nn
 
 from .backends import Operand
 from .linear import QuantLinear
+from .operands import Call
 from .quantize import Quantized, dequantize
 from .recipe import Plan, close
-from .spec import GemmSpec, LinearSpec, OperandSpec
+from .slots import SlotPlan
+from .spec import LinearSpec
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
@@ -164,29 +166,26 @@ class Probe:
         self._extremes = torch.full((*shape, 3), -math.inf, dtype=torch.float64, device=self._device)
         self._formats: list[dict[int, str]] = [{} for _ in self._linears]
 
-    # The observer of quantized linears (precision.linear.Observer).
+    # The observer of quantized linears (precision.operands.Observer).
 
     @torch.no_grad()
     def measure(
         self,
-        module: QuantLinear,
+        call: Call,
         gemm: int,
-        spec: GemmSpec,
         given: tuple[Tensor, Tensor],
         used: tuple[Operand, Operand],
         y: Tensor,
         bias: Tensor | None,
-        stats: Tensor | None,
     ) -> _Measured:
         """Figures of one GEMM's operands and output; nothing is counted yet."""
         noted, formats = [], []
-        for left, x, operand, rounded in zip((True, False), given, used, (spec.a, spec.b), strict=True):
-            seen = x if spec.transform is None else module.transformed(gemm, spec.transform, x, stats, left=left)
-            noted.append(of_operand(seen, operand))
-            formats.append(_format(rounded, spec, x.dtype))
+        for slot, x, operand in zip(call.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
+            noted.append(of_operand(call.transformed(slot, x), operand))
+            formats.append(_format(slot, x.dtype))
         noted.append(_of_output(*given, y, bias))
         rows = (2 * gemm, 2 * gemm + 1, len(SLOTS) + gemm)
-        return _Measured(self._index[id(module)], rows, (*formats, _name(y.dtype)), tuple(noted))
+        return _Measured(self._index[id(call.linear)], rows, (*formats, _name(y.dtype)), tuple(noted))
 
     def add(self, noted: _Measured) -> None:
         """Count what ``measure`` gave."""
@@ -296,9 +295,9 @@ def _square(x: Tensor) -> Tensor:
     return norm * norm
 
 
-def _format(operand: OperandSpec | None, spec: GemmSpec, dtype: torch.dtype) -> str:
-    name = _name(dtype) if operand is None else str(operand)
-    return name if spec.transform is None else f"{name} [{spec.transform}]"
+def _format(slot: SlotPlan, dtype: torch.dtype) -> str:
+    name = _name(dtype) if slot.spec is None else str(slot.spec)
+    return name if slot.transform is None else f"{name} [{slot.transform}]"
 
 
 def _name(dtype: torch.dtype) -> str:

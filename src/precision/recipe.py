@@ -25,16 +25,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .amax import UNKNOWN
+from .assign import assign_backends
 from .backends import require_backend as require_backend
 from .blocks import Block, Blocks, find_blocks
+from .context import StepContext, require_steps
 from .coverage import OUTSIDE, Coverage, CoverageWarning, covered
-from .linear import UNKNOWN, Clock, QuantLinear, assign_backends, is_random, require_steps
+from .linear import QuantLinear
 from .loading import available as available
 from .loading import guarded, is_file, make_of
 from .loading import names as names
 from .loss_scale import LossScaler
 from .scaling import Current
 from .schedule import Span, parse_span
+from .slots import is_stochastic, operands
 from .spec import GEMMS, LinearSpec
 from .states.codecs import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
@@ -254,7 +258,7 @@ class Plan:
     update_note: str = ""  # how optimizer states are kept and updated, once that is known
     coverage: Coverage = field(default_factory=Coverage)
     notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
-    clock: Clock = field(default_factory=Clock)
+    context: StepContext = field(default_factory=StepContext)
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
     _clean_steps: Tensor = field(init=False)
@@ -276,8 +280,8 @@ class Plan:
     def begin_step(self, step: int, sample_offset: int, total_steps: int | None = None) -> None:
         """Before the first micro-batch of ``step``; ``sample_offset`` is its first sample on this rank, globally."""
         self._step = step
-        self.clock.set(step, sample_offset, None)
-        self.clock.begin()
+        self.context.set(step, sample_offset, None)
+        self.context.begin()
         if self.recipe.schedule:
             picks = [0, 0, 0]
             for number, phase in enumerate(self.recipe.schedule, 1):
@@ -291,8 +295,8 @@ class Plan:
 
     def begin_micro(self, sample_offset: int, samples: int | None = None) -> None:
         """Before every micro-batch of ``samples`` samples: rounding noise goes by the global index of a sample."""
-        self.clock.set(self._step, sample_offset, samples)
-        self.clock.begin()
+        self.context.set(self._step, sample_offset, samples)
+        self.context.begin()
         for hook in self.recipe.hooks:
             if isinstance(hook, MicroHook):
                 hook.begin_micro(self.model)
@@ -327,7 +331,7 @@ class Plan:
         """
         for linear in self.model.modules():  # who asks for them may write them
             if isinstance(linear, QuantLinear):
-                linear.ask_again()
+                linear.amaxes.ask_again()
         buffers = self.buffers()
         scaling = {"loss_scale": self._scale, "loss_scale_clean_steps": self._clean_steps}
         if self._ranks is not None:
@@ -371,11 +375,11 @@ class Plan:
     @contextmanager
     def high_precision(self) -> Iterator[None]:
         """Run without the recipe's quantization of matrix products."""
-        before, self.clock.high_precision = self.clock.high_precision, True
+        before, self.context.high_precision = self.context.high_precision, True
         try:
             yield
         finally:
-            self.clock.high_precision = before
+            self.context.high_precision = before
 
     def __str__(self) -> str:
         dtypes = self.recipe.dtypes
@@ -576,7 +580,7 @@ def apply(
             warnings.warn(str(plan.coverage), CoverageWarning, stacklevel=2)
     _leave_fast_paths(model)
     if why := _by_step(recipe, model):
-        require_steps(model, plan.clock, why)
+        require_steps(model, plan.context, why)
     return plan
 
 
@@ -598,11 +602,11 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
             setattr(model.get_submodule(parent), child, QuantLinear(linear, path, LinearSpec()))
     if recipe.schedule and not any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"the schedule ({recipe.schedule[0]}) switches nothing: no linear is quantized")
-    clock = Clock(seed=seed, device=None if device.type == "meta" else device)
+    context = StepContext(seed=seed, device=None if device.type == "meta" else device)
     rows: list[PlanRow] = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            module.clock = clock
+            module.context = context
             phases = [
                 (str(phase.span), phase.gemms, specs.get(path, LinearSpec()))
                 for phase, specs in zip(recipe.schedule, others, strict=True)
@@ -614,7 +618,7 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
     coverage = replace(covered(model, scene.kept, scene.reasons), scheduled=bool(recipe.schedule))
-    plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), clock=clock)
+    plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), context=context)
     if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
         for name, buffer in plan.buffers().items():
             if buffer.is_meta:
@@ -662,10 +666,7 @@ def _nothing(module: nn.Module, inputs: Any) -> None:
 def _by_step(recipe: Recipe, model: nn.Module) -> str:
     """What of a recipe in a model goes by the step, in words; nothing if nothing does."""
     specs = {spec for module in model.modules() if isinstance(module, QuantLinear) for spec in module.specs}
-    operands = [
-        operand for spec in specs for gemm in (spec.fprop, spec.dgrad, spec.wgrad) for operand in (gemm.a, gemm.b)
-    ]
-    random = any(operand is not None and is_random(operand) for operand in operands)
+    random = any(is_stochastic(operand) for spec in specs for operand in operands(spec))
     parts = ["rounding noise"] * random + ["the schedule"] * bool(recipe.schedule)
     return " and ".join([*parts, *(f"what a step does ({hook})" for hook in recipe.hooks)])
 

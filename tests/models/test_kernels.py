@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from narrowgauge import native
 from narrowgauge.models.kernels import compiled, cross_entropy, pointwise
 from narrowgauge.models.kernels.attention import (
     QUERY_BLOCK,
@@ -31,6 +30,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrowgauge import native
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler on this machine")
 needs_avx512_bf16 = pytest.mark.skipif(not compiled.has_attention(), reason="no compiler, or a CPU without AVX512_BF16")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge import native
 from narrowgauge.precision.backends import ORDER, QUANTIZERS, REFERENCE, Backend, choose
 from narrowgauge.precision.backends.cpu.quantizer import PASSES, SOURCE, _Compiled
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
@@ -23,6 +22,8 @@ from narrowgauge.precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile,
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
+
+from narrowgauge import native
 
 SPEC = OperandSpec(format=E4M3)
 CPU = torch.device("cpu")

@@ -53,11 +53,11 @@ class Heard(PrecisionCallback):
         self.states: list[dict[str, Tensor]] = []
 
     def _note(self) -> None:
-        self.samples.append(int(self._plan.clock.first_sample))
+        self.samples.append(int(self._plan.context.first_sample))
 
     def on_step_begin(self, *arguments: Any, **more: Any) -> None:
         super().on_step_begin(*arguments, **more)
-        self.steps.append(int(self._plan.clock.step))
+        self.steps.append(int(self._plan.context.step))
         self._note()
 
     def on_substep_end(self, *arguments: Any, **more: Any) -> None:
@@ -196,10 +196,10 @@ def test_samples_are_dealt_to_ranks_in_turn(tmp_path: Path) -> None:
         for step in range(2):
             state = TrainerState(global_step=step)
             callback.on_step_begin(arguments, state, TrainerControl())
-            told.append(int(plan.clock.first_sample))
+            told.append(int(plan.context.first_sample))
             for _ in range(2):
                 callback.on_substep_end(arguments, state, TrainerControl())
-                told.append(int(plan.clock.first_sample))
+                told.append(int(plan.context.first_sample))
         first[rank] = told
     assert first == {0: [0, 4, 8, 12, 16, 20], 1: [2, 6, 10, 14, 18, 22]}
 

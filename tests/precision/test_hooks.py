@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision.amax import UNKNOWN
+from narrowgauge.precision.assign import quantized
 from narrowgauge.precision.hooks import RollAmax, quant_linears
-from narrowgauge.precision.linear import UNKNOWN, quantized
 from narrowgauge.precision.recipe import Plan, apply, load
 from narrowgauge.precision.spec import GemmSpec
 from torch import nn

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrowgauge.precision.amax import UNKNOWN
+from narrowgauge.precision.assign import quantized
 from narrowgauge.precision.backends import ORDER, REFERENCE
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, exmy
-from narrowgauge.precision.linear import UNKNOWN, QuantLinear, quantized
+from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
 from narrowgauge.precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
@@ -303,11 +305,11 @@ def test_noise_goes_by_global_rows_whatever_the_shape(shape: tuple[int, ...]) ->
     module = linear_of(LinearSpec(fprop=GemmSpec(a=sr)))
     x = samples(*shape, INS)
     half = shape[0] // 2
-    module.clock.set(3, 8, 4)
+    module.context.set(3, 8, 4)
     whole = module(x)
-    module.clock.set(3, 8, 2)
+    module.context.set(3, 8, 2)
     first = module(x[:half])
-    module.clock.set(3, 10, 2)
+    module.context.set(3, 10, 2)
     assert torch.equal(whole, torch.cat((first, module(x[half:]))))
 
 
@@ -318,8 +320,8 @@ class Meeting:
         self.heard: list[list[Tensor]] = []
         self.said: list[Tensor] = []
         for name, value in (("is_initialized", True), ("get_world_size", 2)):
-            monkeypatch.setattr(f"precision.linear.dist.{name}", lambda value=value: value)
-        monkeypatch.setattr("narrowgauge.precision.linear.dist.all_reduce", self.all_reduce)
+            monkeypatch.setattr(f"narrowgauge.precision.amax.dist.{name}", lambda value=value: value)
+        monkeypatch.setattr("narrowgauge.precision.amax.dist.all_reduce", self.all_reduce)
 
     def all_reduce(self, x: Tensor, op: object) -> None:
         place = len(self.said)

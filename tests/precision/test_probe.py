@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from narrowgauge.precision.assign import quantized
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
-from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import OUTPUTS, SLOTS, Probe, Row, of_operand
 from narrowgauge.precision.quantize import dequantize, quantize

@@ -148,7 +148,7 @@ def test_a_linear_left_alone_can_be_quantized_for_a_phase() -> None:
         assert torch.equal(y, own[0]) == torch.equal(dw, own[2]) == (number == 7)
     plan, linear = mixed
     plan.resume(8, 10)
-    assert linear.active == linear.mode.spec != linear.spec
+    assert linear.active == linear.plan.spec != linear.spec
     plan.resume(3, 10)
     assert linear.active == linear.spec
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from narrowgauge.precision import fused
+from narrowgauge.precision.assign import quantized
 from narrowgauge.precision.backends import Reference
 from narrowgauge.precision.formats import E4M3
-from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.recipe import Plan, Recipe, Rule, apply, load

@@ -140,7 +140,7 @@ from test_traced import RECIPES, Model
 for name in RECIPES:
     model = Model(1)
     apply(load(name, RECIPES[name]), model, tokens=32)
-    print(name, model.layers[0].q.mode.kind, model.layers[0].q.mode.kind_of_inputs)
+    print(name, model.layers[0].q.plan.kind, model.layers[0].q.plan.kind_of_inputs)
 """
 
 
@@ -150,7 +150,7 @@ def test_kinds_are_the_same_in_every_process() -> None:
     for name in reversed(RECIPES):
         linear = made(name, 1)[0].layers[0].q
         assert isinstance(linear, QuantLinear)
-        found[name] = [str(linear.mode.kind), str(linear.mode.kind_of_inputs)]
+        found[name] = [str(linear.plan.kind), str(linear.plan.kind_of_inputs)]
     process = subprocess.run([sys.executable, "-c", KINDS], capture_output=True, text=True, check=True, env=paths())
     assert {name: kinds for name, *kinds in map(str.split, process.stdout.splitlines())} == found
     assert len({kind for kinds in found.values() for kind in kinds}) == 2 * len(found)

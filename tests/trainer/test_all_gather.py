@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from narrowgauge.precision.comm import CodesAllGather, _Segment, gather_codes, weight_spec
+from narrowgauge.precision.comm import CodesAllGather, _Segment, gather_codes
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.trainer.config import load_config
@@ -131,7 +131,7 @@ def test_the_same_run_for_fewer_bytes(results: dict[str, Any], name: str) -> Non
 def test_which_recipes_may(recipe: str, args: dict[str, Any], reason: str | None) -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(9)])})
     apply(load(recipe, args), model)
-    (spec, *_) = {weight_spec(m.spec) for m in model.modules() if isinstance(m, QuantLinear)}
+    (spec, *_) = {m.plan.weight_once for m in model.modules() if isinstance(m, QuantLinear)}
     assert isinstance(spec, str) == (reason is not None)
     if reason is not None:
         assert str(spec).startswith(reason)

@@ -213,7 +213,7 @@ import torch
 from torch import nn
 
 from narrowgauge.precision.formats import exmy
-from narrowgauge.precision.linear import quantized
+from narrowgauge.precision.assign import quantized
 from narrowgauge.precision.recipe import BLOCK_LINEARS, Recipe, Rule
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 

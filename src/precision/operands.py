@@ -1,0 +1,269 @@
+"""The operands of one forward pass of a linear and of its backward pass, made as its ``LinearPlan`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .backends import Operand
+from .noise import Noise, base_key
+from .quantize import Prepared, Quantized, dequantize
+from .scaling import Unit
+from .slots import DGRAD_W, TENSORS, WGRAD_DY, WGRAD_X, LinearPlan, Origin, Saved, SlotPlan, W, X
+from .spec import OperandSpec, Source, Transform
+from .transforms import Composed
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+
+
+class Observer(Protocol):
+    """Watches the GEMMs of a training step, and changes nothing (``precision.probe``)."""
+
+    def measure(
+        self,
+        call: Call,
+        gemm: int,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None,
+    ) -> Any:
+        """Figures of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output."""
+
+    def add(self, figures: Any) -> None:
+        """Count what ``measure`` gave."""
+
+
+class Gathered(NamedTuple):
+    """How to read a weight that holds the values of its codes, unscaled (``precision.comm``).
+
+    ``scales`` and ``tensor_scale`` are those of the whole weight, as in ``Quantized``.
+    """
+
+    scales: Tensor
+    tensor_scale: Tensor | None
+
+
+@dataclass(slots=True)  # a frozen one takes several times as long to make
+class Call:
+    """One forward pass of a linear and its backward pass: both follow one plan and one place in the data.
+
+    Args:
+        linear, plan: whose, and by which plan.
+        first_sample: 0-dim int64, global index of the micro-batch's first sample.
+        rows_per_sample: rows of x that a sample takes.
+        shared: operands of x, those of sibling linears included; None in the backward pass.
+        stats: what transforms read.
+        observer: who watches.
+    """
+
+    linear: QuantLinear
+    plan: LinearPlan
+    first_sample: Tensor
+    rows_per_sample: int
+    shared: dict[Hashable, Operand] | None
+    stats: Tensor | None = None
+    observer: Observer | None = None
+
+    def with_stats(self, stats: Tensor | None) -> Call:
+        return self if stats is self.stats else replace(self, stats=stats)
+
+    def for_backward(self) -> Call:
+        """What backward reads of it."""
+        return Call(self.linear, self.plan, self.first_sample, self.rows_per_sample, None, None, self.observer)
+
+    def noise(self, slot: SlotPlan) -> Noise:
+        """Of the slot's tensor at this place in the data; that of a weight is the same everywhere."""
+        linear = self.linear
+        base = linear.base_keys.get(slot.number)
+        if base is None:
+            base = base_key(linear.context.seed, linear.path, slot.number, device=linear.weight.device)
+            linear.base_keys[slot.number] = base
+        return Noise.of(
+            base=base,
+            step=linear.context.step,
+            first_sample=self.first_sample,
+            rows_of_a_sample=0 if TENSORS[slot.number] == "w" else self.rows_per_sample,
+            transposed=slot.transposed,
+        )
+
+    def operand(self, number: int, x: Tensor, *, codes: bool = False) -> Operand:
+        """The slot's operand of ``x``, which is transposed already where the slot is.
+
+        ``codes``: as codes and scales, and not as the values that a product reads.
+        """
+        slot = self.plan.slots[number]
+        codes = codes or self.observer is not None  # which reads them
+        if self.shared is None or slot.spec is None or number not in (X, WGRAD_X) or slot.stochastic:
+            return self._cast(slot, x, codes)
+        key = self._key(slot, x)
+        if key is None:
+            return self._cast(slot, x, codes)
+        if (key, codes) not in self.shared:
+            self.shared[key, codes] = self._cast(slot, x, codes)
+        return self.shared[key, codes]
+
+    def weight(self, number: int, weight: Tensor) -> Operand:
+        """The operand of slot W or DGRAD_W."""
+        slot = self.plan.slots[number]
+        if self.linear.gathered is not None:
+            codes = self._gathered(number, weight, self.linear.gathered)
+            return codes if number == W else codes.t()
+        if number == W:
+            return self.operand(W, weight)
+        if slot.spec is not None and slot.spec.source is Source.QUANTIZED:
+            first = self.operand(W, weight, codes=True)
+            assert isinstance(first, Quantized), "the spec says that W is quantized"
+            return first.t() if slot.origin is Origin.TRANSPOSED else self._requantized(DGRAD_W, first)
+        return self.operand(DGRAD_W, weight.mT)
+
+    def saved(self, x: Tensor, a: Operand) -> Operand:
+        """What is saved of x for backward; ``a``: the operand of fprop."""
+        match self.plan.saved:
+            case Saved.INPUT:
+                return x
+            case Saved.FPROP:
+                columns = self._columns(x)
+                assert isinstance(a, Quantized), "made as codes, as the plan says"
+                return a.t() if columns is None else columns
+            case Saved.REQUANTIZED:
+                return self._requantized(WGRAD_X, a, codes=True)
+            case Saved.WGRAD:
+                return self.operand(WGRAD_X, x.mT, codes=True)
+
+    def saved_operand(self, saved: Operand) -> Operand:
+        """The operand of slot WGRAD_X, from what was saved of x."""
+        return self.operand(WGRAD_X, saved.mT) if isinstance(saved, Tensor) else saved
+
+    def dy_for_wgrad(self, dy: Tensor, first: Operand) -> Operand:
+        """The operand of slot WGRAD_DY; ``first``: that of DGRAD_DY, or dy where no dx is needed."""
+        origin = self.plan.slots[WGRAD_DY].origin
+        if origin is Origin.TRANSPOSED and not isinstance(first, Tensor):
+            return first.t()
+        if origin is Origin.REQUANTIZED and isinstance(first, Quantized):
+            return self._requantized(WGRAD_DY, first)
+        return self.operand(WGRAD_DY, dy.mT)
+
+    def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+        """The output of GEMM 0, 1 or 2."""
+        transform, backend = self.plan.slots[2 * gemm].transform, self.plan.backends[gemm]
+        if transform is None:
+            return backend.gemm(a, b, bias=bias, dtype=dtype)
+        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype), self.stats)
+        return y if bias is None else y + bias
+
+    def transformed(self, slot: SlotPlan, x: Tensor) -> Tensor:
+        """The tensor that is quantized in place of x."""
+        return x if slot.transform is None else self._transformed(slot, slot.transform, x, self.stats)
+
+    def pair(
+        self, number: int, x: Tensor, *, codes: bool = True
+    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        """The operands of slot X or DGRAD_DY and of the later slot of that tensor, if the quantizer makes both in one
+        read."""
+        slot, spec = self.plan.slots[number], self.plan.slots[number].spec
+        if not slot.one_read or spec is None or self.observer is not None:
+            return None
+        later = self.plan.slots[WGRAD_X if number == X else WGRAD_DY]
+        noise = (self.noise(slot), self.noise(later)) if slot.stochastic else None
+        amax, note = self._amax(slot, x)
+        return self.plan.backends[number // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
+
+    def share_pair(self, x: Tensor) -> None:
+        """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
+        slot = self.plan.slots[X]
+        if self.shared is None or not slot.one_read or slot.stochastic:
+            return
+        keys = (
+            (self._key(slot, x), self.plan.saves_fprop_codes),
+            (self._key(self.plan.slots[WGRAD_X], x), True),
+        )
+        if keys[0] not in self.shared and (pair := self.pair(X, x)) is not None:
+            self.shared.update(zip(keys, pair, strict=True))
+
+    def _cast(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
+        """x, transformed and quantized as the slot says."""
+        spec, transform = slot.spec, slot.transform
+        backend = self.plan.backends[slot.number // 2]
+        # A remembered amax, or that of all ranks, is of the transformed tensor; else one pass may do both.
+        apart = spec is None or (slot.column is not None and not backend.notes)
+        if transform is not None and (apart or slot.all_ranks or self.stats is not None):
+            x, transform = self._transformed(slot, transform, x, self.stats), None
+        if spec is None:
+            return x
+        # The same codes, read along the tensor's own rows; but products that read rows would copy them.
+        own_rows = slot.transposed and slot.own_rows and not backend.reads_rows
+        if own_rows:
+            x = x.mT
+        noise = self.noise(slot) if slot.stochastic else None
+        amax, note = self._amax(slot, x)
+        made = backend.prepare(
+            x, spec, amax=amax, noise=noise, transform=transform, left=slot.left, codes=codes, note=note
+        )
+        return made.t() if own_rows else made
+
+    def _amax(self, slot: SlotPlan, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the slot's scale is made from, None for the tensor's own amax; and where that is recorded meanwhile."""
+        if slot.column is not None:
+            return self.linear.amaxes.held_and_note(slot, x)
+        return (self.linear.amaxes.of_all_ranks(slot, x) if slot.all_ranks else None), None
+
+    def _transformed(self, slot: SlotPlan, transform: Transform, x: Tensor, stats: Tensor | None) -> Tensor:
+        if stats is None:
+            return self.plan.backends[slot.number // 2].transformed(transform, x, left=slot.left)
+        if isinstance(transform, Composed):  # the second reads no statistics, so it is the quantizer's
+            return self._transformed(slot, transform.second, self._transformed(slot, transform.first, x, stats), None)
+        return transform.left(x, stats) if slot.left else transform.right(x, stats)
+
+    def _requantized(self, number: int, earlier: Operand, *, codes: bool = False) -> Operand:
+        """The slot's operand from the codes of an earlier slot of the transposed tensor."""
+        assert isinstance(earlier, Quantized)
+        return self.operand(number, dequantize(earlier).mT, codes=codes)
+
+    def _columns(self, x: Tensor) -> Operand | None:
+        """The codes of x.mT for wgrad, if one read made them with those of x."""
+        if self.shared is None or not self.plan.backends[0].reads_rows:
+            return None
+        return self.shared.get((self._key(self.plan.slots[WGRAD_X], x), True))
+
+    def _gathered(self, number: int, weight: Tensor, gathered: Gathered) -> Quantized:
+        spec = self.plan.slots[W].spec
+        assert spec is not None, "gathered as codes"
+        # Values of codes have the codes back when they are rounded without a scale.
+        values = OperandSpec(format=spec.format, scale=Unit())
+        return Quantized(
+            codes=self.plan.backends[number // 2].quantize(weight, values, amax=None, noise=None).codes,
+            scales=gathered.scales,
+            tensor_scale=gathered.tensor_scale,
+            shape=(weight.shape[0], weight.shape[1]),
+            spec=spec,
+        )
+
+    def _key(self, slot: SlotPlan, x: Tensor) -> Hashable | None:
+        """What the codes of a slot depend on, x apart; None where a device would have to be waited for to know.
+
+        An amax of earlier steps is part of it, and the new one is recorded, as it would be in making the codes.
+        """
+        if slot.transform is not None and self.stats is not None:
+            return None
+        if slot.column is None:
+            return slot.key
+        if slot.transform is not None:
+            return None
+        if self.plan.backends[slot.number // 2].notes:
+            return slot.key, self._leader(slot)
+        if x.device.type != "cpu":
+            return None
+        amax = self.linear.amaxes.held(slot, x)
+        return slot.key, None if amax is None else float(amax)
+
+    def _leader(self, slot: SlotPlan) -> int:
+        """Whose remembered amax scales x for this linear: that of a sibling that read x before, if the two agree."""
+        assert self.shared is not None
+        first: Any = self.shared.setdefault(("leader", slot.key), self.linear)  # type: ignore[arg-type]
+        return id(first if first is self.linear or self.linear.amaxes.follows(first, slot) else self.linear)

@@ -1,0 +1,61 @@
+"""Operands as lists of tensors, for what takes nothing else: ``save_for_backward``, and operators of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .backends import Operand
+from .quantize import Prepared, Quantized
+
+Layout = tuple[Any, ...]
+"""Of one operand: its type and what of it is no tensor."""
+
+
+def unpack(operand: Operand | None) -> tuple[tuple[Tensor | None, ...], Layout]:
+    """The tensors of an operand, and what ``pack`` needs beside them."""
+    if isinstance(operand, Quantized):
+        rest = operand.shape, operand.spec, operand.transposed
+        return (operand.codes, operand.scales, operand.tensor_scale), (Quantized, *rest)
+    if isinstance(operand, Prepared):
+        return (operand.matrix, operand.factor), (Prepared,)
+    return (operand,), (Tensor,)
+
+
+def pack(tensors: Iterator[Any], layout: Layout) -> Any:
+    """The operand again, from the next of ``tensors``."""
+    kind, *rest = layout
+    if kind is Quantized:
+        shape, spec, transposed = rest
+        codes, scales, tensor_scale = next(tensors), next(tensors), next(tensors)
+        return Quantized(
+            codes=codes, scales=scales, tensor_scale=tensor_scale, shape=shape, spec=spec, transposed=transposed
+        )
+    if kind is Prepared:
+        return Prepared(matrix=next(tensors), factor=next(tensors))
+    return next(tensors)
+
+
+def unpack_all(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Layout, ...]]:
+    """The tensors of several operands, one that several share only once, and how to have the operands again."""
+    tensors: list[Tensor] = []
+    places: dict[int, int] = {}
+    layouts = []
+    for operand in operands:
+        parts, layout = unpack(operand)
+        for part in parts:
+            if part is not None and id(part) not in places:
+                places[id(part)] = len(tensors)
+                tensors.append(part)
+        layouts.append((layout, tuple(None if part is None else places[id(part)] for part in parts)))
+    return tensors, tuple(layouts)
+
+
+def pack_all(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Operand]:
+    """The inverse of ``unpack_all``."""
+    return [
+        pack(iter([None if place is None else tensors[place] for place in places]), layout)
+        for layout, places in layouts
+    ]
