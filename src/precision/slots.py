@@ -27,7 +27,7 @@ FPROP, DGRAD, WGRAD = range(3)
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TENSORS = ("x", "w", "dy", "w", "dy", "x")
 TRANSPOSED = (False, False, False, True, True, True)
-_EARLIER = {DGRAD_W: W, WGRAD_DY: DGRAD_DY, WGRAD_X: X}  # the slot that sees the same tensor first
+EARLIER = {DGRAD_W: W, WGRAD_DY: DGRAD_DY, WGRAD_X: X}  # the slot that sees the same tensor first
 
 Backends = tuple[Backend, Backend, Backend]
 """Of fprop, dgrad and wgrad."""
@@ -228,9 +228,9 @@ def _origin(spec: LinearSpec, number: int) -> Origin:
     no transform has changed; rounded stochastically, only if the spec says to reuse: else each slot has noise of its
     own."""
     operand = operands(spec)[number]
-    if number not in _EARLIER or operand is None:
+    if number not in EARLIER or operand is None:
         return Origin.TENSOR
-    earlier, first = _EARLIER[number], operands(spec)[_EARLIER[number]]
+    earlier, first = EARLIER[number], operands(spec)[EARLIER[number]]
     reuses = operand.source is Source.QUANTIZED
     plain = gemms(spec)[number // 2].transform is None and gemms(spec)[earlier // 2].transform is None
     square = operand.tile.outer == operand.tile.inner and replace(operand, source=Source.ORIGINAL) == first
@@ -243,7 +243,7 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
     """Whether the quantizer may make this operand and that of the later slot of the tensor together."""
     if number not in (X, DGRAD_DY):
         return False
-    later = {first: second for second, first in _EARLIER.items()}[number]
+    later = {first: second for second, first in EARLIER.items()}[number]
     first, second = operands(spec)[number], operands(spec)[later]
     by, by_later = backends[number // 2], backends[later // 2]
     if first is None or second is None or (isinstance(first.amax, Delayed) and not by.notes):
