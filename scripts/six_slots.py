@@ -1,4 +1,4 @@
-"""The six operand slots of a linear, as a recipe's plan has them: python scripts/six_slots.py [recipe=nvfp4] [out=FILE.svg]
+"""The six operand slots of a linear as its plan has them: python scripts/six_slots.py [recipe=nvfp4] [out=FILE.svg]
 
 Draws fprop, dgrad and wgrad with what each operand is made from, its format, tile, scale, transform and noise, and what
 is saved for backward. All of it is read from the ``LinearPlan`` of a linear. `docs/six_slots.svg` is that of nvfp4.
@@ -8,13 +8,12 @@ from html import escape
 from pathlib import Path
 
 import torch
-from torch import nn
-
 from narrowgauge.precision import apply, available, load
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.slots import EARLIER, TENSORS, WGRAD_X, LinearPlan, Origin, Saved, SlotPlan
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.errors import UserError
+from torch import nn
 
 GEMMS = (("fprop", "y = x @ w.mT"), ("dgrad", "dx = dy @ w"), ("wgrad", "dw = dy.mT @ x"))
 ORIGINS = {Origin.TRANSPOSED: "the codes, transposed, of", Origin.REQUANTIZED: "quantized again from the codes of"}

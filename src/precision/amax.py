@@ -88,8 +88,8 @@ class Amaxes:
             if not same or not torch.equal(linear.amax_history[1:, column], first.amax_history[1:, other]):
                 return False
         if linear.training and (met is None or met[1] != times):
-            newest, theirs = linear.amax_history[0, column], first.amax_history[0, other]
-            torch.maximum(newest, theirs, out=newest)
+            newest, other_newest = linear.amax_history[0, column], first.amax_history[0, other]
+            torch.maximum(newest, other_newest, out=newest)
         self._followed[column] = first, times, own
         return True
 

@@ -95,19 +95,19 @@ class CodesAllGather:
                     segment.weight.linear.gathered = None
             work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
             return work
-        made = [
+        quantized = [
             _quantized(segment, part, spec) for segment, part, spec in zip(self.segments, parts, specs, strict=True)
         ]
         pieces = [
             [part.view(torch.uint8)] if q is None else [tensor.reshape(-1).view(torch.uint8) for tensor in _sent(q)]
-            for part, q in zip(parts, made, strict=True)
+            for part, q in zip(parts, quantized, strict=True)
         ]
         sent = torch.cat([piece for of_segment in pieces for piece in of_segment])
         received = torch.empty(group.size(), len(sent), dtype=torch.uint8, device=sent.device)
         dist.all_gather_into_tensor(received.view(-1), sent, group)
         columns = iter(torch.split(received, [len(piece) for of_segment in pieces for piece in of_segment], 1))
         wanted = torch.split(output_tensor.view(group.size(), -1), [segment.numel for segment in self.segments], 1)
-        for segment, q, out in zip(self.segments, made, wanted, strict=True):
+        for segment, q, out in zip(self.segments, quantized, wanted, strict=True):
             if q is None:
                 out.copy_(next(columns).contiguous().view(out.dtype))
             else:

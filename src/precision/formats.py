@@ -280,7 +280,7 @@ FP16 = NumberFormat(
     nan=0x7E00,
     inf=True,
 )
-# Symmetric grids: the most negative code is decoded and never made.
+# Symmetric grids: the most negative code is decoded and never format.
 INT8 = NumberFormat(name="int8", bits=8, exponent_bits=0, mantissa_bits=7, min_exponent=7, max=127.0, dtype=torch.int8)
 INT4 = NumberFormat(name="int4", bits=4, exponent_bits=0, mantissa_bits=3, min_exponent=3, max=7.0)
 
@@ -308,7 +308,7 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> Number
         )
     bias = (1 << (exponent_bits - 1)) - 1
     top = bias if ieee else bias + 1
-    made = NumberFormat(
+    format = NumberFormat(
         name=f"e{exponent_bits}m{mantissa_bits}_{'ieee' if ieee else 'finite'}",
         bits=bits,
         exponent_bits=exponent_bits,
@@ -318,9 +318,9 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> Number
         nan=(((1 << exponent_bits) - 1) << mantissa_bits) | (1 << (mantissa_bits - 1)) if ieee else None,
         inf=ieee,
     )
-    same = (made.exponent_bits, made.mantissa_bits, made.max)
+    same = (format.exponent_bits, format.mantissa_bits, format.max)
     known = [f for f in FORMATS.values() if (f.exponent_bits, f.mantissa_bits, f.max) == same]
-    return known[0] if known else made
+    return known[0] if known else format
 
 
 def by_name(name: str) -> NumberFormat:

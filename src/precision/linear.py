@@ -213,18 +213,18 @@ class QuantLinear(nn.Module):
         return tensors
 
     def traced_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, given: list[Tensor], differentiated: bool
     ) -> tuple[list[Tensor], tuple[int, ...] | None]:
         rows, shared = x.reshape(-1, self.in_features), {}
-        if made:
+        if given:
             keys, layouts = _LAYOUTS["shared", self.plan.kind_of_inputs, tuple(x.shape), differentiated]
-            shared = dict(zip(keys, pack_all(made, layouts), strict=True))
+            shared = dict(zip(keys, pack_all(given, layouts), strict=True))
         y, saved, _ = forward_pass(self.call(x, shared), rows, weight, bias, differentiated)
         outputs = [y.view(*x.shape[:-1], self.out_features)]
         if not isinstance(saved, Quantized):
             return outputs, None
         tensors, _LAYOUTS["saved", self.plan.kind, tuple(x.shape[:-1])] = unpack_all([saved])
-        places = {id(tensor): place for place, tensor in enumerate(made)}
+        places = {id(tensor): place for place, tensor in enumerate(given)}
         which = tuple(places[id(tensor)] for tensor in tensors if id(tensor) in places)
         if which:
             assert len(which) == len(tensors), "what is saved is made in one place"
@@ -232,14 +232,14 @@ class QuantLinear(nn.Module):
         return [*outputs, *tensors], None
 
     def traced_backward(
-        self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
+        self, dy: Tensor, weight: Tensor, pieces: list[Tensor], needed: tuple[bool, bool, bool]
     ) -> list[Tensor | None]:
         rows = dy.reshape(-1, self.out_features)
-        saved: Operand = kept[0] if kept else rows
+        saved: Operand = pieces[0] if pieces else rows
         if needed[1] and self.plan.slots[WGRAD_X].spec is None:
-            saved = kept[0].reshape(-1, self.in_features)
+            saved = pieces[0].reshape(-1, self.in_features)
         elif needed[1]:
-            (saved,) = pack_all(kept, _LAYOUTS["saved", self.plan.kind, tuple(dy.shape[:-1])])
+            (saved,) = pack_all(pieces, _LAYOUTS["saved", self.plan.kind, tuple(dy.shape[:-1])])
         dx, dw = backward_pass(self.call(dy, None), rows, weight, saved, needed[:2], None)
         dx = None if dx is None else dx.view(*dy.shape[:-1], self.in_features)
         return [dx, dw, rows.sum(0) if needed[2] else None]
@@ -251,7 +251,7 @@ class QuantLinear(nn.Module):
 
 
 _LAYOUTS: dict[Hashable, Any] = {}
-"""How lists of tensors are read that operators have made: by what, for which kind of linear and shape."""
+"""How the lists of tensors that operators give are read: by what, for which kind of linear and shape."""
 
 _reshaped = torch.ops.aten._unsafe_view.default
 

@@ -202,10 +202,10 @@ class Call:
             x = x.mT
         noise = self.noise(slot) if slot.stochastic else None
         amax, note = self._amax(slot, x)
-        made = backend.prepare(
+        cast = backend.prepare(
             x, spec, amax=amax, noise=noise, transform=transform, left=slot.left, codes=codes, note=note
         )
-        return made.t() if own_rows else made
+        return cast.t() if own_rows else cast
 
     def _amax(self, slot: SlotPlan, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the slot's scale is made from, None for the tensor's own amax; and where that is recorded meanwhile."""

@@ -15,7 +15,7 @@ Layout = tuple[Any, ...]
 
 
 def unpack(operand: Operand | None) -> tuple[tuple[Tensor | None, ...], Layout]:
-    """The tensors of an operand, and what ``pack`` needs beside them."""
+    """The tensors of an operand, and the rest that ``pack`` needs."""
     if isinstance(operand, Quantized):
         rest = operand.shape, operand.spec, operand.transposed
         return (operand.codes, operand.scales, operand.tensor_scale), (Quantized, *rest)

@@ -45,7 +45,7 @@ _SLACK = 1 + 2.0**-20
 """What FP32 scales lose: the largest value of a tile may lie so far above what its largest code stands for."""
 
 
-class Noted(NamedTuple):
+class Figures(NamedTuple):
     """One tensor: float64 [7] to be added up, and float64 [3] of which the largest count."""
 
     sums: Tensor  # elements, not finite, made not finite, underflow, saturated, sum of squares, of squared errors
@@ -58,7 +58,7 @@ class _Measured(NamedTuple):
     linear: int
     rows: tuple[int, ...]
     formats: tuple[str, ...]
-    noted: tuple[Noted, ...]
+    figures: tuple[Figures, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,20 +179,20 @@ class Probe:
         bias: Tensor | None,
     ) -> _Measured:
         """Figures of one GEMM's operands and output; nothing is counted yet."""
-        noted, formats = [], []
+        figures, formats = [], []
         for slot, x, operand in zip(call.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
-            noted.append(of_operand(call.transformed(slot, x), operand))
+            figures.append(of_operand(call.transformed(slot, x), operand))
             formats.append(_format(slot, x.dtype))
-        noted.append(_of_output(*given, y, bias))
+        figures.append(_of_output(*given, y, bias))
         rows = (2 * gemm, 2 * gemm + 1, len(SLOTS) + gemm)
-        return _Measured(self._index[id(call.linear)], rows, (*formats, _name(y.dtype)), tuple(noted))
+        return _Measured(self._index[id(call.linear)], rows, (*formats, _name(y.dtype)), tuple(figures))
 
-    def add(self, noted: _Measured) -> None:
+    def add(self, measured: _Measured) -> None:
         """Count what ``measure`` gave."""
-        for row, format, (sums, extremes) in zip(noted.rows, noted.formats, noted.noted, strict=True):
-            self._formats[noted.linear][row] = format
-            self._sums[noted.linear, row] += sums
-            self._extremes[noted.linear, row] = torch.maximum(self._extremes[noted.linear, row], extremes)
+        for row, format, (sums, extremes) in zip(measured.rows, measured.formats, measured.figures, strict=True):
+            self._formats[measured.linear][row] = format
+            self._sums[measured.linear, row] += sums
+            self._extremes[measured.linear, row] = torch.maximum(self._extremes[measured.linear, row], extremes)
 
     # The hook of linears that are computed plainly.
 
@@ -212,15 +212,15 @@ class Probe:
         forward.append(_Measured(self._index[id(module)], (len(SLOTS),), (_name(y.dtype),), (output,)))
 
         def backward(dy: Tensor) -> None:  # once, also where the forward pass is computed again
-            for noted in (*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)):
-                self.add(noted)
+            for measured in (*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)):
+                self.add(measured)
 
         y.register_hook(backward)  # type: ignore[no-untyped-call]
 
     def _plain_rows(self, module: nn.Module, tensor: str, x: Tensor, dtype: torch.dtype) -> list[_Measured]:
-        noted = of_operand(x, x.to(dtype))
+        figures = of_operand(x, x.to(dtype))
         rows = _PLAIN_SLOTS[tensor]
-        return [_Measured(self._index[id(module)], rows, (_name(dtype),) * len(rows), (noted,) * len(rows))]
+        return [_Measured(self._index[id(module)], rows, (_name(dtype),) * len(rows), (figures,) * len(rows))]
 
 
 def check_settings(every: int, layers: str | None) -> None:
@@ -234,10 +234,10 @@ def check_settings(every: int, layers: str | None) -> None:
 
 
 @torch.no_grad()
-def of_operand(given: Tensor, used: Operand) -> Noted:
+def of_operand(given: Tensor, used: Operand) -> Figures:
     """What became of ``given`` (any float dtype) in ``used``: codes and scales, or a plain tensor of the same shape."""
     if isinstance(used, Tensor):
-        return _noted(given, used, None, None)
+        return _figures(given, used, None, None)
     assert isinstance(used, Quantized), "a linear that is watched makes codes"
     format = used.spec.format
     if format.bits <= 8:
@@ -246,7 +246,7 @@ def of_operand(given: Tensor, used: Operand) -> Noted:
     else:
         largest = torch.full_like(used.codes, format.max)
     limit = dequantize(replace(used, codes=largest))
-    return _noted(given, dequantize(used), limit, _decode_scales(used))
+    return _figures(given, dequantize(used), limit, _decode_scales(used))
 
 
 def _decode_scales(q: Quantized) -> Tensor | None:
@@ -257,13 +257,13 @@ def _decode_scales(q: Quantized) -> Tensor | None:
     return scales if q.tensor_scale is None else scales * q.tensor_scale
 
 
-def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Noted:
+def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Figures:
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     exact = a.to(wide) @ b.to(wide).mT
-    return _noted(exact if bias is None else exact + bias.to(wide), y, None, None)
+    return _figures(exact if bias is None else exact + bias.to(wide), y, None, None)
 
 
-def _noted(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | None) -> Noted:
+def _figures(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | None) -> Figures:
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
     x, q = given.to(wide), used.to(wide)
     finite = x.isfinite()
@@ -287,7 +287,7 @@ def _noted(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | N
         known = scales.isfinite()
         extremes[1] = torch.where(known, scales, -math.inf).max()
         extremes[2] = torch.where(known, -scales, -math.inf).max()
-    return Noted(*(torch.stack([part.double() for part in parts]) for parts in (sums, extremes)))
+    return Figures(*(torch.stack([part.double() for part in parts]) for parts in (sums, extremes)))
 
 
 def _square(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A rule turns the absolute maxima (amax) of tiles into ``Scales``: ``encode``, the FP32 factor that values are multiplied
 by before they are rounded, and what is stored to get them back. Divisions and products are single FP32 operations
 rounded to nearest even; powers of two are made from bits, never by ``exp2`` or ``log2``. The order of operations is
-part of a rule: two rules that are equal on paper differ in the last bit, and then in codes.
+part of a rule: two rules that are equal on paper differ in the last bit, and then in codes. Equations stand beside
+each rule, which is why this file is long.
 
 Non-finite amax (an amax over values with a NaN is NaN):
 

@@ -89,15 +89,15 @@ class OperandSpec:
         for name, extent in zip(Tile._fields, self.tile, strict=True):
             if extent != -1 and extent < 1:
                 raise ValueError(f"the {name} extent of a tile is at least 1, or -1 for the whole; not {extent}")
-        whole = self.tile == TENSOR
-        if self.scale.levels == 0 and not whole:
+        of_tensor = self.tile == TENSOR
+        if self.scale.levels == 0 and not of_tensor:
             raise ValueError(f"{self.scale} has no scales to give to tiles of {self.tile}: leave the tile out")
-        if self.scale.levels == 2 and whole:
+        if self.scale.levels == 2 and of_tensor:
             raise ValueError(f"{self.scale} has a scale for the tensor and one per tile: the tile must be smaller")
         if isinstance(self.amax, Delayed):
             if self.scale.levels == 0:
                 raise ValueError("an unscaled operand has no use for a delayed amax")
-            if self.scale.levels == 1 and not whole:
+            if self.scale.levels == 1 and not of_tensor:
                 raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
         if isinstance(self.amax, Current) and self.amax.step and not (self.tile.inner == -1 or self.scale.levels == 2):
             raise ValueError(f"tiles of {self.tile} lie within a sample: no scale of them is of the whole step")

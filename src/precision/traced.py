@@ -2,9 +2,9 @@
 
 Three operators a linear, each opaque to the compiler, and each running what eager code runs:
 
-inputs(x, kind, differentiated)                        what is made of x, if all linears of the kind make the same of it
-linear(x, weight, bias, made, token, kind, ...)        [y, what backward keeps of x]
-linear_backward(dy, weight, kept, token, kind, ...)    [dx, dw, dbias]
+inputs(x, kind, differentiated)                        operands of x, if all linears of the kind make the same ones
+linear(x, weight, bias, shared, token, kind, ...)      [y, what is saved of x for backward]
+linear_backward(dy, weight, saved, token, kind, ...)   [dx, dw, dbias]
 
 ``kind`` is a number that blocks share: one compiled block serves all. What differs between two linears of a kind, that
 is amax histories and the keys of noise, is found by ``token``, an int64 on the CPU that the linear owns. The compiler
@@ -30,15 +30,15 @@ class Traced(Protocol):
         """Whether this kind is what it computes by now, on such a device."""
 
     def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
-        """What is made of x [..., in_features], that depends on nothing but x and the kind."""
+        """Operands of x [..., in_features] that depend on nothing but x and the kind."""
 
     def traced_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, made: list[Tensor], differentiated: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, shared: list[Tensor], differentiated: bool
     ) -> tuple[list[Tensor], tuple[int, ...] | None]:
-        """[y, what backward keeps], and which of ``made`` it keeps instead; if neither, it keeps x itself."""
+        """[y, what is saved for backward], and which of ``shared`` are saved instead; if neither, x itself is."""
 
     def traced_backward(
-        self, dy: Tensor, weight: Tensor, kept: list[Tensor], needed: tuple[bool, bool, bool]
+        self, dy: Tensor, weight: Tensor, saved: list[Tensor], needed: tuple[bool, bool, bool]
     ) -> list[Tensor | None]:
         """dx, dw and dbias [..., features], those that are needed."""
 
@@ -70,10 +70,10 @@ def linear(
     ``kind_of_inputs``: equal for all linears that make the same of x, None if no two do.
     """
     differentiated = torch.is_grad_enabled() and weight.requires_grad
-    made = []
+    shared = []
     if kind_of_inputs is not None:
-        made = torch.ops.narrowgauge.inputs(x.detach(), kind_of_inputs, differentiated)
-    y: Tensor = torch.ops.narrowgauge.linear(x, weight, bias, made, token, kind, differentiated)[0]
+        shared = torch.ops.narrowgauge.inputs(x.detach(), kind_of_inputs, differentiated)
+    y: Tensor = torch.ops.narrowgauge.linear(x, weight, bias, shared, token, kind, differentiated)[0]
     return y
 
 
@@ -89,7 +89,7 @@ class _Like(NamedTuple):
         return _Like(tuple(x.shape), x.stride(), x.dtype)
 
 
-_kept_of: dict[tuple[Any, ...], tuple[int, ...] | None] = {}
+_saved_of: dict[tuple[Any, ...], tuple[int, ...] | None] = {}
 _outputs: dict[tuple[Any, ...], list[_Like]] = {}
 
 
@@ -107,25 +107,25 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    made: Sequence[Tensor],
+    shared: Sequence[Tensor],
     token: Tensor,
     kind: int,
     differentiated: bool,
 ) -> list[Tensor]:
     module: Traced = _modules[int(token)]
-    return module.traced_forward(x, weight, bias, list(made), differentiated)[0]
+    return module.traced_forward(x, weight, bias, list(shared), differentiated)[0]
 
 
 def _backward(
-    dy: Tensor, weight: Tensor, kept: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
+    dy: Tensor, weight: Tensor, saved: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
 ) -> list[Tensor]:
     module: Traced = _modules[int(token)]
     wants_x, wants_w, wants_bias = needed
-    results = module.traced_backward(dy, weight, list(kept), (wants_x, wants_w, wants_bias))
+    results = module.traced_backward(dy, weight, list(saved), (wants_x, wants_w, wants_bias))
     return [dy.new_empty(0) if result is None else result for result in results]
 
 
-# To know what an operator gives, it is run once on zeros by any linear of the kind: who computes decides what is kept
+# To know what an operator gives, it is run once on zeros by any linear of the kind: who computes decides what is saved
 # in which layout. A zero leaves no trace in an amax history.
 
 
@@ -141,7 +141,7 @@ def _linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    made: Sequence[Tensor],
+    shared: Sequence[Tensor],
     token: Tensor,
     kind: int,
     differentiated: bool,
@@ -150,15 +150,15 @@ def _linear_fake(
     if key not in _outputs:
         with unset_fake_temporarily(), torch.no_grad():
             zeros = _zeros(x), _zeros(weight), None if bias is None else _zeros(bias)
-            outputs, _kept_of[key] = _some(kind, x.device).traced_forward(
-                *zeros, [_zeros(y) for y in made], differentiated
+            outputs, _saved_of[key] = _some(kind, x.device).traced_forward(
+                *zeros, [_zeros(y) for y in shared], differentiated
             )
             _outputs[key] = [_Like.of(y) for y in outputs]
     return _empty(x, _outputs[key])
 
 
 def _backward_fake(
-    dy: Tensor, weight: Tensor, kept: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
+    dy: Tensor, weight: Tensor, saved: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
 ) -> list[Tensor]:
     wants_x, wants_w, wants_bias = needed
     return [
@@ -169,23 +169,23 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, bias, made, token, kind, differentiated = inputs
+    x, weight, bias, shared, token, kind, differentiated = inputs
     _, *own = output
-    which = _kept_of["linear", kind, _static(x), differentiated]
-    kept = own or ([x] if which is None else [made[place] for place in which])
-    ctx.save_for_backward(weight, token, *(kept if differentiated else []))
-    ctx.kind, ctx.has_bias, ctx.num_made = kind, bias is not None, len(made)
+    which = _saved_of["linear", kind, _static(x), differentiated]
+    saved = own or ([x] if which is None else [shared[place] for place in which])
+    ctx.save_for_backward(weight, token, *(saved if differentiated else []))
+    ctx.kind, ctx.has_bias, ctx.num_shared = kind, bias is not None, len(shared)
     ctx.set_materialize_grads(False)
 
 
 def _differentiated(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    weight, token, *kept = ctx.saved_tensors
+    weight, token, *saved = ctx.saved_tensors
     dy, needs = grads[0], ctx.needs_input_grad
-    no_grads = [None] * ctx.num_made
+    no_grads = [None] * ctx.num_shared
     if dy is None:
         return None, None, None, no_grads, None, None, None
     needed = [needs[0], needs[1], ctx.has_bias and needs[2]]
-    results = torch.ops.narrowgauge.linear_backward(dy, weight, kept, token, ctx.kind, needed)
+    results = torch.ops.narrowgauge.linear_backward(dy, weight, saved, token, ctx.kind, needed)
     dx, dw, dbias = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
     return dx, dw, dbias, no_grads, None, None, None
 
@@ -206,11 +206,11 @@ def _empty(x: Tensor, outputs: list[_Like]) -> list[Tensor]:
 _library: Any = torch.library.Library("narrowgauge", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("inputs(Tensor x, int kind, bool differentiated) -> Tensor[]")
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] made, Tensor token, int kind, bool differentiated)"
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] shared, Tensor token, int kind, bool differentiated)"
     " -> Tensor[]"
 )
 _library.define(
-    "linear_backward(Tensor dy, Tensor weight, Tensor[] kept, Tensor token, int kind, bool[] needed) -> Tensor[]"
+    "linear_backward(Tensor dy, Tensor weight, Tensor[] saved, Tensor token, int kind, bool[] needed) -> Tensor[]"
 )
 for _name, _function, _fake in (
     ("inputs", _inputs, _inputs_fake),

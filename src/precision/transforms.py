@@ -69,9 +69,9 @@ class Hadamard:
         return f"hadamard{self.size}" + ("" if self.signs == "te" else f"/{self.signs}")
 
     def _apply(self, x: Tensor) -> Tensor:
-        whole = x.shape[-1] // self.size * self.size
+        even = x.shape[-1] // self.size * self.size
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = x[..., :whole].to(wide).reshape(*x.shape[:-1], whole // self.size, self.size)
+        y = x[..., :even].to(wide).reshape(*x.shape[:-1], even // self.size, self.size)
         y = y * torch.tensor(self.vector(), dtype=wide, device=x.device)
         stride = 1
         while stride < self.size:
@@ -79,7 +79,7 @@ class Hadamard:
             y = torch.stack((u + v, u - v), -2).flatten(-3)
             stride *= 2
         y = (y * (1 / math.sqrt(self.size))).flatten(-2).to(x.dtype)
-        return torch.cat((y, x[..., whole:]), -1)
+        return torch.cat((y, x[..., even:]), -1)
 
 
 class Along(NamedTuple):
