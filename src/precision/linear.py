@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import traced
-from .backends import REFERENCE, Backend, Choice, Operand, choose
+from .backends import REFERENCE, Backend, Cast, Choice, Operand, choose, quantize_by
 from .noise import Noise, base_key
 from .quantize import Prepared, Quantized, dequantize
 from .scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
@@ -574,7 +574,7 @@ class QuantLinear(nn.Module):
     def transformed(self, gemm: int, transform: Transform, x: Tensor, stats: Tensor | None, *, left: bool) -> Tensor:
         """The operand of GEMM 0, 1 or 2 that is quantized in place of x."""
         if stats is None:
-            return self.backends[gemm].transformed(transform, x, left=left)
+            return self.backends[gemm].quantizer.transformed(transform, x, left=left)
         if isinstance(transform, Composed):  # what reads no statistics is the backend's
             x = self.transformed(gemm, transform.first, x, stats, left=left)
             return self.transformed(gemm, transform.second, x, None, left=left)
@@ -585,7 +585,7 @@ class QuantLinear(nn.Module):
         if slot not in self.mode.column_of:
             return None
         column = self.mode.column_of[slot]
-        now = self.backends[slot // 2].amax(x, TENSOR).reshape(()) if now is None else now
+        now = self.backends[slot // 2].quantizer.amax(x, TENSOR).reshape(()) if now is None else now
         held = self.amax_held[column]
         if self.training:
             # maximum passes a NaN on: the rule then keeps what it held.
@@ -594,12 +594,12 @@ class QuantLinear(nn.Module):
 
     def amax_and_note(self, slot: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The amax that scales this slot's tensor, None for its own; and where its new one is noted meanwhile, if it
-        is to be: FP32 [1] each, for backends that do that in quantizing (``Backend.notes``)."""
+        is to be: FP32 [1] each, for quantizers that do that in quantizing (``Quantizer.notes``)."""
         column = self.mode.column_of.get(slot)
         if column is None:
             return None, None
         self.noted[column] = self.noted.get(column, 0) + 1
-        if not self.mode.backends[slot // 2].notes or self._unknown():
+        if not self.mode.backends[slot // 2].quantizer.notes or self._unknown():
             return self.amax_for(slot, x), None
         places, history, held = self._places, self._buffers["amax_history"], self._buffers["amax_held"]
         if places is None or places[0] is not history or places[1] is not held:
@@ -643,7 +643,7 @@ class QuantLinear(nn.Module):
         rows = spec.tile.outer != -1 and (
             spec.scale.levels == 1 or (isinstance(spec.scale, TwoLevel) and spec.scale.rows)
         )
-        amax = self.backends[slot // 2].amax(x, Tile(1, -1) if rows else TENSOR).flatten()
+        amax = self.backends[slot // 2].quantizer.amax(x, Tile(1, -1) if rows else TENSOR).flatten()
         # A maximum over ranks may lose a NaN.
         nan = amax.isnan()
         both = torch.stack((torch.where(nan, 0.0, amax), nan.float()))
@@ -661,7 +661,7 @@ class QuantLinear(nn.Module):
             if transform is not None:
                 x = x.mT if slot in TRANSPOSED else x
                 x = transform.left(x, stats) if slot % 2 == 0 else transform.right(x, stats)
-            now = self.mode.backends[slot // 2].amax(x.detach(), TENSOR).reshape(())
+            now = self.mode.backends[slot // 2].quantizer.amax(x.detach(), TENSOR).reshape(())
             self.amax_history[0, column] = torch.maximum(self.amax_history[0, column], now)
 
 
@@ -859,21 +859,28 @@ class Call:
         # Codes of a square tile are reused by transposing them: they are those of the original.
         if spec != its.spec and not (it.square and spec == replace(its.spec, source=Source.ORIGINAL)):
             return None
-        if it.square and not (backends[slot // 2].reads_rows and backends[other // 2].reads_rows):
+        if it.square and not (backends[slot // 2].product.reads_rows and backends[other // 2].product.reads_rows):
             return None  # one is the other, transposed
-        if it.delayed and not backends[slot // 2].notes:
+        if it.delayed and not backends[slot // 2].quantizer.notes:
             return None
         if it.of_step and spec.tile != TENSOR and spec.scale.levels == 1:
             return None  # rows of the one are not rows of the other
         noise = (self.module.noise(slot, self), self.module.noise(other, self)) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
         amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
-        return backends[slot // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
+        backend = backends[slot // 2]
+        codes = codes or backend.product.reads_rows
+        return backend.quantizer.cast_both(x, Cast(spec=spec, amax=amax, noise=noise, codes=codes, note=note))
 
     def make_both(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
         it = self.resolved.slots[X]
-        if self.made is None or it.spec is None or it.random or (it.delayed and not self.module.backends[0].notes):
+        if (
+            self.made is None
+            or it.spec is None
+            or it.random
+            or (it.delayed and not self.module.backends[0].quantizer.notes)
+        ):
             return
         keys = (self._key(X, x), self.resolved.keeps_first), (self._key(WGRAD_X, x), True)
         if keys[0] not in self.made and (pair := self.both(X, WGRAD_X, x)) is not None:
@@ -889,7 +896,7 @@ class Call:
         # Values of codes have the codes back when they are rounded without a scale.
         values = OperandSpec(format=spec.format, scale=Unit())
         made = Quantized(
-            codes=self.module.backends[slot // 2].quantize(weight, values, amax=None, noise=None).codes,
+            codes=quantize_by(self.module.backends[slot // 2].quantizer, weight, values).codes,
             scales=gathered.scales,
             tensor_scale=gathered.tensor_scale,
             shape=(weight.shape[0], weight.shape[1]),
@@ -909,7 +916,7 @@ class Call:
             return it.key
         if it.gemm.transform is not None:
             return None
-        if self.module.backends[slot // 2].notes:
+        if self.module.backends[slot // 2].quantizer.notes:
             return it.key, self._leader(slot, it)
         if x.device.type != "cpu":
             return None
@@ -928,26 +935,27 @@ class Call:
         spec, transform = it.spec, it.gemm.transform
         backend = self.module.backends[slot // 2]
         # An amax that is noted, or of all ranks, is that of the transformed tensor; else one pass may do both.
-        apart = spec is None or (it.delayed and not backend.notes) or it.of_step or self.stats is not None
+        apart = spec is None or (it.delayed and not backend.quantizer.notes) or it.of_step or self.stats is not None
         if transform is not None and apart:
             x, transform = self.module.transformed(slot // 2, transform, x, self.stats, left=it.left), None
         if spec is None:
             return x
         # The same codes, read along the tensor's own rows; but products that read rows would copy them.
-        turned = it.transposed and it.square and not backend.reads_rows
+        turned = it.transposed and it.square and not backend.product.reads_rows
         if turned:
             x = x.mT
         noise = self.module.noise(slot, self) if it.random else None
         amax, note = self.module.amax_and_note(slot, x) if it.delayed else (None, None)
         amax = self.module.amax_of_step(slot, x, spec) if it.of_step else amax
-        made = backend.prepare(
-            x, spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note
+        codes = codes or backend.product.reads_rows
+        made = backend.quantizer.cast(
+            x, Cast(spec=spec, amax=amax, noise=noise, transform=transform, left=it.left, codes=codes, note=note)
         )
         return made.t() if turned else made
 
     def columns_made(self, x: Tensor) -> Operand | None:
         """The codes of x.mT for wgrad, if one read made them with those of x."""
-        if self.made is None or not self.module.backends[0].reads_rows:
+        if self.made is None or not self.module.backends[0].product.reads_rows:
             return None
         return self.made.get((self._key(WGRAD_X, x), True))
 
@@ -962,10 +970,10 @@ class Call:
 
     def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         transform = self.gemm(2 * gemm).transform
-        backend = self.module.backends[gemm]
+        by = self.module.backends[gemm].product
         if transform is None:
-            return backend.gemm(a, b, bias=bias, dtype=dtype)
-        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype), self.stats)
+            return by.gemm(a, b, bias=bias, dtype=dtype)
+        y = transform.output(by.gemm(a, b, bias=None, dtype=dtype), self.stats)
         return y if bias is None else y + bias
 
 

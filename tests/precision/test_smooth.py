@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from narrowgauge.precision import fused
-from narrowgauge.precision.backends import Reference
+from narrowgauge.precision.backends.reference import Reference
 from narrowgauge.precision.formats import E4M3
 from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.probe import Probe
