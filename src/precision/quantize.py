@@ -302,7 +302,7 @@ def operand_dtype(spec: OperandSpec) -> torch.dtype:
     return torch.bfloat16 if exact and bits <= 8 else torch.float32
 
 
-class Plain:
+class TorchPasses:
     """The passes in plain torch: their definition."""
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
@@ -350,7 +350,7 @@ class Plain:
         return self.values(q, factors, dtype)
 
 
-TORCH = Plain()
+TORCH = TorchPasses()
 
 
 def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:

@@ -315,6 +315,8 @@ def test_a_backend_that_refuses_says_why() -> None:
     assert str(choose(integers, (None, 8, 8), CPU)).startswith("reference (not cpu: ")
     with pytest.raises(ValueError, match=r"backend 'cpu' does not take .*(no kernel for int8|no C)"):
         choose(integers, (None, 8, 8), CPU, "cpu")
+    with pytest.raises(ValueError, match=r"no backend named 'triton_dot' \(did you mean 'triton'\?\)"):
+        choose(integers, (None, 8, 8), CPU, "triton_dot")
     assert "meta" in str(choose(GemmSpec(a=SPEC), (None, 8, 8), torch.device("meta")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from narrowgauge.precision.backends.scaled_mm import find
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
 from narrowgauge.precision.linear import quantized
-from narrowgauge.precision.quantize import operand, quantize
+from narrowgauge.precision.quantize import Quantized, operand, quantize
 from narrowgauge.precision.recipe import Recipe, Rule, apply
 from narrowgauge.precision.scaling import Error, PowerOfTwo, Scales, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
@@ -172,15 +173,25 @@ def test_a_format_in_the_place_of_a_scale_is_refused_too() -> None:
     assert choose(GemmSpec(a=spec), (None, 8, 8), CPU).backend.name == "reference"
 
 
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_quantizers_that_are_asked_all_the_same_do_as_it_says(kind: str) -> None:
+    gemm = FOREIGN[kind][0].fprop
+    assert gemm.a is not None
+    x = torch.randn(32, 48)
+    for quantizer, of in itertools.product(QUANTIZERS, (x, x.mT.contiguous().mT)):
+        made = quantizer.cast(of, Cast(spec=gemm.a, transform=gemm.transform))
+        assert isinstance(made, Quantized)
+        plain = quantize(of if gemm.transform is None else gemm.transform.left(of), gemm.a)
+        assert torch.equal(made.codes, plain.codes)
+        assert torch.equal(made.scales, plain.scales)
+        assert all(map(torch.equal, quantizer.operand(made)[:1], operand(plain)[:1]))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_foreign_transform_is_not_taken_for_its_parent(backend: str) -> None:
-    """Neither where it is a pass of its own nor where kernels transform what they quantize."""
     quantizer = next(quantizer for quantizer in QUANTIZERS if quantizer.name == backend)
-    x, spec = torch.randn(32, 48), OperandSpec(format=E2M1, **NV)
-    for of in (x, x.mT.contiguous().mT):
-        assert torch.equal(quantizer.transformed(Doubled(), of, left=True), 2 * Hadamard().left(of))
-        made = quantizer.cast(of, Cast(spec=spec, transform=Doubled()))
-        assert torch.equal(made.codes, quantize(Doubled().left(of), spec).codes)
+    x = torch.randn(32, 48)
+    assert torch.equal(quantizer.transformed(Doubled(), x, left=True), 2 * Hadamard().left(x))
 
 
 def test_operands_of_unknown_formats_are_in_fp32() -> None:

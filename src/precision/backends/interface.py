@@ -125,8 +125,7 @@ class Backend:
 
     def note(self, gemm: GemmSpec) -> str:
         """What plan.txt should add about the GEMM, or nothing."""
-        own = [] if gemm.transform is None or self.quantizer.name == "reference" else _own_transforms(gemm.transform)
-        return ", ".join(filter(None, [self.product.note(gemm), *own]))
+        return ", ".join(filter(None, [self.product.note(gemm), *_own_transforms(gemm.transform)]))
 
 
 def quantize_by(
@@ -159,10 +158,10 @@ def unknown(*specs: OperandSpec | None) -> str | None:
     return None
 
 
-def _own_transforms(transform: Transform) -> list[str]:
-    """A remark for each transform that is none of ours."""
+def _own_transforms(transform: Transform | None) -> list[str]:
+    """A remark for each transform that is a type of its own."""
     if type(transform) is Composed:
         return [*_own_transforms(transform.first), *_own_transforms(transform.second)]
-    if type(transform) in (Hadamard, Rescale):
+    if transform is None or type(transform) in (Hadamard, Rescale):
         return []
     return [f"{transform} in plain torch: no kernel for a transform of its own, {type(transform).__name__}"]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
-from ..quantize import Plain, Prepared, Quantized, operand, operand_dtype, quantize
+from ..quantize import Prepared, Quantized, TorchPasses, operand, operand_dtype, quantize
 from ..scaling import FP32_MAX
 from ..spec import GemmSpec, Transform
 from .interface import Cast, Operand, Quantizer, Shape
 
 
-class Reference(Plain):
+class Reference(TorchPasses):
     """The quantizer in plain torch. Those of machines replace what they have kernels for."""
 
     name = "reference"

@@ -318,10 +318,10 @@ def _side(product: NativeProduct, q: Quantized, rows: int, k: int) -> Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multiplication:
-    """A product of operands of two specs and shapes: all that can be known before their codes are there.
+    """A product of operands of two specs and shapes: all that is known before there are codes.
 
     Args:
-        specs: of the operands; kept, as they are known by their identity.
+        specs: of the operands, held because their identity is what a product is found by.
         sizes: m, n, k.
         padded: m and n as they are computed.
         dtype: of the output.
@@ -375,5 +375,5 @@ class Multiplication:
 
 
 _CALLS: dict[Hashable, Multiplication] = {}
-"""Products of all linears; each holds the specs that it is known by."""
+"""Products of all linears, by the identity of their specs among others."""
 MAX_CALLS = 4096

@@ -30,6 +30,7 @@ class Granularity(enum.Enum):
 
 
 def granularity(spec: OperandSpec) -> Granularity | None:
+    """Tensor or row, where a spec's scales are of one of these alone."""
     if spec.scale.levels == 0 or (spec.scale.levels == 1 and spec.tile == TENSOR):
         return Granularity.TENSOR
     return Granularity.ROW if spec.scale.levels == 1 and spec.tile == Tile(1, -1) else None
@@ -38,17 +39,15 @@ def granularity(spec: OperandSpec) -> Granularity | None:
 class Side:
     """How an operand of one spec and shape is read: codes [rows, k] (or [rows, k / 2] of E2M1), row-major.
 
-    ``carrier``: the format that the hardware takes its codes for.
+    Args:
+        kind: over what the product's scales extend.
+        spec, shape: of the operand.
+        carrier: the format that the hardware takes its codes for.
+        rows, k: the shape that the hardware reads.
     """
 
     def __init__(
-        self,
-        kind: Granularity,
-        spec: OperandSpec,
-        carrier: NumberFormat,
-        shape: tuple[int, int],
-        rows: int,
-        k: int,
+        self, kind: Granularity, spec: OperandSpec, carrier: NumberFormat, shape: tuple[int, int], rows: int, k: int
     ) -> None:
         self.kind, self.carrier, self.rows, self.k = kind, carrier, rows, k
         fitting = shape == (rows, k)
