@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from narrowgauge.models import LlamaConfig
-from narrowgauge.precision.backends import choose
+from narrowgauge.precision.backends import Cast, choose
 from narrowgauge.precision.formats import E2M1, E4M3
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.noise import Noise, base_key, step_key
@@ -144,22 +144,20 @@ def elements(rounds: int, world: World) -> list[Row]:
     mx8 = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
     nv4 = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
     nv4_sr = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), rounding=Rounding.STOCHASTIC)
-    backend = choose(GemmSpec(a=spec8, b=spec8), (ROWS, OUTS, INS), torch.device("cpu")).backend
+    by = choose(GemmSpec(a=spec8, b=spec8), (ROWS, OUTS, INS), torch.device("cpu")).backend.quantizer
     given = torch.tensor([5.0])
     noise = Noise(key=step_key(base_key(0, "bench", 2), 1), row_offset=7)
     transposed = Noise(key=step_key(base_key(0, "bench", 4), 1), row_offset=7, transposed=True)
     hadamard = Hadamard()
     quantizers: dict[str, Callable[[Tensor], object]] = {
         "BF16 copy": lambda x: x.clone(),
-        "FP8, scale given": lambda x: backend.quantize(x, spec8, amax=given, noise=None),
-        "FP8, current scale": lambda x: backend.quantize(x, spec8, amax=None, noise=None),
-        "MXFP8": lambda x: backend.quantize(x, mx8, amax=None, noise=None),
-        "NVFP4": lambda x: backend.quantize(x, nv4, amax=None, noise=None),
-        "NVFP4 stochastic": lambda x: backend.quantize(x, nv4_sr, amax=None, noise=noise),
+        "FP8, scale given": lambda x: by.cast(x, Cast(spec=spec8, amax=given)),
+        "FP8, current scale": lambda x: by.cast(x, Cast(spec=spec8)),
+        "MXFP8": lambda x: by.cast(x, Cast(spec=mx8)),
+        "NVFP4": lambda x: by.cast(x, Cast(spec=nv4)),
+        "NVFP4 stochastic": lambda x: by.cast(x, Cast(spec=nv4_sr, noise=noise)),
         # Along tokens, as wgrad reads it.
-        "Hadamard + NVFP4 stochastic": lambda x: backend.prepare(
-            x.mT, nv4_sr, amax=None, noise=transposed, transform=hadamard, left=True, codes=True
-        ),
+        "Hadamard + NVFP4 stochastic": lambda x: by.cast(x.mT, Cast(spec=nv4_sr, noise=transposed, transform=hadamard)),
     }
     rows: list[Row] = []
     for columns in (INS, OUTS):

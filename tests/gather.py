@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowgauge.precision.backends import REFERENCE
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.quantize import Quantized
+from narrowgauge.precision.quantize import Quantized, quantize
 from narrowgauge.precision.scaling import Unit
 from narrowgauge.precision.spec import OperandSpec
 from narrowgauge.trainer import distributed
@@ -69,7 +68,7 @@ def watch(model: torch.nn.Module, dtype: torch.dtype) -> None:
         if linear.gathered is None:
             return
         values = OperandSpec(format=whole.spec.format, scale=Unit())
-        codes = REFERENCE.quantize(linear.weight, values, amax=None, noise=None).codes
+        codes = quantize(linear.weight, values).codes
         pairs = [(codes, whole.codes), (linear.gathered.scales, whole.scales)]
         if whole.tensor_scale is not None:
             assert linear.gathered.tensor_scale is not None
@@ -83,7 +82,7 @@ def watch(model: torch.nn.Module, dtype: torch.dtype) -> None:
             spec = linear.spec.fprop.b
             assert spec is not None
             weight = linear.weight.full_tensor().to(dtype)  # type: ignore[attr-defined]
-            whole = REFERENCE.quantize(weight, spec, amax=None, noise=None)
+            whole = quantize(weight, spec)
             handles[linear] = linear.register_forward_pre_hook(lambda module, _, whole=whole: compare(module, whole))
 
 

@@ -6,6 +6,7 @@ nothing but the arguments, reading codes, strides and swizzled scales as the doc
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from narrowgauge.precision import backends
-from narrowgauge.precision.backends import scaled_mm
+from narrowgauge.precision.backends import Quantizer, scaled_mm
 from narrowgauge.precision.backends.scaled_mm import ScaledMM
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -152,14 +152,20 @@ def spread(scales: list[Tensor], recipes: list[ScalingType], swizzles: list[Swiz
     return (flat[place] * tensor).repeat_interleave(vector, 1)
 
 
+choosing: Any = importlib.import_module("narrowgauge.precision.backends.choose")  # whose name is a function's, too
+
+
 @contextmanager
-def pretend(monkeypatch: pytest.MonkeyPatch, arch: int) -> Iterator[Hardware]:
-    """A model on the CPU is taken for one on a GPU of this architecture."""
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, arch: int, quantizers: tuple[Quantizer, ...] = choosing.QUANTIZERS
+) -> Iterator[Hardware]:
+    """A model on the CPU is taken for one on a GPU of this architecture; ``quantizers`` make its codes."""
     hardware = Hardware(arch)
     with monkeypatch.context() as patch:
         patch.setattr(scaled_mm, "scaled_mm", hardware)
-        native = ScaledMM(detect=lambda device: arch)
-        patch.setattr(backends, "ORDER", (native, *backends.QUANTIZERS))
+        pairs = choosing.native(ScaledMM(detect=lambda device: arch), quantizers)
+        others = [backend for backend in choosing.ORDER if backend.name != "scaled_mm"]
+        patch.setattr(choosing, "ORDER", (*pairs, *others))
         yield hardware
 
 

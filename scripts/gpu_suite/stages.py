@@ -23,7 +23,7 @@ from typing import Any
 
 import gpu_check
 import torch
-from narrowgauge.precision.backends import NATIVE, QUANTIZERS
+from narrowgauge.precision.backends import NATIVE, QUANTIZERS, quantize_by
 from narrowgauge.precision.backends.triton.quantizer import prepare_fused, quantize_both, quantize_fused, runs_on
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
 from narrowgauge.precision.noise import Noise, base_key, step_key
@@ -246,7 +246,7 @@ def products(task: Task) -> Iterator[Row]:
     row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True))
     fine, square = (OperandSpec(format=E4M3, tile=Tile(n, 128), scale=Fp32(input_max=True)) for n in (1, 128))
     kinds = {"tensor": (tensor, tensor), "e5m2": (gradient, tensor), "row": (row, row), "block": (fine, square)}
-    made = next(q for q in QUANTIZERS if q.why_not(GemmSpec(), (m, c, c), here) is None)
+    made = next(q for q in QUANTIZERS if q.why_not(GemmSpec(), here) is None)
     for what, (k, n) in {"q, o": (c, c), "gate, up": (c, f), "down": (f, c)}.items():
         for gemm, (rows, inner, cols) in {"fprop": (m, k, n), "dgrad": (m, n, k), "wgrad": (n, m, k)}.items():
             a, b = (torch.randn(size, inner, device=here).bfloat16() for size in (rows, cols))
@@ -259,10 +259,7 @@ def products(task: Task) -> Iterator[Row]:
                     result[kind] = "-" if cuda() else UNPROVED
                     continue
                 try:
-                    left, right = (
-                        made.quantize(x, operand, amax=None, noise=None)
-                        for x, operand in zip((a, b), specs, strict=True)
-                    )
+                    left, right = (quantize_by(made, x, operand) for x, operand in zip((a, b), specs, strict=True))
                     call = partial(NATIVE.gemm, left, right, bias=None, dtype=torch.bfloat16)
                     result[kind] = f"{bf16 / timed(call).ms:.2f}x"
                 except Exception as error:

@@ -43,7 +43,7 @@ class Amaxes:
         if column is None:
             return None
         linear = self._linear
-        now = linear.backends[slot.number // 2].amax(x, TENSOR).reshape(()) if now is None else now
+        now = slot.quantizer.amax(x, TENSOR).reshape(()) if now is None else now
         held = linear.amax_held[column]
         if linear.training:
             # maximum passes a NaN on: the rule then keeps what it held.
@@ -57,7 +57,7 @@ class Amaxes:
         if column is None:
             return None, None
         self.measured[column] = self.measured.get(column, 0) + 1
-        if not linear.plan.backends[slot.number // 2].notes or self._unknown():
+        if not slot.quantizer.notes or self._unknown():
             return self.held(slot, x), None
         views, history, held = self._views, linear._buffers["amax_history"], linear._buffers["amax_held"]
         if views is None or views[0] is not history or views[1] is not held:
@@ -105,7 +105,7 @@ class Amaxes:
         rows = spec.tile.outer != -1 and (
             spec.scale.levels == 1 or (isinstance(spec.scale, TwoLevel) and spec.scale.rows)
         )
-        amax = self._linear.backends[slot.number // 2].amax(x, Tile(1, -1) if rows else TENSOR).flatten()
+        amax = slot.quantizer.amax(x, Tile(1, -1) if rows else TENSOR).flatten()
         # A maximum over ranks may lose a NaN.
         nan = amax.isnan()
         both = torch.stack((torch.where(nan, 0.0, amax), nan.float()))
@@ -127,5 +127,5 @@ class Amaxes:
             if transform is not None:
                 x = x.mT if TRANSPOSED[number] else x
                 x = transform.left(x, stats) if number % 2 == 0 else transform.right(x, stats)
-            now = linear.plan.backends[number // 2].amax(x.detach(), TENSOR).reshape(())
+            now = linear.plan.slots[number].quantizer.amax(x.detach(), TENSOR).reshape(())
             linear.amax_history[0, column] = torch.maximum(linear.amax_history[0, column], now)

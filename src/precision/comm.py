@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .backends import quantize_by
 from .linear import QuantLinear
 from .operands import Gathered
 from .quantize import Quantized
@@ -140,7 +141,7 @@ def _quantized(segment: _Segment, part: Tensor, spec: OperandSpec | None) -> Qua
         scaled_by = weight.linear.amaxes.held(weight.linear.plan.slots[W], part, now=weight.amax)
         scaled_by = weight.amax if scaled_by is None else scaled_by
     shard = part.view(segment.rows, segment.columns)
-    return weight.linear.backends[0].quantize(shard, spec, amax=scaled_by, noise=None)
+    return quantize_by(weight.linear.backends[0].quantizer, shard, spec, amax=scaled_by)
 
 
 def _sent(q: Quantized) -> tuple[Tensor, ...]:
@@ -161,7 +162,7 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
         shape=(ranks * segment.rows, segment.columns),
         spec=OperandSpec(format=q.spec.format, scale=Unit()),
     )
-    values, _ = weight.linear.backends[0].operand(every)
+    values, _ = weight.linear.backends[0].quantizer.operand(every)
     out.copy_(values.reshape(out.shape))
     all_scales = q.scales
     if scales is not None:

@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import Backend, Operand
-from .backends.scaled_mm import ScaledMM
+from .backends.interface import knows_transform
 from .backends.triton.fused import gradient_amaxes, quantize_gradients
 from .backends.triton.quantizer import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
 from .linear import QuantLinear
@@ -165,9 +165,8 @@ class FusedSwiGLU:
     ) -> str | None:
         for name, (_, backends) in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             for backend in backends:
-                quantizer = backend.quantizer if isinstance(backend, ScaledMM) else backend
-                if not isinstance(quantizer, Triton):
-                    return f"{quantizer.name} quantizes for {name}"
+                if not isinstance(backend.quantizer, Triton):
+                    return f"{backend.quantizer.name} quantizes for {name}"
         if gate != up:
             return "gate_proj and up_proj are quantized differently"
         if any(linear.bias is not None for linear in self._linears()[:2]):
@@ -182,7 +181,7 @@ class FusedSwiGLU:
                     return f"{name} is made of codes"
                 if operand.amax == Current(step=True):
                     return f"{name} is scaled by the amax of a step"
-                if not isinstance(_beside(gemm.transform), Hadamard | None):
+                if (beside := _beside(gemm.transform)) is not None and not knows_transform(beside):
                     return f"no kernel for {gemm.transform}"
         return None
 
@@ -278,7 +277,9 @@ class _Fused(torch.autograd.Function):
         dh = None
         if needed["x"] or needed["gate"] or needed["up"]:
             dy_made = down.operand(DGRAD_DY, dy)
-            dh = down.plan.backends[1].gemm(dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype)
+            dh = down.plan.backends[1].product.gemm(
+                dy_made, down.weight(DGRAD_W, down_weight), bias=None, dtype=dy.dtype
+            )
         if needed["down"]:
             weights["down"] = down.product(2, down.dy_for_wgrad(dy, dy_made), h_t, dtype=down_weight.dtype)
         dbias = dy.sum(0) if ctx.has_bias and needed["bias"] else None
@@ -321,7 +322,7 @@ def _hidden(call: Call, slot: int, h: Hidden, top: Tensor | None) -> Quantized:
     if plan.column is not None:
         now = tile_amax(x, TENSOR, hadamard).reshape(()) if amax is None else amax
         amax = call.linear.amaxes.held(plan, x.gate, now)
-    by_column = call.plan.backends[slot // 2].by_column
+    by_column = plan.quantizer.by_column
     return quantize_fused(x, spec, amax=amax, noise=noise, transform=hadamard, by_column=by_column)
 
 
@@ -331,7 +332,7 @@ def _both(call: Call, h: Hidden) -> tuple[Quantized, Quantized] | None:
     plain = _beside(fprop.transform) is None and _beside(wgrad.transform) is None
     if fprop.a is None or fprop.a != wgrad.b or not plain or fprop.a.tile.outer == fprop.a.tile.inner:
         return None
-    return quantize_both(h, fprop.a, by_column=call.plan.backends[0].by_column)  # type: ignore[return-value]
+    return quantize_both(h, fprop.a, by_column=call.plan.slots[X].quantizer.by_column)  # type: ignore[return-value]
 
 
 def _gradients(
@@ -365,7 +366,7 @@ def _gradients(
         amaxes=amaxes,
         noises=noises,
         transform=hadamard,
-        by_column=calls[0].plan.backends[slot // 2].by_column,
+        by_column=plan.quantizer.by_column,
     )
     return (first_made.t(), second_made.t()) if plan.transposed and plan.own_rows else (first_made, second_made)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .backends import Operand
+from .backends import Cast, Operand, quantize_by
 from .noise import Noise, base_key
 from .quantize import Prepared, Quantized, dequantize
 from .scaling import Unit
@@ -151,10 +151,10 @@ class Call:
 
     def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         """The output of GEMM 0, 1 or 2."""
-        transform, backend = self.plan.slots[2 * gemm].transform, self.plan.backends[gemm]
+        transform, by = self.plan.slots[2 * gemm].transform, self.plan.backends[gemm].product
         if transform is None:
-            return backend.gemm(a, b, bias=bias, dtype=dtype)
-        y = transform.output(backend.gemm(a, b, bias=None, dtype=dtype), self.stats)
+            return by.gemm(a, b, bias=bias, dtype=dtype)
+        y = transform.output(by.gemm(a, b, bias=None, dtype=dtype), self.stats)
         return y if bias is None else y + bias
 
     def transformed(self, slot: SlotPlan, x: Tensor) -> Tensor:
@@ -172,7 +172,8 @@ class Call:
         later = self.plan.slots[WGRAD_X if number == X else WGRAD_DY]
         noise = (self.noise(slot), self.noise(later)) if slot.stochastic else None
         amax, note = self._amax(slot, x)
-        return self.plan.backends[number // 2].both(x, spec, amax=amax, noise=noise, note=note, values=not codes)
+        codes = codes or slot.reads_rows
+        return slot.quantizer.cast_both(x, Cast(spec=spec, amax=amax, noise=noise, codes=codes, note=note))
 
     def share_pair(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
@@ -189,23 +190,22 @@ class Call:
     def _cast(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
         """x, transformed and quantized as the slot says."""
         spec, transform = slot.spec, slot.transform
-        backend = self.plan.backends[slot.number // 2]
         # A remembered amax, or that of all ranks, is of the transformed tensor; else one pass may do both.
-        apart = spec is None or (slot.column is not None and not backend.notes)
+        apart = spec is None or (slot.column is not None and not slot.quantizer.notes)
         if transform is not None and (apart or slot.all_ranks or self.stats is not None):
             x, transform = self._transformed(slot, transform, x, self.stats), None
         if spec is None:
             return x
         # The same codes, read along the tensor's own rows; but products that read rows would copy them.
-        own_rows = slot.transposed and slot.own_rows and not backend.reads_rows
+        own_rows = slot.transposed and slot.own_rows and not slot.reads_rows
         if own_rows:
             x = x.mT
         noise = self.noise(slot) if slot.stochastic else None
         amax, note = self._amax(slot, x)
-        cast = backend.prepare(
-            x, spec, amax=amax, noise=noise, transform=transform, left=slot.left, codes=codes, note=note
-        )
-        return cast.t() if own_rows else cast
+        codes = codes or slot.reads_rows
+        cast = Cast(spec=spec, amax=amax, noise=noise, transform=transform, left=slot.left, codes=codes, note=note)
+        operand = slot.quantizer.cast(x, cast)
+        return operand.t() if own_rows else operand
 
     def _amax(self, slot: SlotPlan, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the slot's scale is made from, None for the tensor's own amax; and where that is recorded meanwhile."""
@@ -215,7 +215,7 @@ class Call:
 
     def _transformed(self, slot: SlotPlan, transform: Transform, x: Tensor, stats: Tensor | None) -> Tensor:
         if stats is None:
-            return self.plan.backends[slot.number // 2].transformed(transform, x, left=slot.left)
+            return slot.quantizer.transformed(transform, x, left=slot.left)
         if isinstance(transform, Composed):  # the second reads no statistics, so it is the quantizer's
             return self._transformed(slot, transform.second, self._transformed(slot, transform.first, x, stats), None)
         return transform.left(x, stats) if slot.left else transform.right(x, stats)
@@ -227,7 +227,7 @@ class Call:
 
     def _columns(self, x: Tensor) -> Operand | None:
         """The codes of x.mT for wgrad, if one read made them with those of x."""
-        if self.shared is None or not self.plan.backends[0].reads_rows:
+        if self.shared is None or not self.plan.slots[X].reads_rows:
             return None
         return self.shared.get((self._key(self.plan.slots[WGRAD_X], x), True))
 
@@ -237,7 +237,7 @@ class Call:
         # Values of codes have the codes back when they are rounded without a scale.
         values = OperandSpec(format=spec.format, scale=Unit())
         return Quantized(
-            codes=self.plan.backends[number // 2].quantize(weight, values, amax=None, noise=None).codes,
+            codes=quantize_by(self.plan.slots[number].quantizer, weight, values).codes,
             scales=gathered.scales,
             tensor_scale=gathered.tensor_scale,
             shape=(weight.shape[0], weight.shape[1]),
@@ -255,7 +255,7 @@ class Call:
             return slot.key
         if slot.transform is not None:
             return None
-        if self.plan.backends[slot.number // 2].notes:
+        if slot.quantizer.notes:
             return slot.key, self._leader(slot)
         if x.device.type != "cpu":
             return None

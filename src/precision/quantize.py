@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .formats import E8M0, pack4, unpack4
+from .formats import E8M0, NumberFormat, pack4, unpack4
 from .noise import Noise
 from .scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
 from .spec import OperandSpec, Rounding
@@ -91,9 +91,6 @@ class Passes(Protocol):
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         """As ``amax`` below."""
-
-    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
-        """As ``spec.scale.scales``."""
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         """Factors of tiles relative to the largest power of two, from E8M0 codes, and that power (see ``operand``)."""
@@ -192,7 +189,7 @@ def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | No
         tensor_amax = tensor_amax.reshape((grid[0], 1) if by_row else ())
         if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
             return _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, noise, passes)
-    return passes.scales(spec, tile_amax, tensor_amax, x.dtype)
+    return rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
 
 
 def _largest(amaxes: Tensor, dim: int) -> Tensor:
@@ -268,32 +265,48 @@ def _factors(
     spec: OperandSpec, stored: Tensor, tensor_scale: Tensor | None, passes: Passes
 ) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
     """For an operand: the factors of tiles (None: 1) and of the GEMM's output, and the matrix's dtype."""
-    element, rule = spec.format, spec.scale
-    narrow = torch.bfloat16 if element.significant_bits <= 8 else torch.float32
+    rule, dtype = spec.scale, operand_dtype(spec)
     if rule.levels == 0:
-        return None, None, narrow
+        return None, None, dtype
     if rule.levels == 2:
-        block = rule.format
-        assert block is not None
-        exact = element.significant_bits + block.significant_bits <= 8
-        return _decoded(spec, stored), tensor_scale, torch.bfloat16 if exact else torch.float32
+        return _decoded(spec, stored), tensor_scale, dtype
     if rule.format is None and spec.tile == TENSOR:
-        return None, stored.reshape(()), narrow
-    if rule.power_of_two and narrow is torch.bfloat16 and element.tiny_exponent >= -126:
+        return None, stored.reshape(()), dtype
+    if dtype == torch.bfloat16:
         codes = stored if rule.format is E8M0 else E8M0.encode(stored)
-        factors, centre = passes.centred(codes, element.tiny_exponent)
-        return factors, centre, narrow
-    return _decoded(spec, stored), None, torch.float32
+        factors, centre = passes.centred(codes, spec.format.tiny_exponent)
+        return factors, centre, dtype
+    return _decoded(spec, stored), None, dtype
 
 
-class _Torch:
-    """The definition of the passes."""
+def knows_format(format: object) -> bool:
+    """Whether a number format rounds and is coded as ``NumberFormat`` says: exactly that type.
+
+    A subclass or a look-alike means what its own methods say; nothing is concluded from its fields.
+    """
+    return type(format) is NumberFormat
+
+
+def operand_dtype(spec: OperandSpec) -> torch.dtype:
+    """That of the matrix of ``operand``: BF16 where it is known to hold the values exactly, else FP32."""
+    element, rule = spec.format, spec.scale
+    if not knows_format(element):
+        return torch.float32
+    bits = element.significant_bits
+    if rule.levels == 2:
+        block, rows = rule.format, isinstance(rule, TwoLevel) and rule.rows
+        known = block is not None and knows_format(block) and bits + block.significant_bits <= 8
+        return torch.bfloat16 if known and not rows else torch.float32
+    one_scale = rule.levels == 0 or (rule.format is None and spec.tile == TENSOR)
+    exact = one_scale or (rule.power_of_two and element.tiny_exponent >= -126)
+    return torch.bfloat16 if exact and bits <= 8 else torch.float32
+
+
+class TorchPasses:
+    """The passes in plain torch: their definition."""
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         return amax(x, tile)
-
-    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
-        return spec.scale.scales(amax, spec.format, tensor_amax=tensor_amax, dtype=dtype)
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         code = codes.int()
@@ -337,7 +350,7 @@ class _Torch:
         return self.values(q, factors, dtype)
 
 
-TORCH: Passes = _Torch()
+TORCH = TorchPasses()
 
 
 def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:

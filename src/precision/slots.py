@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from .backends import Backend
+from .backends import Backend, Quantizer
 from .scaling import TENSOR, Current, Delayed
 from .spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
 
@@ -66,6 +66,8 @@ class SlotPlan:
         all_ranks: scaled by the amax of all ranks' tensors.
         own_rows: the codes of the transpose are the codes of the tensor, transposed.
         one_read: its operand and that of the later slot of the same tensor may be made in one read.
+        quantizer: who makes it.
+        reads_rows: its product reads codes along the contraction: it needs codes, and would copy those of a transpose.
         key: equal where equal tensors are made into equal codes, but for amaxes and statistics.
     """
 
@@ -80,6 +82,8 @@ class SlotPlan:
     all_ranks: bool
     own_rows: bool
     one_read: bool
+    quantizer: Quantizer
+    reads_rows: bool
     key: int
 
 
@@ -129,6 +133,10 @@ class LinearPlan:
     empty: bool
     all_ranks: bool
     shares_inputs: bool
+
+    def __deepcopy__(self, memo: object) -> LinearPlan:
+        """A copy of a linear has the same plans: nothing of them changes."""
+        return self
 
     @property
     def saves_fprop_codes(self) -> bool:
@@ -204,7 +212,7 @@ def resolve(
 def _slot(
     spec: LinearSpec, number: int, backends: Backends, own: dict[int, Column], columns: Sequence[Column]
 ) -> SlotPlan:
-    gemm, operand = gemms(spec)[number // 2], operands(spec)[number]
+    gemm, operand, backend = gemms(spec)[number // 2], operands(spec)[number], backends[number // 2]
     stochastic = is_stochastic(operand)
     tile = operand.tile if operand is not None else TENSOR
     return SlotPlan(
@@ -219,7 +227,9 @@ def _slot(
         all_ranks=operand is not None and operand.amax == Current(step=True),
         own_rows=tile.outer == tile.inner and gemm.transform is None and not stochastic,
         one_read=_one_read(spec, number, backends),
-        key=_number((number, operand, gemm.transform, backends[number // 2].name)),
+        quantizer=backend.quantizer,
+        reads_rows=backend.product.reads_rows,
+        key=_number((number, operand, gemm.transform, backend.name)),
     )
 
 
@@ -246,7 +256,7 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
     later = {first: second for second, first in EARLIER.items()}[number]
     first, second = operands(spec)[number], operands(spec)[later]
     by, by_later = backends[number // 2], backends[later // 2]
-    if first is None or second is None or (isinstance(first.amax, Delayed) and not by.notes):
+    if first is None or second is None or (isinstance(first.amax, Delayed) and not by.quantizer.notes):
         return False
     if gemms(spec)[number // 2].transform is not None or gemms(spec)[later // 2].transform is not None:
         return False
@@ -254,7 +264,7 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
     # Codes of a square tile are reused by transposing them: they are those of the original.
     if first != second and not (square and first == replace(second, source=Source.ORIGINAL)):
         return False
-    if square and not (by.reads_rows and by_later.reads_rows):
+    if square and not (by.product.reads_rows and by_later.product.reads_rows):
         return False  # one is the other, transposed
     # With one scale per row made of all ranks' rows: rows of the one are not rows of the other.
     return not (first.amax == Current(step=True) and first.tile != TENSOR and first.scale.levels == 1)

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .formats import NumberFormat
+from .formats import E2M1, NumberFormat
 from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
 
 
@@ -113,7 +113,7 @@ class OperandSpec:
             raise ValueError("delayed scaling keeps one amax per tensor: it cannot scale rows by themselves")
         if scale.four_over_six is None:
             return
-        if self.format.name != "e2m1" or self.tile not in ((1, 16), (16, 16)):
+        if self.format != E2M1 or self.tile not in ((1, 16), (16, 16)):
             raise ValueError(f"four over six is for e2m1 in tiles of 1x16 or 16x16, not {self.format} in {self.tile}")
         if self.rounding is Rounding.TRUNCATE:
             raise ValueError("four over six is for nearest or stochastic rounding: to truncate is not for it")

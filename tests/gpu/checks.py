@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from gpu_suite.clock import timed
-from narrowgauge.precision.backends import NATIVE, QUANTIZERS, REFERENCE, Reference
+from narrowgauge.precision.backends import NATIVE, QUANTIZERS, REFERENCE, Cast, Quantizer
 from narrowgauge.precision.backends.scaled_mm import SQNR_DB, architecture
 from narrowgauge.precision.backends.triton import fused as triton_fused
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
 from narrowgauge.precision.noise import Noise, base_key, step_key
-from narrowgauge.precision.quantize import Quantized
+from narrowgauge.precision.quantize import Quantized, quantize
 from narrowgauge.precision.recipe import apply, load, names
 from narrowgauge.precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
@@ -99,7 +99,7 @@ def check_kernel(backend_name: str, spec: OperandSpec, hadamard: int, *, transpo
     if backend is None:
         return not_here(f"this build has no backend {backend_name}")
     gemm = GemmSpec(a=spec, b=spec, transform=Hadamard(size=hadamard) if hadamard else None)
-    if reason := backend.why_not(gemm, (None, *SHAPE), HERE):
+    if reason := backend.why_not(gemm, HERE):
         return not_here(reason)
     torch.manual_seed(0)
     x = torch.randn(SHAPE, device=HERE) * torch.exp(torch.randn(SHAPE, device=HERE))
@@ -111,11 +111,12 @@ def check_kernel(backend_name: str, spec: OperandSpec, hadamard: int, *, transpo
     random = spec.rounding is Rounding.STOCHASTIC
     noise = Noise(key=key, row_offset=zero, transposed=transposed) if random else None
 
-    def made(by: Reference, x: Tensor) -> Quantized:
-        y = by.transformed(gemm.transform, x, left=True) if gemm.transform is not None else x
-        return by.quantize(y, spec, amax=None, noise=noise)
+    def made(by: Quantizer, x: Tensor) -> Quantized:
+        q = by.cast(x, Cast(spec=spec, noise=noise, transform=gemm.transform))
+        assert isinstance(q, Quantized)
+        return q
 
-    ours, reference = made(backend, x), made(REFERENCE, x)
+    ours, reference = made(backend, x), made(REFERENCE.quantizer, x)
     tensors = [(q.codes, q.scales.float(), q.tensor_scale) for q in (ours, reference)]
     wrong = sum(int((a != b).sum()) for a, b in zip(*tensors, strict=True) if a is not None and b is not None)
     nonzero = float((reference.codes & 0x7F != 0).float().mean())
@@ -148,7 +149,7 @@ def check_swiglu(spec: OperandSpec, *, transposed: bool) -> Outcome:
     plain = [h.computed(), *gradients.computed()]
     wrong = total = 0
     for ours, x in zip(made(), plain, strict=True):
-        reference = REFERENCE.quantize(x, spec, amax=None, noise=None)
+        reference = quantize(x, spec)
         wrong += int((ours.codes != reference.codes).sum()) + int((ours.scales != reference.scales).sum())
         total += ours.codes.numel()
     time = f"{timed(made)}, forward and backward" if HERE.type == "cuda" else ""  # more than the cache holds
@@ -184,16 +185,15 @@ def check_product(a: OperandSpec, b: OperandSpec, *, ragged: bool) -> Outcome:
         return not_here(reason)
     torch.manual_seed(0)
     left, right = (
-        REFERENCE.quantize(torch.randn(rows, k, device=HERE, dtype=torch.bfloat16), spec, amax=None, noise=None)
-        for rows, spec in ((m, a), (n, b))
+        quantize(torch.randn(rows, k, device=HERE, dtype=torch.bfloat16), spec) for rows, spec in ((m, a), (n, b))
     )
     pairs = [(left, right)]
     if b.tile.outer == b.tile.inner:  # as in dgrad: codes of the transpose
         w = torch.randn(k, n, device=HERE, dtype=torch.bfloat16)
-        pairs.append((left, REFERENCE.quantize(w, b, amax=None, noise=None).t()))
+        pairs.append((left, quantize(w, b).t()))
     worst = float("inf")
     for x, w_q in pairs:
-        exact = REFERENCE.gemm(x, w_q, bias=None, dtype=torch.float32)
+        exact = REFERENCE.product.gemm(x, w_q, bias=None, dtype=torch.float32)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for bias in (None, torch.randn(n, device=HERE).to(dtype)):
                 y = NATIVE.gemm(x, w_q, bias=bias, dtype=dtype)

@@ -10,8 +10,9 @@ import torch
 from gpu import checks
 from gpu_suite.clock import Timing
 from hardware import Hardware, pretend
-from narrowgauge.precision import backends
 from narrowgauge.precision.backends import scaled_mm
+from narrowgauge.precision.backends.cpu.quantizer import Cpu
+from narrowgauge.precision.backends.scaled_mm import ScaledMM
 from narrowgauge.precision.recipe import names
 
 
@@ -30,9 +31,9 @@ def test_kernels_are_compared(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
     outcome = checks.check_kernel("reference", spec, hadamard, transposed=True)
     assert outcome.ok
     assert "0 of" in outcome.measured
-    original = backends.Cpu.quantize
-    monkeypatch.setattr(backends.Cpu, "why_not", lambda *arguments: None)
-    monkeypatch.setattr(backends.Cpu, "quantize", lambda self, x, *rest, **more: original(self, 2 * x, *rest, **more))
+    original = Cpu.cast
+    monkeypatch.setattr(Cpu, "why_not", lambda *arguments: None)
+    monkeypatch.setattr(Cpu, "cast", lambda self, x, cast: original(self, 2 * x, cast))
     assert checks.check_kernel("cpu", spec, hadamard, transposed=False).ok is False
     assert checks.check_kernel("none", spec, hadamard, transposed=False).ok is None
 
@@ -40,7 +41,7 @@ def test_kernels_are_compared(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 @pytest.mark.parametrize("arch", [90, 100])
 def test_products_are_compared(small: None, monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     with pretend(monkeypatch, arch) as hardware:
-        monkeypatch.setattr(checks, "NATIVE", backends.ORDER[0])
+        monkeypatch.setattr(checks, "NATIVE", ScaledMM(detect=lambda device: arch))
         outcomes = {name: checks.check_product(*checks.PRODUCTS[name], ragged=True) for name in checks.PRODUCTS}
         there = {name for name, outcome in outcomes.items() if outcome.ok is not None}
         assert all(outcomes[name].ok for name in there), outcomes
@@ -59,7 +60,7 @@ def test_products_are_compared(small: None, monkeypatch: pytest.MonkeyPatch, arc
 
 def test_recipes_are_compared(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend(monkeypatch, 100):
-        monkeypatch.setattr(checks, "NATIVE", backends.ORDER[0])
+        monkeypatch.setattr(checks, "NATIVE", ScaledMM(detect=lambda device: 100))
         outcome = checks.check_recipe("nvfp4")
         assert outcome.ok
         assert outcome.measured.endswith("3 of 3 GEMMs native")

@@ -19,7 +19,7 @@ import torch
 from gpu_suite import bundle, clock, results, stages, steps
 from hardware import pretend
 from narrowgauge.models import create
-from narrowgauge.precision import backends
+from narrowgauge.precision.backends.scaled_mm import ScaledMM
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.trainer.distributed import World
 
@@ -404,7 +404,7 @@ def test_kernels_that_are_timed_are_launched() -> None:
 
 def test_products_are_compared_with_native_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pretend(monkeypatch, 90):
-        monkeypatch.setattr(stages, "NATIVE", backends.ORDER[0])
+        monkeypatch.setattr(stages, "NATIVE", ScaledMM(detect=lambda device: 90))
         rows = list(stages.products(stages.Task("1b", tmp_path, time.time() + 100)))
     assert len(rows) == 9
     for row in rows:

@@ -18,11 +18,19 @@ import torch
 import transformers
 from hardware import pretend
 from narrowgauge.models.llama import Llama, LlamaConfig
-from narrowgauge.precision import backends
-from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
+from narrowgauge.precision.backends import (
+    REFERENCE,
+    Cast,
+    Quantizer,
+    choose,
+    quantize_by,
+    scaled_mm,
+    scaled_mm_operands,
+)
 from narrowgauge.precision.backends.adam import choose as choose_update
-from narrowgauge.precision.backends.scaled_mm import PRODUCTS, swizzle
+from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.emulated import EmulatedOnGpu
 from narrowgauge.precision.backends.triton.fused import (
     State,
     Step,
@@ -31,7 +39,6 @@ from narrowgauge.precision.backends.triton.fused import (
     gradient_amaxes,
     quantize_gradients,
 )
-from narrowgauge.precision.backends.triton.gemm import product
 from narrowgauge.precision.backends.triton.quantizer import (
     CANDIDATES,
     Choice,
@@ -47,7 +54,7 @@ from narrowgauge.precision.backends.triton.quantizer import (
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
-from narrowgauge.precision.quantize import Prepared, Quantized, dequantize
+from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize, operand, quantize
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
@@ -75,7 +82,7 @@ def read_bounds_by_item() -> None:
 if triton.version() < (3, 9):
     read_bounds_by_item()
 
-BACKEND = Triton()
+BACKEND, FOR_PRODUCTS = Triton(), Triton(by_column=True)
 TILES = (
     TENSOR,
     Tile(1, -1),
@@ -93,21 +100,20 @@ def noise(number: int = 0, *, row_offset: int = 0, transposed: bool = False) -> 
 
 
 def assert_same(spec: OperandSpec, x: Tensor, source: Noise | None) -> None:
-    ours = BACKEND.quantize(x, spec, amax=None, noise=source)
-    theirs = REFERENCE.quantize(x, spec, amax=None, noise=source)
+    ours, theirs = quantize_by(BACKEND, x, spec, noise=source), quantize(x, spec, noise=source)
     assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
     assert same_operand(BACKEND.operand(ours), theirs), (str(spec), x.dtype, x.shape)
-    prepared = BACKEND.prepare(x, spec, amax=None, noise=source, transform=None, left=True, codes=False)
+    prepared = BACKEND.cast(x, Cast(spec=spec, noise=source, codes=False))
     if isinstance(prepared, Prepared):
         assert same_operand((prepared.matrix, prepared.factor), theirs), (str(spec), x.dtype, x.shape, x.stride())
         assert prepared.matrix.is_contiguous()
     else:
-        assert x.numel() == 0 or REFERENCE.operand(theirs)[0].dtype == torch.float32, str(spec)
+        assert x.numel() == 0 or operand(theirs)[0].dtype == torch.float32, str(spec)
 
 
 def same_operand(ours: tuple[Tensor, Tensor | None], q: Quantized) -> bool:
     """That of the reference; powers of two per tile are applied where the reference takes them relative to one."""
-    theirs = REFERENCE.operand(q)
+    theirs = operand(q)
     of_tiles = q.spec.scale.levels == 1 and (q.spec.tile != TENSOR or q.spec.scale.format is not None)
     if of_tiles and theirs[1] is not None:
         return ours[1] is None and equal(ours[0], dequantize(q, torch.bfloat16))
@@ -146,7 +152,7 @@ def test_edge_values(spec: OperandSpec, dtype: torch.dtype) -> None:
 def test_amax(tile: Tile) -> None:
     for number, dtype in enumerate(DTYPES):
         for x in list(matrices((130, 65), dtype, number))[number::3]:
-            assert equal(BACKEND.amax(x, tile), REFERENCE.amax(x, tile)), (dtype, x.stride())
+            assert equal(BACKEND.amax(x, tile), amax(x, tile)), (dtype, x.stride())
 
 
 def test_an_amax_from_elsewhere() -> None:
@@ -154,10 +160,10 @@ def test_an_amax_from_elsewhere() -> None:
     for spec in (OperandSpec(format=E4M3, amax=Delayed()), MXFP8, NVFP4, replace(MXFP8, tile=Tile(1, -1))):
         count = 1 if spec.scale.levels == 2 else spec.tile.grid(40, 70)[0] * spec.tile.grid(40, 70)[1]
         given = torch.rand(count) * 4
-        ours, theirs = (b.quantize(x, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        ours, theirs = quantize_by(BACKEND, x, spec, amax=given), quantize(x, spec, amax=given)
         assert same_codes(ours, theirs), spec
     with pytest.raises(ValueError, match="scales by an earlier amax"):
-        BACKEND.quantize(x, OperandSpec(format=E4M3, amax=Delayed()), amax=None, noise=None)
+        quantize_by(BACKEND, x, OperandSpec(format=E4M3, amax=Delayed()))
 
 
 @pytest.mark.parametrize("size", [2, 16, 128])
@@ -180,7 +186,7 @@ def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bo
         source = noise(row_offset=7, transposed=True) if stochastic else None
         for x in list(matrices((100, 33), dtype, number))[number::5]:
             ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
-            theirs = REFERENCE.quantize(transform.left(x.mT), spec, amax=None, noise=source)
+            theirs = quantize(transform.left(x.mT), spec, noise=source)
             assert same_codes(ours, theirs), (str(spec), x.dtype)
 
 
@@ -197,12 +203,12 @@ def test_rows_and_columns_in_one_read(dtype: torch.dtype) -> None:
             pair = quantize_both(x, spec)
             assert pair is not None
             for ours, of in zip(pair, (x, x.mT), strict=True):
-                assert same_codes(ours, REFERENCE.quantize(of, spec, amax=None, noise=None)), (str(spec), x.stride())
+                assert same_codes(ours, quantize(of, spec)), (str(spec), x.stride())
         hidden = Hidden(samples[0], samples[1], torch.rand(shape[0]) + 0.5, 0)
         pair = quantize_both(hidden, spec)
         assert pair is not None
         for ours, h in zip(pair, (hidden, hidden.mT), strict=True):
-            assert same_codes(ours, REFERENCE.quantize(h.computed(), spec, amax=None, noise=None)), str(spec)
+            assert same_codes(ours, quantize(h.computed(), spec)), str(spec)
     random = replace(MXFP8, rounding=Rounding.STOCHASTIC)
     delayed = OperandSpec(format=E4M3, amax=Delayed())
     for spec in (random, delayed, replace(MXFP8, tile=Tile(32, 32)), replace(NVFP4, tile=Tile(16, 16))):
@@ -219,7 +225,7 @@ def test_scales_of_parts_lie_by_column_if_told() -> None:
             assert pair is not None
             for ours, of in zip((*pair, quantize_fused(x, spec, by_column=True)), (x, x.mT, x), strict=True):
                 assert isinstance(ours, Quantized)
-                theirs = REFERENCE.quantize(of, spec, amax=None, noise=None)
+                theirs = quantize(of, spec)
                 assert same_codes(ours, theirs), str(spec)
                 assert equal(BACKEND.operand(ours)[0], BACKEND.operand(theirs)[0]), str(spec)
                 assert ours.scales.stride() == ((1, len(of)) if told else (ours.scales.shape[1], 1)), str(spec)
@@ -256,14 +262,14 @@ def test_one_scale_rows_and_two_levels_in_both_directions(dtype: torch.dtype) ->
         if spec.rounding is Rounding.STOCHASTIC:
             noises = noise(1, row_offset=2**32 - 3), noise(2, row_offset=2**32 - 3, transposed=True)
         theirs = [
-            REFERENCE.quantize(of, spec, amax=amax, noise=source)
+            quantize(of, spec, amax=amax, noise=source)
             for of, source in zip((x, x.mT), noises or (None, None), strict=True)
         ]
         for values in (False, True):
             pair = quantize_both(x, spec, amax=amax, noise=noises, values=values)
             if pair is None:
                 assert values
-                assert all(REFERENCE.operand(q)[0].dtype == torch.float32 for q in theirs), str(spec)
+                assert all(operand(q)[0].dtype == torch.float32 for q in theirs), str(spec)
                 continue
             assert all(map(same, pair, theirs)), (str(spec), values, x.stride())
     with pytest.raises(ValueError, match="takes no amax but that of the tensor"):
@@ -279,22 +285,21 @@ def test_an_amax_is_noted_where_another_one_scales() -> None:
         top, given = float(x.abs().max()), torch.tensor([2.0])
         for before, value, after in ((0.0, None, top), (99.0, None, 99.0), (1.0, torch.nan, torch.nan)):
             x[0, 1] = x[0, 1] if value is None else value
-            theirs = REFERENCE.quantize(x, spec, amax=given, noise=None)
-            other = REFERENCE.quantize(x.mT, spec, amax=given, noise=None)
+            theirs = quantize(x, spec, amax=given)
+            other = quantize(x.mT, spec, amax=given)
             for both, codes in ((False, True), (False, False), (True, True), (True, False)):
                 note = torch.tensor([before])
                 made: tuple[Quantized | Prepared, ...] | None
                 if both:
-                    made = BACKEND.both(x, spec, amax=given, note=note, values=not codes)
+                    made = BACKEND.cast_both(x, Cast(spec=spec, amax=given, note=note, codes=codes))
                 else:
-                    arguments: dict[str, Any] = {"noise": None, "transform": None, "left": True, "codes": codes}
-                    made = (BACKEND.prepare(x, spec, amax=given, note=note, **arguments),)
+                    made = (BACKEND.cast(x, Cast(spec=spec, amax=given, note=note, codes=codes)),)
                 assert made is not None
                 assert all(map(same, made, (theirs, other)))
                 assert equal(note, torch.tensor([after])), (before, value, both, codes)
-    for spec, amax in ((MXFP8, None), (OperandSpec(format=E4M3), None)):
+    for spec in (MXFP8, OperandSpec(format=E4M3)):
         with pytest.raises(ValueError, match="an amax is noted where"):
-            quantize_fused(x, spec, amax=amax, note=torch.zeros(1))
+            quantize_fused(x, spec, note=torch.zeros(1))
 
 
 @pytest.mark.parametrize("choice", CANDIDATES, ids=str)
@@ -306,10 +311,10 @@ def test_blocks_change_no_bits(choice: Choice) -> None:
             plan = triton._quantize_plan(of, spec, None, None, transform, choice, values=False)
             y = of if transform is None else transform.left(of)
             made = plan.made(of, None, None, None, None, None)
-            assert same(made, REFERENCE.quantize(y, spec, amax=None, noise=None)), (str(spec), of.stride())
+            assert same(made, quantize(y, spec)), (str(spec), of.stride())
         both = triton._both_plan(x, spec, None, None, False, choice, values=False)
         assert both is not None
-        theirs = [REFERENCE.quantize(of, spec, amax=None, noise=None) for of in (x, x.mT)]
+        theirs = [quantize(of, spec) for of in (x, x.mT)]
         assert all(map(same, both.made(x, None, None, None, None, None), theirs)), str(spec)
 
 
@@ -324,35 +329,35 @@ def test_kernels_make_noise_of_its_parts(transposed: bool) -> None:
             rows_of_a_sample=rows_of_a_sample,
             transposed=transposed,
         )
-        assert same_codes(quantize_fused(x, spec, noise=source), REFERENCE.quantize(x, spec, amax=None, noise=source))
+        assert same_codes(quantize_fused(x, spec, noise=source), quantize(x, spec, noise=source))
 
 
 def test_values_down_to_the_least_that_bf16_holds() -> None:
     """Powers of two are applied as they are, where the reference takes them relative to the largest: same products."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(24, 64, generator=generator) * 2.0 ** torch.randint(-20, 20, (24, 1)) for _ in range(2))
-    arguments: dict[str, Any] = {"amax": None, "noise": None, "transform": None, "left": True}
-    sides = [BACKEND.prepare(x, MXFP8, codes=False, **arguments) for x in (a, b)]
-    exact = [REFERENCE.quantize(x, MXFP8, amax=None, noise=None) for x in (a, b)]
+    cast = Cast(spec=MXFP8, codes=False)
+    sides = [BACKEND.cast(x, cast) for x in (a, b)]
+    exact = [quantize(x, MXFP8) for x in (a, b)]
     for dtype in (torch.float32, torch.bfloat16):
-        ours = BACKEND.gemm(*sides, bias=None, dtype=dtype)
-        assert equal(ours, REFERENCE.gemm(*exact, bias=None, dtype=dtype))
+        ours = EmulatedOnGpu(BACKEND).gemm(*sides, bias=None, dtype=dtype)
+        assert equal(ours, REFERENCE.product.gemm(*exact, bias=None, dtype=dtype))
     tiny = torch.full((1, 32), 2.0**-120)
     tiny[0, 0], tiny[0, 1] = 2.0**-131, 2.0**-140
-    made = BACKEND.prepare(tiny, MXFP8, codes=False, **arguments)
+    made = BACKEND.cast(tiny, cast)
     assert isinstance(made, Prepared)
-    assert equal(made.matrix, dequantize(REFERENCE.quantize(tiny, MXFP8, amax=None, noise=None), torch.bfloat16))
+    assert equal(made.matrix, dequantize(quantize(tiny, MXFP8), torch.bfloat16))
 
 
 @pytest.mark.parametrize("spec", [OperandSpec(format=E4M3), MXFP8, NVFP4], ids=str)
 def test_rows_of_the_benchmarked_shape(spec: OperandSpec) -> None:
     """32 of the 8192 x 704 activations, along their rows; and 32 of their columns, along the tokens."""
     x = (torch.randn(8192, 704, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
-    given = REFERENCE.amax(x, TENSOR) if spec.tile == TENSOR or spec.scale.levels == 2 else None
+    given = amax(x, TENSOR) if spec.tile == TENSOR or spec.scale.levels == 2 else None
     for part in (x[:32], x.mT[:16, :1024]):
-        ours, theirs = (b.quantize(part, spec, amax=given, noise=None) for b in (BACKEND, REFERENCE))
+        ours, theirs = quantize_by(BACKEND, part, spec, amax=given), quantize(part, spec, amax=given)
         assert same_codes(ours, theirs)
-        assert equal(tile_amax(part, spec.tile), REFERENCE.amax(part, spec.tile))
+        assert equal(tile_amax(part, spec.tile), amax(part, spec.tile))
 
 
 def test_the_output_of_a_product_is_rounded_once() -> None:
@@ -382,10 +387,10 @@ def test_swizzled_scales() -> None:
 
 @pytest.mark.parametrize("spec", [MXFP8, NVFP4], ids=str)
 def test_native_products_have_their_scales_from_the_kernel(spec: OperandSpec) -> None:
-    product = next(p for p in PRODUCTS if p.name == ("MXFP8" if spec is MXFP8 else "NVFP4"))
-    q = BACKEND.quantize(torch.randn(130, 144), spec, amax=None, noise=None)
-    side = scaled_mm._Side(product, spec, (130, 144), 130, 160)
-    plain = swizzle(scaled_mm._per_vector(q, q.scales, 130, 160, spec.tile.inner))
+    q = quantize_by(BACKEND, torch.randn(130, 144), spec)
+    kind = Granularity.MX if spec is MXFP8 else Granularity.NV
+    side = scaled_mm_operands.Side(kind, spec, spec.format, (130, 144), 130, 160)
+    plain = swizzle(scaled_mm_operands._per_vector(q, q.scales, 130, 160, spec.tile.inner))
     assert torch.equal(side.scales(q)[0].view(torch.uint8), plain)
     with recording((10, 0)) as launches:
         side.scales(q)
@@ -402,7 +407,7 @@ def test_chosen_by_name_and_refused_with_reasons() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")
-    assert BACKEND.why_not(gemm, (64, 64, 64), torch.device("meta")) == "the model is on meta"
+    assert BACKEND.why_not(gemm, torch.device("meta")) == "the model is on meta"
     assert equal(hadamard(torch.ones(2, 16), Hadamard()), Hadamard().left(torch.ones(2, 16)))
 
 
@@ -541,7 +546,7 @@ def made(value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slo
     key = source.key if source is not None else None
     if isinstance(spec, OperandSpec):
         spec = replace(spec, rounding=rounding)
-        q = REFERENCE.quantize(value, spec, amax=None, noise=source)
+        q = quantize(value, spec, noise=source)
         return State(values=q.codes, scales=q.scales, spec=spec, key=key)
     if spec == torch.float32:
         return State(values=value.clone())
@@ -578,8 +583,8 @@ def test_swiglu_in_front_of_a_cast(dtype: torch.dtype) -> None:
     gate[6, 6], up[7, 8], gate[9, 9], dh[10, 10] = torch.nan, torch.nan, torch.inf, torch.inf
     tokens, channels = (tile_amax(Hidden(gate, up), tile).flatten() for tile in (Tile(1, -1), Tile(-1, 1)))
     h = Hidden(gate, up).computed()
-    assert equal(tokens, REFERENCE.amax(h, Tile(1, -1)).flatten())
-    assert equal(channels, REFERENCE.amax(h, Tile(-1, 1)).flatten())
+    assert equal(tokens, amax(h, Tile(1, -1)).flatten())
+    assert equal(channels, amax(h, Tile(-1, 1)).flatten())
     delayed = OperandSpec(format=E4M3, amax=Delayed())
     cases: list[tuple[OperandSpec, Hadamard | None]] = [
         (replace(MXFP8, rounding=Rounding.STOCHASTIC), None),
@@ -608,10 +613,10 @@ def test_swiglu_in_front_of_a_cast(dtype: torch.dtype) -> None:
             plain = plain if transform is None else [transform.left(y) for y in plain]
             tops = [given, *(pair or (None, None))]
             for one, y, top, source in zip(ours, plain, tops, (sources[0], *sources), strict=True):
-                theirs = REFERENCE.quantize(y, spec, amax=top, noise=source)
+                theirs = quantize(y, spec, amax=top, noise=source)
                 assert same_codes(one, theirs), (str(spec), along, transposed)
             for one, y in zip(gradient_amaxes(dx, spec.tile, transform), plain[1:], strict=True):
-                assert equal(one, REFERENCE.amax(y, spec.tile))
+                assert equal(one, amax(y, spec.tile))
 
 
 class MLP(nn.Module):
@@ -690,9 +695,9 @@ def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str,
 
 def test_a_fused_mlp_writes_scales_as_native_products_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales of h, dgate and dup in blocks are copied by nobody; outputs and gradients are those of the reference."""
-    blocks = scaled_mm._block_scales
+    blocks = scaled_mm_operands._block_scales
 
-    def run(quantizers: tuple[object, ...], copied: set[bool]) -> list[Tensor]:
+    def run(quantizers: tuple[Quantizer, ...], copied: set[bool]) -> list[Tensor]:
         torch.manual_seed(0)
         mlp = MLP(bias=False, width=256, hidden=256)
         model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": mlp})])}).bfloat16()
@@ -701,13 +706,12 @@ def test_a_fused_mlp_writes_scales_as_native_products_read_them(monkeypatch: pyt
             copied.add(q.spec.tile.outer == 1)
             return blocks(q, *sizes)
 
-        with monkeypatch.context() as patch, pretend(patch, 90):
-            patch.setattr(backends, "QUANTIZERS", quantizers)
-            patch.setattr(scaled_mm, "_block_scales", noting)
+        with monkeypatch.context() as patch, pretend(patch, 90, quantizers):
+            patch.setattr(scaled_mm_operands, "_block_scales", noting)
             args = {"base": "fp8_block", "form": "token", "fuse": "always"}
             plan = apply(load("smooth_swiglu", args), model, tokens=256)
             assert str(plan).count("block-wise FP8 of sm_90") == 9
-            assert ("[triton, fused" in str(plan)) == (quantizers != (REFERENCE,))
+            assert ("[triton, fused" in str(plan)) == (quantizers == (FOR_PRODUCTS,))
             plan.begin_step(0, 0, 1)
             x = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
             y = mlp(x)
@@ -715,7 +719,7 @@ def test_a_fused_mlp_writes_scales_as_native_products_read_them(monkeypatch: pyt
         return [y.detach(), x.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
 
     copied: tuple[set[bool], set[bool]] = set(), set()
-    ours, theirs = run((Triton(), REFERENCE), copied[0]), run((REFERENCE,), copied[1])
+    ours, theirs = run((FOR_PRODUCTS,), copied[0]), run((REFERENCE.quantizer,), copied[1])
     assert all(map(torch.equal, ours, theirs))
     assert copied == ({False}, {False, True})
 
@@ -787,59 +791,12 @@ class Gelu(MLP):
         return y
 
 
-@pytest.mark.parametrize(
-    ("spec", "transposed"),
-    [
-        (OperandSpec(format=E4M3), True),
-        (OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True)), False),
-        (MXFP8, False),
-        (replace(MXFP8, tile=Tile(32, 32)), True),
-        (replace(MXFP8, format=E2M1), False),
-        (NVFP4, False),
-        (replace(NVFP4, tile=Tile(16, 16)), True),
-    ],
-    ids=str,
-)
-def test_products_of_codes(spec: OperandSpec, transposed: bool) -> None:
-    """Up to the order of sums in FP32: against float64."""
-    generator = torch.Generator().manual_seed(2)
-    a, b = (torch.randn(rows, 144, generator=generator) for rows in (50, 35))
-    bias = torch.randn(35, generator=generator)
-    left = BACKEND.quantize(a, spec, amax=None, noise=None)
-    right = BACKEND.quantize(b.mT if transposed else b, spec, amax=None, noise=None)
-    right = right.t() if transposed else right
-    exact = dequantize(left).double() @ dequantize(right).double().mT
-    terms = dequantize(left).double().abs() @ dequantize(right).double().abs().mT
-    for dtype, unit in ((torch.float32, 2.0**-20), (torch.bfloat16, 2.0**-8)):
-        y = product(left, right, bias=bias, dtype=dtype).double()
-        assert y.shape == (50, 35)
-        assert ((y - exact - bias).abs() <= unit * (exact + bias).abs() + 2.0**-19 * terms).all()
-
-
-def test_products_by_name_alone() -> None:
-    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
-    assert str(choose(gemm, (64, 64, 64), cpu, "triton_dot")) == "triton_dot"
-    assert "triton_dot" not in [str(choose(gemm, (64, 64, 64), cpu, name)) for name in ("auto", "triton", "reference")]
-    for other, reason in ((None, "left in high precision"), (NVFP4, "no narrow product of")):
-        with pytest.raises(ValueError, match=reason):
-            choose(GemmSpec(a=MXFP8, b=other), (64, 64, 64), cpu, "triton_dot")
-    plan, seen = one_step("mxfp8", "triton_dot")
-    _, emulated = one_step("mxfp8", "reference")
-    assert plan.count("[triton_dot, narrow product]") == 3 * 4
-    for ours, theirs in zip(seen, emulated, strict=True):
-        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
-
-
 def test_siblings_share_what_delayed_scaling_makes_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are told the same amaxes, also after one has read something else; what is remembered is the reference's."""
     read: list[int] = []
-    both, prepare = Triton.both, Triton.prepare
-    monkeypatch.setattr(
-        Triton, "both", lambda self, x, *rest, **more: read.append(len(x)) or both(self, x, *rest, **more)
-    )
-    monkeypatch.setattr(
-        Triton, "prepare", lambda self, x, *rest, **more: read.append(len(x)) or prepare(self, x, *rest, **more)
-    )
+    both, one = Triton.cast_both, Triton.cast
+    monkeypatch.setattr(Triton, "cast_both", lambda self, x, cast: read.append(len(x)) or both(self, x, cast))
+    monkeypatch.setattr(Triton, "cast", lambda self, x, cast: read.append(len(x)) or one(self, x, cast))
 
     def run(backend: str) -> list[Tensor]:
         torch.manual_seed(0)
@@ -873,12 +830,11 @@ def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, 
     """Outputs and gradients of native products are those of the reference's codes, in the layout that hardware takes;
     nothing is padded that needs none, and no codes or scales are transposed afterwards."""
 
-    def run(quantizers: tuple[object, ...], out: int, rows: int, columns: int) -> list[Tensor]:
+    def run(quantizers: tuple[Quantizer, ...], out: int, rows: int, columns: int) -> list[Tensor]:
         torch.manual_seed(0)
         linear = nn.Linear(columns, out, bias=rows % 16 == 0)
         model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(linear)])}).bfloat16()
-        with monkeypatch.context() as patch, pretend(patch, 90):
-            patch.setattr(backends, "QUANTIZERS", quantizers)
+        with monkeypatch.context() as patch, pretend(patch, 90, quantizers):
             plan = apply(load(name, {}), model, tokens=rows)
             assert "scaled_mm" in str(plan)
             results: list[Tensor] = []
@@ -893,7 +849,7 @@ def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, 
                 plan.end_step()
             return [*results, *(p.grad for p in model.parameters()), *model.buffers()]  # type: ignore[list-item]
 
-    blocks = scaled_mm._block_scales
+    blocks = scaled_mm_operands._block_scales
 
     def of_squares(q: Quantized, *sizes: int) -> Tensor:
         assert q.spec.tile.outer > 1, "others lie as they are wanted"
@@ -904,8 +860,9 @@ def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, 
     for shape in ((72, 33, 50), (128, 33, 128), whole):  # of the second, rows alone are padded, if anything
         with monkeypatch.context() as patch:
             if shape == whole:
-                for copying in ("pad", "_row_major", "_row_scales"):
-                    patch.setattr(scaled_mm, copying, None)
-                patch.setattr(scaled_mm, "_block_scales", of_squares)
-            ours = run((Triton(), REFERENCE), *shape)
-        assert all(map(torch.equal, ours, run((REFERENCE,), *shape)))
+                for module, copying in itertools.product((scaled_mm, scaled_mm_operands), ("pad", "row_scales")):
+                    patch.setattr(module, copying, None)
+                patch.setattr(scaled_mm_operands, "_row_major", None)
+                patch.setattr(scaled_mm_operands, "_block_scales", of_squares)
+            ours = run((FOR_PRODUCTS,), *shape)
+        assert all(map(torch.equal, ours, run((REFERENCE.quantizer,), *shape)))

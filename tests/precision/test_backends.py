@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge.precision.backends import ORDER, QUANTIZERS, REFERENCE, Backend, choose
-from narrowgauge.precision.backends.cpu.quantizer import PASSES, SOURCE, _Compiled
+from narrowgauge.precision.backends import ORDER, QUANTIZERS, REFERENCE, Cast, Quantizer, choose, quantize_by
+from narrowgauge.precision.backends.cpu.quantizer import SOURCE, Cpu
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
 from narrowgauge.precision.noise import Noise, base_key, step_key
-from narrowgauge.precision.quantize import Prepared, Quantized
+from narrowgauge.precision.quantize import Prepared, Quantized, amax, operand, quantize
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
@@ -32,12 +32,12 @@ OTHERS = [
         backend,
         id=backend.name,
         marks=pytest.mark.skipif(
-            backend.why_not(GemmSpec(a=SPEC, b=SPEC), (64, 64, 64), CPU) is not None,
-            reason=str(backend.why_not(GemmSpec(a=SPEC, b=SPEC), (64, 64, 64), CPU)),
+            backend.why_not(GemmSpec(a=SPEC, b=SPEC), CPU) is not None,
+            reason=str(backend.why_not(GemmSpec(a=SPEC, b=SPEC), CPU)),
         ),
     )
     for backend in QUANTIZERS  # native products have their codes from these
-    if backend is not REFERENCE
+    if backend is not REFERENCE.quantizer
 ]
 FORMATS = (E4M3, E5M2, E2M1, E4M3_240, E3M2, E2M3, exmy(4, 1), exmy(5, 2, ieee=False))
 TILES = (
@@ -89,7 +89,7 @@ def same_codes(a: Quantized, b: Quantized) -> bool:
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_codes_scales_and_operands(backend: Backend, fmt: object) -> None:
+def test_codes_scales_and_operands(backend: Quantizer, fmt: object) -> None:
     rng = random.Random(str(fmt))
     for number, (tile, scale, rounding) in enumerate(itertools.product(TILES, SCALES, Rounding)):
         if tile == TENSOR and isinstance(scale, TwoLevel):
@@ -102,15 +102,14 @@ def test_codes_scales_and_operands(backend: Backend, fmt: object) -> None:
             noise = Noise(key=key, row_offset=offset, transposed=rng.random() < 0.5)
         choices = list(matrices(rng.choice(SHAPES), rng.choice(DTYPES), number))
         for x in (choices[0], *rng.sample(choices[1:], 4)):  # hundreds of specs: each kind meets many
-            ours = backend.quantize(x, spec, amax=None, noise=noise)
-            theirs = REFERENCE.quantize(x, spec, amax=None, noise=noise)
+            ours, theirs = quantize_by(backend, x, spec, noise=noise), quantize(x, spec, noise=noise)
             assert same_codes(ours, theirs), (str(spec), x.dtype, x.shape, x.stride())
             views = [(ours, theirs)]
             if tile.outer == tile.inner:
                 views.append((ours.t(), theirs.t()))
             for mine, reference in views:
-                assert all(map(equal, backend.operand(mine), REFERENCE.operand(reference))), (str(spec), x.shape)
-            assert equal(backend.amax(x, tile), REFERENCE.amax(x, tile)), (tile, x.dtype, x.shape)
+                assert all(map(equal, backend.operand(mine), operand(reference))), (str(spec), x.shape)
+            assert equal(backend.amax(x, tile), amax(x, tile)), (tile, x.dtype, x.shape)
 
 
 WIDE_SHAPES = [(256, 48), (160, 33), (130, 16), (48, 256), (17, 300), (1, 40), (40, 1), (600, 20)]
@@ -119,7 +118,7 @@ WIDE_SHAPES = [(256, 48), (160, 33), (130, 16), (48, 256), (17, 300), (1, 40), (
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=str)
 @pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC], ids=str)
-def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding) -> None:
+def test_what_gemms_read(backend: Quantizer, fmt: NumberFormat, rounding: Rounding) -> None:
     """Read along rows and columns, transformed on the way or not, kept as codes or not: always the reference's bits."""
     rng = random.Random(f"{fmt} {rounding}")
     transforms = (None, Hadamard(), Hadamard(size=32, signs=3))
@@ -135,22 +134,21 @@ def test_what_gemms_read(backend: Backend, fmt: NumberFormat, rounding: Rounding
         choices = list(matrices(rng.choice(WIDE_SHAPES), rng.choice(DTYPES[:2]), number))
         for x in (choices[0], *rng.sample(choices[1:], 2)):
             for seen in (x, x.mT):
-                options = {"amax": None, "noise": noise, "transform": transform, "left": True}
-                both = (b.prepare(seen, spec, codes=True, **options) for b in (backend, REFERENCE))  # type: ignore[arg-type]
-                mine, theirs = both
+                cast = Cast(spec=spec, noise=noise, transform=transform)
+                mine, theirs = (b.cast(seen, cast) for b in (backend, REFERENCE.quantizer))
                 assert isinstance(mine, Quantized)
                 assert isinstance(theirs, Quantized)
                 assert same_codes(mine, theirs), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
-                made = backend.prepare(seen, spec, codes=False, **options)  # type: ignore[arg-type]
+                made = backend.cast(seen, replace(cast, codes=False))
                 assert isinstance(made, Prepared)
-                matrix, factor = REFERENCE.operand(theirs)
+                matrix, factor = operand(theirs)
                 assert equal(made.matrix, matrix), (str(spec), str(transform), seen.dtype, seen.shape, seen.stride())
                 assert made.matrix.stride() == matrix.stride() or 1 in matrix.shape
                 assert equal(made.factor, factor)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-def test_an_amax_from_elsewhere(backend: Backend) -> None:
+def test_an_amax_from_elsewhere(backend: Quantizer) -> None:
     """Of an earlier step, for a tensor that has outgrown it, shrunk, or broken since."""
     rng = random.Random(3)
     rules = (Fp32(), Fp32(margin=2, eps=1e-3), TwoLevel())
@@ -161,16 +159,15 @@ def test_an_amax_from_elsewhere(backend: Backend) -> None:
         noise = Noise(key=key, row_offset=5, transposed=False) if rounding is Rounding.STOCHASTIC else None
         for x in matrices(rng.choice(WIDE_SHAPES), rng.choice(DTYPES[:2]), number):
             value = rng.choice([0.0, 1e-40, 0.3, 1e5, 1e38, torch.inf, torch.nan])
-            amax, transform = torch.tensor([value]), rng.choice([None, Hadamard()])
-            options = {"amax": amax, "noise": noise, "transform": transform, "left": False}
-            theirs = REFERENCE.prepare(x, spec, codes=True, **options)  # type: ignore[arg-type]
-            mine = backend.prepare(x, spec, codes=True, **options)  # type: ignore[arg-type]
-            made = backend.prepare(x, spec, codes=False, **options)  # type: ignore[arg-type]
+            given, transform = torch.tensor([value]), rng.choice([None, Hadamard()])
+            cast = Cast(spec=spec, amax=given, noise=noise, transform=transform, left=False)
+            theirs, mine = (b.cast(x, cast) for b in (REFERENCE.quantizer, backend))
+            made = backend.cast(x, replace(cast, codes=False))
             assert isinstance(theirs, Quantized)
             assert isinstance(mine, Quantized)
             assert isinstance(made, Prepared)
             assert same_codes(mine, theirs), (str(spec), value, x.dtype, x.shape)
-            assert all(map(equal, (made.matrix, made.factor), REFERENCE.operand(theirs))), (str(spec), value, x.dtype)
+            assert all(map(equal, (made.matrix, made.factor), operand(theirs))), (str(spec), value, x.dtype)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
@@ -178,16 +175,16 @@ def test_torchs_default_dtype_changes_nothing(default: torch.dtype) -> None:
     x = torch.randn(64, 48).bfloat16()
     specs = [OperandSpec(format=E4M3), OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())]
     specs += [OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())]
-    expected = [REFERENCE.quantize(x, spec, amax=None, noise=None) for spec in specs]
-    operands = [REFERENCE.operand(q) for q in expected]
+    expected = [quantize(x, spec) for spec in specs]
+    operands = [operand(q) for q in expected]
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
         for backend in (REFERENCE, choose(GemmSpec(a=SPEC, b=SPEC), (None, 8, 8), CPU).backend):
-            for spec, q, operand in zip(specs, expected, operands, strict=True):
-                made = backend.quantize(x, spec, amax=None, noise=None)
+            for spec, q, read in zip(specs, expected, operands, strict=True):
+                made = quantize_by(backend.quantizer, x, spec)
                 assert same_codes(made, q), (backend.name, str(spec))
-                assert all(map(equal, backend.operand(made), operand)), (backend.name, str(spec))
+                assert all(map(equal, backend.quantizer.operand(made), read)), (backend.name, str(spec))
     finally:
         torch.set_default_dtype(before)
 
@@ -220,27 +217,26 @@ def test_scales_of_a_tensor_multiply_sums_and_never_terms(spec: OperandSpec, dty
     for seed, backend in itertools.product(range(8), (REFERENCE, choose(GemmSpec(a=spec), (64, 64, 2), CPU).backend)):
         generator = torch.Generator().manual_seed(seed)
         x, w = (torch.randn(64, 1, generator=generator) for _ in range(2))
-        a, b = (
-            backend.quantize(torch.cat(pair, 1).to(dtype), spec, amax=None, noise=None) for pair in ((x, x), (w, -w))
-        )
-        assert float(backend.gemm(a, b, bias=None, dtype=dtype).abs().max()) == 0.0
+        a, b = (quantize_by(backend.quantizer, torch.cat(pair, 1).to(dtype), spec) for pair in ((x, x), (w, -w)))
+        assert float(backend.product.gemm(a, b, bias=None, dtype=dtype).abs().max()) == 0.0
         if spec.format != E2M1 or spec.tile != TENSOR:
             continue
         x, w = (torch.randn(size, 96, generator=generator).to(dtype) for size in (33, 70))
-        a, b = (backend.quantize(each, spec, amax=None, noise=None) for each in (x, w))
-        (left, left_factor), (right, right_factor) = map(backend.operand, (a, b))
+        a, b = (quantize_by(backend.quantizer, each, spec) for each in (x, w))
+        (left, left_factor), (right, right_factor) = map(backend.quantizer.operand, (a, b))
         assert left_factor is not None
         assert right_factor is not None
         alpha = (left_factor.double() * right_factor.double()).float()
         expected = (left.double() @ right.double().mT).float() * alpha
-        assert torch.equal(backend.gemm(a, b, bias=None, dtype=dtype), expected.to(dtype))
+        assert torch.equal(backend.product.gemm(a, b, bias=None, dtype=dtype), expected.to(dtype))
         bias = torch.randn(70, generator=generator).to(dtype)
-        torch.testing.assert_close(backend.gemm(a, b, bias=bias, dtype=dtype), (expected + bias.float()).to(dtype))
+        y = backend.product.gemm(a, b, bias=bias, dtype=dtype)
+        torch.testing.assert_close(y, (expected + bias.float()).to(dtype))
 
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("size", [2, 16, 32, 128])
-def test_transforms(backend: Backend, size: int) -> None:
+def test_transforms(backend: Quantizer, size: int) -> None:
     transform = Hadamard(size=size, signs=3)
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         for x in matrices(shape, dtype, size):
@@ -250,28 +246,29 @@ def test_transforms(backend: Backend, size: int) -> None:
 def test_wrong_shapes_are_refused_before_a_kernel_reads_them() -> None:
     x, tile = torch.randn(32, 48).bfloat16(), Tile(1, 16)
     spec = OperandSpec(format=E4M3, tile=tile, scale=PowerOfTwo())
-    scales = torch.ones(32, 3)
-    PASSES.rounded(x, scales, scales, spec, None, torch.bfloat16)
+    cpu, scales = Cpu(), torch.ones(32, 3)
+    cpu.rounded(x, scales, scales, spec, None, torch.bfloat16)
     for wrong in (scales[1:], scales.double(), scales.mT, scales[:, :1], torch.ones(33, 3)):
         with pytest.raises(ValueError, match=r"tiles of 1x16 of \[32, 48\] have float32 \[32, 3\], not "):
-            PASSES.encode(x, wrong, spec, None)
+            cpu.encode(x, wrong, spec, None)
         with pytest.raises(ValueError, match="tiles of 1x16"):
-            PASSES.rounded(x, scales, wrong, spec, None, torch.bfloat16)
-    q = QUANTIZERS[0].quantize(x, spec, amax=None, noise=None)
+            cpu.rounded(x, scales, wrong, spec, None, torch.bfloat16)
+    q = quantize_by(cpu, x, spec)
     for codes in (q.codes[:, :-1], q.codes[1:], q.codes.float()):
         with pytest.raises(ValueError, match=r"codes of e4m3 of \[32, 48\] are uint8 \[32, 48\], not "):
-            PASSES.values(replace(q, codes=codes), None, torch.bfloat16)
+            cpu.values(replace(q, codes=codes), None, torch.bfloat16)
     with pytest.raises(ValueError, match="tiles of 1x16"):
-        PASSES.values(q, scales[1:], torch.bfloat16)
+        cpu.values(q, scales[1:], torch.bfloat16)
     with pytest.raises(ValueError, match="kernels read contiguous tensors"):
-        PASSES.values(replace(q, codes=q.codes.mT.contiguous().mT), None, torch.bfloat16)
+        cpu.values(replace(q, codes=q.codes.mT.contiguous().mT), None, torch.bfloat16)
     with pytest.raises(ValueError, match="what is transformed in passing lies in columns"):
-        _Compiled(Hadamard()).amax(x, tile)
+        Cpu(Hadamard()).amax(x, tile)
 
 
 FORKS = """
 import multiprocessing, torch
-from narrowgauge.precision.backends import QUANTIZERS
+from narrowgauge.precision.backends import QUANTIZERS, quantize_by
+from narrowgauge.precision.backends.reference import Emulated
 from narrowgauge.precision.scaling import TwoLevel, Tile
 from narrowgauge.precision.formats import E2M1
 from narrowgauge.precision.spec import OperandSpec
@@ -279,8 +276,8 @@ from narrowgauge.precision.spec import OperandSpec
 def work():
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     spec = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())
-    q = [QUANTIZERS[0].quantize(t, spec, amax=None, noise=None) for t in (x, x.mT)]
-    y = QUANTIZERS[0].gemm(q[0], q[0], bias=None, dtype=x.dtype)
+    q = [quantize_by(QUANTIZERS[0], t, spec) for t in (x, x.mT)]
+    y = Emulated(QUANTIZERS[0]).gemm(q[0], q[0], bias=None, dtype=x.dtype)
     return int(q[0].codes.sum()), int(q[1].codes.sum()), float(y[0, 0])
 
 if __name__ == "__main__":
@@ -318,6 +315,8 @@ def test_a_backend_that_refuses_says_why() -> None:
     assert str(choose(integers, (None, 8, 8), CPU)).startswith("reference (not cpu: ")
     with pytest.raises(ValueError, match=r"backend 'cpu' does not take .*(no kernel for int8|no C)"):
         choose(integers, (None, 8, 8), CPU, "cpu")
+    with pytest.raises(ValueError, match=r"no backend named 'triton_dot' \(did you mean 'triton'\?\)"):
+        choose(integers, (None, 8, 8), CPU, "triton_dot")
     assert "meta" in str(choose(GemmSpec(a=SPEC), (None, 8, 8), torch.device("meta")))
 
 
@@ -330,10 +329,7 @@ def test_truncation_is_left_to_the_reference() -> None:
     spec = OperandSpec(format=E5M2, scale=Unit(), rounding=Rounding.TRUNCATE)
     gemm = GemmSpec(a=spec, b=spec)
     for backend in ORDER:
-        reason = backend.why_not(gemm, (64, 64, 64), CPU)
+        reason = backend.product.why_not(gemm, (64, 64, 64), CPU)
         assert (reason is None) == (backend is REFERENCE)
         x = torch.randn(33, 50)
-        assert torch.equal(
-            backend.quantize(x, spec, amax=None, noise=None).codes,
-            REFERENCE.quantize(x, spec, amax=None, noise=None).codes,
-        )
+        assert torch.equal(quantize_by(backend.quantizer, x, spec).codes, quantize(x, spec).codes)

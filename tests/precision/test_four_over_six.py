@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from narrowgauge.precision.backends import ORDER, REFERENCE, choose
+from narrowgauge.precision.backends import QUANTIZERS, Cast, choose, quantize_by
 from narrowgauge.precision.formats import E2M1, E4M3, unpack4
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.noise import Noise, base_key, step_key
@@ -127,15 +127,15 @@ def test_backends_agree_bit_for_bit(rule: TwoLevel) -> None:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(number)).exp()
             cases = [x, x.mT.contiguous().mT, x * 1e-38, x * 0, torch.cat((x, x * torch.nan)), torch.cat((x, x / 0))]
             for case in (case.to(dtype) for case in cases):
-                theirs = REFERENCE.quantize(case, spec, amax=None, noise=None)
-                for backend in ORDER:
-                    if backend.why_not(GemmSpec(a=spec), (64, 64, 64), torch.device("cpu")) is not None:
+                theirs = quantize(case, spec)
+                for quantizer in QUANTIZERS:
+                    if quantizer.why_not(GemmSpec(a=spec), torch.device("cpu")) is not None:
                         continue
-                    ours = backend.quantize(case, spec, amax=None, noise=None)
+                    ours = quantize_by(quantizer, case, spec)
                     assert torch.equal(ours.codes, theirs.codes)
                     assert torch.equal(ours.scales, theirs.scales)
                     assert torch.equal(ours.tensor_scale.nan_to_num(7), theirs.tensor_scale.nan_to_num(7))
-                    pair = backend.operand(ours)[0], REFERENCE.operand(theirs)[0]
+                    pair = quantizer.operand(ours)[0], operand(theirs)[0]
                     assert torch.equal(*(matrix.nan_to_num(7) for matrix in pair))
 
 
@@ -254,16 +254,13 @@ def test_backends_agree_on_what_a_transform_makes(rule: TwoLevel, rounding: Roun
     for dtype, shape in itertools.product(DTYPES[:2], [(64, 48), (48, 40), (16, 16)]):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).exp().to(dtype)
         for seen in (x, x.mT):
-            options = {"amax": None, "noise": noise, "transform": Hadamard(), "left": True, "codes": True}
-            theirs = REFERENCE.prepare(seen, spec, **options)  # type: ignore[arg-type]
             direct = quantize(Hadamard().left(seen), spec, noise=noise)
-            for backend in ORDER:
-                if backend.why_not(GemmSpec(a=spec), (64, 64, 64), torch.device("cpu")) is None:
-                    ours = backend.prepare(seen, spec, **options)  # type: ignore[arg-type]
-                    for made in (ours, theirs):
-                        assert isinstance(made, Quantized)
-                        assert torch.equal(made.codes, direct.codes), (backend.name, dtype, shape)
-                        assert torch.equal(made.scales, direct.scales)
+            for quantizer in QUANTIZERS:
+                if quantizer.why_not(GemmSpec(a=spec), torch.device("cpu")) is None:
+                    made = quantizer.cast(seen, Cast(spec=spec, noise=noise, transform=Hadamard()))
+                    assert isinstance(made, Quantized)
+                    assert torch.equal(made.codes, direct.codes), (quantizer.name, dtype, shape)
+                    assert torch.equal(made.scales, direct.scales)
 
 
 def test_the_plan_says_what_is_switched_on() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from narrowgauge.precision.amax import UNKNOWN
 from narrowgauge.precision.assign import quantized
-from narrowgauge.precision.backends import ORDER, REFERENCE
+from narrowgauge.precision.backends import ORDER, REFERENCE, quantize_by
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, exmy
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.quantize import dequantize, quantize
@@ -125,11 +125,11 @@ GEMMS = [
 def test_the_product_is_one_rounding_from_exact(spec: OperandSpec, size: float) -> None:
     """|y - exact| <= half a BF16 unit of |y|, and what float32 sums may lose."""
     for backend in ORDER:
-        if backend.why_not(GemmSpec(a=spec, b=spec), (ROWS, OUTS, 256), torch.device("cpu")):
+        if backend.product.why_not(GemmSpec(a=spec, b=spec), (ROWS, OUTS, 256), torch.device("cpu")):
             continue
         a, b = samples(ROWS, 256).float() * size, samples(OUTS, 256, seed=2).float()
-        qa, qb = (backend.quantize(x.bfloat16(), spec, amax=None, noise=None) for x in (a, b))
-        y = backend.gemm(qa, qb, bias=None, dtype=torch.bfloat16).double()
+        qa, qb = (quantize_by(backend.quantizer, x.bfloat16(), spec) for x in (a, b))
+        y = backend.product.gemm(qa, qb, bias=None, dtype=torch.bfloat16).double()
         wide = dequantize(qa).double(), dequantize(qb).double()
         exact, terms = wide[0] @ wide[1].mT, wide[0].abs() @ wide[1].abs().mT
         assert ((y - exact).abs() <= 2.0**-8 * exact.abs() * 1.001 + 2.0**-20 * terms).all()
@@ -144,7 +144,7 @@ def test_fp32_block_scales_take_fp32_products_and_say_so() -> None:
     assert "fp32 product" in str(plan)
     a, b = samples(ROWS, 256), samples(OUTS, 256, seed=2)
     qa, qb = quantize(a, spec), quantize(b, spec)
-    y = REFERENCE.gemm(qa, qb, bias=None, dtype=torch.float32)
+    y = REFERENCE.product.gemm(qa, qb, bias=None, dtype=torch.float32)
     torch.testing.assert_close(y, dequantize(qa) @ dequantize(qb).mT)
 
 
@@ -173,7 +173,7 @@ def test_delayed_scaling_by_hand() -> None:
         qx, qw = (
             quantize(t, replace(spec, amax=Delayed()), amax=a) for t, a in zip((x, module.weight), amaxes, strict=True)
         )
-        assert torch.equal(y, REFERENCE.gemm(qx, qw, bias=None, dtype=torch.bfloat16))
+        assert torch.equal(y, REFERENCE.product.gemm(qx, qw, bias=None, dtype=torch.bfloat16))
         assert float(module.amax_history[0, 0]) == float(x.abs().max())
         plan.end_step()
         assert float(module.amax_history[0, 0]) == 0.0
@@ -227,7 +227,7 @@ def test_histories_that_roll_by_micro_batch_are_transformer_engines(length: int)
                 )
                 for name in ("x", "w")
             ]
-            assert torch.equal(y, REFERENCE.gemm(*made, bias=None, dtype=torch.bfloat16))
+            assert torch.equal(y, REFERENCE.product.gemm(*made, bias=None, dtype=torch.bfloat16))
             for meta in metas.values():
                 meta.left()
         plan.end_step()
@@ -275,7 +275,7 @@ def test_what_backward_keeps_of_its_own_is_read_as_it_was_written(spec: OperandS
         module = linear_of(LinearSpec(fprop=GemmSpec(a=first), wgrad=GemmSpec(b=spec)), backend=backend)
         x, dy = samples(rows, INS), samples(rows, OUTS, seed=2)
         *_, dw = run(module, x, dy)
-        expected = REFERENCE.gemm(dy.mT, quantize(x.mT, spec), bias=None, dtype=torch.bfloat16)
+        expected = REFERENCE.product.gemm(dy.mT, quantize(x.mT, spec), bias=None, dtype=torch.bfloat16)
         assert float((dw - expected).float().norm()) <= 0.01 * float(expected.float().norm())
 
 
@@ -460,13 +460,13 @@ def test_a_skipped_step_leaves_no_amax(roll: str) -> None:
 def test_nothing_is_made_for_a_backward_pass_that_will_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     module = linear_of(LinearSpec(fprop=GemmSpec(a=MX8), wgrad=GemmSpec(b=MX8)), backend="reference")
     calls: list[tuple[int, ...]] = []
-    real = type(REFERENCE).quantize
+    real = type(REFERENCE.quantizer).cast
 
     def counted(self: Any, x: Tensor, *arguments: Any, **more: Any) -> Any:
         calls.append(tuple(x.shape))
         return real(self, x, *arguments, **more)
 
-    monkeypatch.setattr(type(REFERENCE), "quantize", counted)
+    monkeypatch.setattr(type(REFERENCE.quantizer), "cast", counted)
     with torch.no_grad():
         module(samples(ROWS, INS))
     assert calls == [(ROWS, INS)]
@@ -723,8 +723,8 @@ def test_codes_can_be_reused() -> None:
     x, dy = samples(ROWS, INS), samples(ROWS, OUTS, seed=2)
     _, dx, dw = run(module, x, dy)
     twice = [quantize(dequantize(quantize(t, MX8)).mT, MX8) for t in (module.weight, dy, x)]
-    assert torch.equal(dx, REFERENCE.gemm(quantize(dy, MX8), twice[0], bias=None, dtype=torch.bfloat16))
-    assert torch.equal(dw, REFERENCE.gemm(twice[1], twice[2], bias=None, dtype=torch.bfloat16))
+    assert torch.equal(dx, REFERENCE.product.gemm(quantize(dy, MX8), twice[0], bias=None, dtype=torch.bfloat16))
+    assert torch.equal(dw, REFERENCE.product.gemm(twice[1], twice[2], bias=None, dtype=torch.bfloat16))
 
 
 def test_a_transform_of_wgrad_leaves_the_rest_alone_and_cancels() -> None:

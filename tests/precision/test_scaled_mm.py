@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 from hardware import B128, MX, NV, S128, Hardware, R, T, pretend, sqnr
-from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
+from narrowgauge.precision.backends import choose, quantize_by, scaled_mm
 from narrowgauge.precision.backends.scaled_mm import (
     ARCHITECTURES,
     PRODUCTS,
     SQNR_DB,
+    NativeProduct,
     ScaledMM,
-    Scales,
     find,
-    multiply,
-    swizzle,
+    multiplication,
 )
+from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT4, INT8, NumberFormat, exmy
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.quantize import dequantize
+from narrowgauge.precision.quantize import Quantized, dequantize, quantize
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
@@ -56,6 +56,10 @@ EXPECTED: list[tuple[str, dict[str, Any], dict[int, tuple[Any, Any, Any]]]] = [
     ("exmy", {"exponent_bits": 4, "mantissa_bits": 1}, EVERYWHERE),
     ("exmy", {}, {}),
 ]  # fmt: skip
+
+
+def multiply(product: NativeProduct, a: Quantized, b: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return multiplication(product, a, b, dtype=dtype, fast=False).of(a, b, bias)
 
 
 class OneBlock(nn.Module):
@@ -111,12 +115,12 @@ def test_every_gemm_of_every_recipe(
 def test_every_row_of_the_table_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that no recipe reaches on an architecture would be a claim that nothing here holds it to."""
     specs = {
-        Scales.TENSOR: [OperandSpec(format=E4M3), OperandSpec(format=E5M2)],
-        Scales.ROW: [OperandSpec(format=E4M3, tile=Tile(1, -1)), OperandSpec(format=E5M2, tile=Tile(1, -1))],
-        Scales.ROW_AFTERWARDS: [OperandSpec(format=E4M3, tile=Tile(1, -1)), OperandSpec(format=E5M2)],
-        Scales.BLOCK: [OperandSpec(format=E4M3, tile=Tile(outer, 128)) for outer in (1, 128)],
-        Scales.MX: [OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())],
-        Scales.NV: [OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())],
+        Granularity.TENSOR: [OperandSpec(format=E4M3), OperandSpec(format=E5M2)],
+        Granularity.ROW: [OperandSpec(format=E4M3, tile=Tile(1, -1)), OperandSpec(format=E5M2, tile=Tile(1, -1))],
+        Granularity.ROW_AFTERWARDS: [OperandSpec(format=E4M3, tile=Tile(1, -1)), OperandSpec(format=E5M2)],
+        Granularity.BLOCK: [OperandSpec(format=E4M3, tile=Tile(outer, 128)) for outer in (1, 128)],
+        Granularity.MX: [OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())],
+        Granularity.NV: [OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel())],
     }
     formats = {E4M3, E5M2, E2M1}
     for product in PRODUCTS:
@@ -128,10 +132,7 @@ def test_every_row_of_the_table_is_called(monkeypatch: pytest.MonkeyPatch) -> No
             for a, b in pairs:
                 if (a.format, b.format) not in product.pairs or a.tile == b.tile == Tile(128, 128):
                     continue
-                qa, qb = (
-                    REFERENCE.quantize(torch.randn(rows, 130), spec, amax=None, noise=None)
-                    for rows, spec in ((9, a), (5, b))
-                )
+                qa, qb = (quantize(torch.randn(rows, 130), spec) for rows, spec in ((9, a), (5, b)))
                 exact = dequantize(qa).double() @ dequantize(qb).double().mT
                 # The contract differs by architecture in what there is, not in dtypes: all of these on one is enough.
                 for dtype in product.outputs if arch == product.architectures[0] else (torch.bfloat16,):
@@ -154,10 +155,10 @@ def test_translated_codes_mean_the_same(monkeypatch: pytest.MonkeyPatch, fmt: Nu
     spec = OperandSpec(format=fmt, tile=TENSOR, scale=Unit())
     every = fmt.decode(torch.arange(2**fmt.bits, dtype=torch.uint8)).nan_to_num(posinf=0.0, neginf=0.0)
     x = torch.diag(every)
-    quantized = REFERENCE.quantize(x, spec, amax=None, noise=None)
+    quantized = quantize(x, spec)
     product = find(spec, OperandSpec(format=E4M3), 100)
     assert not isinstance(product, str)
-    identity = REFERENCE.quantize(torch.eye(len(every)), OperandSpec(format=E4M3, scale=Unit()), amax=None, noise=None)
+    identity = quantize(torch.eye(len(every)), OperandSpec(format=E4M3, scale=Unit()))
     for q in (quantized, quantized.t()):
         y = multiply(product, q, identity, bias=None, dtype=torch.float32)
         assert torch.equal(torch.diagonal(y), torch.diagonal(dequantize(quantized)))
@@ -294,8 +295,8 @@ def test_fast_sums_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None
         gemm = GemmSpec(a=spec, b=spec, fast_accum=True)
         with pretend(monkeypatch, arch) as hardware:
             chosen = choose(gemm, (32, 128, 128), CPU).backend
-            a, b = (chosen.quantize(torch.randn(rows, 128), spec, amax=None, noise=None) for rows in (32, 128))
-            chosen.gemm(a, b, bias=None, dtype=torch.bfloat16)
+            a, b = (quantize_by(chosen.quantizer, torch.randn(rows, 128), spec) for rows in (32, 128))
+            chosen.product.gemm(a, b, bias=None, dtype=torch.bfloat16)
         assert hardware.fast == [False]
         assert f"{name} has no fast sums" in chosen.note(gemm)
     with pytest.raises(ValueError, match="fast accumulation is that of a product of two quantized operands"):
@@ -332,10 +333,7 @@ def test_the_cpu_multiplies_what_it_takes_alike(dtype: torch.dtype) -> None:
         (OperandSpec(format=E5M2, tile=rows), OperandSpec(format=E4M3, scale=Fp32Decode())),
         (OperandSpec(format=E4M3, scale=PowerOfTwo()), OperandSpec(format=E4M3, tile=rows)),
     ):
-        qa, qb = (
-            REFERENCE.quantize(torch.randn(*shape), spec, amax=None, noise=None)
-            for shape, spec in (((7, 37), a), ((21, 37), b))
-        )
+        qa, qb = (quantize(torch.randn(*shape), spec) for shape, spec in (((7, 37), a), ((21, 37), b)))
         for bias in (None, torch.randn(21).to(dtype)):
             y = native.gemm(qa, qb, bias=bias, dtype=dtype)
             exact = dequantize(qa).double() @ dequantize(qb).double().mT
@@ -363,16 +361,12 @@ def test_zeros_subnormals_and_what_is_not_finite(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(scaled_mm, "scaled_mm", Hardware(100))
     native = ScaledMM(detect=lambda device: 100)
     for shape in ((5, 70), (1, 16), (0, 16), (4, 0)):
-        b = REFERENCE.quantize(torch.randn(9, shape[1]), spec, amax=None, noise=None)
+        b = quantize(torch.randn(9, shape[1]), spec)
         for size in (1.0, 0.0, 1e-40, torch.nan, torch.inf):
             x = torch.randn(shape)
             x.view(-1)[-3:] *= size
-            a = REFERENCE.quantize(x, spec, amax=None, noise=None)
-            left = [a] + (
-                [REFERENCE.quantize(x.mT, spec, amax=None, noise=None).t()]
-                if spec.tile.outer == spec.tile.inner
-                else []
-            )
+            a = quantize(x, spec)
+            left = [a] + ([quantize(x.mT, spec).t()] if spec.tile.outer == spec.tile.inner else [])
             for q in left:
                 y = native.gemm(q, b, bias=None, dtype=torch.float32)
                 exact = dequantize(q).double() @ dequantize(b).double().mT

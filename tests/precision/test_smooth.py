@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from narrowgauge.precision import fused
 from narrowgauge.precision.assign import quantized
-from narrowgauge.precision.backends import Reference
+from narrowgauge.precision.backends.reference import Reference
 from narrowgauge.precision.formats import E4M3
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.probe import Probe

@@ -14,14 +14,20 @@ from typing import Any
 import pytest
 import torch
 from hardware import pretend
-from narrowgauge.precision import backends
-from narrowgauge.precision.backends import REFERENCE, Triton, choose
+from narrowgauge.precision.backends import Cast, choose
 from narrowgauge.precision.backends.triton import fused_kernels as triton_fused_kernels
-from narrowgauge.precision.backends.triton import gemm_kernels as triton_gemm_kernels
 from narrowgauge.precision.backends.triton import kernels as triton_kernels
 from narrowgauge.precision.backends.triton import output_kernels as triton_output_kernels
 from narrowgauge.precision.backends.triton import quantizer as triton
-from narrowgauge.precision.backends.triton.quantizer import CANDIDATES, Choice, Launcher, chosen, recording, start
+from narrowgauge.precision.backends.triton.quantizer import (
+    CANDIDATES,
+    Choice,
+    Launcher,
+    Triton,
+    chosen,
+    recording,
+    start,
+)
 from narrowgauge.precision.formats import E4M3
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
@@ -80,10 +86,6 @@ WAYS = {
         SMOOTH | {"base": "mxfp4", "base_args": {"keep_last": 0}, "fuse": "never"},
     ),
     "swizzle_kernel": Way("mxfp8", "auto", "[scaled_mm, MXFP8 of sm_100, codes by triton]", native=True),
-    "fp8_gemm_kernel": Way("fp8_rowwise", "triton_dot", "[triton_dot, narrow product]"),
-    "block_scaled_gemm_kernel": Way(
-        "nvfp4", "triton_dot", "[triton_dot, narrow product]", {"keep_last": 0, "bf16_forward": 0}
-    ),
     "adamw_kernel": Way("fp8_full", "triton", "moments by triton", {"moments": "fp8"}),
     "swiglu_backward_kernel": Way("smooth_swiglu", "triton", FUSED, SMOOTH),
     "swiglu_backward_amax_kernel": Way("smooth_swiglu", "triton", FUSED, {"base": "fp8_delayed"}),
@@ -121,7 +123,7 @@ def launched(way: Way) -> tuple[str, set[str]]:
 
 def test_every_kernel_has_a_way_from_a_recipe() -> None:
     """A kernel that no line of plan.txt leads to does nothing for anyone."""
-    modules = (triton_kernels, triton_fused_kernels, triton_gemm_kernels, triton_output_kernels)
+    modules = (triton_kernels, triton_fused_kernels, triton_output_kernels)
     kernels = {name for module in modules for name, value in vars(module).items() if _is_kernel(name, value)}
     assert kernels == set(WAYS)
 
@@ -133,11 +135,9 @@ def _is_kernel(name: str, value: object) -> bool:
 @pytest.mark.parametrize("kernel", WAYS)
 def test_a_recipe_leads_to_the_kernel_and_the_plan_says_so(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     way = WAYS[kernel]
-    if way.native:
-        monkeypatch.setattr(backends, "QUANTIZERS", (Triton(), REFERENCE))
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what no kernel writes
     try:
-        with pretend(monkeypatch, 100) if way.native else nullcontext():
+        with pretend(monkeypatch, 100, (Triton(by_column=True),)) if way.native else nullcontext():
             plan, kernels = launched(way)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -227,16 +227,16 @@ def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
     x, top, note = torch.ones(64, 128), torch.ones(1), torch.zeros(1)
     spec, twin = (OperandSpec(format=E4M3) for _ in range(2))
-    backend, plain = Triton(), {"noise": None, "transform": None, "left": True}
+    quantizer = Triton()
 
     def calls(spec: OperandSpec) -> None:
         for of in (x, x.mT, x.bfloat16(), x[:, :64]):
             for codes in (True, False):
-                backend.prepare(of, spec, amax=None, codes=codes, **plain)
-                backend.prepare(of, spec, amax=top, codes=codes, **plain)
-                backend.prepare(of, spec, amax=top, codes=codes, note=note, **plain)
-                backend.both(of, spec, values=not codes)
-                backend.both(of, spec, amax=top, values=not codes)
+                quantizer.cast(of, Cast(spec=spec, codes=codes))
+                quantizer.cast(of, Cast(spec=spec, amax=top, codes=codes))
+                quantizer.cast(of, Cast(spec=spec, amax=top, codes=codes, note=note))
+                quantizer.cast_both(of, Cast(spec=spec, codes=codes))
+                quantizer.cast_both(of, Cast(spec=spec, amax=top, codes=codes))
 
     calls(spec)
     made = len(triton._PLANS)

@@ -26,42 +26,29 @@ alone.
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
+from torch.nn.functional import pad, scaled_mm
 
-from ..formats import E2M1, E4M3, E5M2, E8M0, NumberFormat, pack4, unpack4
-from ..noise import Noise
-from ..quantize import Prepared, Quantized
-from ..scaling import TENSOR, Tile, TwoLevel
-from ..spec import GemmSpec, OperandSpec, Transform
-from .reference import Reference
-from .triton import quantizer as triton
+from ..formats import E2M1, E4M3, E5M2, NumberFormat
+from ..quantize import Quantized
+from ..scaling import TwoLevel
+from ..spec import GemmSpec, OperandSpec
+from .interface import Operand, Quantizer, Shape, unknown
+from .reference import scaled_product
+from .scaled_mm_operands import Granularity, Side, granularity, round_up, row_scales
 
 SQNR_DB = 40.0
 """Of a native product against the reference's product of the same codes: claimed, not yet measured."""
 
-ROWS, TILE_K = 128, 4  # of the swizzled blocks of scales
-
-
-class Scales(enum.Enum):
-    """What a product's scales extend over."""
-
-    TENSOR = "tensor"
-    ROW = "row"
-    ROW_AFTERWARDS = "row afterwards"  # the product has no scales: its FP32 output is multiplied by them
-    BLOCK = "1x128 or 128x128"
-    MX = "1x32"
-    NV = "1x16 and tensor"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
+class NativeProduct:
     """A row of the table: one kind of product, and what it takes.
 
     Args:
@@ -77,7 +64,7 @@ class Product:
     """
 
     name: str
-    scales: Scales
+    scales: Granularity
     pairs: frozenset[tuple[NumberFormat, NumberFormat]]
     architectures: tuple[int, ...]
     multiples: tuple[int, int, int]
@@ -94,10 +81,10 @@ _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _E4M3 = (E4M3, E4M3)
 _FP8 = frozenset({_E4M3, (E5M2, E4M3), (E4M3, E5M2)})  # E5M2 times E5M2 is in no hardware
 
-PRODUCTS: tuple[Product, ...] = (
-    Product(
+PRODUCTS: tuple[NativeProduct, ...] = (
+    NativeProduct(
         name="tensor-wise FP8",
-        scales=Scales.TENSOR,
+        scales=Granularity.TENSOR,
         pairs=_FP8,
         architectures=(89, 90, 100, 120),
         multiples=(1, 16, 16),
@@ -105,9 +92,9 @@ PRODUCTS: tuple[Product, ...] = (
         bias=True,
         fast=True,
     ),
-    Product(
+    NativeProduct(
         name="row-wise FP8",
-        scales=Scales.ROW,
+        scales=Granularity.ROW,
         pairs=frozenset({_E4M3, (E5M2, E4M3)}),
         architectures=(89, 90, 100, 120),
         multiples=(1, 16, 16),
@@ -115,9 +102,9 @@ PRODUCTS: tuple[Product, ...] = (
         bias=True,
         fast=True,
     ),
-    Product(
+    NativeProduct(
         name="tensor-wise FP8, rows scaled afterwards",
-        scales=Scales.ROW_AFTERWARDS,
+        scales=Granularity.ROW_AFTERWARDS,
         pairs=_FP8,
         architectures=(89, 90, 100, 120),
         multiples=(1, 16, 16),
@@ -125,9 +112,9 @@ PRODUCTS: tuple[Product, ...] = (
         bias=False,
         fast=True,
     ),
-    Product(
+    NativeProduct(
         name="block-wise FP8",
-        scales=Scales.BLOCK,
+        scales=Granularity.BLOCK,
         pairs=frozenset({_E4M3}),
         architectures=(90,),
         multiples=(128, 128, 128),
@@ -136,9 +123,9 @@ PRODUCTS: tuple[Product, ...] = (
         fast=False,  # torch refuses them
         hint="; on sm_100 and sm_120 such scales must be powers of two (pow2=true), to be multiplied as MXFP8",
     ),
-    Product(
+    NativeProduct(
         name="MXFP8",
-        scales=Scales.MX,
+        scales=Granularity.MX,
         pairs=frozenset({_E4M3}),
         architectures=(100, 120),
         multiples=(1, 16, 32),
@@ -146,9 +133,9 @@ PRODUCTS: tuple[Product, ...] = (
         bias=False,
         fast=False,
     ),
-    Product(
+    NativeProduct(
         name="NVFP4",
-        scales=Scales.NV,
+        scales=Granularity.NV,
         pairs=frozenset({(E2M1, E2M1)}),
         architectures=(100, 120),
         multiples=(1, 16, 32),
@@ -169,58 +156,34 @@ def architecture(device: torch.device) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaledMM:
-    """Native products of what ``quantizer`` makes.
+    """Native products of codes.
 
     Args:
-        quantizer: of the model's device.
         detect: the architecture of a device.
-        shape: m, n, k of the GEMM, where it is known.
+        shape: of the GEMM, where it is known.
         device: of the model, where it is known.
         fast: whether sums may be fast, where there are such.
+        codes_by: who quantizes, for plan.txt.
     """
 
-    quantizer: Reference = field(default_factory=Reference)
     detect: Callable[[torch.device], int | None] = architecture
-    shape: tuple[int | None, int, int] | None = None
+    shape: Shape | None = None
     device: torch.device | None = None
     fast: bool = False
+    codes_by: str = ""
 
-    @property
-    def name(self) -> str:
-        return "scaled_mm"
+    name: ClassVar[str] = "scaled_mm"
+    reads_rows: ClassVar[bool] = True
 
     @property
     def identity(self) -> tuple[str, ...]:
-        return f"{self.quantizer.name} for {self.name}", str(self.device), str(self.shape), str(self.fast)
+        return str(self.device), str(self.shape), str(self.fast)
 
-    @property
-    def notes(self) -> bool:
-        return self.quantizer.notes
+    def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> ScaledMM:
+        fast = self.detect(device) in FAST_BY_DEFAULT if gemm.fast_accum is None else gemm.fast_accum
+        return replace(self, shape=shape, device=device, fast=fast, codes_by=quantizer.name)
 
-    @property
-    def reads_rows(self) -> bool:
-        return True
-
-    @property
-    def by_column(self) -> bool:
-        return self.quantizer.by_column
-
-    def settled(
-        self,
-        shape: tuple[int | None, int, int],
-        device: torch.device,
-        quantizer: Reference,
-        *,
-        fast: bool | None = False,
-    ) -> ScaledMM:
-        """For one GEMM, with the backend that quantizes there. ``fast``: as ``GemmSpec.fast_accum``."""
-        if fast is None:
-            fast = self.detect(device) in FAST_BY_DEFAULT
-        if isinstance(quantizer, triton.Triton):
-            quantizer = triton.FOR_PRODUCTS
-        return replace(self, shape=shape, device=device, quantizer=quantizer, fast=fast)
-
-    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+    def why_not(self, gemm: GemmSpec, shape: Shape, device: torch.device) -> str | None:
         arch = self.detect(device)
         if arch is None:
             return "no table of its products" if device.type == "cuda" else f"the model is on {device.type}"
@@ -229,61 +192,15 @@ class ScaledMM:
         found = find(gemm.a, gemm.b, arch)
         return found if isinstance(found, str) else None
 
-    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
-        return self.quantizer.quantize(x, spec, amax=amax, noise=noise)
-
-    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
-        return self.quantizer.operand(q)
-
-    def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        return self.quantizer.amax(x, tile)
-
-    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
-        return self.quantizer.transformed(transform, x, left=left)
-
-    def prepare(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None,
-        noise: Noise | None,
-        transform: Transform | None,
-        left: bool,
-        codes: bool,
-        note: Tensor | None = None,
-    ) -> Quantized | Prepared:
-        # A native product reads codes.
-        return self.quantizer.prepare(
-            x, spec, amax=amax, noise=noise, transform=transform, left=left, codes=True, note=note
-        )
-
-    def both(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None = None,
-        noise: tuple[Noise, Noise] | None = None,
-        note: Tensor | None = None,
-        values: bool = False,
-    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
-        return self.quantizer.both(x, spec, amax=amax, noise=noise, note=note)
-
-    def gemm(
-        self,
-        a: Quantized | Prepared | Tensor,
-        b: Quantized | Prepared | Tensor,
-        *,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
 
         Raises ValueError for a dtype that no product of these operands comes out in.
         """
         if not isinstance(a, Quantized) or not isinstance(b, Quantized):  # a step that the recipe leaves alone
-            return self.quantizer.gemm(a, b, bias=bias, dtype=dtype)
+            assert isinstance(a, Tensor)
+            assert isinstance(b, Tensor)
+            return scaled_product(a, b, (), bias, dtype)
         # Specs by identity: to hash and to compare them takes longer than to launch a product.
         codes = a.codes
         key = id(a.spec), id(b.spec), a.shape, b.shape, dtype, self.fast, codes.get_device(), self.detect
@@ -307,10 +224,10 @@ class ScaledMM:
         product = find(gemm.a, gemm.b, arch) if arch is not None else ""
         if isinstance(product, str):
             return product
-        parts = [f"{product.name} of sm_{arch}, codes by {self.quantizer.name}"]
+        parts = [f"{product.name} of sm_{arch}, codes by {self.codes_by}"]
         for name, size, multiple in zip("mnk", self.shape, product.multiples, strict=True):
             if size is not None and size > 0 and size % multiple:
-                parts.append(f"{name} {size} padded to {_up(size, multiple)}")
+                parts.append(f"{name} {size} padded to {round_up(size, multiple)}")
         carriers = {spec.format: _carrier(spec.format, product) for spec in (gemm.a, gemm.b)}
         translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
         slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
@@ -319,8 +236,10 @@ class ScaledMM:
 
 
 @functools.cache
-def find(a: OperandSpec, b: OperandSpec, arch: int, dtype: torch.dtype | None = None) -> Product | str:
+def find(a: OperandSpec, b: OperandSpec, arch: int, dtype: torch.dtype | None = None) -> NativeProduct | str:
     """The first product of the table for these operands on this architecture, into ``dtype``; or why there is none."""
+    if reason := unknown(a, b):
+        return reason
     fitting = [product for product in PRODUCTS if _scales_fit(a, b, product.scales)]
     if not fitting:
         return f"no native product has scales of {a.tile} ({a.scale}) by {b.tile} ({b.scale})"
@@ -337,16 +256,16 @@ def find(a: OperandSpec, b: OperandSpec, arch: int, dtype: torch.dtype | None = 
     return f"no {paired[0].name} product on sm_{arch} comes out in {str(dtype).removeprefix('torch.')}"
 
 
-def _scales_fit(a: OperandSpec, b: OperandSpec, scales: Scales) -> bool:
-    kinds = {_granularity(a), _granularity(b)}
-    if scales is Scales.TENSOR:
-        return kinds == {Scales.TENSOR}
-    if scales in (Scales.ROW, Scales.ROW_AFTERWARDS):  # a tensor's scale is that of each of its rows
-        return Scales.ROW in kinds and kinds <= {Scales.ROW, Scales.TENSOR}
-    if scales is Scales.BLOCK:
+def _scales_fit(a: OperandSpec, b: OperandSpec, scales: Granularity) -> bool:
+    kinds = {granularity(a), granularity(b)}
+    if scales is Granularity.TENSOR:
+        return kinds == {Granularity.TENSOR}
+    if scales in (Granularity.ROW, Granularity.ROW_AFTERWARDS):  # a tensor's scale is that of each of its rows
+        return Granularity.ROW in kinds and kinds <= {Granularity.ROW, Granularity.TENSOR}
+    if scales is Granularity.BLOCK:
         plain = all(spec.scale.levels == 1 and spec.scale.format is None for spec in (a, b))
         return plain and {a.tile, b.tile} in ({(1, 128)}, {(1, 128), (128, 128)})
-    if scales is Scales.MX:
+    if scales is Granularity.MX:
         return all(
             spec.scale.levels == 1 and spec.scale.power_of_two and spec.tile.inner > 0 and spec.tile.inner % 32 == 0
             for spec in (a, b)
@@ -361,15 +280,9 @@ def _scales_fit(a: OperandSpec, b: OperandSpec, scales: Scales) -> bool:
     )
 
 
-def _granularity(spec: OperandSpec) -> Scales | None:
-    if spec.scale.levels == 0 or (spec.scale.levels == 1 and spec.tile == TENSOR):
-        return Scales.TENSOR
-    return Scales.ROW if spec.scale.levels == 1 and spec.tile == Tile(1, -1) else None
-
-
-def _carrier(format: NumberFormat, product: Product) -> NumberFormat | None:
+def _carrier(format: NumberFormat, product: NativeProduct) -> NumberFormat | None:
     """The format of hardware that holds every value of ``format``; None if there is none."""
-    choices = (E2M1,) if product.scales is Scales.NV else (E4M3, E5M2)
+    choices = (E2M1,) if product.scales is Granularity.NV else (E4M3, E5M2)
     if format in choices:
         return format
     for carrier in choices:
@@ -379,20 +292,12 @@ def _carrier(format: NumberFormat, product: Product) -> NumberFormat | None:
     return None
 
 
-def multiply(
-    product: Product, a: Quantized, b: Quantized, *, bias: Tensor | None, dtype: torch.dtype, fast: bool = False
-) -> Tensor:
-    """a [m, k] @ b [n, k].mT + bias [n] by this product; rounded once to ``dtype``, but for a bias in hardware.
-
-    ``fast``: with fast sums, if it has them.
-    """
-    return multiplication(product, a, b, dtype=dtype, fast=fast).of(a, b, bias)
-
-
-def multiplication(product: Product, a: Quantized, b: Quantized, *, dtype: torch.dtype, fast: bool) -> Multiplication:
-    """``multiply`` of operands such as these."""
+def multiplication(
+    product: NativeProduct, a: Quantized, b: Quantized, *, dtype: torch.dtype, fast: bool
+) -> Multiplication:
+    """The product of operands of these specs and shapes. ``fast``: with fast sums, if it has them."""
     sizes = a.shape[0], b.shape[0], a.shape[1]
-    m, n, k = (_up(size, by) for size, by in zip(sizes, product.multiples, strict=True))
+    m, n, k = (round_up(size, by) for size, by in zip(sizes, product.multiples, strict=True))
     return Multiplication(
         product=product,
         specs=(a.spec, b.spec),
@@ -400,17 +305,23 @@ def multiplication(product: Product, a: Quantized, b: Quantized, *, dtype: torch
         padded=(m, n),
         dtype=dtype,
         fast=fast and product.fast,
-        left=_Side(product, a.spec, a.shape, m, k),
-        right=_Side(product, b.spec, b.shape, n, k),
+        left=_side(product, a, m, k),
+        right=_side(product, b, n, k),
     )
+
+
+def _side(product: NativeProduct, q: Quantized, rows: int, k: int) -> Side:
+    carrier = _carrier(q.spec.format, product)
+    assert carrier is not None, "operands that the product was found for"
+    return Side(product.scales, q.spec, carrier, q.shape, rows, k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multiplication:
-    """A product of operands of two specs and shapes: all that can be known before their codes are there.
+    """A product of operands of two specs and shapes: all that is known before there are codes.
 
     Args:
-        specs: of the operands; kept, as they are known by their identity.
+        specs: of the operands, held because their identity is what a product is found by.
         sizes: m, n, k.
         padded: m and n as they are computed.
         dtype: of the output.
@@ -418,14 +329,14 @@ class Multiplication:
         left, right: how the operands are read.
     """
 
-    product: Product
+    product: NativeProduct
     specs: tuple[OperandSpec, OperandSpec]
     sizes: tuple[int, int, int]
     padded: tuple[int, int]
     dtype: torch.dtype
     fast: bool
-    left: _Side
-    right: _Side
+    left: Side
+    right: Side
 
     def of(self, a: Quantized, b: Quantized, bias: Tensor | None) -> Tensor:
         """y [m, n]; ``bias`` [n] in any dtype."""
@@ -434,7 +345,7 @@ class Multiplication:
         if 0 in (m, n, k):
             y = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
             return y if bias is None else y + bias.to(dtype)
-        afterwards = product.scales is Scales.ROW_AFTERWARDS
+        afterwards = product.scales is Granularity.ROW_AFTERWARDS
         fused = bias is not None and product.bias and dtype != torch.float32
         wide = afterwards or (bias is not None and not fused)
         right_scales = right.scales(b)
@@ -444,7 +355,7 @@ class Multiplication:
             right.codes(b).t(),
             left.scales(a),
             left.recipes,
-            [right_scales[0].mT] if product.scales is Scales.ROW else right_scales,
+            [right_scales[0].mT] if product.scales is Granularity.ROW else right_scales,
             right.recipes,
             swizzle_a=left.swizzles,
             swizzle_b=right.swizzles,
@@ -455,7 +366,7 @@ class Multiplication:
         if self.padded != (m, n):
             y = y[:m, :n]
         if afterwards:
-            y = y * _row_scales(a, m) * _row_scales(b, n).mT
+            y = y * row_scales(a, m) * row_scales(b, n).mT
         if bias is not None and not fused:
             y = y + bias
         if y.dtype != dtype:
@@ -464,162 +375,5 @@ class Multiplication:
 
 
 _CALLS: dict[Hashable, Multiplication] = {}
-"""Products of all linears; each holds the specs that it is known by."""
+"""Products of all linears, by the identity of their specs among others."""
 MAX_CALLS = 4096
-
-
-class _Side:
-    """How an operand of one spec and shape is read: codes [rows, k] (or [rows, k / 2] of E2M1), row-major."""
-
-    def __init__(self, product: Product, spec: OperandSpec, shape: tuple[int, int], rows: int, k: int) -> None:
-        self.product, self.rows, self.k = product, rows, k
-        kind, fitting = product.scales, shape == (rows, k)
-        # What lies in memory as the hardware reads it.
-        self.codes_dtype = spec.format.dtype if fitting and spec.format.dtype in _NATIVE and min(shape) > 1 else None
-        plain = spec.scale.format is None
-        self.scales_shape: tuple[int, ...] | None = None
-        if plain and kind is Scales.TENSOR:
-            self.scales_shape = (1,)
-        elif plain and kind is Scales.ROW and fitting and _granularity(spec) is Scales.ROW:
-            self.scales_shape = (rows, 1)
-        self.column_scales = (rows, k // 128) if plain and fitting and spec.tile.outer == 1 else None
-        flat, swizzled = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
-        self.recipes, self.swizzles = {
-            Scales.TENSOR: ([ScalingType.TensorWise], [flat]),
-            Scales.ROW_AFTERWARDS: ([ScalingType.TensorWise], [flat]),
-            Scales.ROW: ([ScalingType.RowWise], [flat]),
-            Scales.BLOCK: (
-                [ScalingType.BlockWise1x128 if spec.tile.outer == 1 else ScalingType.BlockWise128x128],
-                [flat],
-            ),
-            Scales.MX: ([ScalingType.BlockWise1x32], [swizzled]),
-            Scales.NV: ([ScalingType.BlockWise1x16, ScalingType.TensorWise], [swizzled, flat]),
-        }[kind]
-
-    def codes(self, q: Quantized) -> Tensor:
-        if self.codes_dtype is not None and not q.transposed and q.codes.is_contiguous():
-            return q.codes.view(self.codes_dtype)
-        return _codes(q, self.product, self.rows, self.k)
-
-    def scales(self, q: Quantized) -> list[Tensor]:
-        scales, shape, rows, k = q.scales, self.scales_shape, self.rows, self.k
-        if shape is not None and not q.transposed and scales.is_contiguous():
-            return [scales if scales.shape == shape else scales.view(shape)]
-        match self.product.scales:
-            case Scales.TENSOR:
-                return [_decode_scales(q).reshape(1)]
-            case Scales.ROW_AFTERWARDS:
-                return [_one(scales.device)]
-            case Scales.ROW:
-                return [_row_scales(q, rows)]
-            case Scales.BLOCK:
-                columns = scales.mT if q.transposed else scales
-                if self.column_scales == columns.shape and columns.stride() == (1, len(columns)):
-                    return [columns]
-                return [_block_scales(q, rows, k)]
-            case Scales.MX:
-                exponents = scales if q.spec.scale.format == E8M0 else E8M0.encode(scales)
-                return [_in_order(_per_vector(q, exponents, rows, k, 32)).view(torch.float8_e8m0fnu)]
-            case Scales.NV:
-                assert q.tensor_scale is not None
-                vectors = _in_order(_per_vector(q, scales, rows, k, 16)).view(torch.float8_e4m3fn)
-                return [vectors, q.tensor_scale.reshape(1)]
-
-
-def _codes(q: Quantized, product: Product, rows: int, k: int) -> Tensor:
-    """The codes as the hardware reads them, row-major [rows, k], padded with code 0: the value 0 in every format."""
-    element = q.spec.format
-    carrier = element if element.dtype in _NATIVE else _carrier(element, product)
-    assert carrier is not None
-    assert carrier.dtype is not None
-    inner, packed = q.shape[1], carrier.bits == 4
-    if packed and not q.transposed and inner % 2 == 0:
-        return _row_major(_padded(q.codes, rows, k // 2)).view(carrier.dtype)
-    codes = unpack4(q.codes, q.stored_shape[1]) if element.bits == 4 else q.codes
-    if carrier != element:
-        codes = _translation(element, carrier, codes.device)[codes.int()]
-    codes = _padded(codes.mT if q.transposed else codes, rows, k)
-    return _row_major(pack4(codes) if packed else codes).view(carrier.dtype)
-
-
-_NATIVE = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def _padded(x: Tensor, rows: int, columns: int, value: float = 0) -> Tensor:
-    """x, filled up to [rows, columns]; itself where nothing is missing, as ``pad`` would copy it."""
-    missing = rows - x.shape[0], columns - x.shape[1]
-    return x if missing == (0, 0) else pad(x, (0, missing[1], 0, missing[0]), value=value)
-
-
-def _row_major(x: Tensor) -> Tensor:
-    """Contiguous, with the strides of a matrix of rows also where there is but one: they are looked at."""
-    x = x.contiguous()
-    return x if min(x.shape) > 1 else x.view(-1).view(x.shape)
-
-
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _translation(element: NumberFormat, carrier: NumberFormat, device: torch.device) -> Tensor:
-    """The carrier's code of every code of ``element``."""
-    return carrier.encode(element.decode(torch.arange(2**element.bits, device=device)))
-
-
-def _decode_scales(q: Quantized) -> Tensor:
-    """FP32 decode scales of one level [rows, columns] of the grid; 1 without scales."""
-    format = q.spec.scale.format
-    scales = q.scales if format is None else format.decode(q.scales)
-    return scales.mT if q.transposed else scales
-
-
-def _row_scales(q: Quantized, rows: int) -> Tensor:
-    """FP32 [rows, 1]: of every row of the operand, and 1 of padding."""
-    return _padded(_decode_scales(q).expand(q.shape[0], 1), rows, 1, value=1.0).contiguous()
-
-
-def _block_scales(q: Quantized, rows: int, k: int) -> Tensor:
-    """FP32, column-major: [rows, k / 128], or [k / 128 rounded up to 4, rows / 128]; 1 for padding."""
-    scales = _decode_scales(q)
-    columns = k // 128
-    if q.spec.tile.outer == 1:
-        scales = _padded(scales, rows, columns, value=1.0)
-        return scales.mT.contiguous().mT
-    squares = -(-rows // 128)
-    columns = _up(columns, 4)
-    scales = _padded(scales, squares, columns, value=1.0)
-    return scales.contiguous().mT
-
-
-def _per_vector(q: Quantized, scales: Tensor, rows: int, k: int, size: int) -> Tensor:
-    """Scale codes (uint8) of every ``size`` elements of every row, [rows, k / size]; code 0 for padding."""
-    (outer, inner), scales = q.shape, scales.mT if q.transposed else scales
-    tall, wide = q.spec.tile.extent(outer, inner)
-    if tall > 1:
-        scales = scales.repeat_interleave(tall, 0)[:outer]
-    if wide > size:
-        scales = scales.repeat_interleave(wide // size, 1)[:, : -(-inner // size)]
-    return _padded(scales, rows, k // size)
-
-
-def swizzle(scales: Tensor) -> Tensor:
-    """Scale codes [rows, columns] in blocks of 128 x 4: the layout ``SWIZZLE_32_4_4``, flat.
-
-    Of a block, the four columns of row r lie at (r % 32) * 16 + (r // 32) * 4; blocks follow each other along a row of
-    blocks. Rows and columns are filled up with code 0.
-    """
-    rows, columns = scales.shape
-    tall, wide = _up(rows, ROWS), _up(columns, TILE_K)
-    scales = pad(scales, (0, wide - columns, 0, tall - rows))
-    return scales.view(tall // ROWS, 4, 32, wide // TILE_K, TILE_K).permute(0, 3, 2, 1, 4).reshape(-1)
-
-
-def _in_order(scales: Tensor) -> Tensor:
-    """``swizzle(scales)``; by a kernel where there is one."""
-    return triton.swizzled(scales) if triton.runs_on(scales.device) and triton.installed() else swizzle(scales)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -19,11 +19,12 @@ from torch import Tensor
 from .... import native
 from ...formats import NumberFormat
 from ...noise import Noise
-from ...quantize import TORCH, Prepared, Quantized, check, operand, prepare, quantize
-from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
+from ...quantize import Prepared, Quantized, check, knows_format, operand_dtype, prepare, quantize
+from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform
 from ...transforms import Hadamard
-from ..reference import Reference
+from ..interface import Cast, knows_rule, knows_transform, unknown
+from ..reference import Reference, one_noise
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _ROWS_OF_A_PART = 64  # of a whole tensor's amax: what one thread takes at once
@@ -33,70 +34,6 @@ _LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
     return native.library(SOURCE)
-
-
-class Cpu(Reference):
-    """The reference with compiled passes."""
-
-    name = "cpu"
-
-    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"the model is on {device.type}"
-        for spec in (gemm.a, gemm.b):
-            if spec is not None and not _fits(spec.format):
-                return f"no kernel for {spec.format}"
-            if spec is not None and spec.rounding is Rounding.TRUNCATE:
-                return "no kernel truncates"
-        return None if library() is not None else "no C++ compiler"
-
-    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
-        made = self.prepare(x, spec, amax=amax, noise=noise, transform=None, left=True, codes=True)
-        assert isinstance(made, Quantized)
-        return made
-
-    def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
-        return operand(q, passes=PASSES)
-
-    def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        return PASSES.amax(x, tile)
-
-    def prepare(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None,
-        noise: Noise | None,
-        transform: Transform | None,
-        left: bool,
-        codes: bool,
-        note: Tensor | None = None,
-    ) -> Quantized | Prepared:
-        passes = PASSES
-        compares = isinstance(spec.scale, TwoLevel) and spec.scale.four_over_six is not None  # what it makes with x
-        if isinstance(transform, Hadamard) and _in_columns(x, spec.tile) and _rounds(spec) and not compares:
-            passes = _after(transform)
-        elif transform is not None:
-            x = self.transformed(transform, x, left=left)
-        check(x, spec, amax, noise)
-        made = passes.at_once(x, spec, amax, noise, codes)
-        if made is not None:
-            return made
-        return (quantize if codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
-
-    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
-        if not isinstance(transform, Hadamard) or x.dtype not in _DTYPES:
-            return super().transformed(transform, x, left=left)
-        columns = not x.is_contiguous() and x.mT.is_contiguous()
-        x = x if columns else contiguous(x)
-        y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
-        factor = native.real(1 / math.sqrt(transform.size))
-        sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
-        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
-        _kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
-        return y
 
 
 class Format(ctypes.Structure):
@@ -139,11 +76,13 @@ class _Source(ctypes.Structure):
     ]
 
 
-class _Compiled:
+class Cpu(Reference):
     """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel.
 
     ``transform``: what happens to a matrix first; those that are given then lie in columns.
     """
+
+    name = "cpu"
 
     def __init__(self, transform: Hadamard | None = None) -> None:
         self._butterflies = _Butterflies()
@@ -151,6 +90,44 @@ class _Compiled:
             self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
             pointer = native.pointer(self._signs)
             self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
+
+    def why_not(self, gemm: GemmSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device.type}"
+        if reason := unknown(gemm.a, gemm.b):
+            return reason
+        for spec in (gemm.a, gemm.b):
+            if spec is not None and not _fits(spec.format):
+                return f"no kernel for {spec.format}"
+            if spec is not None and spec.rounding is Rounding.TRUNCATE:
+                return "no kernel truncates"
+        return None if library() is not None else "no C++ compiler"
+
+    def cast(self, x: Tensor, cast: Cast) -> Quantized | Prepared:
+        spec, amax, noise, transform, passes = cast.spec, cast.amax, one_noise(cast), cast.transform, self
+        compares = isinstance(spec.scale, TwoLevel) and spec.scale.four_over_six is not None  # what it makes with x
+        if knows_transform(transform) and _in_columns(x, spec.tile) and _rounds(spec) and not compares:
+            passes = _after(transform)
+        elif transform is not None:
+            x = self.transformed(transform, x, left=cast.left)
+        check(x, spec, amax, noise)
+        made = passes.at_once(x, spec, amax, noise, cast.codes)
+        if made is not None:
+            return made
+        return (quantize if cast.codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
+
+    def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        if not knows_transform(transform) or x.dtype not in _DTYPES:
+            return super().transformed(transform, x, left=left)
+        columns = not x.is_contiguous() and x.mT.is_contiguous()
+        x = x if columns else contiguous(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
+        factor = native.real(1 / math.sqrt(transform.size))
+        sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
+        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
+        _kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
+        return y
 
     def at_once(
         self, x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, codes: bool
@@ -210,7 +187,7 @@ class _Compiled:
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         if x.dtype not in _DTYPES or x.numel() == 0:
-            return TORCH.amax(x, tile)
+            return super().amax(x, tile)
         x = x.detach()
         if tile.outer == tile.inner and not x.is_contiguous() and x.mT.is_contiguous():
             return self.amax(x.mT, tile).mT.contiguous()  # square tiles of a transpose: no copy is needed
@@ -219,9 +196,6 @@ class _Compiled:
         out = torch.empty(part.grid(*x.shape), dtype=torch.float32, device="cpu")
         _kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
-
-    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
-        return TORCH.scales(spec, amax, tensor_amax, dtype)
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         codes = codes.contiguous()
@@ -232,7 +206,7 @@ class _Compiled:
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         if not _rounds(spec) or x.numel() == 0:
-            return TORCH.encode(x, scales, spec, noise)
+            return super().encode(x, scales, spec, noise)
         _require_grid(scales, spec.tile, x.shape)
         outer, inner = x.shape
         codes = torch.empty(
@@ -300,7 +274,7 @@ class _Compiled:
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
-            return TORCH.values(q, factors, dtype)
+            return super().values(q, factors, dtype)
         outer, inner = q.stored_shape
         bytes_of_a_row = (inner + 1) // 2 if q.spec.format.bits == 4 else inner
         if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, bytes_of_a_row):
@@ -321,7 +295,6 @@ class _Compiled:
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of cpu_kernels.cpp
-PASSES = _Compiled()
 
 
 _NO_NOISE = ctypes.byref(_Noise())
@@ -349,14 +322,14 @@ def _quantize_source() -> Callable[..., int]:
 
 
 @functools.cache
-def _after(transform: Hadamard) -> _Compiled:
-    return _Compiled(transform)
+def _after(transform: Hadamard) -> Cpu:
+    return Cpu(transform)
 
 
 def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
     """The spec's rule, if kernels know how its scales come from amaxes, and operands are BF16."""
     rule, element = spec.scale, spec.format
-    if not _rounds(spec) or element.significant_bits > 8:
+    if not _rounds(spec) or not knows_rule(rule) or operand_dtype(spec) != torch.bfloat16:
         return None
     common = {"inverse_max": _inverse(element.max), "tiny_exponent": element.tiny_exponent}
     if isinstance(rule, Fp32) and spec.tile == TENSOR:
@@ -364,12 +337,11 @@ def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
         top = element.max * 2.0**-rule.margin
         flags = {"kind": _TENSOR, "pow2": rule.pow2, "nan_decodes": element.nan is None}
         return _Rule(**flags, eps=rule.eps, top=top, limit=limit, **common)
-    if isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL and element.tiny_exponent >= -126:
+    if isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL:
         return _Rule(kind=_RCEIL, **common)
     if not isinstance(rule, TwoLevel) or rule.rows or rule.four_over_six is not None:
         return None
-    exact = element.significant_bits + rule.block.significant_bits <= 8
-    if not exact or not _fits(rule.block) or spec.tile == TENSOR:
+    if not _fits(rule.block):
         return None
     return _Rule(kind=_TWO_LEVEL, top=rule.top(element), block=c_format(rule.block), **common)
 
@@ -391,7 +363,13 @@ def _kernels() -> ctypes.CDLL:
 
 
 def _fits(format: NumberFormat) -> bool:
-    return format.bits <= 8 and not format.integer and not format.scales_only and format.min_exponent > -100
+    return (
+        knows_format(format)
+        and format.bits <= 8
+        and not format.integer
+        and not format.scales_only
+        and format.min_exponent > -100
+    )
 
 
 def _dtype(x: Tensor) -> ctypes.c_int32:

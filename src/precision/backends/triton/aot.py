@@ -31,10 +31,9 @@ from ...spec import OperandSpec, Rounding
 from ...swiglu import Gradients, Hidden
 from ...transforms import Hadamard
 from .fused import State, Step, adamw, adamw_amaxes, quantize_gradients
-from .gemm import product
 from .quantizer import (
-    PASSES,
     Launch,
+    Triton,
     hadamard,
     prepare_fused,
     quantize_both,
@@ -214,13 +213,9 @@ def cases() -> dict[str, Callable[[], object]]:
         "smooth swiglu backward to nvfp4, columns, hadamard16, sr": lambda: quantize_gradients(
             gradients.mT, gradient, noises=(columns, columns), transform=te
         ),
-        "gemm fp8 tensor": lambda: product(_codes(fp8), _codes(fp8)),
-        "gemm fp8 row": lambda: product(_codes(row), _codes(row)),
-        "gemm mxfp8": lambda: product(_codes(mxfp8), _codes(mxfp8)),
-        "gemm nvfp4": lambda: product(_codes(nvfp4), _codes(nvfp4)),
-        "mxfp8 to bf16": lambda: PASSES.values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
+        "mxfp8 to bf16": lambda: Triton().values(_codes(mxfp8), _factors(mxfp8), torch.bfloat16),
         "output of two factors": lambda: scaled_output(x.float(), (top, top), None, torch.bfloat16),
-        "nvfp4 to bf16": lambda: PASSES.values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
+        "nvfp4 to bf16": lambda: Triton().values(_codes(nvfp4), _factors(nvfp4), torch.bfloat16),
     }
     return made
 

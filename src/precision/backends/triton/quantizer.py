@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...formats import NumberFormat
 from ...noise import Noise
-from ...quantize import TORCH, Prepared, Quantized, check, operand, quantize
+from ...quantize import TORCH, Prepared, Quantized, check, knows_format, operand, operand_dtype, quantize
 from ...scaling import (
     FP32_MAX,
     TENSOR,
@@ -35,7 +35,6 @@ from ...scaling import (
     Power,
     PowerOfTwo,
     ScaleRule,
-    Scales,
     Tile,
     TwoLevel,
     Unit,
@@ -43,7 +42,8 @@ from ...scaling import (
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform
 from ...swiglu import Hidden
 from ...transforms import Hadamard
-from ..reference import Reference
+from ..interface import Cast, knows_rule, knows_transform, unknown
+from ..reference import Reference, one_noise
 
 if TYPE_CHECKING:
     from . import kernels as triton_kernels
@@ -122,16 +122,17 @@ class Triton(Reference):
 
     name = "triton"
     notes = True
-    multiplies_codes = False  # else values, where BF16 holds them
 
     def __init__(self, *, by_column: bool = False) -> None:
         self.by_column = by_column
 
-    def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
+    def why_not(self, gemm: GemmSpec, device: torch.device) -> str | None:
         if not runs_on(device):
             return f"the model is on {device.type}"
         if not installed():
             return "triton is not installed"
+        if reason := unknown(gemm.a, gemm.b):
+            return reason
         for spec in (gemm.a, gemm.b):
             if spec is None:
                 continue
@@ -143,8 +144,27 @@ class Triton(Reference):
                 return f"no kernel for scales by {spec.scale}"
         return None
 
-    def quantize(self, x: Tensor, spec: OperandSpec, *, amax: Tensor | None, noise: Noise | None) -> Quantized:
-        return quantize_fused(x, spec, amax=amax, noise=noise, by_column=self.by_column)
+    def amax(self, x: Tensor, tile: Tile) -> Tensor:
+        return tile_amax(x, tile)
+
+    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+        known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
+        if not known or q.codes.numel() == 0 or not runs_on(q.codes.device):
+            return super().values(q, factors, dtype)
+        shape, device = q.stored_shape, q.codes.device
+        scaled = None if factors is None else factors.dtype
+        if factors is not None and not factors.is_contiguous():
+            factors = factors.contiguous()
+        key = 5, _number(q.spec), shape, device, dtype, scaled
+        recorded = _recording.get() is not None
+        launcher = None if recorded else _PLANS.get(key)
+        if launcher is None:
+            launcher = _values_launcher(q.spec, shape, q.codes, scaled)
+            if not recorded:
+                _remember(key, launcher)
+        out = torch.empty(shape, dtype=dtype, device=device)
+        start(launcher, q.codes, factors, out)
+        return out.mT if q.transposed else out
 
     def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
         """As ``precision.quantize.operand``, bit for bit; but powers of two per tile, which it takes relative to the
@@ -155,78 +175,36 @@ class Triton(Reference):
         """
         rule = q.spec.scale
         if (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec) and _values_fit(q.spec):
-            return PASSES.values(q, q.scales, torch.bfloat16), q.tensor_scale
-        return operand(q, passes=PASSES)
-
-    def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        return tile_amax(x, tile)
+            return self.values(q, q.scales, torch.bfloat16), q.tensor_scale
+        return operand(q, passes=self)
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
-        if not isinstance(transform, Hadamard) or x.dtype not in DTYPES or x.numel() == 0 or not runs_on(x.device):
+        if not knows_transform(transform) or x.dtype not in DTYPES or x.numel() == 0 or not runs_on(x.device):
             return super().transformed(transform, x, left=left)
         if not _near(x, blocks_of(x, TENSOR, transform)):
             return super().transformed(transform, x, left=left)
         return hadamard(x, transform)
 
-    def prepare(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None,
-        noise: Noise | None,
-        transform: Transform | None,
-        left: bool,
-        codes: bool,
-        note: Tensor | None = None,
-    ) -> Quantized | Prepared:
-        """The codes of what ``transform`` makes of x, in the passes that those of x take; or, without ``codes``, what
+    def cast(self, x: Tensor, cast: Cast) -> Quantized | Prepared:
+        """The codes of what the transform makes of x, in the passes that those of x take; or, without ``codes``, what
         ``operand`` gives of them, where BF16 holds that. ``note``: as in ``quantize_fused``.
         """
-        if transform is not None and not (isinstance(transform, Hadamard) and x.dtype in DTYPES):
-            x, transform = self.transformed(transform, x, left=left), None
-        if not codes and not self.multiplies_codes:
+        spec, amax, noise, note = cast.spec, cast.amax, one_noise(cast), cast.note
+        transform = cast.transform if knows_transform(cast.transform) and x.dtype in DTYPES else None
+        if transform is None and cast.transform is not None:
+            x = self.transformed(cast.transform, x, left=cast.left)
+        if not cast.codes:
             made = prepare_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
             if made is not None:
                 return made
         return quantize_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note, by_column=self.by_column)
 
-    def both(
-        self,
-        x: Tensor,
-        spec: OperandSpec,
-        *,
-        amax: Tensor | None = None,
-        noise: tuple[Noise, Noise] | None = None,
-        note: Tensor | None = None,
-        values: bool = False,
-    ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
-        values = values and not self.multiplies_codes
-        return quantize_both(x, spec, amax=amax, noise=noise, note=note, values=values, by_column=self.by_column)
-
-    def gemm(
-        self,
-        a: Quantized | Prepared | Tensor,
-        b: Quantized | Prepared | Tensor,
-        *,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """As the reference; the operands' factors, the bias and the rounding of the sums are one pass."""
-        (left, a_factor), (right, b_factor) = self._matrix(a), self._matrix(b)
-        factors = [factor for factor in (a_factor, b_factor) if factor is not None]
-        narrow = left.dtype == right.dtype == torch.bfloat16
-        if interpreted() or not factors or not narrow or not runs_on(left.device) or 0 in (*left.shape, len(right)):
-            return super().gemm(a, b, bias=bias, dtype=dtype)
-        if left.device.type == "cuda":
-            y = torch.mm(left, right.mT, out_dtype=torch.float32)
-        else:
-            y = left.float() @ right.float().mT
-        return scaled_output(y, factors, bias, dtype)
-
-
-FOR_PRODUCTS = Triton(by_column=True)
-"""What quantizes for native products, which read them so."""
+    def cast_both(self, x: Tensor, cast: Cast) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
+        noise, values, by_column = cast.noise, not cast.codes, self.by_column
+        assert noise is None or isinstance(noise, tuple)
+        return quantize_both(
+            x, cast.spec, amax=cast.amax, noise=noise, note=cast.note, values=values, by_column=by_column
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,14 +443,7 @@ def _of_tensor(spec: OperandSpec) -> bool:
 
 def _values_fit(spec: OperandSpec) -> bool:
     """Whether ``prepare_fused`` gives BF16: exact products of code values and tiles' scales, or code values alone."""
-    element, rule = spec.format, spec.scale
-    if element.bits > 8 or element.significant_bits > 8:
-        return False
-    if isinstance(rule, TwoLevel):
-        return not rule.rows and element.significant_bits + rule.block.significant_bits <= 8
-    if rule.levels == 0 or (spec.tile == TENSOR and rule.format is None):
-        return True
-    return rule.power_of_two and element.tiny_exponent >= -126
+    return spec.format.bits <= 8 and operand_dtype(spec) == torch.bfloat16
 
 
 def _one_factor(spec: OperandSpec) -> bool:
@@ -1028,55 +999,6 @@ def swizzled(scales: Tensor) -> Tensor:
     return out
 
 
-class _Passes:
-    """The passes of ``precision.quantize`` that are of use without fusion."""
-
-    def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        return tile_amax(x, tile)
-
-    def scales(self, spec: OperandSpec, amax: Tensor, tensor_amax: Tensor | None, dtype: torch.dtype) -> Scales:
-        return TORCH.scales(spec, amax, tensor_amax, dtype)
-
-    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
-        return TORCH.centred(codes, tiny_exponent)
-
-    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
-        return TORCH.encode(x, scales, spec, noise)
-
-    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-        known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
-        if not known or q.codes.numel() == 0 or not runs_on(q.codes.device):
-            return TORCH.values(q, factors, dtype)
-        shape, device = q.stored_shape, q.codes.device
-        scaled = None if factors is None else factors.dtype
-        if factors is not None and not factors.is_contiguous():
-            factors = factors.contiguous()
-        key = 5, _number(q.spec), shape, device, dtype, scaled
-        recorded = _recording.get() is not None
-        launcher = None if recorded else _PLANS.get(key)
-        if launcher is None:
-            launcher = _values_launcher(q.spec, shape, q.codes, scaled)
-            if not recorded:
-                _remember(key, launcher)
-        out = torch.empty(shape, dtype=dtype, device=device)
-        start(launcher, q.codes, factors, out)
-        return out.mT if q.transposed else out
-
-    def rounded(
-        self,
-        x: Tensor,
-        scales: Tensor,
-        factors: Tensor | None,
-        spec: OperandSpec,
-        noise: Noise | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return TORCH.rounded(x, scales, factors, spec, noise, dtype)
-
-
-PASSES = _Passes()
-
-
 def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, factors: torch.dtype | None) -> Launcher:
     """Of ``values_kernel``; ``factors``: FP32, or the scale codes that the spec's rule stores (uint8), or None."""
     from .kernels import grid_of, values_kernel
@@ -1331,7 +1253,7 @@ def _near(x: Tensor, cut: Blocks, *, both: bool = False) -> bool:
 
 
 def _fits(format: NumberFormat) -> bool:
-    return format.bits <= 8 and not format.scales_only and format.min_exponent > -126
+    return knows_format(format) and format.bits <= 8 and not format.scales_only and format.min_exponent > -126
 
 
 def _tile_fits(tile: Tile) -> bool:
@@ -1341,9 +1263,9 @@ def _tile_fits(tile: Tile) -> bool:
 
 
 def _rule_fits(rule: ScaleRule) -> bool:
-    if isinstance(rule, TwoLevel):
-        return _fits(rule.block) and not rule.rows and rule.four_over_six is None
-    return isinstance(rule, (Unit, Fp32, Fp32Decode, PowerOfTwo))
+    if isinstance(rule, TwoLevel) and (not _fits(rule.block) or rule.rows or rule.four_over_six is not None):
+        return False
+    return knows_rule(rule)
 
 
 def _power_above(n: int) -> int:
