@@ -22,7 +22,10 @@ from narrowgauge.precision import backends
 from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
 from narrowgauge.precision.backends.adam import choose as choose_update
 from narrowgauge.precision.backends.scaled_mm import PRODUCTS, swizzle
-from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.amax import tile_amax
+from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
+from narrowgauge.precision.backends.triton.both import both_plan, quantize_both
+from narrowgauge.precision.backends.triton.device import recording, version
 from narrowgauge.precision.backends.triton.fused import (
     State,
     Step,
@@ -31,19 +34,8 @@ from narrowgauge.precision.backends.triton.fused import (
     gradient_amaxes,
     quantize_gradients,
 )
-from narrowgauge.precision.backends.triton.gemm import product
-from narrowgauge.precision.backends.triton.quantizer import (
-    CANDIDATES,
-    Choice,
-    Triton,
-    hadamard,
-    quantize_both,
-    quantize_fused,
-    recording,
-    scaled_output,
-    swizzled,
-    tile_amax,
-)
+from narrowgauge.precision.backends.triton.quantize import quantize_fused, quantize_plan
+from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
@@ -72,7 +64,7 @@ def read_bounds_by_item() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-if triton.version() < (3, 9):
+if version() < (3, 9):
     read_bounds_by_item()
 
 BACKEND = Triton()
@@ -297,20 +289,19 @@ def test_an_amax_is_noted_where_another_one_scales() -> None:
             quantize_fused(x, spec, amax=amax, note=torch.zeros(1))
 
 
-@pytest.mark.parametrize("choice", CANDIDATES, ids=str)
-def test_blocks_change_no_bits(choice: Choice) -> None:
+@pytest.mark.parametrize("size", CANDIDATES, ids=str)
+def test_blocks_change_no_bits(size: BlockSize) -> None:
     row = replace(MXFP8, tile=Tile(1, -1))
     for spec, transform in ((MXFP8, None), (NVFP4, Hadamard()), (OperandSpec(format=E4M3), None), (row, None)):
-        x = torch.randn(70, 150, generator=torch.Generator().manual_seed(choice.elements))
+        x = torch.randn(70, 150, generator=torch.Generator().manual_seed(size.elements))
         for of in (x, x.mT):
-            plan = triton._quantize_plan(of, spec, None, None, transform, choice, values=False)
+            plan = quantize_plan(of, -1, spec, False, None, transform, size, values=False)
             y = of if transform is None else transform.left(of)
-            made = plan.made(of, None, None, None, None, None)
+            made = plan.run(of, None, None, None, None, None)
             assert same(made, REFERENCE.quantize(y, spec, amax=None, noise=None)), (str(spec), of.stride())
-        both = triton._both_plan(x, spec, None, None, False, choice, values=False)
-        assert both is not None
+        both = both_plan(x, -1, spec, False, None, size, values=False)
         theirs = [REFERENCE.quantize(of, spec, amax=None, noise=None) for of in (x, x.mT)]
-        assert all(map(same, both.made(x, None, None, None, None, None), theirs)), str(spec)
+        assert all(map(same, both.run(x, None, None, None, None, None), theirs)), str(spec)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -483,7 +474,7 @@ def test_adamw_over_narrow_states() -> None:
             expected = updated(grad.float(), before, step)
             tops = adamw_amaxes(grad, *states, step)
             for top, state, value in zip(tops, states, expected, strict=True):
-                assert float(top) == (float(value.abs().max()) if state.whole else 0.0)
+                assert float(top) == (float(value.abs().max()) if state.per_tensor else 0.0)
             adamw(grad, *states, step, weight=weight, amaxes=tops, row_offset=3)
             for slot, (state, value) in enumerate(zip(states, expected, strict=True)):
                 anew = made(value, specs[slot], rounding, slot, row_offset=3)
@@ -492,7 +483,7 @@ def test_adamw_over_narrow_states() -> None:
             if weight is not None:
                 assert equal(weight, decoded(states[2]).to(weight.dtype))
     with pytest.raises(ValueError, match="no kernel for states"):
-        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
+        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).storage()
 
 
 UPDATED: list[tuple[object, torch.dtype]] = [
@@ -785,49 +776,6 @@ class Gelu(MLP):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(torch.nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
         return y
-
-
-@pytest.mark.parametrize(
-    ("spec", "transposed"),
-    [
-        (OperandSpec(format=E4M3), True),
-        (OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(pow2=True)), False),
-        (MXFP8, False),
-        (replace(MXFP8, tile=Tile(32, 32)), True),
-        (replace(MXFP8, format=E2M1), False),
-        (NVFP4, False),
-        (replace(NVFP4, tile=Tile(16, 16)), True),
-    ],
-    ids=str,
-)
-def test_products_of_codes(spec: OperandSpec, transposed: bool) -> None:
-    """Up to the order of sums in FP32: against float64."""
-    generator = torch.Generator().manual_seed(2)
-    a, b = (torch.randn(rows, 144, generator=generator) for rows in (50, 35))
-    bias = torch.randn(35, generator=generator)
-    left = BACKEND.quantize(a, spec, amax=None, noise=None)
-    right = BACKEND.quantize(b.mT if transposed else b, spec, amax=None, noise=None)
-    right = right.t() if transposed else right
-    exact = dequantize(left).double() @ dequantize(right).double().mT
-    terms = dequantize(left).double().abs() @ dequantize(right).double().abs().mT
-    for dtype, unit in ((torch.float32, 2.0**-20), (torch.bfloat16, 2.0**-8)):
-        y = product(left, right, bias=bias, dtype=dtype).double()
-        assert y.shape == (50, 35)
-        assert ((y - exact - bias).abs() <= unit * (exact + bias).abs() + 2.0**-19 * terms).all()
-
-
-def test_products_by_name_alone() -> None:
-    gemm, cpu = GemmSpec(a=MXFP8, b=MXFP8), torch.device("cpu")
-    assert str(choose(gemm, (64, 64, 64), cpu, "triton_dot")) == "triton_dot"
-    assert "triton_dot" not in [str(choose(gemm, (64, 64, 64), cpu, name)) for name in ("auto", "triton", "reference")]
-    for other, reason in ((None, "left in high precision"), (NVFP4, "no narrow product of")):
-        with pytest.raises(ValueError, match=reason):
-            choose(GemmSpec(a=MXFP8, b=other), (64, 64, 64), cpu, "triton_dot")
-    plan, seen = one_step("mxfp8", "triton_dot")
-    _, emulated = one_step("mxfp8", "reference")
-    assert plan.count("[triton_dot, narrow product]") == 3 * 4
-    for ours, theirs in zip(seen, emulated, strict=True):
-        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_siblings_share_what_delayed_scaling_makes_of_x(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from ..spec import GemmSpec, OperandSpec, Transform
 from .cpu.quantizer import Cpu
 from .reference import Reference
 from .scaled_mm import ScaledMM
-from .triton.gemm import TritonDot
 from .triton.quantizer import Triton
 
 Operand = Quantized | Prepared | Tensor
@@ -107,8 +106,7 @@ REFERENCE = Reference()
 NATIVE = ScaledMM()
 QUANTIZERS: tuple[Reference, ...] = (Cpu(), Triton(), REFERENCE)
 """Those that quantize, for their own emulated products and for native ones."""
-# The reference takes everything: what stands after it is chosen by name alone.
-ORDER: tuple[Backend, ...] = (NATIVE, *QUANTIZERS, TritonDot())
+ORDER: tuple[Backend, ...] = (NATIVE, *QUANTIZERS)
 
 
 def require_backend(name: str) -> None:

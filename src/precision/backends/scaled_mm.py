@@ -41,7 +41,8 @@ from ..quantize import Prepared, Quantized
 from ..scaling import TENSOR, Tile, TwoLevel
 from ..spec import GemmSpec, OperandSpec, Transform
 from .reference import Reference
-from .triton import quantizer as triton
+from .triton.device import installed, runs_on
+from .triton.quantizer import FOR_PRODUCTS, Triton, swizzled
 
 SQNR_DB = 40.0
 """Of a native product against the reference's product of the same codes: claimed, not yet measured."""
@@ -216,8 +217,8 @@ class ScaledMM:
         """For one GEMM, with the backend that quantizes there. ``fast``: as ``GemmSpec.fast_accum``."""
         if fast is None:
             fast = self.detect(device) in FAST_BY_DEFAULT
-        if isinstance(quantizer, triton.Triton):
-            quantizer = triton.FOR_PRODUCTS
+        if isinstance(quantizer, Triton):
+            quantizer = FOR_PRODUCTS
         return replace(self, shape=shape, device=device, quantizer=quantizer, fast=fast)
 
     def why_not(self, gemm: GemmSpec, shape: tuple[int | None, int, int], device: torch.device) -> str | None:
@@ -618,7 +619,7 @@ def swizzle(scales: Tensor) -> Tensor:
 
 def _in_order(scales: Tensor) -> Tensor:
     """``swizzle(scales)``; by a kernel where there is one."""
-    return triton.swizzled(scales) if triton.runs_on(scales.device) and triton.installed() else swizzle(scales)
+    return swizzled(scales) if runs_on(scales.device) and installed() else swizzle(scales)
 
 
 def _up(size: int, multiple: int) -> int:
