@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,18 +123,8 @@ def tile_fits(tile: Tile) -> bool:
 CANDIDATES = (BlockSize(2048, 4), BlockSize(4096, 4), BlockSize(4096, 8), BlockSize(8192, 8))
 
 
-class Plan(Protocol):
-    """Launches that are ready but for their tensors."""
-
-    @property
-    def run(self) -> Callable[..., Any]: ...
-
-
-P = TypeVar("P", bound=Plan)
-
-
-def tuned(kind: tuple[object, ...], device: torch.device, plan: Callable[[BlockSize | None], P], *args: Any) -> P:
-    """The plan of the fastest blocks; ``args`` are what it is measured with."""
+def tuned(kind: tuple[object, ...], device: torch.device, plan: Callable[[BlockSize | None], Any], *args: Any) -> Any:
+    """The plan of the fastest blocks, which are measured by ``plan(size).run(*args)``."""
     return plan(fastest("/".join(map(str, kind)), device, lambda size: plan(size).run(*args)))
 
 

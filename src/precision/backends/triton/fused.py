@@ -119,9 +119,9 @@ def _scalars(step: Step) -> dict[str, float]:
 
 def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
     """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
-    tops = torch.zeros(3, dtype=torch.int32, device=grad.device)
-    _adamw(grad, m, v, w, None, step, tops, 0, gate, amax_only=True)
-    return tops.view(torch.float32)
+    amaxes = torch.zeros(3, dtype=torch.int32, device=grad.device)
+    adamw(grad, m, v, w, step, amaxes=amaxes, gate=gate, amax_only=True)
+    return amaxes.view(torch.float32)
 
 
 def adamw(
@@ -135,6 +135,7 @@ def adamw(
     amaxes: Tensor | None = None,
     row_offset: Tensor | int = 0,
     gate: Tensor | None = None,
+    amax_only: bool = False,
 ) -> None:
     """One update of a parameter [rows, cols], in place, in one read and one write of everything.
 
@@ -144,26 +145,11 @@ def adamw(
         amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
         row_offset: index of the first row in the whole parameter, for rounding noise.
         gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
+        amax_only: only ``amaxes`` are written.
     """
-    assert amaxes is not None or not any(s.per_tensor for s in (m, v, w)), "a scale of the tensor needs its amax"
-    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, gate, amax_only=False)
-
-
-def _adamw(
-    grad: Tensor,
-    m: State,
-    v: State,
-    w: State,
-    weight: Tensor | None,
-    step: Step,
-    amaxes: Tensor | None,
-    row_offset: Tensor | int,
-    gate: Tensor | None,
-    *,
-    amax_only: bool,
-) -> None:
     from .fused_kernels import adamw_kernel
 
+    assert amaxes is not None or not any(s.per_tensor for s in (m, v, w)), "a scale of the tensor needs its amax"
     rows, cols = grad.shape
     if grad.numel() == 0:
         return

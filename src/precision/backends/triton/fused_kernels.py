@@ -27,6 +27,7 @@ from .numerics import (
     uniform_noise,
 )
 from .tiles import (
+    block_indices,
     block_max,
     expand_tiles,
     tensor_scales,
@@ -143,8 +144,7 @@ def adamw_kernel(
             return
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
     place, mask = r.to(tl.int64) * cols + c, (r < rows) & (c < cols)
     loaded = tl.load(grad + place, mask=mask, other=0.0)
     g = to_fp32(loaded)
@@ -204,8 +204,7 @@ def swiglu_backward_amax_kernel(
     """Amaxes of tiles of both gradients as bits, over zeros: int32 [grid_rows, grid_cols] each."""
     blocks_c = tl.cdiv(cols, BLOCK_C)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
     dgate, dup = _gradients(
         dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
     )  # fmt: skip
@@ -237,8 +236,7 @@ def swiglu_backward_kernel(
         up_tensor_amax, up_scales, up_tensor_scale, R, GIVEN, PARTS, FULL_R, FULL_C, HARDWARE
     )  # fmt: skip
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
     dgate, dup = _gradients(
         dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
     )  # fmt: skip

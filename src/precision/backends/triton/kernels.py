@@ -9,15 +9,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from .numerics import (
-    MAGNITUDE,
-    decode_scales,
-    from_bits,
-    from_codes,
-    to_bf16_bits,
-    to_bits,
-    to_fp32,
-)
+from .numerics import MAGNITUDE, decode_scales, from_bits, from_codes, to_bf16_bits, to_bits, to_fp32
 from .tiles import (
     block_indices,
     block_max,

@@ -254,11 +254,8 @@ def exp_fp32(x):
 @inline
 def divide_by(y, like, d, r, c, rows, cols, ALONG: tl.constexpr, HARDWARE: tl.constexpr):
     """y / d, rounded to the dtype of ``like``: d FP32 by row (ALONG 0) or column (1); -1: y as it is."""
-    if ALONG == 0:
-        by = tl.load(d + r, mask=r < rows, other=1.0)
-        y = round_to_dtype(tl.math.div_rn(y, by + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
-    elif ALONG == 1:
-        by = tl.load(d + c, mask=c < cols, other=1.0)
+    if ALONG >= 0:
+        by = tl.load(d + r, mask=r < rows, other=1.0) if ALONG == 0 else tl.load(d + c, mask=c < cols, other=1.0)
         y = round_to_dtype(tl.math.div_rn(y, by + tl.zeros(y.shape, tl.float32)), like, HARDWARE)
     return y
 
