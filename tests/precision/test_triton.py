@@ -19,7 +19,7 @@ from narrowgauge.precision.backends import REFERENCE, Triton, choose
 from narrowgauge.precision.backends.triton import blocks, both, device, fused_kernels, kernels, launch, quantize
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize, fastest
 from narrowgauge.precision.backends.triton.device import recording
-from narrowgauge.precision.backends.triton.fused import State
+from narrowgauge.precision.backends.triton.fused import State, quantize_gradients
 from narrowgauge.precision.backends.triton.launch import Launcher, start
 from narrowgauge.precision.backends.triton.specs import grid_of
 from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
@@ -27,6 +27,7 @@ from narrowgauge.precision.quantize import Quantized
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import Error, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
+from narrowgauge.precision.swiglu import Gradients
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface
@@ -105,6 +106,7 @@ def test_kernels_take_no_subclass_for_what_it_extends(spec: OperandSpec, reason:
         arguments: dict[str, Any] = {"amax": None, "noise": None, "transform": None, "left": True, "codes": False}
         assert isinstance(backend.prepare(x, spec, **arguments), Quantized)
         assert backend.both(x, spec) is None
+        assert quantize_gradients(Gradients(x, x, x), spec)[0].shape == x.shape
     assert launches == []
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(ours.scales, theirs.scales)

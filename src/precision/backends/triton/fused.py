@@ -22,7 +22,7 @@ from .blocks import Blocks, blocks_of
 from .device import hardware, runs_on
 from .launch import launch
 from .quantize import Output, noise_parts
-from .specs import ROUNDINGS, Grid, Rule, constants, format_fits, grid_of, rule_of
+from .specs import ROUNDINGS, Grid, Rule, constants, format_fits, grid_of, lacking, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def adamw(
         weight: the parameter, where ``w`` is a copy of it that is stored otherwise; else None.
         amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
         row_offset: index of the first row in the whole parameter, for rounding noise.
-        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
+        gate: FP32 [2]: what multiplies the gradient, and 1, or 0 for an update that is left out; None: 1 and 1.
         amax_only: only ``amaxes`` are written.
     """
     from .fused_kernels import adamw_kernel
@@ -231,7 +231,7 @@ def quantize_gradients(
     from .fused_kernels import swiglu_backward_kernel
 
     dh = gradients.dh
-    if dh.numel() == 0 or not runs_on(dh.device):
+    if dh.numel() == 0 or not runs_on(dh.device) or lacking(spec):
         plain = [x if transform is None else transform.left(x) for x in gradients.computed()]
         tops, random = amaxes or (None, None), noises or (None, None)
         first, second = (
