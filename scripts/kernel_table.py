@@ -12,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from narrowgauge.precision.backends.triton.aot import ARCHITECTURES, WRITTEN, cases, compile
-from narrowgauge.precision.backends.triton.quantizer import Launch, recording
+from narrowgauge.precision.backends.triton.device import Launch, recording
 from torch import Tensor
+from triton_aot import ARCHITECTURES, WRITTEN, cases, compile
 
 ELEMENTS = 8192 * 8192
 BANDWIDTHS = {"H100": 3.35e12, "B200": 8.0e12}  # bytes a second, SXM, data sheets

@@ -24,7 +24,9 @@ from typing import Any
 import gpu_check
 import torch
 from narrowgauge.precision.backends import NATIVE, QUANTIZERS, quantize_by
-from narrowgauge.precision.backends.triton.quantizer import prepare_fused, quantize_both, quantize_fused, runs_on
+from narrowgauge.precision.backends.triton.both import quantize_both
+from narrowgauge.precision.backends.triton.device import runs_on
+from narrowgauge.precision.backends.triton.quantize import prepare_fused, quantize_fused
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel

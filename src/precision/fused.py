@@ -21,8 +21,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import Backend, Operand
 from .backends.interface import knows_transform
+from .backends.triton.amax import tile_amax
+from .backends.triton.both import quantize_both
+from .backends.triton.device import runs_on
 from .backends.triton.fused import gradient_amaxes, quantize_gradients
-from .backends.triton.quantizer import DTYPES, Triton, quantize_both, quantize_fused, runs_on, tile_amax
+from .backends.triton.quantize import quantize_fused
+from .backends.triton.quantizer import Triton
+from .backends.triton.specs import DTYPES
 from .linear import QuantLinear
 from .operands import Call
 from .packing import pack, unpack

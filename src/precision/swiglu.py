@@ -8,7 +8,7 @@ torch's exponential differs between CPUs, GPUs and builds in the last bit, so a 
     dgate    (dh up) (s (1 + g (1 - s)))
 
 each rounded to FP32 once per operation, none contracted (constants C and c are Cephes'; an error of two units in the
-last place). ``precision.backends.triton.kernels`` does the same on GPUs. The models' own SwiGLU stays theirs: it agrees
+last place). ``backends.triton.numerics`` does the same on GPUs. The models' own SwiGLU stays theirs: it agrees
 with this one up to the last bits of FP32.
 """
 

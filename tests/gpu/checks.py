@@ -17,8 +17,9 @@ import torch
 from gpu_suite.clock import timed
 from narrowgauge.precision.backends import NATIVE, QUANTIZERS, REFERENCE, Cast, Quantizer
 from narrowgauge.precision.backends.scaled_mm import SQNR_DB, architecture
-from narrowgauge.precision.backends.triton import fused as triton_fused
-from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.device import installed, runs_on
+from narrowgauge.precision.backends.triton.fused import quantize_gradients
+from narrowgauge.precision.backends.triton.quantize import quantize_fused
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, quantize
@@ -135,7 +136,7 @@ FUSED = {"FP8 e4m3, tensor": OperandSpec(format=E4M3), "MXFP8, 1x32": MX, "NVFP4
 
 
 def check_swiglu(spec: OperandSpec, *, transposed: bool) -> Outcome:
-    if not triton.runs_on(HERE) or not triton.installed():
+    if not runs_on(HERE) or not installed():
         return not_here("no GPU, and kernels are not interpreted")
     torch.manual_seed(0)
     gate, up, dh = (torch.randn(SHAPE, device=HERE).to(torch.bfloat16) for _ in range(3))
@@ -144,7 +145,7 @@ def check_swiglu(spec: OperandSpec, *, transposed: bool) -> Outcome:
     h, gradients = (h.mT, gradients.mT) if transposed else (h, gradients)
 
     def made() -> list[Quantized]:
-        return [triton.quantize_fused(h, spec), *triton_fused.quantize_gradients(gradients, spec)]
+        return [quantize_fused(h, spec), *quantize_gradients(gradients, spec)]
 
     plain = [h.computed(), *gradients.computed()]
     wrong = total = 0

@@ -20,7 +20,7 @@ from gpu_suite import bundle, clock, results, stages, steps
 from hardware import pretend
 from narrowgauge.models import create
 from narrowgauge.precision.backends.scaled_mm import ScaledMM
-from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.device import recording
 from narrowgauge.trainer.distributed import World
 
 #: What a stage may do, as programs: argv is rows=FILE and a folder for what they leave behind.
@@ -397,7 +397,7 @@ def test_what_the_config_does_not_know_is_left_out() -> None:
 def test_kernels_that_are_timed_are_launched() -> None:
     x = torch.empty(256, 512, dtype=torch.bfloat16, device="meta")
     for what, (_, call, _) in stages._kernels(torch.device("cpu")).items():
-        with triton.recording((9, 0)) as launches:
+        with recording((9, 0)) as launches:
             call(x)
         assert launches, what
 

@@ -29,7 +29,10 @@ from narrowgauge.precision.backends import (
 )
 from narrowgauge.precision.backends.adam import choose as choose_update
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
-from narrowgauge.precision.backends.triton import quantizer as triton
+from narrowgauge.precision.backends.triton.amax import tile_amax
+from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
+from narrowgauge.precision.backends.triton.both import both_plan, quantize_both
+from narrowgauge.precision.backends.triton.device import recording, version
 from narrowgauge.precision.backends.triton.emulated import EmulatedOnGpu
 from narrowgauge.precision.backends.triton.fused import (
     State,
@@ -39,18 +42,8 @@ from narrowgauge.precision.backends.triton.fused import (
     gradient_amaxes,
     quantize_gradients,
 )
-from narrowgauge.precision.backends.triton.quantizer import (
-    CANDIDATES,
-    Choice,
-    Triton,
-    hadamard,
-    quantize_both,
-    quantize_fused,
-    recording,
-    scaled_output,
-    swizzled,
-    tile_amax,
-)
+from narrowgauge.precision.backends.triton.quantize import quantize_fused, quantize_plan
+from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
@@ -79,7 +72,7 @@ def read_bounds_by_item() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-if triton.version() < (3, 9):
+if version() < (3, 9):
     read_bounds_by_item()
 
 BACKEND, FOR_PRODUCTS = Triton(), Triton(by_column=True)
@@ -302,20 +295,19 @@ def test_an_amax_is_noted_where_another_one_scales() -> None:
             quantize_fused(x, spec, note=torch.zeros(1))
 
 
-@pytest.mark.parametrize("choice", CANDIDATES, ids=str)
-def test_blocks_change_no_bits(choice: Choice) -> None:
+@pytest.mark.parametrize("size", CANDIDATES, ids=str)
+def test_blocks_change_no_bits(size: BlockSize) -> None:
     row = replace(MXFP8, tile=Tile(1, -1))
     for spec, transform in ((MXFP8, None), (NVFP4, Hadamard()), (OperandSpec(format=E4M3), None), (row, None)):
-        x = torch.randn(70, 150, generator=torch.Generator().manual_seed(choice.elements))
+        x = torch.randn(70, 150, generator=torch.Generator().manual_seed(size.elements))
         for of in (x, x.mT):
-            plan = triton._quantize_plan(of, spec, None, None, transform, choice, values=False)
+            plan = quantize_plan(of, -1, spec, False, None, transform, size, values=False)
             y = of if transform is None else transform.left(of)
-            made = plan.made(of, None, None, None, None, None)
+            made = plan.run(of, None, None, None, None, None)
             assert same(made, quantize(y, spec)), (str(spec), of.stride())
-        both = triton._both_plan(x, spec, None, None, False, choice, values=False)
-        assert both is not None
+        both = both_plan(x, -1, spec, False, None, size, values=False)
         theirs = [quantize(of, spec) for of in (x, x.mT)]
-        assert all(map(same, both.made(x, None, None, None, None, None), theirs)), str(spec)
+        assert all(map(same, both.run(x, None, None, None, None, None), theirs)), str(spec)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -488,7 +480,7 @@ def test_adamw_over_narrow_states() -> None:
             expected = updated(grad.float(), before, step)
             tops = adamw_amaxes(grad, *states, step)
             for top, state, value in zip(tops, states, expected, strict=True):
-                assert float(top) == (float(value.abs().max()) if state.whole else 0.0)
+                assert float(top) == (float(value.abs().max()) if state.per_tensor else 0.0)
             adamw(grad, *states, step, weight=weight, amaxes=tops, row_offset=3)
             for slot, (state, value) in enumerate(zip(states, expected, strict=True)):
                 anew = made(value, specs[slot], rounding, slot, row_offset=3)
@@ -497,7 +489,7 @@ def test_adamw_over_narrow_states() -> None:
             if weight is not None:
                 assert equal(weight, decoded(states[2]).to(weight.dtype))
     with pytest.raises(ValueError, match="no kernel for states"):
-        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).kept()
+        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).storage()
 
 
 UPDATED: list[tuple[object, torch.dtype]] = [

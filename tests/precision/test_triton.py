@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,23 +14,22 @@ from typing import Any
 import pytest
 import torch
 from hardware import pretend
-from narrowgauge.precision.backends import Cast, choose
-from narrowgauge.precision.backends.triton import fused_kernels as triton_fused_kernels
-from narrowgauge.precision.backends.triton import kernels as triton_kernels
-from narrowgauge.precision.backends.triton import output_kernels as triton_output_kernels
-from narrowgauge.precision.backends.triton import quantizer as triton
-from narrowgauge.precision.backends.triton.quantizer import (
-    CANDIDATES,
-    Choice,
-    Launcher,
-    Triton,
-    chosen,
-    recording,
-    start,
-)
-from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.backends import Cast, choose, quantize_by
+from narrowgauge.precision.backends.triton import blocks, both, device, fused_kernels, kernels, launch, quantize
+from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize, fastest
+from narrowgauge.precision.backends.triton.device import recording
+from narrowgauge.precision.backends.triton.fused import State, quantize_gradients
+from narrowgauge.precision.backends.triton.launch import Launcher, start
+from narrowgauge.precision.backends.triton.quantizer import Triton
+from narrowgauge.precision.backends.triton.specs import grid_of
+from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.quantize import Quantized
+from narrowgauge.precision.quantize import quantize as precision_quantize
 from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.scaling import Error, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
+from narrowgauge.precision.swiglu import Gradients
+from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface
 
@@ -52,9 +51,82 @@ def test_every_kernel_gives_the_bits_of_the_reference() -> None:
     assert "passed" in python("-m", "pytest", *options, str(HERE / "interpreted.py"))
 
 
-def test_on_a_cpu_it_is_not_chosen() -> None:
+def test_on_a_cpu_it_is_not_fastest() -> None:
     gemm = GemmSpec(a=OperandSpec(format=E4M3))
     assert "triton" not in str(choose(gemm, (None, 8, 8), torch.device("cpu"), "reference"))
+
+
+class OtherFormat(NumberFormat):
+    """As a recipe may write one: the fields of a known format, with values of its own."""
+
+    def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return super().round(x * 0.5, noise)
+
+
+class OtherPowers(PowerOfTwo):
+    pass
+
+
+class OtherLevels(TwoLevel):
+    pass
+
+
+class OtherTransform(Hadamard):
+    def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
+        return -a
+
+
+OTHER_E2M1, OTHER_E4M3 = (
+    OtherFormat(**{field.name: getattr(format, field.name) for field in fields(format)}) for format in (E2M1, E4M3)
+)
+BLOCK = Tile(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (OperandSpec(format=OTHER_E2M1), "no kernel for e2m1, a format of its own: OtherFormat"),
+        (
+            OperandSpec(format=E4M3, tile=BLOCK, scale=OtherPowers()),
+            "no kernel for scales by e8m0-rceil, a rule of its own: OtherPowers",
+        ),
+        (
+            OperandSpec(format=E2M1, tile=BLOCK, scale=OtherLevels()),
+            "no kernel for scales by e4m3+fp32, a rule of its own: OtherLevels",
+        ),
+        (OperandSpec(format=E2M1, tile=BLOCK, scale=TwoLevel(block=OTHER_E4M3)), "no kernel for scales by e4m3+fp32"),
+        (OperandSpec(format=E2M1, tile=BLOCK, scale=TwoLevel(four_over_six=Error.MSE)), "no kernel for scales by"),
+    ],
+    ids=("format", "rule", "levels", "format of scales", "four over six"),
+)
+def test_kernels_take_no_subclass_for_what_it_extends(spec: OperandSpec, reason: str) -> None:
+    """It is refused with a reason, and whoever asks for it all the same is given the reference's values."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    backend = Triton()
+    with recording((10, 0)) as launches:
+        for gemm in (GemmSpec(a=spec), GemmSpec(b=spec)):
+            assert str(backend.why_not(gemm, torch.device("cpu"))).startswith(reason)
+        ours, plain = quantize_by(backend, x, spec), precision_quantize(x, spec)
+        assert isinstance(backend.cast(x, Cast(spec=spec, codes=False)), Quantized)
+        assert backend.cast_both(x, Cast(spec=spec)) is None
+        assert quantize_gradients(Gradients(x, x, x), spec)[0].shape == x.shape
+    assert launches == []
+    assert torch.equal(ours.codes, plain.codes)
+    assert torch.equal(ours.scales, plain.scales)
+
+
+def test_kernels_take_no_subclass_of_a_transform() -> None:
+    x = torch.randn(32, 64)
+    with recording((10, 0)) as launches:
+        assert torch.equal(Triton().transformed(OtherTransform(), x, left=True), -x)
+    assert launches == []
+
+
+def test_instructions_are_those_of_a_format_not_of_its_name() -> None:
+    assert [grid_of(format).hardware for format in (E4M3, E2M1, replace(E4M3, max=240.0), OTHER_E2M1)] == [1, 3, 0, 0]
+    scaled = OperandSpec(format=OTHER_E4M3, tile=Tile(1, 32), scale=Fp32Decode())
+    with pytest.raises(ValueError, match="no kernel for states stored as e4m3"):
+        State(values=torch.zeros(4, 32, dtype=torch.uint8), scales=torch.ones(4, 1), spec=scaled).storage()
 
 
 @dataclass(frozen=True)
@@ -123,13 +195,11 @@ def launched(way: Way) -> tuple[str, set[str]]:
 
 def test_every_kernel_has_a_way_from_a_recipe() -> None:
     """A kernel that no line of plan.txt leads to does nothing for anyone."""
-    modules = (triton_kernels, triton_fused_kernels, triton_output_kernels)
-    kernels = {name for module in modules for name, value in vars(module).items() if _is_kernel(name, value)}
-    assert kernels == set(WAYS)
-
-
-def _is_kernel(name: str, value: object) -> bool:
-    return isinstance(value, KernelInterface) and not name.startswith("_")
+    functions = {
+        name: value for module in (kernels, fused_kernels) for name, value in vars(module).items() if callable(value)
+    }
+    assert {name for name, value in functions.items() if name.endswith("_kernel")} == set(WAYS)
+    assert all(isinstance(functions[name], KernelInterface) for name in WAYS)
 
 
 @pytest.mark.parametrize("kernel", WAYS)
@@ -138,11 +208,11 @@ def test_a_recipe_leads_to_the_kernel_and_the_plan_says_so(kernel: str, monkeypa
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what no kernel writes
     try:
         with pretend(monkeypatch, 100, (Triton(by_column=True),)) if way.native else nullcontext():
-            plan, kernels = launched(way)
+            plan, seen = launched(way)
     finally:
         torch.use_deterministic_algorithms(False)
     assert way.says in plan
-    assert kernel in kernels
+    assert kernel in seen
 
 
 class FakeKernel:
@@ -173,8 +243,8 @@ def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.
     runtime = SimpleNamespace(launch_enter_hook=hooks, launch_exit_hook=SimpleNamespace(calls=[]))
     device = SimpleNamespace(number=0)
     active = SimpleNamespace(get_current_device=lambda: device.number, get_current_stream=lambda of: f"stream of {of}")
-    monkeypatch.setattr(triton, "_runtime", lambda: (runtime, active))
-    monkeypatch.setattr(triton, "_launchers_known", lambda kernel: True)
+    monkeypatch.setattr(launch, "_runtime", lambda: (runtime, active))
+    monkeypatch.setattr(launch, "_direct", lambda kernel: True)
     kernel = FakeKernel()
     x, out = torch.ones(64), torch.ones(64)
     at = x.get_device()
@@ -221,10 +291,11 @@ def test_a_compiled_kernel_is_kept_for_pointers_of_its_kind(monkeypatch: pytest.
 
 def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way of calling has a plan of its own, equal specs share one, and a second call makes none."""
-    monkeypatch.setattr(triton, "_PLANS", {})
-    monkeypatch.setattr(triton, "runs_on", lambda device: True)
-    monkeypatch.setattr(triton, "start", lambda launcher, *tensors: None)
-    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(device, "capability", lambda device: (9, 0))
+    for module in (quantize, both):
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "start", lambda launcher, *tensors: None)
     x, top, note = torch.ones(64, 128), torch.ones(1), torch.zeros(1)
     spec, twin = (OperandSpec(format=E4M3) for _ in range(2))
     quantizer = Triton()
@@ -239,43 +310,43 @@ def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
                 quantizer.cast_both(of, Cast(spec=spec, amax=top, codes=codes))
 
     calls(spec)
-    made = len(triton._PLANS)
-    assert made == 4 * 2 * 5
-    monkeypatch.setattr(triton, "_quantize_plan", None)
-    monkeypatch.setattr(triton, "_both_plan", None)
+    planned = len(launch._PLANS)
+    assert planned == 4 * 2 * 5
+    monkeypatch.setattr(quantize, "quantize_plan", None)
+    monkeypatch.setattr(both, "both_plan", None)
     calls(spec)
     calls(twin)
-    assert len(triton._PLANS) == made
+    assert len(launch._PLANS) == planned
 
 
 def test_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU, with made-up times: the fastest is kept in a file, which other processes read."""
     cuda, seen = torch.device("cuda"), []
     times = dict(zip((None, *CANDIDATES), (5.0, 4.0, 3.0, 1.0, 2.0), strict=True))
-    monkeypatch.setattr(triton, "_tuned_path", lambda: tmp_path / "kept" / "blocks.json")
-    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton, "_milliseconds", lambda call: call())
+    monkeypatch.setattr(blocks, "_tuned_path", lambda: tmp_path / "kept" / "blocks.json")
+    monkeypatch.setattr(blocks, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(blocks, "_milliseconds", lambda call: call())
 
-    def run(choice: Choice | None) -> float:
-        seen.append(choice)
-        return times[choice]
+    def run(size: BlockSize | None) -> float:
+        seen.append(size)
+        return times[size]
 
-    triton._tuned.cache_clear()
+    blocks._tuned.cache_clear()
     try:
-        assert chosen("rows", cuda, run) is None
+        assert fastest("rows", cuda, run) is None
         monkeypatch.setenv("NARROWGAUGE_TUNE", "1")
-        assert chosen("rows", torch.device("cpu"), run) is None
+        assert fastest("rows", torch.device("cpu"), run) is None
         assert not seen
-        assert chosen("rows", cuda, run) == chosen("rows", cuda, run) == CANDIDATES[2]
+        assert fastest("rows", cuda, run) == fastest("rows", cuda, run) == CANDIDATES[2]
         assert seen == list(times)
         times[None] = 0.0
-        assert chosen("columns", cuda, run) is None
-        triton._tuned.cache_clear()
+        assert fastest("columns", cuda, run) is None
+        blocks._tuned.cache_clear()
         monkeypatch.delenv("NARROWGAUGE_TUNE")
-        assert chosen("rows", cuda, run) == CANDIDATES[2]
-        assert chosen("columns", cuda, run) is None
-        monkeypatch.setattr(triton, "capability", lambda device: (10, 0))
-        assert chosen("rows", cuda, run) is None
+        assert fastest("rows", cuda, run) == CANDIDATES[2]
+        assert fastest("columns", cuda, run) is None
+        monkeypatch.setattr(blocks, "capability", lambda device: (10, 0))
+        assert fastest("rows", cuda, run) is None
         assert len(seen) == 2 * len(times)
     finally:
-        triton._tuned.cache_clear()
+        blocks._tuned.cache_clear()

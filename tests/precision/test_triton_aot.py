@@ -6,11 +6,14 @@ import re
 
 import pytest
 import torch
-from narrowgauge.precision.backends.triton.aot import ARCHITECTURES, Compiled, cases, compile
-from narrowgauge.precision.backends.triton.quantizer import quantize_both, quantize_fused, recording, tile_amax, version
+from narrowgauge.precision.backends.triton.amax import tile_amax
+from narrowgauge.precision.backends.triton.both import quantize_both
+from narrowgauge.precision.backends.triton.device import recording, version
+from narrowgauge.precision.backends.triton.quantize import quantize_fused
 from narrowgauge.precision.formats import E4M3 as E4M3_FORMAT
 from narrowgauge.precision.scaling import TENSOR
 from narrowgauge.precision.spec import OperandSpec
+from triton_aot import ARCHITECTURES, Compiled, cases, compile
 
 E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 E5M2 = r"cvt\.rn\.satfinite\.e5m2x2\.f32"

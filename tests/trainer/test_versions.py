@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 import versions
-from narrowgauge.precision.backends.triton import quantizer as triton
-from narrowgauge.precision.backends.triton.quantizer import hardware, recording
+from narrowgauge.precision.backends.triton import device
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -143,11 +142,11 @@ def test_a_package_is_older_or_not() -> None:
 @pytest.mark.parametrize("version", [(3, 6), (3, 8), (3, 9)], ids=str)
 def test_old_tritons_on_old_gpus(version: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No FP8 conversions on Ada, which round twice."""
-    monkeypatch.setattr(triton, "version", lambda: version)
+    monkeypatch.setattr(device, "version", lambda: version)
     here = torch.device("cpu")
     for capability in ((8, 9), (9, 0), (10, 0), (12, 0)):
-        with recording(capability):
-            assert hardware(here)["HARDWARE"] == (version >= (3, 9) or capability > (8, 9))
+        with device.recording(capability):
+            assert device.hardware(here)["HARDWARE"] == (version >= (3, 9) or capability > (8, 9))
 
 
 @pytest.mark.parametrize(

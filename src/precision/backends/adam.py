@@ -46,8 +46,8 @@ from ..states.codecs import (
     expansion_limits,
 )
 from .cpu import quantizer as cpu
+from .triton.device import installed, runs_on
 from .triton.fused import State, Step, adamw, adamw_amaxes
-from .triton.quantizer import installed, runs_on
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

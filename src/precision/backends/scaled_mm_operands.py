@@ -13,7 +13,8 @@ from ..formats import E8M0, NumberFormat, pack4, unpack4
 from ..quantize import Quantized
 from ..scaling import TENSOR, Tile
 from ..spec import OperandSpec
-from .triton import quantizer as triton
+from .triton.device import installed, runs_on
+from .triton.quantizer import swizzled
 
 ROWS, TILE_K = 128, 4  # of the swizzled blocks of scales
 
@@ -193,7 +194,7 @@ def swizzle(scales: Tensor) -> Tensor:
 
 def _in_order(scales: Tensor) -> Tensor:
     """``swizzle(scales)``; by a kernel where there is one."""
-    return triton.swizzled(scales) if triton.runs_on(scales.device) and triton.installed() else swizzle(scales)
+    return swizzled(scales) if runs_on(scales.device) and installed() else swizzle(scales)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..interface import Operand
 from ..reference import Emulated, scaled_product
-from .quantizer import interpreted, runs_on, scaled_output
+from .device import interpreted, runs_on
+from .quantizer import scaled_output
 
 
 class EmulatedOnGpu(Emulated):

@@ -1,13 +1,12 @@
-"""Fused Triton kernels beside the quantization of operands: AdamW over narrow states, the gradients of a SwiGLU.
+"""Triton kernels that compute what they quantize: AdamW over narrow states, the gradients of a SwiGLU.
 
-They are compiled and launched as in ``precision.backends.triton``, and run in Triton's interpreter as those do.
+They are compiled and launched as those of ``quantize``, and run in Triton's interpreter as those do.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,22 +17,26 @@ from ...scaling import TENSOR, Fp32Decode, Tile
 from ...spec import OperandSpec, Rounding
 from ...swiglu import Gradients
 from ...transforms import Hadamard
-from .quantizer import (
-    ROUNDINGS,
-    Blocks,
-    Room,
-    blocks_of,
-    constants,
-    hardware,
-    launch,
-    noise_parts,
-    rule_of,
-    runs_on,
-    signs_of,
-)
+from .amax import signs_of
+from .blocks import Blocks, blocks_of
+from .device import hardware, runs_on
+from .launch import launch
+from .quantize import Output, noise_parts
+from .specs import ROUNDINGS, Grid, Rule, constants, format_fits, grid_of, lacking, rule_of
 
-if TYPE_CHECKING:
-    from . import fused_kernels as triton_fused_kernels
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a state is stored, as constants of a kernel: FP32 (kind 0), BF16 (1), or codes under FP32 scales (2).
+
+    ``block``: elements of a row under one scale, a power of two; 0: one scale for the tensor.
+    """
+
+    kind: int
+    rounding: int = 0
+    block: int = 0
+    grid: Grid | None = None
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -55,35 +58,31 @@ class State:
     key: Tensor | None = None
 
     @property
-    def whole(self) -> bool:
+    def per_tensor(self) -> bool:
         """Whether one scale serves the tensor: its new amax must be known before it is written."""
         return self.spec is not None and self.spec.tile == TENSOR
 
     def read_scales(self) -> Tensor | None:
         """Where the old scales are read while new ones are written."""
-        return self.scales.clone() if self.scales is not None and self.whole else self.scales
+        return self.scales.clone() if self.scales is not None and self.per_tensor else self.scales
 
-    def kept(self) -> triton_fused_kernels.Kept:
-        """Raises ValueError for what the kernel does not keep."""
+    def storage(self) -> Storage:
+        """Raises ValueError for what the kernel does not store."""
         if self.spec is None:
             assert self.values.dtype in (torch.float32, torch.bfloat16)
-        return _kept(self.spec, self.values.dtype == torch.bfloat16, self.rounding)
+        return _storage(self.spec, self.values.dtype == torch.bfloat16, self.rounding)
 
 
 @functools.cache
-def _kept(spec: OperandSpec | None, narrow: bool, rounding: Rounding) -> triton_fused_kernels.Kept:
-    from .fused_kernels import Kept
-    from .kernels import grid_of
-
+def _storage(spec: OperandSpec | None, narrow: bool, rounding: Rounding) -> Storage:
     if spec is None:
-        return Kept(kind=int(narrow), rounding=ROUNDINGS[rounding])
-    tile, block = spec.tile, spec.tile.inner
-    whole = tile == TENSOR
-    power = tile == Tile(1, block) and 1 < block <= 1024 and block & (block - 1) == 0
-    if not isinstance(spec.scale, Fp32Decode) or not (whole or power) or spec.format.bits == 4:
-        raise ValueError(f"no kernel for states kept as {spec}")
+        return Storage(kind=int(narrow), rounding=ROUNDINGS[rounding])
+    block = 0 if spec.tile == TENSOR else spec.tile.inner
+    fits = block == 0 or (spec.tile == Tile(1, block) and 1 < block <= 1024 and block & (block - 1) == 0)
+    if type(spec.scale) is not Fp32Decode or not fits or not format_fits(spec.format) or spec.format.bits == 4:
+        raise ValueError(f"no kernel for states stored as {spec}")
     rule = rule_of(spec, torch.float32)
-    return Kept(2, ROUNDINGS[spec.rounding], 0 if whole else block, grid_of(spec.format), rule)
+    return Storage(2, ROUNDINGS[spec.rounding], block, grid_of(spec.format), rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +119,9 @@ def _scalars(step: Step) -> dict[str, float]:
 
 def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
     """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
-    tops = torch.zeros(3, dtype=torch.int32, device=grad.device)
-    _adamw(grad, m, v, w, None, step, tops, 0, gate, amax_only=True)
-    return tops.view(torch.float32)
+    amaxes = torch.zeros(3, dtype=torch.int32, device=grad.device)
+    adamw(grad, m, v, w, step, amaxes=amaxes, gate=gate, amax_only=True)
+    return amaxes.view(torch.float32)
 
 
 def adamw(
@@ -136,42 +135,28 @@ def adamw(
     amaxes: Tensor | None = None,
     row_offset: Tensor | int = 0,
     gate: Tensor | None = None,
+    amax_only: bool = False,
 ) -> None:
     """One update of a parameter [rows, cols], in place, in one read and one write of everything.
 
     Args:
         grad: FP32 or BF16, contiguous.
-        weight: the parameter, where ``w`` is kept beside it; else None.
+        weight: the parameter, where ``w`` is a copy of it that is stored otherwise; else None.
         amaxes: of ``adamw_amaxes``, over all ranks; needed where one scale serves a tensor.
         row_offset: index of the first row in the whole parameter, for rounding noise.
-        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
+        gate: FP32 [2]: what multiplies the gradient, and 1, or 0 for an update that is left out; None: 1 and 1.
+        amax_only: only ``amaxes`` are written.
     """
-    assert amaxes is not None or not any(state.whole for state in (m, v, w)), "a scale of the tensor wants its amax"
-    _adamw(grad, m, v, w, weight, step, amaxes, row_offset, gate, amax_only=False)
-
-
-def _adamw(
-    grad: Tensor,
-    m: State,
-    v: State,
-    w: State,
-    weight: Tensor | None,
-    step: Step,
-    amaxes: Tensor | None,
-    row_offset: Tensor | int,
-    gate: Tensor | None,
-    *,
-    amax_only: bool,
-) -> None:
     from .fused_kernels import adamw_kernel
 
+    assert amaxes is not None or not any(s.per_tensor for s in (m, v, w)), "a scale of the tensor needs its amax"
     rows, cols = grad.shape
     if grad.numel() == 0:
         return
     matrices = [grad, m.values, v.values, w.values, *([weight] if weight is not None else [])]
     assert all(x.shape == (rows, cols) and x.is_contiguous() for x in matrices)
-    kept = {"M": m.kept(), "V": v.kept(), "W": w.kept()}
-    block_c = max(64, *(constants.block for constants in kept.values()))
+    storages = {"M": m.storage(), "V": v.storage(), "W": w.storage()}
+    block_c = max(64, *(storage.block for storage in storages.values()))
     block_r = max(1, 2048 // block_c)
     states = [part for state in (m, v, w) for part in (_raw(state.values), state.read_scales(), state.scales)]
     keys = [state.key for state in (m, v, w)]
@@ -191,7 +176,7 @@ def _adamw(
         rows,
         cols,
         **step.scalars(),
-        **kept,
+        **storages,
         AMAX_ONLY=amax_only,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -214,19 +199,19 @@ def gradient_amaxes(gradients: Gradients, tile: Tile, transform: Hadamard | None
         dgate, dup = (x if transform is None else transform.left(x) for x in gradients.computed())
         return TORCH.amax(dgate, tile), TORCH.amax(dup, tile)
     cut, grid = _cut(gradients, tile, transform), tile.grid(*dh.shape)
-    made = torch.zeros(2, *grid, dtype=torch.int32, device=dh.device)
+    amaxes = torch.zeros(2, *grid, dtype=torch.int32, device=dh.device)
     launch(
         swiglu_backward_amax_kernel,
         cut.programs(*dh.shape),
         *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
-        *(made[0], made[1], *dh.shape, *dh.stride(), *grid),
+        *(amaxes[0], amaxes[1], *dh.shape, *dh.stride(), *grid),
         ALONG=gradients.along if gradients.d is not None else -1,
         HADAMARD=transform.size if transform is not None else 0,
         HARDWARE=hardware(dh.device)["HARDWARE"],
         **cut.constexprs,
         num_warps=2 * cut.num_warps,
     )
-    dgate, dup = made.view(torch.float32)
+    dgate, dup = amaxes.view(torch.float32)
     return dgate, dup
 
 
@@ -246,7 +231,7 @@ def quantize_gradients(
     from .fused_kernels import swiglu_backward_kernel
 
     dh = gradients.dh
-    if dh.numel() == 0 or not runs_on(dh.device):
+    if dh.numel() == 0 or not runs_on(dh.device) or lacking(spec):
         plain = [x if transform is None else transform.left(x) for x in gradients.computed()]
         tops, random = amaxes or (None, None), noises or (None, None)
         first, second = (
@@ -261,11 +246,11 @@ def quantize_gradients(
         given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
     elif levels and amaxes is None and not cut.fused:
         given = gradient_amaxes(gradients, spec.tile, transform)
-    room = Room(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False, by_column=by_column)
-    outputs = [room.make() for _ in range(2)]
+    output = Output(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False, by_column=by_column)
+    tensors = [output.allocate() for _ in range(2)]
     parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
     pointers: list[Tensor | None] = []
-    for (codes, scales, tensor_scale), tiles, tensor, part in zip(outputs, given, tops, parts, strict=True):
+    for (codes, scales, tensor_scale), tiles, tensor, part in zip(tensors, given, tops, parts, strict=True):
         of_tiles, of_tensor = (None, tiles) if spec.tile == TENSOR else (tiles, tensor)
         known = [None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor)]
         pointers += [codes, scales, *known, tensor_scale, None if part is None else part.key]
@@ -276,18 +261,18 @@ def quantize_gradients(
         *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
         *pointers,
         *((None, None) if shared is None else (shared.step, shared.first)),
-        *(*dh.shape, *dh.stride(), room.codes[1], *room.grid, 1 if shared is None else shared.rows_of_a_sample),
+        *(*dh.shape, *dh.stride(), output.codes[1], *output.grid, 1 if shared is None else shared.rows_of_a_sample),
         ALONG=gradients.along if gradients.d is not None else -1,
         **constants(spec, dh.dtype, dh.device),
         TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
         GIVEN=given[0] is not None,
         PARTS=1,
-        BY_COLUMN=room.by_column,
+        BY_COLUMN=output.by_column,
         **cut.constexprs,
         HADAMARD=transform.size if transform is not None else 0,
         num_warps=2 * cut.num_warps,
     )
-    dgate, dup = (room.filled(*made) for made in outputs)
+    dgate, dup = (output.result(*written) for written in tensors)
     assert isinstance(dgate, Quantized)
     assert isinstance(dup, Quantized)
     return dgate, dup

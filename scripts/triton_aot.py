@@ -18,30 +18,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
+from narrowgauge.precision.backends.triton.amax import tile_amax
+from narrowgauge.precision.backends.triton.both import quantize_both
+from narrowgauge.precision.backends.triton.device import Launch
+from narrowgauge.precision.backends.triton.fused import State, Step, adamw, adamw_amaxes, quantize_gradients
+from narrowgauge.precision.backends.triton.quantize import prepare_fused, quantize_fused
+from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
+from narrowgauge.precision.formats import E2M1, E4M3, E5M2
+from narrowgauge.precision.noise import Noise
+from narrowgauge.precision.quantize import Quantized
+from narrowgauge.precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.spec import OperandSpec, Rounding
+from narrowgauge.precision.swiglu import Gradients, Hidden
+from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-from triton.compiler import ASTSource  # type: ignore[import-untyped]
-
-from ...formats import E2M1, E4M3, E5M2
-from ...noise import Noise
-from ...quantize import Quantized
-from ...scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel
-from ...spec import OperandSpec, Rounding
-from ...swiglu import Gradients, Hidden
-from ...transforms import Hadamard
-from .fused import State, Step, adamw, adamw_amaxes, quantize_gradients
-from .quantizer import (
-    Launch,
-    Triton,
-    hadamard,
-    prepare_fused,
-    quantize_both,
-    quantize_fused,
-    scaled_output,
-    swizzled,
-    tile_amax,
-)
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 ARCHITECTURES = (89, 90, 100, 120)
 """Ada, Hopper, data-centre Blackwell, workstation Blackwell."""
@@ -62,7 +55,7 @@ WRITTEN = {
     },
     "adamw_kernel": {"m": True, "v": True, "w": True, "m_new": False, "v_new": False, "w_new": False, "weight": False},
 }
-"""What each kernel writes; True where it reads it first. Products, whose reads depend on caches, are left out."""
+"""What each kernel writes; True where it reads it first."""
 
 _TYPES = {
     torch.float32: "fp32",
@@ -72,8 +65,6 @@ _TYPES = {
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
 }
 
 
@@ -233,7 +224,7 @@ def _adamw(tile: Tile | None) -> None:
     spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
     m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
     gate = torch.empty(2, device="meta")
-    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step, gate=gate) if m.whole else None, gate=gate)
+    adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step, gate=gate) if m.per_tensor else None, gate=gate)
 
 
 def _factors(spec: OperandSpec) -> Tensor:
