@@ -148,23 +148,9 @@ class Triton(Reference):
         return tile_amax(x, tile)
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-        known = _fits(q.spec.format) and _tile_fits(q.spec.tile) and dtype in (torch.float32, torch.bfloat16)
-        if not known or q.codes.numel() == 0 or not runs_on(q.codes.device):
+        if not _has_kernel(q) or dtype not in (torch.float32, torch.bfloat16):
             return super().values(q, factors, dtype)
-        shape, device = q.stored_shape, q.codes.device
-        scaled = None if factors is None else factors.dtype
-        if factors is not None and not factors.is_contiguous():
-            factors = factors.contiguous()
-        key = 5, _number(q.spec), shape, device, dtype, scaled
-        recorded = _recording.get() is not None
-        launcher = None if recorded else _PLANS.get(key)
-        if launcher is None:
-            launcher = _values_launcher(q.spec, shape, q.codes, scaled)
-            if not recorded:
-                _remember(key, launcher)
-        out = torch.empty(shape, dtype=dtype, device=device)
-        start(launcher, q.codes, factors, out)
-        return out.mT if q.transposed else out
+        return decoded(q, factors, dtype)
 
     def operand(self, q: Quantized) -> tuple[Tensor, Tensor | None]:
         """As ``precision.quantize.operand``, bit for bit; but powers of two per tile, which it takes relative to the
@@ -174,8 +160,9 @@ class Triton(Reference):
         rounded there, and a tile whose largest values exceed BF16's is infinite.
         """
         rule = q.spec.scale
-        if (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec) and _values_fit(q.spec):
-            return self.values(q, q.scales, torch.bfloat16), q.tensor_scale
+        in_tiles = (rule.power_of_two or rule.levels == 2) and not _one_factor(q.spec)
+        if in_tiles and _rule_fits(rule) and _values_fit(q.spec) and _has_kernel(q):
+            return decoded(q, q.scales, torch.bfloat16), q.tensor_scale
         return operand(q, passes=self)
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
@@ -997,6 +984,31 @@ def swizzled(scales: Tensor) -> Tensor:
     if out.numel():
         launch(swizzle_kernel, pieces_r * pieces_c, scales.contiguous(), out, rows, cols, pieces_c, num_warps=4)
     return out
+
+
+def _has_kernel(q: Quantized) -> bool:
+    """Whether ``decoded`` takes the codes."""
+    return _fits(q.spec.format) and _tile_fits(q.spec.tile) and runs_on(q.codes.device)
+
+
+def decoded(q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``Passes.values`` by a kernel, in FP32 or BF16; ``factors`` may be the scale codes that a known rule stores."""
+    shape, device = q.stored_shape, q.codes.device
+    if q.codes.numel() == 0:
+        return torch.empty(q.shape, dtype=dtype, device=device)
+    scaled = None if factors is None else factors.dtype
+    if factors is not None and not factors.is_contiguous():
+        factors = factors.contiguous()
+    key = 5, _number(q.spec), shape, device, dtype, scaled
+    recorded = _recording.get() is not None
+    launcher = None if recorded else _PLANS.get(key)
+    if launcher is None:
+        launcher = _values_launcher(q.spec, shape, q.codes, scaled)
+        if not recorded:
+            _remember(key, launcher)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    start(launcher, q.codes, factors, out)
+    return out.mT if q.transposed else out
 
 
 def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, factors: torch.dtype | None) -> Launcher:
