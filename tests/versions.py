@@ -33,12 +33,7 @@ RESUME = Before(
 )
 SCALED_MM = Before("torch", "2.12", "F.scaled_mm has no kernel for a CPU")
 FMA = Before("triton", "3.9", "the interpreter rounds an FMA twice, where a GPU rounds it once")
-E4M3_SCALES = Before("triton", "3.8", "tl.dot_scaled with E4M3 scales does not compile before Blackwell: see why_not")
-ADA = Before(
-    "triton", "3.7", "after other architectures in one process, code of sm_90 comes out for sm_89", always=False
-)
 SPILLS = Before("triton", "3.9", "without FP8 instructions on Ada two directions of a large tile spill some registers")
-FORMATS = Before("triton", "3.9", "the interpreter knows no format of tl.dot_scaled", always=False)
 
 FAILS = {
     "tests/precision/test_callback.py::test_two_processes_train_one_model[resumed]": RESUME,
@@ -46,13 +41,8 @@ FAILS = {
     "tests/precision/test_scaled_mm.py::test_the_cpu_multiplies_what_it_takes_alike": SCALED_MM,
     "tests/precision/interpreted.py::test_adamw_over_narrow_states": FMA,
     "tests/precision/interpreted.py::test_updates_are_those_of_plain_torch": FMA,
-    "tests/precision/interpreted.py::test_products_of_codes": FORMATS,
-    "tests/precision/interpreted.py::test_products_by_name_alone": FORMATS,
     "tests/precision/test_triton_aot.py::test_aot[fp8 1x128, rows and columns-89]": SPILLS,
     "tests/precision/test_triton_aot.py::test_aot[fp8 1x128, rows and columns, scales by column-89]": SPILLS,
-    "tests/precision/test_triton_aot.py::test_aot[gemm mxfp8-89]": ADA,
-    "tests/precision/test_triton_aot.py::test_aot[gemm nvfp4-89]": E4M3_SCALES,
-    "tests/precision/test_triton_aot.py::test_aot[gemm nvfp4-90]": E4M3_SCALES,
 }
 """By node; without brackets all of a test's parameters."""
 
