@@ -84,8 +84,9 @@ class Cpu(Reference):
 
     name = "cpu"
 
+    _butterflies = _Butterflies()  # of the class: linears are copied with their quantizers, and pointers cannot be
+
     def __init__(self, transform: Hadamard | None = None) -> None:
-        self._butterflies = _Butterflies()
         if transform is not None:
             self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
             pointer = native.pointer(self._signs)
