@@ -36,7 +36,7 @@ from .loss_scale import LossScaler
 from .scaling import Current
 from .schedule import Span, parse_span
 from .spec import GEMMS, LinearSpec
-from .states.codecs import STANDARD, Moments
+from .states.moments import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
 
 

@@ -20,7 +20,6 @@ from hardware import pretend
 from narrowgauge.models.llama import Llama, LlamaConfig
 from narrowgauge.precision import backends
 from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
-from narrowgauge.precision.backends.adam import choose as choose_update
 from narrowgauge.precision.backends.scaled_mm import PRODUCTS, swizzle
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.precision.backends.triton.fused import (
@@ -51,6 +50,7 @@ from narrowgauge.precision.quantize import Prepared, Quantized, dequantize
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.states.choose import choose as choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
