@@ -141,11 +141,12 @@ def _array(updates: Sequence[Update], amaxes: Tensor | None) -> ctypes.Array[CUp
         target.torch_root = u.plain
         target.lerp, target.beta2, target.square = 1 - beta1, beta2, 1 - beta2
         target.correction, target.eps, target.step = u.correction, u.eps, -u.step_size
+        target_codecs, target_states = target.codecs, target.states
         for which, (state, amax) in enumerate(zip(u.states, amaxes_of_states, strict=True)):
             if id(state.codec) not in codecs:
                 codecs[id(state.codec)] = _codec(state.codec)
-            target.codecs[which] = codecs[id(state.codec)]
-            _fill(target.states[which], state, u.grad.shape, amax)
+            target_codecs[which] = codecs[id(state.codec)]
+            _fill(target_states[which], state, u.grad.shape, amax)
     return array
 
 

@@ -131,6 +131,39 @@ float amax_of(const T* x, int64_t count) {
     return as_float(top);
 }
 
+// Of what butterflies of size 16 make of the columns. Rounding is monotone: that of the largest will do.
+template <typename T>
+float amax_of_butterflies(const T* x, int64_t rows, int64_t cols, const float* signs, float factor) {
+    int32_t result = 0;
+#pragma omp parallel for schedule(static) reduction(max : result)
+    for (int64_t row = 0; row < rows; row += 16) {
+        const int64_t height = std::min<int64_t>(16, rows - row);
+        Ints top = {};
+        for (int64_t col = 0; col < cols; col += PAIR) {
+            Floats even[16] = {}, odd[16] = {};
+            const char* next = reinterpret_cast<const char*>(x + (row + 16) * cols + col * 16);
+            if (row + 32 <= rows)
+                for (size_t i = 0; i < std::min(PAIR, cols - col) * 16 * sizeof(T); i += 64)
+                    __builtin_prefetch(next + i);
+            for (int64_t i = 0; i < height; ++i) {
+                const Pair pair = load_pair(x + (row + i) * cols + col, cols - col);
+                even[i] = pair.even, odd[i] = pair.odd;
+            }
+            if (height == 16) {
+                sixteen_butterflies(even, signs);
+                sixteen_butterflies(odd, signs);
+            }
+            for (int64_t i = 0; i < 16; ++i)
+                top = larger(top, larger(Ints(even[i]) & 0x7fffffff, Ints(odd[i]) & 0x7fffffff));
+        }
+        if (height == 16) top = Ints(finished<T>(Floats(top), factor));
+        int32_t lanes[LANES];
+        std::memcpy(lanes, &top, sizeof lanes);
+        for (const int32_t lane : lanes) result = std::max(result, lane);
+    }
+    return as_float(uint32_t(result));
+}
+
 // out [cols, rows / wide]: the amaxes of tiles as round_columns has them. Rounding is monotone: that of the largest will
 // do. A ragged last group of rows is not transformed.
 template <typename T>

@@ -189,10 +189,9 @@ void round_any(const Source& s, const Rounding& r, bool values) {
 float tensor_amax_of(const Source& s) {
     return typed(s.dtype, [&](auto zero) {
         const auto* x = static_cast<const decltype(zero)*>(s.x);
-        if (!s.butterflies.size) return amax_of(x, s.rows * s.cols);
-        std::vector<float> amaxes(s.cols * ((s.rows + DEPTH - 1) / DEPTH));
-        amax_butterflies(x, amaxes.data(), s.rows, s.cols, DEPTH, s.butterflies);
-        return amax_of(amaxes.data(), int64_t(amaxes.size()));
+        if (s.butterflies.size)
+            return amax_of_butterflies(x, s.rows, s.cols, s.butterflies.signs, s.butterflies.factor);
+        return amax_of(x, s.rows * s.cols);
     });
 }
 

@@ -19,6 +19,7 @@ from .... import native
 from ...formats import NumberFormat
 from ...noise import Noise
 from ...quantize import TORCH, Prepared, Quantized, check, operand, prepare, quantize
+from ...quantize import _scaled as scaled
 from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Scales, Tile, TwoLevel, encode_power
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform
 from ...transforms import Hadamard
@@ -192,13 +193,14 @@ class _Compiled:
             return TORCH.encode(x, scales, spec, noise)
         _require_grid(scales, spec.tile, x.shape)
         outer, inner = x.shape
-        readable = self._readable(x, spec.tile)
-        if not _in_vectors(readable, spec.tile):
-            return TORCH.encode(x, scales, spec, noise)
         codes = torch.empty(
             outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
         )
-        self._round(readable, scales, None, spec, noise, codes)
+        readable, tile = self._readable(x, spec.tile), spec.tile
+        if not _in_vectors(readable, tile):  # several tiles in a vector: torch multiplies by their scales
+            readable, tile = contiguous(scaled(x.float(), scales, tile)), TENSOR
+            scales = torch.ones_like(scales[:1, :1])
+        self._round(readable, tile, scales, None, spec.format, noise, codes)
         return codes
 
     def rounded(
@@ -219,7 +221,7 @@ class _Compiled:
         if factors is not None:
             _require_grid(factors, spec.tile, x.shape)
         out = torch.empty(x.shape, dtype=dtype, device="cpu")
-        self._round(readable, scales, factors, spec, noise, out)
+        self._round(readable, spec.tile, scales, factors, spec.format, noise, out)
         return out
 
     def _readable(self, x: Tensor, tile: Tile) -> Tensor:
@@ -227,13 +229,20 @@ class _Compiled:
         return x if _in_columns(x, tile) else contiguous(x)
 
     def _round(
-        self, x: Tensor, scales: Tensor, factors: Tensor | None, spec: OperandSpec, noise: Noise | None, out: Tensor
+        self,
+        x: Tensor,
+        tile: Tile,
+        scales: Tensor,
+        factors: Tensor | None,
+        format: NumberFormat,
+        noise: Noise | None,
+        out: Tensor,
     ) -> None:
         scales = scales.contiguous()  # named: its memory must outlive the call
         factors = None if factors is None else factors.contiguous()
-        source, format, random = self._source(x, spec.tile), c_format(spec.format), c_noise(noise)
+        source, random = self._source(x, tile), c_noise(noise)
         pointers = map(native.pointer, (scales, factors, out))
-        structures = (ctypes.byref(format), ctypes.byref(random))
+        structures = (ctypes.byref(c_format(format)), ctypes.byref(random))
         kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
 
     def _source(self, x: Tensor, tile: Tile) -> CSource:
