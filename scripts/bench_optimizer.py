@@ -1,8 +1,8 @@
 """Milliseconds of an optimizer step, against torch's fused AdamW: python scripts/bench_optimizer.py [moments=...]
 
-[moments=fp32,fp8,...] of `precision.states.codecs.CHOICES` or any that `optim.moments` takes, `/` included; [rounds=30]
-[threads=0, as torch has them]; [cpu=1: one thread, and the processor time it took, on a machine that is busy with other
-work]; overrides as for training: model=llama_15m ...
+[moments=fp32,fp8,...] of `precision.states.moments.CHOICES` or any that `optim.moments` takes, `/` included;
+[rounds=30] [threads=0, as torch has them]; [cpu=1: one thread, and the processor time it took, on a machine that is
+busy with other work]; overrides as for training: model=llama_15m ...
 
 One step of every variant a round, in turn, so that what else the machine does falls on all alike. The gradients of a
 step are the same for all. Variants that keep weights in BF16 have BF16 gradients, as they do in training.
@@ -13,7 +13,7 @@ import time
 
 import torch
 from narrowgauge.models import create
-from narrowgauge.precision.states.codecs import CHOICES, STANDARD, chosen
+from narrowgauge.precision.states.moments import CHOICES, STANDARD, chosen
 from narrowgauge.precision.states.updates import AdamW, CodecAdamW
 from narrowgauge.trainer.build import resolve_model
 from narrowgauge.trainer.cli import script_main

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "precision"))
-from narrowgauge.precision.states.codecs import STANDARD, chosen
+from narrowgauge.precision.states.moments import STANDARD, chosen
 from narrowgauge.precision.states.updates import CodecAdamW
 from test_updates import HYPER, VARIANTS
 

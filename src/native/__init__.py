@@ -1,5 +1,7 @@
 """C++ kernels for CPUs: built once by the system's compiler, cached by source, compiler and CPU, called by ctypes.
 
+A source is one library; it includes its parts (``#include "PART"``), which are part of what a library is cached by.
+
 A package of its own because ``models`` and ``precision`` both have such kernels and neither may know the other. Nothing
 is built or loaded at import, and torch is not imported: ``begin`` can start the compilers before it is.
 
@@ -18,6 +20,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import signal
 import stat
@@ -91,11 +94,11 @@ def begin(*sources: Path) -> None:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
+def library(source: Path, *structures: type[ctypes.Structure]) -> ctypes.CDLL | None:
     """The loaded kernels of ``source``, or None, where plain torch has to serve.
 
     None without a compiler, with NARROWGAUGE_NATIVE=0, and where the build fails: that warns once, with the compiler's
-    first line.
+    first line. Raises RuntimeError unless every structure CNAME has the size that the library's ``size_of_NAME`` says.
     """
     compiler = _compiler()
     if compiler is None:
@@ -106,13 +109,18 @@ def library(source: Path) -> ctypes.CDLL | None:
         _begun.pop(source, None)  # not before: the end of a process that Ctrl-C stops here waits for the thread
         # What was examined is what is loaded: nobody can put another file there in between. The descriptor stays open,
         # for the loader knows libraries by their names, and another one of this number would be taken for this one.
-        return ctypes.CDLL(f"/proc/self/fd/{built}")
+        kernels = ctypes.CDLL(f"/proc/self/fd/{built}")
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"{source.name} was not built, plain torch serves: {output.strip().splitlines()[0]}", stacklevel=2
         )
         return None
+    for structure in structures:
+        name, here = structure.__name__.removeprefix("C"), ctypes.sizeof(structure)
+        if (there := kernels[f"size_of_{name}"]()) != here:
+            raise RuntimeError(f"{name} of {source.name} has {there} bytes in C++ and {here} in Python: fields differ")
+    return kernels
 
 
 def _compiler() -> str | None:
@@ -328,8 +336,18 @@ def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
         cpu = platform.processor()
     told = subprocess.run([compiler, "--version"], check=True, capture_output=True)
     version = told.stdout.decode(errors="replace")
-    parts = (source.read_text(encoding="utf-8"), " ".join(flags), cpu, version)
+    parts = (*(part.read_text(encoding="utf-8") for part in _parts(source)), " ".join(flags), cpu, version)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _parts(source: Path) -> list[Path]:
+    """``source``, and the files that it and its parts include by quoted names."""
+    parts = [source]
+    for part in parts:  # which grows meanwhile
+        for name in re.findall(r'^#include "(.+)"', part.read_text(encoding="utf-8"), re.MULTILINE):
+            path = (part.parent / name).resolve()
+            parts += [] if path in parts else [path]
+    return parts
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

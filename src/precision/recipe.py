@@ -40,7 +40,7 @@ from .scaling import Current
 from .schedule import Span, parse_span
 from .slots import is_stochastic, operands
 from .spec import GEMMS, LinearSpec
-from .states.codecs import STANDARD, Moments
+from .states.moments import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
 
 

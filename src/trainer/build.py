@@ -25,7 +25,7 @@ from ..precision.comm import gather_codes
 from ..precision.coverage import CoverageWarning
 from ..precision.loading import content_of, files_in, is_file, renamed, sha256
 from ..precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
-from ..precision.states.codecs import chosen
+from ..precision.states.moments import chosen
 from ..precision.states.updates import CodecAdamW
 from .data.batches import (
     DataConfig,

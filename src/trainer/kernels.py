@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-KERNELS = tuple(sorted(Path(__file__).parents[1].glob("*/**/cpu_kernels.cpp")))
+KERNELS = tuple(sorted(Path(__file__).parents[1].glob("*/**/*.cpp")))

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..precision.states.codecs import STANDARD, Moments, chosen
-from ..precision.states.updates import UpdateRule, step_with_sums
+from ..precision.states.moments import STANDARD, Moments, chosen
+from ..precision.states.telemetry import step_with_sums
+from ..precision.states.updates import UpdateRule
 from .distributed import World
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from narrowgauge.models.kernels import compiled
-from narrowgauge.precision.backends.cpu import quantizer
+from narrowgauge.precision.backends.cpu import library as quantization
+from narrowgauge.precision.states import adamw_cpu
 from narrowgauge.trainer.kernels import KERNELS
 
 from narrowgauge import native
@@ -58,7 +60,7 @@ def process(code: str, source: Path, **environment: str) -> subprocess.Popen[str
 
 
 def test_the_trainer_begins_every_source() -> None:
-    assert set(KERNELS) == {compiled.SOURCE, quantizer.SOURCE}
+    assert set(KERNELS) == {compiled.SOURCE, quantization.SOURCE, adamw_cpu.SOURCE}
 
 
 def test_processes_that_build_at_once_build_once(source: Path, tmp_path: Path) -> None:
@@ -357,3 +359,31 @@ def test_libraries_of_one_process_are_told_apart(source: Path, tmp_path: Path) -
     other = tmp_path / "other.cpp"
     other.write_text(SOURCE.replace("42", "43"))
     assert [answer(source), answer(other), answer(source)] == [42, 43, 42]
+
+
+def test_an_edited_part_is_built_anew(source: Path, tmp_path: Path) -> None:
+    """However deep it is included."""
+    (tmp_path / "parts").mkdir()
+    deep, part = tmp_path / "parts" / "deep.h", tmp_path / "parts" / "part.h"
+    source.write_text('#include "parts/part.h"\n' + SOURCE.replace("ANSWER;", "NUMBER;"))
+    part.write_text('#pragma once\n#include <cstdint>\n#include "deep.h"\n#include "part.h"\n')
+    deep.write_text("#define NUMBER ANSWER\n")
+    assert [answer(source), answer(source)] == [42, 42]
+    assert len(runs(tmp_path)) == 1
+    deep.write_text("#define NUMBER ANSWER + 1\n")
+    assert answer(source) == 43
+    part.write_text(part.read_text() + "// another comment\n")
+    assert answer(source) == 43
+    assert len(runs(tmp_path)) == 3
+
+
+class CPair(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_int32), ("second", ctypes.c_int64)]
+
+
+def test_structures_of_another_size_are_refused(source: Path) -> None:
+    source.write_text(
+        SOURCE + 'struct Pair { int first, second; };\nextern "C" int size_of_Pair() { return sizeof(Pair); }'
+    )
+    with pytest.raises(RuntimeError, match=r"^Pair of small.cpp has 8 bytes in C\+\+ and 16 in Python: fields differ$"):
+        native.library(source, CPair)

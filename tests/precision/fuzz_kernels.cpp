@@ -36,13 +36,11 @@ void one(int64_t rows, int64_t cols) {
         const int64_t tall = std::max<int64_t>(tile[0], 1), wide = std::max<int64_t>(tile[1], 1);
         const int64_t grid = (rows + tall - 1) / tall * ((cols + wide - 1) / wide);
         Buffer scales(grid * 4), factors(grid * 4), codes(packed(rows, cols)), values_out(rows * cols * width);
-        tile_amax(x.as<void>(), scales.as<float>(), rows, cols, tall, wide, dtype);
-        encode(x.as<void>(), scales.as<float>(), codes.as<uint8_t>(), rows, cols, tall, wide, &format, &noise, dtype);
+        const Source source = {x.as<void>(), rows, cols, tall, wide, dtype, 0, {0, 0, nullptr}};
+        source_amax(&source, scales.as<float>());
         values(codes.as<uint8_t>(), factors.as<float>(), values_out.as<void>(), rows, cols, tall, wide, &format, dtype);
         if (wide % 16 && wide < cols) continue;
         Buffer narrow(rows * cols * 2);
-        const Source source = {x.as<void>(), rows, cols, tall, wide, dtype, 0, {0, 0, nullptr}};
-        source_amax(&source, scales.as<float>());
         round_source(&source, scales.as<float>(), nullptr, codes.as<void>(), &format, &noise, 0);
         round_source(&source, scales.as<float>(), factors.as<float>(), narrow.as<void>(), &format, &noise, 1);
     }

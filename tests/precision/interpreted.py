@@ -27,7 +27,6 @@ from narrowgauge.precision.backends import (
     scaled_mm,
     scaled_mm_operands,
 )
-from narrowgauge.precision.backends.adam import choose as choose_update
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.backends.triton.amax import tile_amax
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
@@ -51,6 +50,7 @@ from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize
 from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
+from narrowgauge.precision.states.choose import choose as choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes

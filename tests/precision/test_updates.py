@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge.precision.backends.adam import ORDER, choose
-from narrowgauge.precision.states.codecs import CHOICES, STANDARD, Moments, chosen
-from narrowgauge.precision.states.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply, step_with_sums
+from narrowgauge.precision.formats import E4M3, NumberFormat
+from narrowgauge.precision.states.choose import ORDER, choose
+from narrowgauge.precision.states.codecs import Codec, Scaled
+from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
+from narrowgauge.precision.states.telemetry import step_with_sums
+from narrowgauge.precision.states.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -229,6 +233,26 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
     assert str(choose(CPU, "reference")) == "reference"
     with pytest.raises(ValueError, match="its noise goes by the parameter's name"):
         CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
+
+
+class Unbounded(NumberFormat):
+    """Fields of E4M3, codes of its own."""
+
+
+class Halved(Scaled):
+    """An encoding of its own."""
+
+
+@pytest.mark.parametrize("codec", [
+    Halved(format=E4M3),
+    Scaled(format=Unbounded(**{field.name: getattr(E4M3, field.name) for field in fields(E4M3)})),
+], ids=["codec", "format"])  # fmt: skip
+def test_what_only_looks_like_a_known_codec_is_left_to_the_reference(codec: Codec) -> None:
+    for backend in ORDER[:-1]:
+        if backend.why_not(CPU) is None:
+            assert backend.why_not(CPU, [codec]) == f"no kernel for {codec}"
+            assert backend.why_not(CPU, [Scaled(format=E4M3)]) is None
+    assert ORDER[-1].why_not(CPU, [codec]) is None
 
 
 GATED = ["fp32", "fp8_tensor", "fp8_fishman", "pure_bf16_sr", "pure_bf16_kahan", "coat"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_here
-from narrowgauge.precision.states.codecs import CHOICES
+from narrowgauge.precision.states.moments import CHOICES
 from narrowgauge.precision.states.updates import AdamW
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <type_traits>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -533,18 +533,21 @@ void backward_head(const Shape& shape, const bf16* q, const bf16* k, const bf16*
     store_head<NV>(dvalues.data, length, shape.head_dim, none, sequence, length, 0, dv + k_offset, k_stride);
 }
 
-// Vectors of 16 features a head is padded to: 1, 2, 4 or 8.
-inline int lanes_of(int64_t head_dim) {
-    int lanes = 1;
-    while (16 * lanes < head_dim) lanes *= 2;
-    return lanes;
-}
-
+// call(N, sequence, head) for each head, padded to N = 1, 2, 4 or 8 vectors of 16 features.
 template <typename Call>
 void for_each_head(const Shape& shape, const Call& call) {
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < shape.batch * shape.kv_heads; ++item)
-        call(item / shape.kv_heads, item % shape.kv_heads);
+    for (int64_t item = 0; item < shape.batch * shape.kv_heads; ++item) {
+        const int64_t sequence = item / shape.kv_heads, head = item % shape.kv_heads;
+        if (shape.head_dim <= 16)
+            call(std::integral_constant<int, 1>(), sequence, head);
+        else if (shape.head_dim <= 32)
+            call(std::integral_constant<int, 2>(), sequence, head);
+        else if (shape.head_dim <= 64)
+            call(std::integral_constant<int, 4>(), sequence, head);
+        else
+            call(std::integral_constant<int, 8>(), sequence, head);
+    }
 }
 
 }  // namespace
@@ -560,14 +563,8 @@ void attention_forward(const bf16* q, const bf16* k, const bf16* v, const float*
                        int64_t length, int64_t heads, int64_t kv_heads, int64_t head_dim) {
     const Shape shape = {batch, length, heads, kv_heads, head_dim};
     const Rope rope = {cos, sin, positions};
-    for_each_head(shape, [&](int64_t sequence, int64_t head) {
-        switch (lanes_of(head_dim)) {
-#define CASE(NV)                                                                             \
-    case NV:                                                                                 \
-        return forward_head<NV>(shape, q, k, v, rope, starts, y, log_sums, sequence, head);
-            CASE(1) CASE(2) CASE(4) CASE(8)
-#undef CASE
-        }
+    for_each_head(shape, [&](auto vectors, int64_t sequence, int64_t head) {
+        forward_head<vectors()>(shape, q, k, v, rope, starts, y, log_sums, sequence, head);
     });
 }
 
@@ -577,14 +574,8 @@ void attention_backward(const bf16* q, const bf16* k, const bf16* v, const float
                         int64_t kv_heads, int64_t head_dim) {
     const Shape shape = {batch, length, heads, kv_heads, head_dim};
     const Rope rope = {cos, sin, positions};
-    for_each_head(shape, [&](int64_t sequence, int64_t head) {
-        switch (lanes_of(head_dim)) {
-#define CASE(NV)                                                                                                     \
-    case NV:                                                                                                         \
-        return backward_head<NV>(shape, q, k, v, rope, starts, y, log_sums, dy, dq, dk, dv, sequence, head);
-            CASE(1) CASE(2) CASE(4) CASE(8)
-#undef CASE
-        }
+    for_each_head(shape, [&](auto vectors, int64_t sequence, int64_t head) {
+        backward_head<vectors()>(shape, q, k, v, rope, starts, y, log_sums, dy, dq, dk, dv, sequence, head);
     });
 }
 }  // extern "C"

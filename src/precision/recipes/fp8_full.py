@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..recipe import Recipe
-from ..states.codecs import STANDARD, chosen
+from ..states.moments import STANDARD, chosen
 from . import smooth_swiglu
 from .smooth_swiglu import NO_ARGUMENTS
 

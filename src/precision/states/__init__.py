@@ -1,1 +1,1 @@
-"""How optimizer states and weights are kept and updated."""
+"""How optimizer states and weights are stored and updated."""

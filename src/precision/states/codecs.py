@@ -1,8 +1,8 @@
-"""How optimizer states and master weights are kept: codecs, each a frozen value with a pure ``encode`` and ``decode``.
+"""How optimizer states and master weights are stored: codecs, each a frozen value with pure ``encode`` and ``decode``.
 
 A codec takes the FP32 matrix x [rows, cols] (this rank's rows of a parameter's state) to a few plain tensors, its
 parts, and back. Blocks are runs of a row and never cross rows (the last of a row may be shorter), so every part but a
-tensor-wide scale has the rows of x and shards with them: a checkpoint loads at any number of ranks exactly.
+per-tensor scale has the rows of x and shards with them: a checkpoint loads at any number of ranks exactly.
 
 =========================  =============================================================  ========================
 codec                      parts                                                          bytes an element
@@ -21,18 +21,17 @@ them as they are, element by element.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..formats import BF16 as BF16_FORMAT
-from ..formats import E4M3, NumberFormat, by_name
+from ..formats import E4M3, NumberFormat
 from ..noise import Noise
 from ..quantize import Quantized, dequantize, quantize
 from ..quantize import amax as amax_of
@@ -43,19 +42,19 @@ Parts = dict[str, Tensor]
 """The stored tensors by name; the name of plain values is empty."""
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of each part; a scale of the whole tensor has no dimension, every other part has x's rows."""
+"""Shape and dtype of each part; a per-tensor scale has no dimension, every other part has x's rows."""
 
 
 class Codec(Protocol):
-    """A way to keep a matrix.
+    """A way to store a matrix.
 
     Attributes:
-        whole: all of the matrix, on all ranks, shares one scale: ``encode`` wants its amax.
+        per_tensor: all of the matrix, on all ranks, shares one scale: ``encode`` wants its amax.
         stochastic: ``encode`` wants noise.
     """
 
     @property
-    def whole(self) -> bool: ...
+    def per_tensor(self) -> bool: ...
 
     @property
     def stochastic(self) -> bool: ...
@@ -69,9 +68,6 @@ class Codec(Protocol):
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """FP32 [rows, cols]."""
 
-    def bound(self, x: Tensor) -> Tensor:
-        """What |x - decode(encode(x))| is at most, element by element, for finite x; FP32, rounding to nearest."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
@@ -79,16 +75,13 @@ class Plain:
 
     dtype: torch.dtype = torch.float32
     rounding: Rounding = Rounding.NEAREST
+    per_tensor: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"plain states are float32 or bfloat16, not {self.dtype}; FP16 needs a scale: fp16/tensor")
         if self.stochastic and self.dtype is torch.float32:
             raise ValueError("fp32/sr: there is nothing to round")
-
-    @property
-    def whole(self) -> bool:
-        return False
 
     @property
     def stochastic(self) -> bool:
@@ -107,27 +100,19 @@ class Plain:
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts[""].float()
 
-    def bound(self, x: Tensor) -> Tensor:
-        return x.abs() * 2.0**-8 + 2.0**-134 if self.dtype is torch.bfloat16 else torch.zeros_like(x)
-
     def __str__(self) -> str:
         return ("fp32" if self.dtype is torch.float32 else "bf16") + ("/sr" if self.stochastic else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kahan:
-    """BF16 weights with compensation: what rounding lost is kept in BF16 and added before the next update.
+    """BF16 weights with compensation: what rounding lost is stored in BF16 and added before the next update.
 
     Both are added in FP32. Optimizers that do this in BF16 also round the sum of residual and update.
     """
 
-    @property
-    def whole(self) -> bool:
-        return False
-
-    @property
-    def stochastic(self) -> bool:
-        return False
+    per_tensor: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
 
     def layout(self, rows: int, cols: int) -> Layout:
         return {"": ((rows, cols), torch.bfloat16), "residual": ((rows, cols), torch.bfloat16)}
@@ -139,9 +124,6 @@ class Kahan:
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts[""].float() + parts["residual"].float()
-
-    def bound(self, x: Tensor) -> Tensor:
-        return x.abs() * 2.0**-16 + 2.0**-133
 
     def __str__(self) -> str:
         return "bf16/kahan"
@@ -174,7 +156,7 @@ class Scaled:
         _check_block(self.block)
 
     @property
-    def whole(self) -> bool:
+    def per_tensor(self) -> bool:
         return self.block is None
 
     @property
@@ -198,21 +180,14 @@ class Scaled:
         return {"codes": ((rows, cols), dtype), "scales": (scales, torch.float32)}
 
     def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
-        q = quantize(x, self.spec, amax=amax if self.whole else None, noise=noise)
-        return {"codes": q.codes, "scales": q.scales.reshape(()) if self.whole else q.scales}
+        q = quantize(x, self.spec, amax=amax if self.per_tensor else None, noise=noise)
+        return {"codes": q.codes, "scales": q.scales.reshape(()) if self.per_tensor else q.scales}
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         codes, scales = parts["codes"], parts["scales"]
         rows, cols = codes.shape
-        return dequantize(Quantized(
-            codes=codes, scales=scales.reshape(1, 1) if self.whole else scales, tensor_scale=None, shape=(rows, cols),
-            spec=self.spec,
-        ))  # fmt: skip
-
-    def bound(self, x: Tensor) -> Tensor:
-        f, top = self.format, amax_of(x, self.spec.tile).clamp(min=self.floor)
-        least = (top if self.block is None else _spread(top, x.shape[1], self.block)) * (2.0**f.tiny_exponent / f.max)
-        return 0.5000005 * (x.abs() * 2.0**-f.mantissa_bits).maximum(least)
+        scales = scales.reshape(1, 1) if self.per_tensor else scales
+        return dequantize(Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(rows, cols), spec=self.spec))
 
     def __str__(self) -> str:
         return f"{self.format}/{self.block or 'tensor'}{'/sr' if self.stochastic else ''}"
@@ -232,17 +207,11 @@ class Dynamic:
 
     block: int = 256
     signed: bool = True
+    per_tensor: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_block(self.block)
-
-    @property
-    def whole(self) -> bool:
-        return False
-
-    @property
-    def stochastic(self) -> bool:
-        return False
 
     def layout(self, rows: int, cols: int) -> Layout:
         scales = ((rows, -(-cols // self.block)), torch.float32)
@@ -258,14 +227,6 @@ class Dynamic:
         values, _ = dynamic_map(self.signed)
         shares = values.to(parts["codes"].device)[parts["codes"].int()]
         return shares * _spread(parts["scales"], shares.shape[1], self.block)
-
-    def bound(self, x: Tensor) -> Tensor:
-        values, _ = dynamic_map(self.signed)
-        top = amax_of_blocks(x, self.block)
-        share = _shares(x, top, self.block)
-        above = torch.bucketize(share, values).clamp(1, 255)
-        gap = torch.where(share < values[0], 2 * (values[0] - share), values[above] - values[above - 1])
-        return (gap * 0.500001 + 2.0**-24) * _spread(top, x.shape[1], self.block)
 
     def __str__(self) -> str:
         return f"dynamic/{self.block}"
@@ -290,17 +251,11 @@ class Expanded:
     """
 
     block: int = 128
+    per_tensor: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_block(self.block)
-
-    @property
-    def whole(self) -> bool:
-        return False
-
-    @property
-    def stochastic(self) -> bool:
-        return False
 
     def layout(self, rows: int, cols: int) -> Layout:
         blocks = (rows, -(-cols // self.block))
@@ -336,10 +291,6 @@ class Expanded:
         shares = values.to(codes.device).flatten()[power * 128 + (codes & 127)]
         top = _spread(parts["scales"], codes.shape[1], self.block)
         return torch.where(codes > 127, -shares, shares) * top
-
-    def bound(self, x: Tensor) -> Tensor:
-        k = (self.powers(x, amax_of_blocks(x, self.block)) + 1) / 16
-        return x.abs() * (1.25 ** (1 / _spread(k, x.shape[1], self.block)) - 1 + 2.0**-20)
 
     def __str__(self) -> str:
         return f"expanded/{self.block}"
@@ -398,133 +349,3 @@ def _shares(x: Tensor, top: Tensor, block: int) -> Tensor:
     """x divided by the amax of its block; 0 in a block of zeros, and for what is NaN."""
     top = _spread(top, x.shape[1], block)
     return torch.where(top > 0, x / top, 0.0).nan_to_num(0.0)
-
-
-# What can be asked for by name. Of the keys that a choice does not name, the recipe's stay.
-CHOICES: dict[str, dict[str, str]] = {
-    "fp32": {"m": "fp32", "v": "fp32"},
-    "bf16": {"m": "bf16", "v": "bf16"},
-    "bf16_sr": {"m": "bf16/sr", "v": "bf16/sr"},
-    "fp8": {"m": "e4m3/128", "v": "e5m2/128"},
-    "fp8_tensor": {"m": "e4m3/tensor", "v": "e5m2/tensor"},
-    "fp8_fishman": {"m": "e4m3_240/tensor", "v": "e5m2/tensor", "master": "fp16/tensor"},  # arXiv 2409.12517
-    "fp8_lm": {"m": "e4m3/tensor", "v": "fp16/tensor", "master": "fp16/tensor"},  # arXiv 2310.18313
-    "dynamic8": {"m": "dynamic/256", "v": "dynamic/256"},
-    "coat": {"m": "expanded/128", "v": "expanded/128"},
-    "pure_bf16": {"m": "bf16", "v": "bf16", "master": "bf16"},
-    "pure_bf16_sr": {"m": "bf16", "v": "bf16", "master": "bf16/sr"},
-    "pure_bf16_kahan": {"m": "bf16", "v": "bf16", "master": "bf16/kahan"},
-}
-_SPELLED = "FORMAT[/BLOCK or /tensor][/sr], as in e4m3/128, e5m2/tensor/sr, fp16/tensor, fp32, bf16, dynamic, expanded"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """How the two moments and the weights that are updated are kept.
-
-    Args:
-        m: the first moment (``exp_avg``).
-        v: the second moment (``exp_avg_sq``).
-        master: the weights. None: the parameter itself, in the recipe's parameter dtype, rounded to nearest.
-            ``Plain`` or ``Kahan``: the parameter itself, in that codec's dtype. ``Scaled``: codes and scales beside a
-            parameter in the compute dtype, which becomes what the codes stand for after every update.
-    """
-
-    m: Codec = FP32
-    v: Codec = FP32
-    master: Codec | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("m", "v"):
-            if isinstance(getattr(self, name), Kahan):
-                raise ValueError(f"{name}={getattr(self, name)}: compensation is for weights, optim.moments.master")
-        if isinstance(self.master, (Dynamic, Expanded)):
-            raise ValueError(
-                f"master={self.master}: weights are kept as fp32, bf16, or scaled floats such as fp16/tensor"
-            )
-
-    def param_dtype(self, param: torch.dtype, compute: torch.dtype) -> torch.dtype:
-        """Of the model's parameters, for a recipe with these dtypes."""
-        if isinstance(self.master, Plain):
-            return self.master.dtype
-        if isinstance(self.master, Kahan):
-            return torch.bfloat16
-        return param if self.master is None else compute
-
-    def __str__(self) -> str:
-        master = f", weights {self.master}" if self.master is not None else ""
-        return f"m {self.m}, v {self.v}{master}"
-
-
-STANDARD = Moments()
-
-
-def chosen(choice: str | Mapping[str, Any] | None, base: Moments) -> Moments:
-    """``base``, with what ``choice`` names: one of ``CHOICES``, one codec for both moments, or a mapping of m, v,
-    master, and ``block`` for those of them that do not say.
-
-    Raises ValueError, one line with the near matches, for a name that is none.
-    """
-    if choice is None:
-        return base
-    if isinstance(choice, str):
-        near = _near(choice, CHOICES)
-        if choice not in CHOICES:
-            try:
-                return replace(base, m=codec(choice), v=codec(choice, signed=False))
-            except ValueError as error:
-                message = f"no moments named {choice!r}{near}; there are: {', '.join(CHOICES)}; or {_SPELLED}"
-                raise ValueError(message if "no codec named" in str(error) else str(error)) from error
-        choice = CHOICES[choice]
-    if not isinstance(choice, Mapping):
-        raise ValueError(f"{choice!r}: a name, or a mapping of m, v, master, block")
-    keys = [part.name for part in fields(Moments)]
-    for key in choice:
-        if key not in (*keys, "block"):
-            raise ValueError(f"no key {key!r}{_near(str(key), (*keys, 'block'))}; there are: m, v, master, block")
-    block = choice.get("block")
-    if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
-        raise ValueError(f"block={block!r}: a number of elements")
-    given = {key: codec(choice[key], signed=key != "v", block=block) for key in keys if choice.get(key) is not None}
-    return replace(base, **given)
-
-
-def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:
-    """The codec spelled ``text``; ``signed``: whether values may be negative; ``block``: where the text names none.
-
-    Raises ValueError, one line, for what is none.
-    """
-    name, *options = str(text).split("/")
-    stochastic, kahan = ("sr" in options, "kahan" in options)
-    sizes = [option for option in options if option not in ("sr", "kahan")]
-    rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
-    known = ["fp32", "bf16", "dynamic", "expanded", "fp16", "e4m3", "e4m3_240", "e5m2"]
-    if len(sizes) > 1 or any(size != "tensor" and not size.isdigit() for size in sizes):
-        raise ValueError(f"{text!r} is no codec: {_SPELLED}")
-    if sizes and name in ("fp32", "bf16"):
-        raise ValueError(f"{text!r}: {name} has no scale, and so no block")
-    if kahan and (name != "bf16" or stochastic):
-        raise ValueError(f"{text!r}: compensation is for bf16 rounded to nearest: bf16/kahan")
-    size = None if sizes == ["tensor"] else int(sizes[0]) if sizes else block
-    usual = {"dynamic": 256}.get(name, 128) if size is None else size
-    match name:
-        case "fp32":
-            return Plain(rounding=rounding)
-        case "bf16":
-            return Kahan() if kahan else Plain(dtype=torch.bfloat16, rounding=rounding)
-        case "dynamic" | "expanded" if stochastic or sizes == ["tensor"]:
-            raise ValueError(f"{text!r}: {name} is of blocks, rounded to nearest")
-        case "dynamic":
-            return Dynamic(block=usual, signed=signed)
-        case "expanded":
-            return Expanded(block=usual)
-    try:
-        format = by_name(name)
-    except ValueError as error:
-        raise ValueError(f"no codec named {text!r}{_near(name, known)}; {_SPELLED}") from error
-    return Scaled(format=format, block=None if sizes == ["tensor"] else usual, rounding=rounding)
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=3)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from ..backends.adam import AdamBackend, Kept, Update, choose, new_values
 from ..noise import base_key, step_key
 from ..spec import Rounding
-from .codecs import FP32, STANDARD, Codec, Kahan, Moments, Parts, Plain, Scaled
+from .adamw import AdamBackend, Encoded, Update
+from .choose import choose
+from .codecs import FP32, Codec, Kahan, Parts, Plain, Scaled
+from .moments import STANDARD, Moments
 
 
 class UpdateRule(Protocol):
@@ -41,7 +43,7 @@ class UpdateRule(Protocol):
         """The optimizer of ``groups`` of named parameters.
 
         Args:
-            moments: how its state is to be kept. Raises ValueError where the rule cannot.
+            moments: the codecs of its states. Raises ValueError where the rule cannot.
             seed: of rounding noise.
             backend: wanted for updates, or ``auto``.
         """
@@ -80,11 +82,11 @@ class AdamW:
 
     def native(self, moments: Moments, dtypes: Iterable[torch.dtype]) -> bool:
         """Whether ``torch.optim`` does it."""
-        kept = (moments.m, moments.v, moments.master or FP32)
-        return all(codec == FP32 for codec in kept) and set(dtypes) <= {torch.float32}
+        codecs = (moments.m, moments.v, moments.master or FP32)
+        return all(codec == FP32 for codec in codecs) and set(dtypes) <= {torch.float32}
 
     def _fresh(self, parameter: Tensor) -> dict[str, Tensor]:
-        # What torch's AdamW would make at its first step; the step counter lies beside a fused update.
+        # What torch's AdamW would make at its first step; a fused update has its step counter on the device.
         return {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device if self.fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
@@ -104,9 +106,9 @@ _SLOTS = {_M: 16, _V: 17, _MASTER: 18}  # of rounding noise: a linear's operands
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A parameter's matrix on this rank and what is kept of it, as [rows, cols]: views, so that writing changes both.
+    """A parameter's matrix on this rank and its states, as [rows, cols]: views, so that writing changes both.
 
-    ``beside``: whether the weights are kept beside the parameter, in ``master``, and not in it.
+    ``has_master``: whether the weights are in a state of their own, ``master``, and not in the parameter.
     """
 
     name: str
@@ -115,21 +117,21 @@ class Place:
     row_offset: int
     codecs: tuple[Codec, Codec, Codec]
     parts: tuple[Parts, Parts, Parts]
-    beside: bool
+    has_master: bool
 
 
 class CodecAdamW(Optimizer):
-    """AdamW whose moments and weights are kept by codecs; computes in FP32, as ``precision.backends.adam`` says.
+    """AdamW whose moments and weights are stored by codecs; computes in FP32, as ``precision.states.adamw`` says.
 
-    State of a parameter: ``step``; the parts of ``exp_avg``, ``exp_avg_sq`` and, where weights are kept beside the
-    parameter or with a residual, of ``master``, as ``exp_avg_codes``, ``exp_avg_scales`` and so on. Parts with rows are
-    DTensors sharded as the parameter is. Parameters of one dimension keep FP32 states, and FP32 masters where those of
-    matrices have scales. Rounding noise is a function of (seed, number of the update, name, position in the whole
+    State of a parameter: ``step``; the parts of ``exp_avg``, ``exp_avg_sq`` and, where the weights are not the
+    parameter itself or have a residual, of ``master``, as ``exp_avg_codes``, ``exp_avg_scales`` and so on. Parts with
+    rows are DTensors sharded as the parameter is. Parameters of one dimension have FP32 states, and FP32 masters where
+    those of matrices have scales. Rounding noise is a function of (seed, number of the update, name, position in the
     parameter).
 
     Args:
         groups: of parameters, named or not; a name is needed where rounding is stochastic.
-        moments: how states are kept.
+        moments: the codecs of the states.
         seed: of rounding noise.
         backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
     """
@@ -180,29 +182,29 @@ class CodecAdamW(Optimizer):
             m = v = FP32
         itself: Codec = Plain(dtype=parameter.dtype)
         w = itself if master is None else master
-        beside = not isinstance(w, (Plain, Kahan))
-        if beside and parameter.dim() < 2:
+        has_master = not isinstance(w, (Plain, Kahan))
+        if has_master and parameter.dim() < 2:
             w = FP32
         state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32)}
-        kept: list[Parts] = []
+        states: list[Parts] = []
         for key, codec in zip(_SLOTS, (m, v, w), strict=True):
             parts: Parts = {}
             for part, (shape, dtype) in codec.layout(rows, cols).items():
-                if key == _MASTER and part == "" and not beside:
-                    assert weight.dtype == dtype, f"{name} is {weight.dtype}, its codec keeps {dtype}"
+                if key == _MASTER and part == "" and not has_master:
+                    assert weight.dtype == dtype, f"{name} is {weight.dtype}, its codec has {dtype}"
                     parts[part] = weight.view(rows, cols)
                     continue
                 parts[part] = torch.zeros(shape, dtype=dtype, device=weight.device)
-                whole = parts[part] if parameter.dim() != 1 or not shape else parts[part].view(rows)
-                whole = whole.view(weight.shape) if whole.shape == (rows, cols) else whole
-                state[f"{key}_{part}" if part else key] = _sharded_as(whole, parameter) if shape else whole
-            kept.append(parts)
+                stored = parts[part] if parameter.dim() != 1 or not shape else parts[part].view(rows)
+                stored = stored.view(weight.shape) if stored.shape == (rows, cols) else stored
+                state[f"{key}_{part}" if part else key] = _sharded_as(stored, parameter) if shape else stored
+            states.append(parts)
         self.state[parameter] = state
-        return Place(name, rows, cols, _row_offset(parameter), (m, v, w), (kept[0], kept[1], kept[2]), beside)
+        return Place(name, rows, cols, _row_offset(parameter), (m, v, w), (states[0], states[1], states[2]), has_master)
 
     def _encode_masters(self) -> None:
         """Masters start at the parameters: rounded to nearest, whatever updates do."""
-        chosen = [(p, place) for p, place in self.places.items() if place.beside]
+        chosen = [(p, place) for p, place in self.places.items() if place.has_master]
         if not chosen:
             return
         weights = [local(parameter).view(place.rows, place.cols).float() for parameter, place in chosen]
@@ -210,7 +212,7 @@ class CodecAdamW(Optimizer):
         tops = torch.stack([weight.abs().amax() if weight.numel() else zero for weight in weights])
         for (parameter, place), weight, top in zip(chosen, weights, self._over_ranks(tops), strict=True):
             codec = place.codecs[2]
-            for name, part in _nearest(codec).encode(weight, amax=top if codec.whole else None).items():
+            for name, part in _nearest(codec).encode(weight, amax=top if codec.per_tensor else None).items():
                 place.parts[2][name].copy_(part)
             local(parameter).view(place.rows, place.cols).copy_(codec.decode(place.parts[2]))
 
@@ -239,7 +241,7 @@ class CodecAdamW(Optimizer):
         updates = [self.next_update(parameter, group, t, keys, gates) for parameter, group, t in seen]
         if not updates:
             return
-        amaxes = self._over_ranks(self.backend.amaxes(updates)) if any(u.whole for u in updates) else None
+        amaxes = self._over_ranks(self.backend.amaxes(updates)) if any(u.per_tensor for u in updates) else None
         self.backend.update(updates, amaxes)
 
     @torch.no_grad()
@@ -265,9 +267,9 @@ class CodecAdamW(Optimizer):
         assert parameter.grad is not None
         # A checkpoint loads in place, and FSDP keeps its shards: the views of __init__ still hold.
         weight = local(parameter).view(place.rows, place.cols)
-        w_parts = place.parts[2] if place.beside else place.parts[2] | {"": weight}
+        w_parts = place.parts[2] if place.has_master else place.parts[2] | {"": weight}
         m, v, w = (
-            Kept(codec=codec, parts=parts, key=keys.get((parameter, which)))
+            Encoded(codec=codec, parts=parts, key=keys.get((parameter, which)))
             for which, (codec, parts) in enumerate(
                 zip(place.codecs, (place.parts[0], place.parts[1], w_parts), strict=True)
             )
@@ -277,7 +279,7 @@ class CodecAdamW(Optimizer):
             m=m,
             v=v,
             w=w,
-            weight=weight if place.beside else None,
+            weight=weight if place.has_master else None,
             row_offset=place.row_offset,
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -392,63 +394,3 @@ def _row_offset(parameter: Tensor) -> int:
             rows, ranks = parameter.shape[0], parameter.device_mesh.size(dim)
             offset = min(rows, parameter.device_mesh.get_local_rank(dim) * -(-rows // ranks))
     return offset
-
-
-@torch.no_grad()
-def step_with_sums(optimizer: Optimizer) -> tuple[float, float, float, float, float, float]:
-    """``optimizer.step()``, one parameter at a time, and sums over this rank's elements.
-
-    With w the old weights, e their change as they are kept, u the update as computed in FP32: the number of elements;
-    that of those with e = 0 and u != 0; the sums of w^2, e^2, u^2 and e u. Those with u are NaN for an optimizer that
-    is neither ``CodecAdamW`` nor torch's AdamW. FP32 copies of one parameter at a time are made.
-    """
-    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grads = [parameter.grad for parameter, _ in parameters]
-    for parameter, _ in parameters:
-        parameter.grad = None
-    sums = torch.zeros(6, dtype=torch.float64)
-    for (parameter, group), grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-        u = _intended(optimizer, parameter, group)
-        before = _kept_weight(optimizer, parameter)
-        optimizer.step()
-        e = (_kept_weight(optimizer, parameter) - before).double()
-        u = torch.full_like(e, torch.nan) if u is None else u.double()
-        lost = ((e == 0) & (u != 0)).sum()
-        parts = [lost, before.double().square().sum(), e.square().sum(), u.square().sum(), (e * u).sum()]
-        sums += torch.tensor([e.numel(), *map(float, parts)], dtype=torch.float64)
-        parameter.grad = None
-    for (parameter, _), grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    count, lost_count, weights, changes, updates, products = sums.tolist()
-    return count, lost_count, weights, changes, updates, products
-
-
-def _kept_weight(optimizer: Optimizer, parameter: Tensor) -> Tensor:
-    """The weights as they are kept, a copy, FP32: of two terms the high one, of a master that."""
-    if isinstance(optimizer, CodecAdamW) and (place := optimizer.places[parameter]).beside:
-        return place.codecs[2].decode(place.parts[2]).clone().view(local(parameter).shape)
-    return local(parameter.detach()).float().clone()
-
-
-def _intended(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """The update that the next step computes, before any weight is rounded: FP32, of the parameter's shape here."""
-    state = optimizer.state[parameter]
-    if isinstance(optimizer, CodecAdamW):
-        update = optimizer.next_update(parameter, group, float(state["step"]) + 1, {})
-    elif isinstance(optimizer, torch.optim.AdamW):
-        assert parameter.grad is not None
-        tensors = (state[_M], state[_V], parameter.detach())
-        m, v, w = (Kept(codec=FP32, parts={"": local(tensor)}) for tensor in tensors)
-        update = Update(
-            grad=local(parameter.grad), m=m, v=v, w=w, weight=None, row_offset=0, lr=float(group["lr"]),
-            betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], t=float(state["step"]) + 1,
-        )  # fmt: skip
-    else:
-        return None
-    new_m, new_v, _ = new_values(update)
-    weight = update.w.codec.decode(update.w.parts)
-    u = new_m / (new_v.sqrt() / update.correction + update.eps) * -update.step_size - weight * (
-        update.lr * update.decay
-    )
-    return u.view(local(parameter).shape)

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,60 +19,19 @@ from .... import native
 from ...formats import NumberFormat
 from ...noise import Noise
 from ...quantize import Prepared, Quantized, check, knows_format, operand_dtype, prepare, quantize
+from ...quantize import _scaled as scaled
 from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform
 from ...transforms import Hadamard
 from ..interface import Cast, knows_rule, knows_transform, unknown
 from ..reference import Reference, one_noise
+from .library import CButterflies, CRule, CSource, c_format, c_noise, kernels, library
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_ROWS_OF_A_PART = 64  # of a whole tensor's amax: what one thread takes at once
-_LANES, _DEPTH = 16, 128  # of cpu_kernels.cpp
-
-
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None."""
-    return native.library(SOURCE)
-
-
-class Format(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("bits", "mantissa_bits", "min_exponent", "max_exponent", "nan", "inf")),
-        ("max", ctypes.c_float),
-    ]
-
-
-class _Noise(ctypes.Structure):
-    _fields_ = [
-        ("on", ctypes.c_int32),
-        ("transposed", ctypes.c_int32),
-        ("key0", ctypes.c_uint32),
-        ("key1", ctypes.c_uint32),
-        ("row_offset", ctypes.c_uint64),
-    ]
-
-
-class _Butterflies(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_int32), ("factor", ctypes.c_float), ("signs", ctypes.c_void_p)]
-
-
-class _Rule(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "pow2", "nan_decodes")),
-        *((name, ctypes.c_float) for name in ("eps", "top", "limit", "inverse_max")),
-        ("tiny_exponent", ctypes.c_int32),
-        ("block", Format),
-    ]
-
-
-class _Source(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "tall", "wide")),
-        ("dtype", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("butterflies", _Butterflies),
-    ]
+_DTYPES = (torch.float32, torch.bfloat16)
+_ROWS_OF_A_PART = 64  # of a tensor's amax: what one thread takes at a time
+_LANES, _DEPTH = 16, 128  # of vectors.h and hadamard.h
+_TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of scales.h
+_NO_NOISE = ctypes.byref(c_noise(None))
 
 
 class Cpu(Reference):
@@ -84,13 +42,13 @@ class Cpu(Reference):
 
     name = "cpu"
 
-    _butterflies = _Butterflies()  # of the class: linears are copied with their quantizers, and pointers cannot be
+    _butterflies = CButterflies()  # of the class: linears are copied with their quantizers, and pointers cannot be
 
     def __init__(self, transform: Hadamard | None = None) -> None:
         if transform is not None:
             self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
             pointer = native.pointer(self._signs)
-            self._butterflies = _Butterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
+            self._butterflies = CButterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
 
     def why_not(self, gemm: GemmSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -127,7 +85,7 @@ class Cpu(Reference):
         factor = native.real(1 / math.sqrt(transform.size))
         sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
         arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
-        _kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
+        kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
         return y
 
     def at_once(
@@ -166,7 +124,7 @@ class Cpu(Reference):
         # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
         rows, cols = (inner, outer) if columns else (outer, inner)
         bf16 = int(x.dtype == torch.bfloat16)
-        source = _Source(x.data_ptr(), rows, cols, tall, wide, bf16, int(columns), self._butterflies)
+        source = CSource(x.data_ptr(), rows, cols, tall, wide, bf16, int(columns), self._butterflies)
         failed = _quantize_source()(
             ctypes.byref(source),
             ready.rule,
@@ -175,7 +133,7 @@ class Cpu(Reference):
             None if stored is None else stored.data_ptr(),
             factor.data_ptr(),
             ready.format,
-            _NO_NOISE if noise is None else ctypes.byref(_noise(noise)),
+            _NO_NOISE if noise is None else ctypes.byref(c_noise(noise)),
             not codes,
         )
         if failed:
@@ -195,14 +153,14 @@ class Cpu(Reference):
         x = x if _in_columns(x, tile) else contiguous(x)
         part = Tile(min(x.shape[0], _ROWS_OF_A_PART), tile.inner) if tile.outer < 0 else tile
         out = torch.empty(part.grid(*x.shape), dtype=torch.float32, device="cpu")
-        _kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
+        kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         codes = codes.contiguous()
         factors = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         pointers = map(native.pointer, (codes, factors))
-        centre = _kernels().centred_factors(*pointers, native.size(codes.numel()), ctypes.c_int32(tiny_exponent))
+        centre = kernels().centred_factors(*pointers, native.size(codes.numel()), ctypes.c_int32(tiny_exponent))
         return factors, encode_power(torch.tensor(254 - centre, device="cpu"))
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
@@ -213,14 +171,11 @@ class Cpu(Reference):
         codes = torch.empty(
             outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
         )
-        x = self._readable(x, spec.tile)
-        if _in_vectors(x, spec.tile):
-            self._round(x, scales, None, spec, noise, codes)
-            return codes
-        sizes = map(native.size, (outer, inner, *spec.tile.extent(outer, inner)))
-        format, random = ctypes.byref(c_format(spec.format)), ctypes.byref(_noise(noise))
-        pointers = map(native.pointer, (x, scales.contiguous(), codes))
-        _kernels().encode(*pointers, *sizes, format, random, _dtype(x))
+        readable, tile = self._readable(x, spec.tile), spec.tile
+        if not _in_vectors(readable, tile):  # several tiles in a vector: torch multiplies by their scales
+            readable, tile = contiguous(scaled(x.float(), scales, tile)), TENSOR
+            scales = torch.ones_like(scales[:1, :1])
+        self._round(readable, tile, scales, None, spec.format, noise, codes)
         return codes
 
     def rounded(
@@ -241,7 +196,7 @@ class Cpu(Reference):
         if factors is not None:
             _require_grid(factors, spec.tile, x.shape)
         out = torch.empty(x.shape, dtype=dtype, device="cpu")
-        self._round(readable, scales, factors, spec, noise, out)
+        self._round(readable, spec.tile, scales, factors, spec.format, noise, out)
         return out
 
     def _readable(self, x: Tensor, tile: Tile) -> Tensor:
@@ -249,22 +204,29 @@ class Cpu(Reference):
         return x if _in_columns(x, tile) else contiguous(x)
 
     def _round(
-        self, x: Tensor, scales: Tensor, factors: Tensor | None, spec: OperandSpec, noise: Noise | None, out: Tensor
+        self,
+        x: Tensor,
+        tile: Tile,
+        scales: Tensor,
+        factors: Tensor | None,
+        format: NumberFormat,
+        noise: Noise | None,
+        out: Tensor,
     ) -> None:
         scales = scales.contiguous()  # named: its memory must outlive the call
         factors = None if factors is None else factors.contiguous()
-        source, format, random = self._source(x, spec.tile), c_format(spec.format), _noise(noise)
+        source, random = self._source(x, tile), c_noise(noise)
         pointers = map(native.pointer, (scales, factors, out))
-        structures = (ctypes.byref(format), ctypes.byref(random))
-        _kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
+        structures = (ctypes.byref(c_format(format)), ctypes.byref(random))
+        kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
 
-    def _source(self, x: Tensor, tile: Tile) -> _Source:
+    def _source(self, x: Tensor, tile: Tile) -> CSource:
         columns = _in_columns(x, tile)
         if self._butterflies.size and not columns:
             raise ValueError(f"what is transformed in passing lies in columns, not with strides {x.stride()}")
         memory = x.mT if columns else x
         extent = tile.extent(*x.shape)
-        return _Source(
+        return CSource(
             native.pointer(memory),
             *memory.shape,
             *extent,
@@ -290,15 +252,8 @@ class Cpu(Reference):
         out = torch.empty(outer, inner, dtype=dtype, device="cpu")
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
         pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
-        _kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
+        kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
         return out.mT if q.transposed else out
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
-_TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of cpu_kernels.cpp
-
-
-_NO_NOISE = ctypes.byref(_Noise())
 
 
 class _Ready(NamedTuple):
@@ -317,7 +272,7 @@ def _ready(spec: OperandSpec, dtype: torch.dtype) -> _Ready | None:
 
 @functools.cache
 def _quantize_source() -> Callable[..., int]:
-    function = _kernels().quantize_source
+    function = kernels().quantize_source
     function.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int32]
     return function
 
@@ -327,40 +282,34 @@ def _after(transform: Hadamard) -> Cpu:
     return Cpu(transform)
 
 
-def _rule(spec: OperandSpec, dtype: torch.dtype) -> _Rule | None:
-    """The spec's rule, if kernels know how its scales come from amaxes, and operands are BF16."""
+def _rule(spec: OperandSpec, dtype: torch.dtype) -> CRule | None:
+    """The spec's rule, if kernels know how just its scales come from amaxes, and operands are BF16."""
     rule, element = spec.scale, spec.format
     if not _rounds(spec) or not knows_rule(rule) or operand_dtype(spec) != torch.bfloat16:
         return None
     common = {"inverse_max": _inverse(element.max), "tiny_exponent": element.tiny_exponent}
-    if isinstance(rule, Fp32) and spec.tile == TENSOR:
+    if type(rule) is Fp32 and spec.tile == TENSOR:
         limit = torch.finfo(dtype).max if rule.input_max and dtype != torch.float64 else FP32_MAX
         top = element.max * 2.0**-rule.margin
         flags = {"kind": _TENSOR, "pow2": rule.pow2, "nan_decodes": element.nan is None}
-        return _Rule(**flags, eps=rule.eps, top=top, limit=limit, **common)
-    if isinstance(rule, PowerOfTwo) and rule.mode is Power.RCEIL:
-        return _Rule(kind=_RCEIL, **common)
-    if not isinstance(rule, TwoLevel) or rule.rows or rule.four_over_six is not None:
+        return CRule(**flags, eps=rule.eps, top=top, limit=limit, **common)
+    if type(rule) is PowerOfTwo and rule.mode is Power.RCEIL:
+        return CRule(kind=_RCEIL, **common)
+    if type(rule) is not TwoLevel or rule.rows or rule.four_over_six is not None:
         return None
     if not _fits(rule.block):
         return None
-    return _Rule(kind=_TWO_LEVEL, top=rule.top(element), block=c_format(rule.block), **common)
+    return CRule(kind=_TWO_LEVEL, top=rule.top(element), block=c_format(rule.block), **common)
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """``x.contiguous()`` of a matrix, fast where it is a transpose."""
+    """``x.contiguous()`` of a matrix; compiled for transposes."""
     if x.is_contiguous() or x.numel() == 0 or not x.mT.is_contiguous() or x.element_size() not in (1, 2, 4):
         return x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     sizes = (native.size(x.shape[1]), native.size(x.shape[0]), ctypes.c_int32(x.element_size()))
-    _kernels().transpose(native.pointer(x.mT), native.pointer(y), *sizes)
+    kernels().transpose(native.pointer(x.mT), native.pointer(y), *sizes)
     return y
-
-
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None
-    return kernels
 
 
 def _fits(format: NumberFormat) -> bool:
@@ -375,13 +324,6 @@ def _fits(format: NumberFormat) -> bool:
 
 def _dtype(x: Tensor) -> ctypes.c_int32:
     return ctypes.c_int32(x.dtype == torch.bfloat16)
-
-
-@functools.cache
-def c_format(format: NumberFormat) -> Format:
-    nan = -1 if format.nan is None else format.nan
-    exponents = (format.min_exponent, format.max_exponent)
-    return Format(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)
 
 
 @functools.cache
@@ -414,10 +356,3 @@ def _require_grid(scales: Tensor, tile: Tile, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"tiles of {tile} of {[outer, inner]} have float32 {list(wanted)}, not {scales.dtype} {list(scales.shape)}"
         )
-
-
-def _noise(noise: Noise | None) -> _Noise:
-    if noise is None:
-        return _Noise()
-    key0, key1 = (int(word) & 0xFFFFFFFF for word in noise.key.tolist())
-    return _Noise(1, int(noise.transposed), key0, key1, int(noise.row_offset) & 0xFFFFFFFFFFFFFFFF)
