@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import traced
 from .backends import REFERENCE, Backend, Choice, Operand, choose
+from .module import PlanRow, QuantizedModule, Site
 from .noise import Noise, base_key
 from .quantize import Prepared, Quantized, dequantize
 from .scaling import TENSOR, Current, Delayed, Tile, TwoLevel, Unit
@@ -315,7 +316,7 @@ class Gathered(NamedTuple):
     tensor_scale: Tensor | None
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(QuantizedModule):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
     ``specs`` are its own and those of a schedule; ``use`` picks one for each GEMM. What is remembered is what any of
@@ -335,8 +336,6 @@ class QuantLinear(nn.Module):
     out_features: int
     weight: Tensor
     bias: Tensor | None
-    amax_history: Tensor
-    amax_held: Tensor
 
     def __init__(self, linear: nn.Linear | QuantLinear, path: str, spec: LinearSpec) -> None:
         super().__init__()
@@ -347,7 +346,6 @@ class QuantLinear(nn.Module):
         self.clock = Clock()
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
-        self.amax_before: tuple[Tensor, Tensor] | None = None  # history and held amaxes, while a step may be undone
         self._base_keys: dict[int, Tensor] = {}
         self.token = traced.register(self)
         self.schedule((spec,))
@@ -392,6 +390,39 @@ class QuantLinear(nn.Module):
         self.ask_again()
         for mode in self._modes.values():
             traced.join(self, mode.kind, mode.kind_of_inputs)
+
+    # The protocol of ``precision.module``.
+
+    def bind(self, context: Clock, site: Site) -> None:
+        self.clock = context
+        phases = []
+        for phase in site.phases:
+            if phase.module is not None and not isinstance(phase.module, QuantLinear):
+                kind = type(phase.module).__name__
+                raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
+            phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
+        self._row = assign_backends(self, site.tokens, site.device, site.backend, phases)
+
+    def plan_rows(self) -> tuple[PlanRow]:
+        return (self._row,)
+
+    def coverage(self) -> tuple[tuple[str, int, bool], ...] | None:
+        if self.spec == LinearSpec():
+            return None
+        gemms = zip(GEMMS, (self.spec.fprop, self.spec.dgrad, self.spec.wgrad), strict=True)
+        return tuple((name, self.weight.numel(), gemm.a is not None and gemm.b is not None) for name, gemm in gemms)
+
+    @property
+    def goes_by_step(self) -> str:
+        operands = (operand for spec in self.specs for operand, _ in _slots(spec).values())
+        return "rounding noise" if any(map(is_random, operands)) else ""
+
+    @property
+    def reads_weight(self) -> OperandSpec | None:
+        return self.spec.fprop.b if quantized_once(self.spec) else None
+
+    def observe(self, observer: Observer | None) -> None:
+        self.observer = observer
 
     def use(self, picks: tuple[int, int, int]) -> None:
         """From now on compute fprop, dgrad and wgrad by these of ``specs``."""

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from .backends import Operand
 from .linear import QuantLinear
+from .plan import Plan
 from .quantize import Quantized, dequantize
-from .recipe import Plan, close
 from .spec import GemmSpec, LinearSpec, OperandSpec
+from .suggest import close
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")

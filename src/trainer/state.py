@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..precision.recipe import Plan
+from ..precision.plan import Plan
 from .spikes import LEFT_OUT, SpikeWatch
 
 RECIPE_PREFIX = "recipe."

@@ -12,7 +12,7 @@ from gpu_suite.clock import Timing
 from hardware import Hardware, pretend
 from narrowgauge.precision import backends
 from narrowgauge.precision.backends import scaled_mm
-from narrowgauge.precision.recipe import names
+from narrowgauge.precision.loading import names
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import transformers
 from hardware import pretend
 from narrowgauge.models.llama import Llama, LlamaConfig
 from narrowgauge.precision import backends
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import REFERENCE, choose, scaled_mm
 from narrowgauge.precision.backends.adam import choose as choose_update
 from narrowgauge.precision.backends.scaled_mm import PRODUCTS, swizzle
@@ -45,10 +46,10 @@ from narrowgauge.precision.backends.triton.quantizer import (
     tile_amax,
 )
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import Prepared, Quantized, dequantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.swiglu import Gradients, Hidden

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hardware import pretend
 from narrowgauge.precision import backends
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import REFERENCE, Triton, choose
 from narrowgauge.precision.backends.triton import fused_kernels as triton_fused_kernels
 from narrowgauge.precision.backends.triton import gemm_kernels as triton_gemm_kernels
@@ -23,7 +24,7 @@ from narrowgauge.precision.backends.triton import output_kernels as triton_outpu
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.precision.backends.triton.quantizer import CANDIDATES, Choice, Launcher, chosen, recording, start
 from narrowgauge.precision.formats import E4M3
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import sign, train_here
 from narrowgauge.precision import recipes
-from narrowgauge.precision.recipe import names
+from narrowgauge.precision.loading import names
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, groups

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..recipe import Plan
+from ..plan import Plan
 
 
 class PrecisionCallback(TrainerCallback):
