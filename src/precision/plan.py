@@ -179,11 +179,15 @@ class Plan:
         for tensor in (*self.hook_parameters().values(), *self._hook_tensors("buffers").values()):
             tensor.data = tensor.data.to(device)
 
+    @property
+    def differs_by_rank(self) -> bool:
+        """Whether every rank has buffers of its own."""
+        return any(getattr(hook, "differs_by_rank", False) for hook in self.recipe.hooks)
+
     @functools.cached_property
     def _ranks(self) -> DeviceMesh | None:
-        """All ranks, if what they remember differs."""
-        differs = any(getattr(hook, "differs_by_rank", False) for hook in self.recipe.hooks)
-        if not differs or not dist.is_initialized() or dist.get_world_size() == 1:
+        """All ranks, if their buffers differ."""
+        if not self.differs_by_rank or not dist.is_initialized() or dist.get_world_size() == 1:
             return None
         device = next(self.model.parameters()).device.type
         return init_device_mesh(device, (dist.get_world_size(),))

@@ -475,7 +475,9 @@ def build_state(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
     try:
-        optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend)
+        optimizer = build_optimizer(
+            optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend, plan=plan
+        )
     except ValueError as error:
         raise UserError(f"optim.moments: {error}") from error
     plan.update_note = _moments_note(precision, optim, recipe, optimizer)
