@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sign, train_here
+from conftest import launch, sign, tiny_overrides, train_here
 from narrowgauge.models.layers import RMSNorm
 from narrowgauge.precision import apply, load, recipes
 from narrowgauge.precision.loading import names
@@ -483,6 +483,25 @@ def test_a_hook_has_parameters_a_loss_term_and_a_word_before_and_after_the_updat
     assert not gain_of(alone)
     with pytest.raises(UserError, match="the next update would undo what a hook of the recipe does to weights"):
         train_here(tiny(f"precision.recipe={file}", "optim.moments=fp8_lm", f"run.dir={tmp_path / 'masters'}"))
+
+
+@pytest.mark.long
+def test_a_hook_trains_alike_on_two_processes(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    """Its gradient is summed over ranks, counts once in the norm, and its loss term counts once."""
+    file = tmp_path / "gain.py"
+    file.write_text(GAIN)
+    options = (f"precision.recipe={file}", "train.micro_batch_size=2")
+    assert train_here(one := tiny(*options)) is ExitCode.FINISHED
+    result = launch(tiny_overrides(corpus, tmp_path / "two", *options), processes=2)
+    assert result.returncode == 0, result.stderr
+    two = tiny(*options, f"run.dir={tmp_path / 'two'}")
+    ours, others = gain_of(one), gain_of(two)
+    assert all(torch.allclose(ours[name].double(), others[name].double(), rtol=1e-4) for name in ours)
+    norms = [
+        [row["grad_norm"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl", "train").values()]
+        for config in (one, two)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_evaluating_a_run_gives_what_the_run_gave(tiny: Tiny) -> None:
