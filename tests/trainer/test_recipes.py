@@ -491,7 +491,8 @@ def test_a_hook_trains_alike_on_two_processes(tiny: Tiny, corpus: Path, tmp_path
     file = tmp_path / "gain.py"
     file.write_text(GAIN)
     options = (f"precision.recipe={file}", "train.micro_batch_size=2")
-    assert train_here(one := tiny(*options)) is ExitCode.FINISHED
+    one = tiny(*options)
+    assert train_here(one) is ExitCode.FINISHED
     result = launch(tiny_overrides(corpus, tmp_path / "two", *options), processes=2)
     assert result.returncode == 0, result.stderr
     two = tiny(*options, f"run.dir={tmp_path / 'two'}")
