@@ -51,8 +51,8 @@ class Plan:
         ends = [hook.end_step for hook in hooks if hasattr(hook, "end_step")]
         self._end_steps = [(end, "loss" in inspect.signature(end).parameters) for end in ends]
         owners = [type(hook).__name__ for hook in hooks if _tensors(hook, "parameters") or _tensors(hook, "buffers")]
-        if len(set(owners)) < len(owners):
-            raise ValueError(f"several hooks called {owners[0]} have tensors: a checkpoint could not tell them apart")
+        if several := [name for name in owners if owners.count(name) > 1]:
+            raise ValueError(f"several hooks called {several[0]} have tensors: a checkpoint could not tell them apart")
         if own := {id(parameter): name for name, parameter in self.hook_parameters().items()}:
             for path, parameter in self.model.named_parameters():
                 if id(parameter) in own:
@@ -101,9 +101,8 @@ class Plan:
         return any(takes_loss for _, takes_loss in self._end_steps)
 
     def loss_terms(self) -> Tensor:
-        """What hooks add to the loss of a micro-batch, after its forward pass: a scalar, on its way to backward."""
-        terms = [loss_terms(self.model) for loss_terms in self._calls["loss_terms"]]
-        return torch.stack(terms).sum() if len(terms) != 1 else terms[0]
+        """What hooks that want to add to the loss of a micro-batch, after its forward pass: a scalar with a graph."""
+        return torch.stack([loss_terms(self.model) for loss_terms in self._calls["loss_terms"]]).sum()
 
     @torch.no_grad()
     def before_update(self, gradients: Mapping[str, Tensor]) -> None:

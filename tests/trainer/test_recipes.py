@@ -386,7 +386,7 @@ def test_a_layer_of_a_recipes_own_is_treated_as_a_quantized_linear_is(tiny: Tiny
     def gradient(norm: nn.Module, step: int) -> Tensor:
         plan.begin_step(step, 0)
         given = x.clone().requires_grad_()
-        norm(given).square().sum().backward()
+        norm(given)[:, :8].square().sum().backward()
         assert given.grad is not None
         return given.grad
 
