@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager
 
 import torch
 from narrowgauge.models import create
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.spec import LinearSpec
 from narrowgauge.trainer.build import resolve_model
 from narrowgauge.trainer.cli import script_main

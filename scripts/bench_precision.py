@@ -31,11 +31,13 @@ from pathlib import Path
 
 import torch
 from narrowgauge.models import LlamaConfig
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import Cast, choose
 from narrowgauge.precision.formats import E2M1, E4M3
 from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
-from narrowgauge.precision.recipe import Plan, apply, load
+from narrowgauge.precision.plan import Plan
 from narrowgauge.precision.scaling import PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard

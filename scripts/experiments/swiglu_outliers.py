@@ -32,7 +32,8 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from narrowgauge.trainer.build import open_windows
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config

@@ -14,7 +14,10 @@ Under the ``Trainer`` of `transformers` a ``PrecisionCallback(plan)`` tells the 
 
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Plan, Recipe, apply, available, load
+from .apply import apply
+from .loading import available, load
+from .plan import Plan
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .integrations.transformers import PrecisionCallback

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .backends import Choice, choose
-from .linear import QuantLinear
 from .slots import gemms
 from .spec import GEMMS, GemmSpec, LinearSpec
 from .transforms import Composed, Hadamard
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
 
 Choices = tuple[Choice, Choice, Choice]
 
@@ -59,16 +61,6 @@ def _along_tokens(gemm: GemmSpec, *, wgrad: bool) -> list[int]:
     sizes = [operand.tile.inner for operand in (gemm.a, gemm.b) if operand is not None and operand.tile.inner > 0]
     transform = gemm.transform.second if isinstance(gemm.transform, Composed) else gemm.transform
     return [*sizes, transform.size] if isinstance(transform, Hadamard) else sizes
-
-
-def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
-    """The ``make`` of a rule that gives every linear this spec."""
-
-    def make(module: nn.Module, path: str) -> QuantLinear:
-        assert isinstance(module, nn.Linear)
-        return QuantLinear(module, path, spec)
-
-    return make
 
 
 def assign_backends(

@@ -210,7 +210,7 @@ def gather_codes(
 
 
 def _weight(linear: QuantLinear, rows: int) -> _Weight:
-    spec = linear.plan_of((0, 0, 0)).weight_once
+    spec = linear.reads_weight
     if isinstance(spec, str):
         raise ValueError(f"{linear.path}: {spec}")
     for other in linear.specs[1:]:
@@ -227,7 +227,7 @@ def _find_amaxes(
     weights: Sequence[_Weight], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> Callable[[nn.Module, object], None]:
     """A hook that sets ``amax`` of every weight whose scale is made of the whole weight's."""
-    specs = [weight.linear.plan_of((0, 0, 0)).weight_once for weight in weights]
+    specs = [weight.linear.reads_weight for weight in weights]
     wanted = [
         weight
         for weight, spec in zip(weights, specs, strict=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .linear import QuantLinear
-from .spec import GEMMS, GemmSpec, LinearSpec
+from .module import QuantizedModule
+from .spec import GEMMS
 
 OUTSIDE = "outside the blocks"
 _MOST = 6  # things named
@@ -81,10 +81,10 @@ class Coverage:
         return "; ".join([*parts, "attention's score products have no weights and are never quantized"])
 
 
-def covered(model: nn.Module, kept: Mapping[str, str], reasons: Mapping[str, str]) -> Coverage:
+def covered(model: nn.Module, selected: Mapping[str, str], reasons: Mapping[str, str]) -> Coverage:
     """Of a model with a recipe in it.
 
-    ``kept``: by whose wish a linear stays in high precision, by path; ``reasons``: why another is left as it is.
+    ``selected``: by whose wish a linear stays in high precision, by path; ``reasons``: why another is left as it is.
     """
     quantized = 0
     left: dict[tuple[str, str, bool], int] = {}
@@ -95,23 +95,24 @@ def covered(model: nn.Module, kept: Mapping[str, str], reasons: Mapping[str, str
 
     seen: set[int] = set()  # a linear that shares its weight multiplies for itself; any other parameter counts once
     for path, module in model.named_modules():
-        if isinstance(module, QuantLinear | nn.Linear):
-            size = module.weight.numel()
-            seen.add(id(module.weight))
-            if isinstance(module, nn.Linear) or module.spec == LinearSpec():
-                if path in kept:
-                    leave("linears to keep", len(GEMMS) * size, kept[path])
-                else:
-                    leave(path, len(GEMMS) * size, reasons.get(path, "not chosen by the recipe"))
-                continue
-            for name in GEMMS:
-                spec: GemmSpec = getattr(module.spec, name)
-                if spec.a is not None and spec.b is not None:
-                    quantized += size
-                else:
-                    leave(f"{name} of quantized linears", size, "in high precision by the recipe")
+        if not isinstance(module, QuantizedModule | nn.Linear):
+            continue
+        seen.update(map(id, module._parameters.values()))
+        products = module.coverage() if isinstance(module, QuantizedModule) else None
+        if products is None:
+            size = len(GEMMS) * sum(p.numel() for p in module._parameters.values() if p is not None and p.ndim >= 2)
+            if path in selected:
+                leave("linears to keep", size, selected[path])
+            else:
+                leave(path, size, reasons.get(path, "not chosen by the recipe"))
+            continue
+        for name, size, narrow in products:
+            if narrow:
+                quantized += size
+            else:
+                leave(f"{name} of quantized linears", size, "in high precision by the recipe")
     for path, module in model.named_modules():
-        if isinstance(module, (QuantLinear, *_TABLES)):
+        if isinstance(module, (QuantizedModule, *_TABLES)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             new = id(parameter) not in seen

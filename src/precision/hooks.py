@@ -10,13 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .linear import QuantLinear
+from .module import QuantizedModule, quantized_modules
 from .scaling import Delayed
-
-
-def quant_linears(model: nn.Module) -> Iterator[QuantLinear]:
-    """The quantized linears of a model, in order."""
-    return (module for module in model.modules() if isinstance(module, QuantLinear))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +44,8 @@ class RollAmax:
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         """Where micro-batches move the histories, a skipped step has to be undone."""
         if self.micro:
-            for linear in _delayed(model):
-                linear.amax_before = linear.amax_history.clone(), linear.amax_held.clone()
+            for module in _delayed(model):
+                module.amax_before = module.amax_history.clone(), module.amax_held.clone()
 
     @torch.no_grad()
     def begin_micro(self, model: nn.Module) -> None:
@@ -63,22 +58,22 @@ class RollAmax:
         """``applied``: bool scalar beside the histories, not read here: nothing waits for a device."""
         self._roll(model, applied)
         if self.micro:
-            for linear in _delayed(model):
-                if linear.amax_before is not None:
-                    buffers = linear.amax_history, linear.amax_held
-                    kept = [torch.where(applied, *pair) for pair in zip(buffers, linear.amax_before, strict=True)]
-                    torch._foreach_copy_(buffers, kept)
-                linear.amax_before = None
+            for module in _delayed(model):
+                if module.amax_before is not None:
+                    buffers = module.amax_history, module.amax_held
+                    after = [torch.where(applied, *pair) for pair in zip(buffers, module.amax_before, strict=True)]
+                    torch._foreach_copy_(buffers, after)
+                module.amax_before = None
 
     def _roll(self, model: nn.Module, applied: Tensor | None) -> None:
-        """All histories of one shape move at once, in as many kernels as those of a single linear."""
-        alike: dict[tuple[Delayed, int], list[QuantLinear]] = {}
-        for linear in _delayed(model):
-            assert linear.delayed is not None
-            alike.setdefault((linear.delayed, len(linear.columns)), []).append(linear)
+        """All histories of one shape move at once, in as many kernels as those of a single module."""
+        alike: dict[tuple[Delayed, int], list[QuantizedModule]] = {}
+        for module in _delayed(model):
+            assert module.delayed is not None
+            alike.setdefault((module.delayed, len(module.amax_held)), []).append(module)
         if not alike:
             return
-        # [length, linears, columns] and [linears, columns]: views of what lies linear by linear.
+        # [length, modules, columns] and [modules, columns]: views of what lies module by module.
         histories = [torch.stack([each.amax_history for each in group]).movedim(1, 0) for group in alike.values()]
         newest = torch.cat([history[0].flatten() for history in histories])
         # As an infinity first: a maximum over ranks may lose a NaN.
@@ -91,14 +86,14 @@ class RollAmax:
         parts = torch.split(newest, [history[0].numel() for history in histories])
         for ((delayed, _), group), history, part in zip(alike.items(), histories, parts, strict=True):
             history[0] = part.view_as(history[0])
-            before = torch.stack([linear.amax_held for linear in group])
+            before = torch.stack([module.amax_held for module in group])
             # An amax that is still unknown, below 0, stays so until a step has shown one.
             moved, held = delayed.update(history, before.clamp(min=0.0))
             held = torch.where(held == 0.0, before, held)
             moved = moved.movedim(1, 0).contiguous()
-            torch._foreach_copy_([linear.amax_history for linear in group], list(moved.unbind()))
-            torch._foreach_copy_([linear.amax_held for linear in group], list(held.unbind()))
+            torch._foreach_copy_([module.amax_history for module in group], list(moved.unbind()))
+            torch._foreach_copy_([module.amax_held for module in group], list(held.unbind()))
 
 
-def _delayed(model: nn.Module) -> Iterator[QuantLinear]:
-    return (linear for linear in quant_linears(model) if linear.delayed is not None)
+def _delayed(model: nn.Module) -> Iterator[QuantizedModule]:
+    return (module for _, module in quantized_modules(model) if module.delayed is not None)

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from . import traced
 from .amax import Amaxes
+from .assign import assign_backends
 from .backends import REFERENCE, Operand
 from .context import StepContext
+from .module import PlanRow, QuantizedModule, Site
 from .operands import Call, Gathered, Observer
 from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
@@ -37,13 +39,16 @@ from .slots import (
     W,
     X,
     columns_of,
+    gemms,
+    is_stochastic,
+    operands,
     plain,
     resolve,
 )
-from .spec import LinearSpec
+from .spec import GEMMS, LinearSpec, OperandSpec
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(QuantizedModule):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
     ``specs`` are its own and those of a schedule; ``use`` picks one for each GEMM. The amax history has the columns of
@@ -60,8 +65,6 @@ class QuantLinear(nn.Module):
     out_features: int
     weight: Tensor
     bias: Tensor | None
-    amax_history: Tensor
-    amax_held: Tensor
 
     def __init__(self, linear: nn.Linear | QuantLinear, path: str, spec: LinearSpec) -> None:
         super().__init__()
@@ -72,7 +75,6 @@ class QuantLinear(nn.Module):
         self.context = StepContext()
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
-        self.amax_before: tuple[Tensor, Tensor] | None = None  # history and held amaxes, while a step may be undone
         self.base_keys: dict[int, Tensor] = {}  # of rounding noise, by slot
         self.token = traced.register(self)
         self.schedule((spec,))
@@ -117,6 +119,42 @@ class QuantLinear(nn.Module):
         self.amaxes = Amaxes(self)
         for plan in self._plans.values():
             traced.join(self, plan.kind, plan.kind_of_inputs)
+
+    # The protocol of ``precision.module``.
+
+    def bind(self, context: StepContext, site: Site) -> None:
+        self.context = context
+        phases = []
+        for phase in site.phases:
+            if phase.module is not None and not isinstance(phase.module, QuantLinear):
+                kind = type(phase.module).__name__
+                raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
+            phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
+        self._row = assign_backends(self, site.tokens, site.device, site.backend, phases)
+
+    def plan_rows(self) -> tuple[PlanRow]:
+        return (self._row,)
+
+    def coverage(self) -> tuple[tuple[str, int, bool], ...] | None:
+        if self.spec == LinearSpec():
+            return None
+        named = zip(GEMMS, gemms(self.spec), strict=True)
+        return tuple((name, self.weight.numel(), gemm.a is not None and gemm.b is not None) for name, gemm in named)
+
+    @property
+    def goes_by_step(self) -> str:
+        random = any(is_stochastic(operand) for spec in self.specs for operand in operands(spec))
+        return "rounding noise" if random else ""
+
+    @property
+    def reads_weight(self) -> OperandSpec | str:
+        return self.plan_of((0, 0, 0)).weight_once
+
+    def observe(self, observer: Observer | None) -> None:
+        self.observer = observer
+
+    def ask_again(self) -> None:
+        self.amaxes.ask_again()
 
     def use(self, picks: tuple[int, int, int]) -> None:
         """From now on compute fprop, dgrad and wgrad by these of ``specs``."""
@@ -248,6 +286,16 @@ class QuantLinear(nn.Module):
         """A pass by the plan in use. ``x``: the input or the gradient of the output, with the dimensions they share."""
         rows, context = x.numel() // x.shape[-1] if x.shape[-1] else 0, self.context
         return Call(self, self.plan, context.first_sample, context.rows_per_sample(x, rows), shared, stats)
+
+
+def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
+    """The ``make`` of a rule that gives every linear this spec."""
+
+    def make(module: nn.Module, path: str) -> QuantLinear:
+        assert isinstance(module, nn.Linear)
+        return QuantLinear(module, path, spec)
+
+    return make
 
 
 _LAYOUTS: dict[Hashable, Any] = {}

@@ -1,4 +1,4 @@
-"""Where recipes come from: ``precision.recipes``, installed packages, and files of a user.
+"""Where recipes come from, and ``load``: ``precision.recipes``, installed packages, and files of a user.
 
 An installed package names its own in the entry-point group ``narrowgauge.recipes``: name -> module, or module:function.
 A user's file is named by its path, which ends in ``.py``. It is Python: to load it is to run it.
@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
+import math
 import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from . import recipes
+from .recipe import NO_ARGUMENTS, Phase, Recipe
+from .schedule import parse_span
+from .spec import GEMMS
+from .suggest import close
 
 ENTRY_POINTS = "narrowgauge.recipes"
 
@@ -146,3 +153,141 @@ def _function(module: ModuleType, name: str) -> Callable[..., Any]:
         raise ValueError(f"{where}: it has no function recipe(...) -> Recipe; it has: {', '.join(there) or 'none'}")
     found: Callable[..., Any] = make
     return found
+
+
+def load(name: str, args: Mapping[str, Any] = NO_ARGUMENTS, schedule: Sequence[Any] = ()) -> Recipe:
+    """The recipe of this name with these arguments; its signature is the schema.
+
+    ``name``: one of ``available``, or the path of a file, which ends in ``.py`` and has a function ``recipe``: it is
+    run.
+    ``schedule``: phases beside the recipe's own, as ``scheduled`` reads them.
+    Raises ValueError for an unknown recipe or argument (with the close matches), for a missing one, and for a schedule
+    that cannot be.
+    """
+    return scheduled(_load(name, args), schedule)
+
+
+def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
+    """``recipe`` with these phases, each a mapping:
+
+    * steps: [start, end], whole steps from 0 with the end not included, or parts of the run up to 1; an end of null is
+      the run's.
+    * gemms: of fprop, dgrad, wgrad; all, if left out.
+    * recipe, args: another recipe, whose specs hold there. High precision, if left out. Only what it says of GEMMs
+      counts, and it must compute in the same dtypes; what it remembers is kept throughout the run.
+
+    Raises ValueError naming the entry and what is wrong with it.
+    """
+    phases, hooks, one_micro_batch = list(recipe.schedule), list(recipe.hooks), recipe.one_micro_batch
+    for number, entry in enumerate(entries):
+        try:
+            phase, other = _phase(recipe, entry)
+            one_micro_batch = one_micro_batch or other.one_micro_batch
+            for hook in other.hooks:
+                if hook not in hooks and any(type(other) is type(hook) for other in hooks):
+                    raise ValueError(f"recipe={phase.name}: it wants another '{hook}' than the run's recipe")
+                hooks += [hook] if hook not in hooks else []
+        except ValueError as error:
+            raise ValueError(f"precision.schedule[{number}]: {error}") from error
+        phases.append(phase)
+    try:
+        return replace(recipe, schedule=tuple(phases), hooks=tuple(hooks), one_micro_batch=one_micro_batch)
+    except ValueError as error:
+        raise ValueError(f"precision.{error}") from error
+
+
+def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, Recipe]:
+    """The phase, and the recipe that it takes its rules from: an empty one for high precision."""
+    keys = ("steps", "gemms", "recipe", "args")
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{entry!r} is no phase; write {{steps: [0.8, 1.0], gemms: [fprop]}}")
+    for key in entry:
+        if key not in keys:
+            raise ValueError(f"unknown key {key!r}{close(str(key), keys)}; a phase has {', '.join(keys)}")
+    if "steps" not in entry:
+        raise ValueError("a phase needs steps: [start, end]")
+    gemms = entry.get("gemms", list(GEMMS))
+    if not isinstance(gemms, (list, tuple)):
+        raise ValueError(f"gemms={gemms!r}: a list of {', '.join(GEMMS)}")
+    phase = Phase(span=parse_span(entry["steps"]), gemms=tuple(gemms))
+    name, args = entry.get("recipe"), entry.get("args", {})
+    if name is None:
+        if args:
+            raise ValueError("args are those of a recipe, which is missing")
+        return phase, Recipe()
+    if not isinstance(args, Mapping):
+        raise ValueError(f"args={args!r}: a mapping of the recipe's arguments")
+    other = _load(str(name), args)
+    for what in ("dtypes", "loss_scale"):
+        if getattr(other, what) != getattr(recipe, what):
+            raise ValueError(f"recipe={name}: its {what} are not the run's, which hold from first step to last")
+    if other.schedule:
+        raise ValueError(f"recipe={name} has a schedule of its own ({other.schedule[0]}): switch that off in args")
+    call = f"{name}({', '.join(f'{key}={value}' for key, value in args.items())})" if args else str(name)
+    return replace(phase, rules=other.rules, name=call), other
+
+
+def filled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` of the recipe with that name, and its own for what they leave out; as they are if there is none such."""
+    if name not in names():
+        return dict(args)
+    make = make_of(name)
+    assert make is not None
+    parameters = inspect.signature(make).parameters
+    own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(args)).items()}
+
+
+def _load(name: str, args: Mapping[str, Any]) -> Recipe:
+    make = make_of(name)
+    if make is None:
+        hint = "; a recipe of your own is named by its file, path/to/NAME.py" if "/" in name else ""
+        known = available()
+        raise ValueError(f"no recipe named {name!r}{close(name, known)}; there are: {', '.join(known)}{hint}")
+    code = getattr(make, "__code__", None)
+    where = code.co_filename if is_file(name) and code is not None else f"recipe {name!r}"
+    parameters = inspect.signature(make).parameters
+    loose = [key for key, p in parameters.items() if p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if loose:
+        line = f":{code.co_firstlineno}" if is_file(name) and code is not None else ""
+        raise ValueError(f"{where}{line}: its signature is the schema of its arguments: {loose[0]!r} names none")
+    for key in args:
+        if key not in parameters:
+            allowed = ", ".join(parameters) or "none"
+            raise ValueError(f"recipe {name!r} has no argument {key!r}{close(key, parameters)}; it takes: {allowed}")
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
+    if missing:
+        raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
+    hints = guarded(where, lambda: get_type_hints(getattr(make, "func", make)))
+    for key, value in args.items():
+        hint = hints.get(key, Any)
+        if not _is_of(value, hint):
+            wanted = getattr(hint, "__name__", None) or str(hint)
+            if wanted == "Sequence":
+                wanted = str(hint).rpartition("abc.")[2]
+            raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
+    if name not in names():
+        recipe = guarded(where, lambda: make(**args))
+    else:
+        try:
+            recipe = make(**args)
+        except ValueError as error:
+            given = ", ".join(f"{key}={value}" for key, value in args.items())
+            raise ValueError(f"recipe {name!r} ({given}): {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{where}: its function gives a {type(recipe).__name__}, no Recipe")
+    return recipe
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from a yaml is of the type that a recipe's signature names: no bool for a number, no text."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, part) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple, Sequence):
+        kinds = [kind for kind in get_args(hint) if kind is not ...]
+        return isinstance(value, (list, tuple)) and (len(kinds) != 1 or all(_is_of(item, kinds[0]) for item in value))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or (isinstance(value, hint) if isinstance(hint, type) else True)

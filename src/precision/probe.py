@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from .backends import Operand
 from .linear import QuantLinear
 from .operands import Call
+from .plan import Plan
 from .quantize import Quantized, dequantize
-from .recipe import Plan, close
 from .slots import SlotPlan
 from .spec import LinearSpec
+from .suggest import close
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")

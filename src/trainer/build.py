@@ -21,10 +21,13 @@ from torch.optim import Optimizer
 from ..models import ARCHITECTURES, Model, ModelConfig, create
 from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from ..models.layers import BLOCK_ATTENTION_MAX_POSITIONS
+from ..precision.apply import apply
+from ..precision.backends import require_backend
 from ..precision.comm import gather_codes
 from ..precision.coverage import CoverageWarning
-from ..precision.loading import content_of, files_in, is_file, renamed, sha256
-from ..precision.recipe import Plan, Recipe, apply, load, require_apart, require_backend
+from ..precision.loading import content_of, files_in, is_file, load, renamed, sha256
+from ..precision.plan import Plan
+from ..precision.recipe import Recipe, require_apart
 from ..precision.states.moments import chosen
 from ..precision.states.updates import CodecAdamW
 from .data.batches import (
@@ -472,7 +475,9 @@ def build_state(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
     try:
-        optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend)
+        optimizer = build_optimizer(
+            optim, model, recipe.update, recipe.moments, seed=seed, backend=precision.backend, plan=plan
+        )
     except ValueError as error:
         raise UserError(f"optim.moments: {error}") from error
     plan.update_note = _moments_note(precision, optim, recipe, optimizer)

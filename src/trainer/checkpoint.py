@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from ..precision.recipe import filled
+from ..precision.loading import filled
 from .distributed import World, say
 from .errors import UserError, one_line
 from .files import sha256_of, sync_directory, write_json

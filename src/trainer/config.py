@@ -27,8 +27,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from ..precision.loading import files_in, is_file
-from ..precision.recipe import close, filled
+from ..precision.loading import files_in, filled, is_file
+from ..precision.suggest import close
 from .build import MODEL_SCHEMAS, PrecisionConfig
 from .checkpoint import CheckpointConfig, ResumeConfig
 from .data.batches import DataConfig, SourceConfig, home_of

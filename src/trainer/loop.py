@@ -363,18 +363,24 @@ def update_from(
         model.set_requires_gradient_sync(batch is batches[-1])
         losses_BT = _losses(model, batch, device) * batch.weights.to(device, non_blocking=True)
         scaled = losses_BT.sum() / total_weight
+        if plan.wants("loss_terms"):
+            scaled = scaled + plan.loss_terms() * (float(batch.weights.sum()) / total_weight)
         (scaled if loss_scale is None else scaled * loss_scale).backward()
         loss_sum += losses_BT.detach().sum(dtype=torch.float64)
 
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    # Of parameters that every rank has, and not a part of.
+    replicated = [world.add_up_there(p.grad) for p in plan.hook_parameters().values() if p.grad is not None]
     if loss_scale is not None:
-        torch._foreach_mul_(gradients, 1.0 / loss_scale)
+        torch._foreach_mul_([*gradients, *replicated], 1.0 / loss_scale)
+    if plan.wants("before_update"):
+        plan.before_update({name: local(p.grad) for name, p in state.parameters().items() if p.grad is not None})
     lr = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
     measured = _due(config.telemetry_every, step + 1)
     factor = None
-    if world.deferred:
+    if world.deferred and not replicated and not plan.wants("after_update"):
         totals = _totals_there(world, loss_sum, gradients)
         if config.clip_norm > 0:
             there = (totals[1] / state.num_replicas).sqrt()
@@ -385,7 +391,7 @@ def update_from(
         total_loss, total_squares = totals.tolist()
     else:
         # In float64, so that neither sum depends on how the tensors are sharded.
-        squares = sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
+        squares = _squares(gradients) + _squares(replicated) * (state.num_replicas / world.size)
         total_loss, total_squares = world.sum(float(loss_sum), squares)
     loss, grad_norm = total_loss / total_weight, math.sqrt(total_squares / state.num_replicas)
     state.settle()
@@ -395,6 +401,7 @@ def update_from(
     overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
     caught = overflow and plan.can_back_off
     telemetry: dict[str, float] = {}
+    gradients += replicated
     if applied:
         if factor is not None:
             multiply(optimizer, gradients, factor)
@@ -404,9 +411,16 @@ def update_from(
             telemetry = measured_step(optimizer, world, state.num_replicas)
         else:
             optimizer.step()
+        if plan.wants("after_update"):
+            plan.after_update({name: local(parameter.detach()) for name, parameter in state.parameters().items()})
     optimizer.zero_grad(set_to_none=True)
-    plan.end_step(applied=applied, overflow=overflow)
+    loss_of_step = torch.full((), loss, dtype=torch.float64, device=device) if plan.wants_loss else None
+    plan.end_step(applied=applied, overflow=overflow, loss=loss_of_step)
     return StepResult(lr, lambda: (loss, grad_norm), loss_scale, caught, telemetry, spike)
+
+
+def _squares(gradients: list[Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
 
 
 def _totals_there(world: World, loss_sum: Tensor, gradients: list[Tensor]) -> Tensor:
@@ -430,7 +444,7 @@ def _update_there(
     state.settle()
     leave_out = gated_step(state.optimizer, applied, factor)
     state.optimizer.zero_grad(set_to_none=True)
-    state.plan.end_step(applied=applied)
+    state.plan.end_step(applied=applied, loss=totals[0] / total_weight if state.plan.wants_loss else None)
 
     @functools.cache
     def read() -> tuple[float, float]:

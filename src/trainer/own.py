@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..precision.recipe import close
+from ..precision.suggest import close
 from .errors import UserError, one_line
 
 _HERE = Path(__file__).resolve().parent

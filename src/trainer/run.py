@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..precision.loading import content_of, is_file, renamed
+from ..precision.plan import Plan
 from ..precision.probe import Probe
-from ..precision.recipe import Plan
 from . import distributed
 from .build import (
     Data,

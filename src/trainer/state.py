@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..precision.recipe import Plan
+from ..precision.plan import Plan
 from .spikes import LEFT_OUT, SpikeWatch
 
 RECIPE_PREFIX = "recipe."
@@ -50,6 +50,11 @@ class TrainState:
         """Whose batch, in the order of the data, ``step`` (both from 0) trains on."""
         return step if self.left_out is None else step + int(self.left_out)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name: the model's, and those of the recipe's hooks."""
+        of_hooks = {f"{RECIPE_PREFIX}{name}": parameter for name, parameter in self.plan.hook_parameters().items()}
+        return dict(self.model.named_parameters()) | of_hooks
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, alive: what a checkpoint saves, and loads into in place."""
         self.settle()
@@ -58,6 +63,9 @@ class TrainState:
             result[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 result[f"optim.{name}.{key}"] = value
+        for name, parameter in self.plan.hook_parameters().items():
+            for key, value in self.optimizer.state[parameter].items():
+                result[f"{RECIPE_PREFIX}{name}.{key}"] = value
         if self.position is not None:
             result[POSITION] = self.position
         if self.spikes is not None:

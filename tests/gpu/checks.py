@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 from gpu_suite.clock import timed
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import NATIVE, QUANTIZERS, REFERENCE, Cast, Quantizer
 from narrowgauge.precision.backends.scaled_mm import SQNR_DB, architecture
 from narrowgauge.precision.backends.triton.device import installed, runs_on
 from narrowgauge.precision.backends.triton.fused import quantize_gradients
 from narrowgauge.precision.backends.triton.quantize import quantize_fused
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
+from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, quantize
-from narrowgauge.precision.recipe import apply, load, names
 from narrowgauge.precision.scaling import Fp32, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.swiglu import Gradients, Hidden

@@ -13,7 +13,7 @@ from hardware import Hardware, pretend
 from narrowgauge.precision.backends import scaled_mm
 from narrowgauge.precision.backends.cpu.quantizer import Cpu
 from narrowgauge.precision.backends.scaled_mm import ScaledMM
-from narrowgauge.precision.recipe import names
+from narrowgauge.precision.loading import names
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch
 import transformers
 from hardware import pretend
 from narrowgauge.models.llama import Llama, LlamaConfig
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import (
     REFERENCE,
     Cast,
@@ -44,10 +45,10 @@ from narrowgauge.precision.backends.triton.fused import (
 from narrowgauge.precision.backends.triton.quantize import quantize_fused, quantize_plan
 from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize, operand, quantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.states.choose import choose as choose_update

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import ORDER, QUANTIZERS, REFERENCE, Cast, Quantizer, choose, quantize_by
 from narrowgauge.precision.backends.cpu.library import SOURCE
 from narrowgauge.precision.backends.cpu.quantizer import Cpu
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT8, NumberFormat, exmy
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, operand, quantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard

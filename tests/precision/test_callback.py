@@ -14,7 +14,7 @@ import torch
 from narrowgauge.precision import apply, load
 from narrowgauge.precision.integrations.transformers import PrecisionCallback
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.recipe import Plan
+from narrowgauge.precision.plan import Plan
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (

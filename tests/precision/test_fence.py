@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hardware import pretend
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import QUANTIZERS, Cast, choose
 from narrowgauge.precision.backends.scaled_mm import find
 from narrowgauge.precision.backends.triton import quantizer as triton
 from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.quantize import Quantized, operand, quantize
-from narrowgauge.precision.recipe import Recipe, Rule, apply
+from narrowgauge.precision.recipe import Recipe, Rule
 from narrowgauge.precision.scaling import Error, PowerOfTwo, Scales, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 from narrowgauge.precision.transforms import Hadamard

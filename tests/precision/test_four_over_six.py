@@ -9,12 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import QUANTIZERS, Cast, choose, quantize_by
 from narrowgauge.precision.formats import E2M1, E4M3, unpack4
 from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, dequantize, operand, quantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import Delayed, Error, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard

@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 from narrowgauge.precision.amax import UNKNOWN
-from narrowgauge.precision.assign import quantized
-from narrowgauge.precision.hooks import RollAmax, quant_linears
-from narrowgauge.precision.recipe import Plan, apply, load
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.hooks import RollAmax
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.loading import load
+from narrowgauge.precision.plan import Plan
 from narrowgauge.precision.spec import GemmSpec
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def quant_linears(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 def made(num: int) -> Plan:

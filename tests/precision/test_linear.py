@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from narrowgauge.precision.amax import UNKNOWN
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import ORDER, REFERENCE, quantize_by
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, exmy
-from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, apply, keep, load, names
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, keep
 from narrowgauge.precision.scaling import Current, Delayed, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.schedule import Span
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source

@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.loss_scale import LossScaler
-from narrowgauge.precision.recipe import apply, load
 from torch import nn
 
 

@@ -9,13 +9,15 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
-from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.plan import Plan
 from narrowgauge.precision.probe import OUTPUTS, SLOTS, Probe, Row, of_operand
 from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.recipe import Plan, Recipe, Rule, apply, load, names
+from narrowgauge.precision.recipe import Recipe, Rule
 from narrowgauge.precision.scaling import Delayed, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard

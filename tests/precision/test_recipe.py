@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from narrowgauge.precision.recipe import Dtypes, Recipe, Rule, apply, load, names
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load, names
+from narrowgauge.precision.recipe import Dtypes, Recipe, Rule
 from narrowgauge.precision.states.updates import AdamW
 from torch import nn
 

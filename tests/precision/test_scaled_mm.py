@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hardware import B128, MX, NV, S128, Hardware, R, T, pretend, sqnr
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import choose, quantize_by, scaled_mm
 from narrowgauge.precision.backends.scaled_mm import (
     ARCHITECTURES,
@@ -24,8 +25,8 @@ from narrowgauge.precision.backends.scaled_mm import (
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT4, INT8, NumberFormat, exmy
 from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized, dequantize, quantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 from torch import Tensor, nn

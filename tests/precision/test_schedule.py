@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.recipe import Plan, Recipe, apply, load, require_apart
+from narrowgauge.precision.loading import load
+from narrowgauge.precision.plan import Plan
+from narrowgauge.precision.recipe import Recipe, require_apart
 from narrowgauge.precision.schedule import Span, parse_span
 from torch import Tensor, nn
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from narrowgauge.precision import fused
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends.reference import Reference
 from narrowgauge.precision.formats import E4M3
-from narrowgauge.precision.linear import QuantLinear
+from narrowgauge.precision.linear import QuantLinear, quantized
+from narrowgauge.precision.loading import load
+from narrowgauge.precision.plan import Plan
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.recipe import Plan, Recipe, Rule, apply, load
+from narrowgauge.precision.recipe import Recipe, Rule
 from narrowgauge.precision.scaling import Unit
 from narrowgauge.precision.smooth import FORMS, fold, scales_of, smooth, smoothed
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source

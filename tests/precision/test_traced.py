@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.recipe import Plan, apply, load
+from narrowgauge.precision.loading import load
+from narrowgauge.precision.plan import Plan
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -135,7 +137,8 @@ def test_a_schedule_changes_what_is_compiled() -> None:
 
 
 KINDS = """
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from test_traced import RECIPES, Model
 for name in RECIPES:
     model = Model(1)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hardware import pretend
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import Cast, choose, quantize_by
 from narrowgauge.precision.backends.triton import blocks, both, device, fused_kernels, kernels, launch, quantize
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize, fastest
@@ -23,9 +24,9 @@ from narrowgauge.precision.backends.triton.launch import Launcher, start
 from narrowgauge.precision.backends.triton.quantizer import Triton
 from narrowgauge.precision.backends.triton.specs import grid_of
 from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized
 from narrowgauge.precision.quantize import quantize as precision_quantize
-from narrowgauge.precision.recipe import apply, load
 from narrowgauge.precision.scaling import Error, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from narrowgauge.precision.swiglu import Gradients

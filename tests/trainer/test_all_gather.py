@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from narrowgauge.precision.apply import apply
 from narrowgauge.precision.comm import CodesAllGather, _Segment, gather_codes
 from narrowgauge.precision.linear import QuantLinear
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.loading import load
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import tiny_overrides, train_here
 from narrowgauge.models import create
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
 from narrowgauge.trainer.config import load_config, load_run_config

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import train_here
 from narrowgauge.models import create
-from narrowgauge.precision.recipe import apply, load
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from narrowgauge.trainer.config import CONFIG_DIR, TrainConfig, groups, load_config
 from narrowgauge.trainer.costs import NAMED_SIZES, flops_per_token, peak_flops, peak_memory, short, size_in_name
 

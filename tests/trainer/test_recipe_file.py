@@ -27,7 +27,7 @@ MINE = """
 from torch import nn
 from pathlib import Path
 from narrowgauge.precision.formats import exmy
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.recipe import BLOCK_LINEARS, Recipe, Rule
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 

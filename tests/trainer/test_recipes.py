@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import itertools
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import sign, train_here
-from narrowgauge.precision import recipes
-from narrowgauge.precision.recipe import names
+import torch
+from conftest import launch, sign, tiny_overrides, train_here
+from narrowgauge.models.layers import RMSNorm
+from narrowgauge.precision import apply, load, recipes
+from narrowgauge.precision.loading import names
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, groups
@@ -22,6 +26,7 @@ from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.reporting.report import Settings, find_runs
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
 from narrowgauge.trainer.tools.verify import compare_runs
+from torch import Tensor, nn
 
 Tiny = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[2]
@@ -213,7 +218,7 @@ import torch
 from torch import nn
 
 from narrowgauge.precision.formats import exmy
-from narrowgauge.precision.assign import quantized
+from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.recipe import BLOCK_LINEARS, Recipe, Rule
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -275,6 +280,229 @@ def test_a_new_recipe_is_one_file(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert "[reversed]" in (root / "plan.txt").read_text()
     with pytest.raises(UserError, match=r"recipe 'toy' has no argument 'mantisa' \(did you mean 'mantissa'\?\)"):
         tiny("precision.recipe=toy", "precision.args.mantisa=3")
+
+
+def finished_with(tiny: Tiny, file: Path, text: str, *options: str) -> tuple[TrainConfig, str]:
+    """A finished run with the recipe file ``text``, resumed at step 4 bit for bit, and its plan.txt."""
+    file.write_text(text)
+    config = tiny(f"precision.recipe={file}", "checkpoint.keep_last=9", *options)
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    shutil.copytree(root, file.with_suffix(".alone"))
+    go_back(config, 4)
+    assert train_here(config) is ExitCode.FINISHED
+    assert compare_runs(file.with_suffix(".alone"), root) == []
+    losses = [row["loss"] for row in read_metrics(root / "metrics.jsonl", "train").values()]
+    assert losses[-1] < losses[0]
+    return config, (root / "plan.txt").read_text()
+
+
+NORM = '''"""A toy: norms save their input for backward in E4M3, rounded stochastically."""
+
+import torch
+from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.module import QuantizedModule
+from narrowgauge.precision.noise import Noise, base_key
+from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.recipe import Recipe, Rule
+from narrowgauge.precision.scaling import Fp32, Tile
+from narrowgauge.precision.spec import OperandSpec, Rounding
+from torch import nn
+
+SAVED = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(), rounding=Rounding.STOCHASTIC)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, noise):
+        wide = x.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        saved = x if noise is None else quantize(x, SAVED, noise=noise)
+        ctx.saved = saved  # a toy: an honest one has save_for_backward keep the codes
+        ctx.save_for_backward(weight, inverse)
+        return (wide * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, inverse = ctx.saved_tensors
+        x = ctx.saved.float() if isinstance(ctx.saved, torch.Tensor) else dequantize(ctx.saved)
+        normed, g = x * inverse, dy.float() * weight
+        dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+        return dx.to(dy.dtype), (dy.float() * normed).sum(0).to(weight.dtype), None, None
+
+
+class NarrowNorm(QuantizedModule):
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps, self.plain = norm.weight, norm.eps, False
+
+    def use(self, picks):
+        self.plain = all(picks)
+
+    def plan_rows(self):
+        return (f"{self.path:44} saved for backward: {SAVED}",)
+
+    @property
+    def goes_by_step(self):
+        return "rounding noise"
+
+    def forward(self, x):
+        rows, noise, clock = x.reshape(-1, x.shape[-1]), None, self.context
+        if not (self.plain or clock.high_precision):
+            noise = Noise.of(
+                base=base_key(clock.seed, self.path, 0, device=x.device),
+                step=clock.step,
+                first_sample=clock.first_sample,
+                rows_of_a_sample=clock.rows_of_a_sample(x, len(rows)),
+            )
+        return Function.apply(rows, self.weight, self.eps, noise).view(x.shape)
+
+
+def recipe() -> Recipe:
+    rule = Rule(kind=nn.Module, path=r".*layernorm", make=lambda norm, path: NarrowNorm(norm))
+    return Recipe(rules=(rule,))
+'''
+
+
+def test_a_layer_of_a_recipes_own_is_treated_as_a_quantized_linear_is(tiny: Tiny, tmp_path: Path) -> None:
+    """It gets seed, step, schedule and high precision, and its line of plan.txt."""
+    file = tmp_path / "norm.py"
+    config, plan_text = finished_with(tiny, file, NORM, "eval.precision=high")
+    row = "layers.0.post_attention_layernorm            saved for backward: e4m3/row/fp32/sr"
+    assert row in plan_text
+    assert plan_text.count("saved for backward") == 4
+    switched = tiny(
+        f"precision.recipe={file}", "precision.schedule=[{steps:[0,2]}]", f"run.dir={tmp_path / 'switched'}"
+    )
+    assert train_here(switched) is ExitCode.FINISHED
+    first, second = (read_metrics(Path(c.run.dir) / "metrics.jsonl", "train") for c in (config, switched))
+    assert first[1]["loss"] == second[1]["loss"]  # only backward differs
+    assert first[1]["grad_norm"] != second[1]["grad_norm"]
+
+    model = nn.Sequential(OrderedDict(a_layernorm=RMSNorm(16, eps=1e-5)))
+    plain, x = copy.deepcopy(model[0]), torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    plan = apply(load(str(file)), model, seed=3)
+
+    def gradient(norm: nn.Module, step: int) -> Tensor:
+        plan.begin_step(step, 0)
+        given = x.clone().requires_grad_()
+        norm(given)[:, :8].square().sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    norm = model[0]
+    exact = gradient(plain, 0)
+    assert torch.equal(gradient(norm, 0), gradient(norm, 0))
+    assert not torch.equal(gradient(norm, 0), gradient(norm, 1))
+    assert (gradient(norm, 0) - exact).norm() > 1e-3 * exact.norm()
+    with plan.high_precision():
+        assert torch.allclose(gradient(norm, 0), exact, rtol=1e-4, atol=1e-6)
+    model(x)
+    with torch.no_grad():
+        norm.weight.add_(1.0)  # as an optimizer does
+    with pytest.raises(RuntimeError, match="rounding noise would stand still"):
+        model(x)
+
+
+GAIN = '''"""A toy: a gain before the head, trained with a term of its own in the loss, and held between two bounds."""
+
+import torch
+from narrowgauge.precision.recipe import Dtypes, Recipe, Rule
+from torch import nn
+
+
+class Gain(nn.Module):
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+        self.alpha = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("loss", torch.zeros((), dtype=torch.float64))
+
+    def __str__(self):
+        return f"a gain before the head, drawn to 1 by {self.strength}"
+
+    def loss_terms(self, model):
+        return self.strength * (self.alpha - 1.0).square()
+
+    def before_update(self, model, gradients):
+        gradients["recipe.Gain.alpha"].mul_(2.0)
+
+    def after_update(self, model, parameters):
+        parameters["recipe.Gain.alpha"].clamp_(0.5, 1.499)
+        self.updates += 1
+
+    def end_step(self, model, step, applied, loss):
+        self.loss.copy_(loss)
+
+
+class Scaled(nn.Module):
+    def __init__(self, norm, gain):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self.gain = (gain,)  # in a tuple: the parameter stays the hook's
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps) * self.gain[0].alpha
+
+
+def recipe(*, strength: float = 0.5) -> Recipe:
+    gain = Gain(strength)
+    rule = Rule(kind=nn.Module, path="norm", make=lambda norm, path: Scaled(norm, gain))
+    return Recipe(rules=(rule,), hooks=(gain,), dtypes=Dtypes(compute=torch.float32))
+'''
+GAIN_STATE = {"alpha", "alpha.step", "alpha.exp_avg", "alpha.exp_avg_sq", "updates", "loss"}
+
+
+def gain_of(config: TrainConfig) -> dict[str, Tensor]:
+    newest = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1]
+    return {name.removeprefix("recipe.Gain."): value for name, value in read_tensors(newest, "recipe.").items()}
+
+
+def test_a_hook_has_parameters_a_loss_term_and_a_word_before_and_after_the_update(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "gain.py"
+    config, plan_text = finished_with(tiny, file, GAIN, "train.micro_batch_size=8")
+    line = (
+        "every step: a gain before the head, drawn to 1 by 0.5; a term of the loss; changes gradients; changes weights"
+    )
+    assert f"{line}; parameter alpha []\n" in plan_text
+    state = gain_of(config)
+    assert state.keys() == GAIN_STATE
+    assert int(state["updates"]) == int(state["alpha.step"]) == 6
+    rows = read_metrics(Path(config.run.dir) / "metrics.jsonl", "train")
+    assert float(state["loss"]) == pytest.approx(rows[6]["loss"], rel=1e-12)
+    assert 0.5 < float(state["alpha"]) < 1.499
+    # The term counts once, however many micro-batches a step has.
+    dealt = tiny(f"precision.recipe={file}", "train.micro_batch_size=2", f"run.dir={tmp_path / 'dealt'}")
+    assert train_here(dealt) is ExitCode.FINISHED
+    others = gain_of(dealt)
+    assert all(torch.allclose(state[name].double(), others[name].double(), rtol=1e-4) for name in state)
+    # Another recipe leaves it behind.
+    alone = tiny("precision=fp32", "train.steps=8", f"run.dir={tmp_path / 'dealt'}", "resume.recipe_change=allow")
+    assert train_here(alone) is ExitCode.FINISHED
+    assert not gain_of(alone)
+    with pytest.raises(UserError, match="the next update would undo what a hook of the recipe does to weights"):
+        train_here(tiny(f"precision.recipe={file}", "optim.moments=fp8_lm", f"run.dir={tmp_path / 'masters'}"))
+
+
+@pytest.mark.long
+def test_a_hook_trains_alike_on_two_processes(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    """Its gradient is summed over ranks, counts once in the norm, and its loss term counts once."""
+    file = tmp_path / "gain.py"
+    file.write_text(GAIN)
+    options = (f"precision.recipe={file}", "train.micro_batch_size=2")
+    one = tiny(*options)
+    assert train_here(one) is ExitCode.FINISHED
+    result = launch(tiny_overrides(corpus, tmp_path / "two", *options), processes=2)
+    assert result.returncode == 0, result.stderr
+    two = tiny(*options, f"run.dir={tmp_path / 'two'}")
+    ours, others = gain_of(one), gain_of(two)
+    assert all(torch.allclose(ours[name].double(), others[name].double(), rtol=1e-4) for name in ours)
+    norms = [
+        [row["grad_norm"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl", "train").values()]
+        for config in (one, two)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_evaluating_a_run_gives_what_the_run_gave(tiny: Tiny) -> None:

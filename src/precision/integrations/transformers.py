@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..recipe import Plan
+from ..plan import Plan
 
 
 class PrecisionCallback(TrainerCallback):
@@ -44,9 +44,9 @@ class PrecisionCallback(TrainerCallback):
         model: Any = plan.model
         if hasattr(model, "_keys_to_ignore_on_save"):
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *_state(plan)}
-        if self._differs_by_rank:  # or DDP would put rank 0's into all before every step
-            theirs = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-            model._ddp_params_and_buffers_to_ignore = {*theirs, *plan.buffers()}
+        if plan.differs_by_rank:  # or DDP would put rank 0's into all before every step
+            ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+            model._ddp_params_and_buffers_to_ignore = {*ignored, *plan.buffers()}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -56,11 +56,14 @@ class PrecisionCallback(TrainerCallback):
                 f"the recipe's amax=step makes scales of the whole step, which has to be one micro-batch: "
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be 1, or amax=micro"
             )
+        methods = [name for name in ("loss_terms", "before_update", "after_update") if self._plan.wants(name)]
+        if unserved := [*methods, *self._plan.hook_parameters()]:
+            raise ValueError(f"the Trainer has no place for what the recipe's hooks have: {', '.join(unserved)}")
         tensors = _state(self._plan)
         if state.global_step == 0 or not tensors:
             return
-        told = self._resume_from or args.resume_from_checkpoint
-        place = Path(told) if isinstance(told, str | Path) else Path(args.output_dir or ".") / _directory(state)
+        source = self._resume_from or args.resume_from_checkpoint
+        place = Path(source) if isinstance(source, str | Path) else Path(args.output_dir or ".") / _directory(state)
         file = place / self._file(args)
         if not file.exists():
             logging.get_logger(__name__).warning(f"{file} is not there: the recipe measures its amaxes anew for a step")
@@ -88,19 +91,15 @@ class PrecisionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         tensors = _state(self._plan)
-        if tensors and (self._differs_by_rank or args.process_index == 0):
+        if tensors and (self._plan.differs_by_rank or args.process_index == 0):
             place = Path(args.output_dir or ".") / _directory(state)
             place.mkdir(parents=True, exist_ok=True)
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, place / self._file(args)
             )
 
-    @property
-    def _differs_by_rank(self) -> bool:
-        return any(getattr(hook, "differs_by_rank", False) for hook in self._plan.recipe.hooks)
-
     def _file(self, args: TrainingArguments) -> str:
-        return f"rank{args.process_index}_{self.FILE}" if self._differs_by_rank else self.FILE
+        return f"rank{args.process_index}_{self.FILE}" if self._plan.differs_by_rank else self.FILE
 
     def _first_sample(self, args: TrainingArguments, state: TrainerState) -> int:
         """Of this rank's next micro-batch: batches are dealt to the ranks in turn."""

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import exmy
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
 from ..scaling import Unit
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding

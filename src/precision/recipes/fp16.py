@@ -15,7 +15,7 @@ On a CPU matrix products are made in float32 and rounded once to FP16: torch mul
 import torch
 from torch import nn
 
-from ..assign import quantized
+from ..linear import quantized
 from ..loss_scale import LossScaler
 from ..recipe import Dtypes, Recipe, Rule
 from ..spec import LinearSpec

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E4M3, E5M2
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec

@@ -20,8 +20,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E4M3, E5M2
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep, one_of
 from ..scaling import Fp32
 from ..spec import GemmSpec, LinearSpec, OperandSpec

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E4M3, E5M2
 from ..hooks import RollAmax
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
 from ..scaling import Delayed, Fp32, Reduce
 from ..spec import GemmSpec, LinearSpec, OperandSpec

@@ -23,8 +23,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E4M3
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec

@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E2M1
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
 from ..scaling import Power, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding

@@ -25,8 +25,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..assign import quantized
 from ..formats import E2M1
+from ..linear import quantized
 from ..recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
 from ..scaling import Current, Error, Tile, TwoLevel
 from ..schedule import Span

@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from ..linear import QuantLinear
-from ..recipe import Recipe, Rule, load, one_of
+from ..loading import load
+from ..recipe import Recipe, Rule, one_of
 from ..smooth import DOWN, FORMS, GATE, UP, fused, smooth
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})

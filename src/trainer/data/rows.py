@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ...precision.recipe import close
+from ...precision.suggest import close
 from ..errors import UserError, one_line
 from .corpus import SPLITS, BadRow, BadRows, Line, RowLimits, is_c4, text_of
 from .remote import remote_path

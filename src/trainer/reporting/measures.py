@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...precision.recipe import close
+from ...precision.suggest import close
 from ..environ import printable
 from ..errors import UserError
 from ..metrics import number

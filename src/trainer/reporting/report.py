@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...precision.recipe import close
+from ...precision.suggest import close
 from ..environ import printable
 from ..errors import UserError
 from ..files import write_json, write_text

@@ -40,7 +40,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from ...precision.loading import sha256
-from ...precision.recipe import close
+from ...precision.suggest import close
 from ..build import require_data
 from ..config import (
     TrainConfig,
