@@ -60,8 +60,6 @@ class FusedSwiGLU:
         mlp: that module.
         path: in the model.
         always: where the kernels do not serve, compute as they do, in plain torch; else as ``mlp`` does.
-
-    Raises ValueError for ``always`` of a module that does not say that it is such a SwiGLU.
     """
 
     def __init__(self, mlp: nn.Module, path: str, *, always: bool) -> None:
@@ -69,14 +67,18 @@ class FusedSwiGLU:
         self._replaced = "forward" in vars(mlp)
         self._callees = self._called_within()  # hooks among them are the recipe's
         self._reasons: dict[tuple[tuple[LinearSpec, Backends], ...], str | None] = {}
-        if always and (reason := self._why_own()) is not None:
-            raise ValueError(f"{path}: {reason}")
 
     def put_in(self) -> None:
-        """Have the module compute so, if it says that it is such a SwiGLU, and plan.txt say how, or why not."""
-        self.mlp.plan_row = self  # type: ignore[assignment]
-        if self._why_own() is None:
+        """Have the module compute so, if it says that it is such a SwiGLU, and plan.txt say how, or why not.
+
+        Raises ValueError for ``always`` of a module that does not say so.
+        """
+        reason = self._why_own()
+        if reason is None:
             self.mlp.forward = self.forward
+        elif self.always:
+            raise ValueError(f"{self.path}: {reason}")
+        self.mlp.plan_row = self  # type: ignore[assignment]
 
     def __str__(self) -> str:
         reason = self._why_own() or self._why_no_kernels(planned=True)
@@ -168,12 +170,8 @@ class FusedSwiGLU:
         gate, up, down = linears = self._linears()
         gate.require_width(x)
         rows = x.reshape(-1, gate.in_features)
-        place = gate.clock.first_sample, gate.clock.rows_of_a_sample(x, len(rows))
         codes_of_x = gate.clock.recent.of(x)
-        calls = tuple(
-            Call.of(linear, linear.active, *place, codes)
-            for linear, codes in zip(linears, (codes_of_x, codes_of_x, None), strict=True)
-        )
+        calls = gate._call(x, codes_of_x), up._call(x, codes_of_x), down._call(x, None)
         trained = tuple(torch.is_grad_enabled() and linear.weight.requires_grad for linear in linears)
         y: Tensor = _Fused.apply(rows, gate.weight, up.weight, down.weight, down.bias, calls, trained)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], down.out_features)
