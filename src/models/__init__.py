@@ -1,6 +1,7 @@
 """Llama and GPT as plain PyTorch: every matrix product is an ``nn.Linear``.
 
-A model never hears the word "precision": narrow formats are put in from outside, by replacing linears.
+A model never hears the word "precision": narrow formats are put in from outside, by replacing linears. A class that
+computes down_proj(f(gate_proj(x)) * up_proj(x)) says so by an attribute: ``gated_activation``, the name of f.
 """
 
 from .gpt import GPT, GPTConfig

@@ -99,6 +99,8 @@ def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) ->
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
+    gated_activation = "silu"
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)

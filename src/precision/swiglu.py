@@ -8,16 +8,48 @@ torch's exponential differs between CPUs, GPUs and builds in the last bit, so a 
     dgate    (dh up) (s (1 + g (1 - s)))
 
 each rounded to FP32 once per operation, none contracted (constants C and c are Cephes'; an error of two units in the
-last place). ``backends.triton.numerics`` does the same on GPUs. The models' own SwiGLU stays theirs: it agrees
-with this one up to the last bits of FP32.
+last place). ``precision.backends.triton.numerics`` does the same on GPUs. The models' own SwiGLU agrees with this one
+up to the last bits of FP32.
+
+A module of a model is known to compute a SwiGLU by the names of its projections and by what it says of its activation
+(``activation_of``). The scales of channels here can be folded into the weights of projections.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+PROJECTIONS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+_KNOWN_FORWARDS = frozenset(
+    f"transformers.models.{name}.modeling_{name}.{kind}.forward"
+    for name, kind in (("llama", "LlamaMLP"), ("mistral", "MistralMLP"), ("qwen2", "Qwen2MLP"), ("qwen3", "Qwen3MLP"))
+)
+"""down_proj(act_fn(gate_proj(x)) * up_proj(x)), of classes that do not name their activation."""
+_KNOWN_ACTIVATIONS = {"transformers.activations.SiLUActivation": "silu", "torch.nn.modules.activation.SiLU": "silu"}
+
+
+def activation_of(mlp: nn.Module) -> str | None:
+    """The name of f, if the module says that it computes down_proj(f(gate_proj(x)) * up_proj(x)); else None.
+
+    A class says so by an attribute ``gated_activation``. It speaks for the forward pass of that class, not for another
+    one of a subclass. Of `transformers` some classes are known, whose ``act_fn`` says it.
+    """
+    kind = type(mlp)
+    for base in kind.__mro__:
+        if "gated_activation" in vars(base):
+            return str(mlp.gated_activation) if kind.forward is getattr(base, "forward", None) else None
+    known = _name(kind.forward) in _KNOWN_FORWARDS
+    return _KNOWN_ACTIVATIONS.get(_name(type(mlp.act_fn))) if known else None
+
+
+def _name(of: Any) -> str:
+    return f"{of.__module__}.{of.__qualname__}"
+
 
 LOG2_E, C1, C2 = 1.44269504088896341, 0.693359375, -2.12194440e-4
 POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -36,9 +68,9 @@ def exp(x: Tensor) -> Tensor:
     for c in POLYNOMIAL[1:]:
         p = p * r + c
     p = (p * (r * r) + r) + 1.0
-    whole = shifted.view(torch.int32) - MAGIC_BITS
-    low = whole >> 1  # in two halves, each a normal number: only the last product rounds
-    return (p * _power(low)) * _power(whole - low)
+    exponent = shifted.view(torch.int32) - MAGIC_BITS
+    half = exponent >> 1  # two factors, each a normal number: only the last product rounds
+    return (p * _power(half)) * _power(exponent - half)
 
 
 def _power(n: Tensor) -> Tensor:
@@ -93,3 +125,22 @@ class Gradients:
 def divided(x: Tensor, d: Tensor | None, along: int) -> Tensor:
     """x / d in the dtype of x."""
     return x if d is None else (x / (d[:, None] if along == 0 else d)).to(x.dtype)
+
+
+def scales_of(amax: Tensor, *, pow2: bool) -> Tensor:
+    """Scales (FP32, the shape of ``amax``): amax itself, or the power of two at or below it.
+
+    1 where amax is zero, below 2^-126 or not finite.
+    """
+    amax = amax.detach().float()
+    scale = (amax.view(torch.int32) & 0x7F800000).view(torch.float32) if pow2 else amax
+    return torch.where((amax >= 2.0**-126) & (amax < math.inf), scale, 1.0)
+
+
+def fold(up_weight: Tensor, down_weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Up-projection rows divided by ``scales`` [channels], down-projection columns times them: the same function.
+
+    Exact for powers of two, while nothing leaves the range of the dtype.
+    """
+    factor = scales.to(up_weight.dtype)
+    return up_weight / factor[:, None], down_weight * factor

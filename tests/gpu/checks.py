@@ -239,6 +239,8 @@ class OneMlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    gated_activation = "silu"
+
     def __init__(self, linears: nn.ModuleDict) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = linears.values()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from narrowgauge.precision import fused
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends.reference import Reference
 from narrowgauge.precision.formats import E4M3
@@ -21,13 +20,18 @@ from narrowgauge.precision.plan import Plan
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
+from narrowgauge.precision.recipes.smooth_swiglu import fused
+from narrowgauge.precision.recipes.smooth_swiglu.scales import FORMS, smooth, smoothed
 from narrowgauge.precision.scaling import Unit
-from narrowgauge.precision.smooth import FORMS, fold, scales_of, smooth, smoothed
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
+from narrowgauge.precision.swiglu import fold, scales_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 HIDDEN, CHANNELS = 24, 40
 
@@ -53,6 +57,8 @@ CURRENT8 = OperandSpec(format=E4M3)
 
 
 class SwiGLU(nn.Module):
+    gated_activation = "silu"
+
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(HIDDEN, CHANNELS, bias=bias)
@@ -402,126 +408,130 @@ def calls_of_fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return calls
 
 
-class Scaled(SwiGLU):
-    """One parameter and one buffer of its own, that nothing of the projections tells of."""
+TRANSFORMERS: dict[type[nn.Module], Any] = {
+    LlamaMLP: LlamaConfig,
+    MistralMLP: MistralConfig,
+    Qwen2MLP: Qwen2Config,
+    Qwen3MLP: Qwen3Config,
+}
 
+
+def of_transformers(kind: type[nn.Module] = LlamaMLP, activation: str = "silu") -> nn.Module:
+    config = TRANSFORMERS.get(kind, LlamaConfig)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": CHANNELS, "num_attention_heads": 1}
+    mlp: nn.Module = kind(config(**sizes, hidden_act=activation))
+    return mlp
+
+
+class Derived(SwiGLU):
+    """A SwiGLU that says nothing more."""
+
+
+class Clamped(SwiGLU):
+    """What its base says holds for another forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1, 1)
+
+
+class Geglu(SwiGLU):
+    gated_activation = "gelu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Unnamed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.register_buffer("seen", torch.zeros(()))
+        self.gate_proj, self.up_proj, self.down_proj = SwiGLU().children()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * super().forward(x)
+    forward = SwiGLU.forward
 
 
-class Counting(SwiGLU):
-    def __init__(self) -> None:
+class Configured(Unnamed):
+    """Its activation is that of a configuration."""
+
+    def __init__(self, activation: str) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
+        self.activation = activation
 
+    @property
+    def gated_activation(self) -> str:
+        return self.activation
+
+
+class DerivedLlama(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        return super().forward(x)
+        return super().forward(x) + x
 
 
-class Variant(SwiGLU):
-    """Almost a SwiGLU."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.calls = way, 0
-        self.act_fn, self.drop = nn.SiLU(), nn.Dropout(0.5)
-
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        match self.way:
-            case "clamp gate":
-                gate = gate.clamp(max=10)
-            case "clamp up":
-                up = up.clamp(-7, 7)
-            case "clamp h":
-                return (F.silu(gate) * up).clamp(-1e5, 1e5)
-            case "eps":
-                gate = gate + 1e-6
-            case "dropout":
-                return self.drop(F.silu(gate) * up)
-            case "functional dropout":
-                return F.dropout(F.silu(gate) * up, 0.1, self.training)
-            case "gelu in eval":
-                return (F.silu(gate) if self.training else F.gelu(gate)) * up
-            case "every other":
-                self.calls += 1
-                return (F.silu(gate) if self.calls % 2 else gate) * up
-        return self.act_fn(gate) * up
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = up = x
-        match self.way:
-            case "norm":
-                gate = up = F.rms_norm(x, x.shape[-1:])
-            case "scale":
-                gate = up = x * 1.0
-            case "flip":
-                up = x.flip(0)
-            case "in place":
-                x.mul_(2)
-        y = self.down_proj(self.gated(self.gate_proj(gate), self.up_proj(up)))
-        return y.mul_(2) if self.way == "twice" else y + x if self.way == "residual" else y
+def replaced() -> nn.Module:
+    mlp = SwiGLU()
+    mlp.forward = lambda x: x
+    return mlp
 
 
-VARIANTS = ["norm", "scale", "flip", "in place", "clamp gate", "clamp up", "clamp h", "eps", "dropout"]
-VARIANTS += ["functional dropout", "gelu in eval", "every other", "twice", "residual"]
+UNNAMED = "the model does not name its activation"
+LEFT_ALONE = {
+    "another forward pass": (Clamped, UNNAMED),
+    "another activation": (Geglu, "its activation is gelu"),
+    "a configured activation": (lambda: Configured("gelu"), "its activation is gelu"),
+    "no name": (Unnamed, UNNAMED),
+    "a replaced forward pass": (replaced, "the forward pass of this SwiGLU was replaced"),
+    "transformers with gelu": (lambda: of_transformers(activation="gelu"), UNNAMED),
+    "derived from transformers": (lambda: of_transformers(DerivedLlama), UNNAMED),
+}
 
 
-@pytest.mark.parametrize("way", VARIANTS)
-def test_what_is_almost_a_swiglu_is_left_alone(way: str, fusing: None) -> None:
-    state = torch.get_rng_state()
-    mlp = Variant(way)
-    own = vars(mlp).copy()
-    torch.set_rng_state(state)
+@pytest.mark.parametrize("case", LEFT_ALONE)
+def test_what_does_not_say_that_it_is_a_swiglu_is_left_alone(case: str, fusing: None) -> None:
+    make, reason = LEFT_ALONE[case]
+    mlp = make()
+    own = {name: value for name, value in vars(mlp).items() if name != "plan_row"}
     plan = apply(load("smooth_swiglu", {}), block_of(mlp))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert "forward" not in vars(mlp)
     assert all(vars(mlp)[name] is value for name, value in own.items())
-    assert "(not fused: Variant does not compute down_proj(silu(gate_proj(x)) * up_proj(x)))" in str(plan)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp: Variant does not compute"):
-        apply(load("smooth_swiglu", {"fuse": "always"}), block_of(Variant(way)))
+    assert vars(mlp).keys() - own.keys() == {"plan_row"}
+    assert f"(not fused: {reason}" in str(plan)
+    with pytest.raises(ValueError, match=rf"layers\.0\.mlp: {reason}") as caught:
+        apply(load("smooth_swiglu", {"fuse": "always"}), block_of(make()))
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("make", [SwiGLU, lambda: Variant("plain")])
-def test_a_swiglu_is_known(make: Any, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = block_of(make())
+KNOWN = {
+    "named": SwiGLU,
+    "derived": Derived,
+    "configured": lambda: Configured("silu"),
+    **{kind.__name__: lambda kind=kind: of_transformers(kind) for kind in TRANSFORMERS},
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_a_swiglu_is_known_by_what_it_says(case: str, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = KNOWN[case](), samples(4, HIDDEN)
+    assert torch.equal(mlp(x), mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
+    model = block_of(mlp)
     plan = apply(load("smooth_swiglu", {}), model)
     assert "[triton, fused with" in str(plan)
     calls = calls_of_fused(monkeypatch)
-    mlp_of(copy.deepcopy(model))(samples(4, HIDDEN))
+    mlp_of(copy.deepcopy(model))(x)
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize(("kind", "name"), [(Scaled, "scale"), (Counting, "seen")])
-def test_what_an_mlp_owns_stays(kind: type[SwiGLU], name: str, fusing: None) -> None:
-    model, plain = block_of(kind()), block_of(kind())
-    plain.load_state_dict(model.state_dict())
-    plan = apply(load("smooth_swiglu", {}), model)
-    apply(load("smooth_swiglu", {"fuse": "never"}), plain)
-    assert f"(not fused: {kind.__name__} has a {name} of its own)" in str(plan)
-    assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    x, dy = samples(5, HIDDEN), samples(5, HIDDEN, seed=2)
-    assert all(map(torch.equal, run(mlp_of(model), x, dy), run(mlp_of(plain), x, dy)))
-    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+    mlp.__class__ = type("Sharded", (type(mlp),), {})  # as FSDP makes of a module
+    mlp(x)
+    assert len(calls) == 2
 
 
 def test_a_fused_mlp_is_still_itself(fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attributes, its mode and that of its children, and its hooks, which see what goes in and comes out."""
-    mlp = Variant("plain")
+    mlp = of_transformers()
     model = block_of(mlp)
     apply(load("smooth_swiglu", {}), model)
     calls, x, seen = calls_of_fused(monkeypatch), samples(5, HIDDEN), []
     model.eval()
     assert mlp_of(model) is mlp
-    assert mlp.way == "plain"
+    assert mlp.intermediate_size == CHANNELS
     assert not mlp.training
-    assert not mlp.drop.training
+    assert not mlp.act_fn.training
     mlp.register_forward_hook(lambda module, inputs, y: seen.append((module, inputs[0], y)))
     y = mlp(x)
     assert len(calls) == 1
@@ -532,7 +542,7 @@ def test_a_fused_mlp_is_still_itself(fusing: None, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("what", ["gate_proj", "up_proj", "down_proj", "act_fn"])
 def test_hooks_within_are_called(what: str, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp = Variant("plain")
+    mlp = of_transformers()
     apply(load("smooth_swiglu", {"form": "token"}), block_of(mlp))
     calls, x, seen = calls_of_fused(monkeypatch), samples(5, HIDDEN), []
     with torch.no_grad():
@@ -543,6 +553,19 @@ def test_hooks_within_are_called(what: str, fusing: None, monkeypatch: pytest.Mo
         handle.remove()
         assert torch.equal(mlp(x), fused)
     assert (len(calls), len(seen)) == (2, 1)
+
+
+@pytest.mark.parametrize("name", fused.PROJECTIONS)
+def test_a_forward_pass_of_a_projection_is_called(name: str, fusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools set one on a module to move it or its inputs between devices."""
+    mlp = SwiGLU()
+    apply(load("smooth_swiglu", {}), block_of(mlp))
+    calls, x, seen = calls_of_fused(monkeypatch), samples(5, HIDDEN), []
+    linear = mlp.get_submodule(name)
+    forward = linear.forward
+    linear.forward = lambda x: seen.append(x) or forward(x)
+    mlp(x)
+    assert (len(calls), len(seen)) == (0, 1)
 
 
 class Lora(nn.Module):
@@ -559,18 +582,16 @@ def test_an_mlp_that_is_changed_later_computes_as_it_does_itself(
     fuse: str, fusing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, x = calls_of_fused(monkeypatch), samples(5, HIDDEN)
-    for reason in ("gate_proj became a Lora", "its act_fn was changed", "its way was changed", "has a more of its own"):
-        mlp = Variant("plain")
+    for reason in ("gate_proj became a Lora", UNNAMED, "its activation is gelu"):
+        mlp = of_transformers() if reason is UNNAMED else Configured("silu")
         plan = apply(load("smooth_swiglu", {"fuse": fuse}), block_of(mlp))
         if "Lora" in reason:
             mlp.gate_proj = Lora(mlp.gate_proj)
-        elif "act_fn" in reason:
+        elif reason is UNNAMED:
             mlp.act_fn = nn.GELU()
-        elif "way" in reason:
-            mlp.way = "clamp up"
         else:
-            mlp.more = nn.Parameter(torch.zeros(()))
-        assert torch.equal(mlp(x), Variant.forward(mlp, x))
+            mlp.activation = "gelu"
+        assert torch.equal(mlp(x), type(mlp).forward(mlp, x))
         assert reason in str(plan)
     assert calls == []
 

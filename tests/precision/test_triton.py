@@ -166,6 +166,8 @@ WAYS = {
 
 
 class Mlp(nn.Module):
+    gated_activation = "silu"
+
     def __init__(self) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(64, 96, bias=False) for _ in range(2))

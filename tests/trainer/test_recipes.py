@@ -353,7 +353,7 @@ class NarrowNorm(QuantizedModule):
                 base=base_key(clock.seed, self.path, 0, device=x.device),
                 step=clock.step,
                 first_sample=clock.first_sample,
-                rows_of_a_sample=clock.rows_of_a_sample(x, len(rows)),
+                rows_of_a_sample=clock.rows_per_sample(x, len(rows)),
             )
         return Function.apply(rows, self.weight, self.eps, noise).view(x.shape)
 

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..recipe import Recipe
+from ..recipe import NO_ARGUMENTS, Recipe
 from ..states.moments import STANDARD, chosen
 from . import smooth_swiglu
-from .smooth_swiglu import NO_ARGUMENTS
 
 
 def recipe(

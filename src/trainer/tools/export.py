@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...precision.smooth import DOWN, GATE, UP, fold, scales_of
+from ...precision.swiglu import DOWN, GATE, UP, fold, scales_of
 from .. import distributed
 from ..build import open_windows, resolve_model, to_transformers
 from ..checkpoint import newest, read_tensors

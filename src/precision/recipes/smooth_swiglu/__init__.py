@@ -2,27 +2,30 @@
 
 In long runs weight decay aligns the gate and up weights of some channels of a SwiGLU. Their product then grows with the
 square of the weights, one channel sets the scale of the whole input of the down-projection, and FP8 training diverges.
-The scales here even that input out before it is quantized and are undone exactly (``precision.smooth``): by channel, as
-the paper writes, or by token, as its released code does. The rest of the model is the base recipe's.
+The scales here even that input out before it is quantized and are undone exactly (``scales``): by channel, as the paper
+writes, or by token, as its released code does. The rest of the model is the base recipe's.
 
 What is lost: by channel, the down-projection's weight takes over the spread of the scales, is quantized once more for
 dgrad, and is measured in every pass. Scales are those of a rank's micro-batch, so losses depend a little on world size
 and micro-batch size. A model whose MLPs are no SwiGLU is refused.
+
+A module says that it computes down_proj(silu(gate_proj(x)) * up_proj(x)) by a class attribute beside its forward pass,
+``gated_activation = "silu"``; kernels then compute the product (``fused``). Those of `transformers` that are known to
+do so need not say it. Any other module keeps its own forward pass, and ``plan.txt`` says why.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from ..linear import QuantLinear
-from ..loading import load
-from ..recipe import Recipe, Rule, one_of
-from ..smooth import DOWN, FORMS, GATE, UP, fused, smooth
-
-NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
+from ...linear import QuantLinear
+from ...loading import load
+from ...recipe import NO_ARGUMENTS, Recipe, Rule, one_of
+from ...swiglu import DOWN, GATE, PROJECTIONS, UP
+from .fused import fuse_swiglu
+from .scales import FORMS, smooth
 
 
 def recipe(
@@ -49,9 +52,8 @@ def recipe(
     if not inner.rules:
         raise ValueError(f"the base {base} quantizes no linear: there is nothing to smooth")
     make = smooth(one_of("form", form, FORMS), pow2=pow2)
-    rule = Rule(kind=QuantLinear, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP))
-    rules = (*inner.rules, rule)
+    rules = (*inner.rules, Rule(kind=QuantLinear, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP)))
     if one_of("fuse", fuse, {"auto": "auto", "always": "always", "never": "never"}) != "never":
-        into = fused(always=fuse == "always")
-        rules += (Rule(kind=nn.Module, path=".+", make=into, children=(GATE, UP, DOWN), optional=True),)
+        make_fused = fuse_swiglu(always=fuse == "always")
+        rules += (Rule(kind=nn.Module, path=".+", make=make_fused, children=PROJECTIONS, optional=True),)
     return replace(inner, rules=rules)

@@ -1,8 +1,8 @@
 """Smooth-SwiGLU (arXiv 2409.12517): the input of a SwiGLU's down-projection, rescaled before it is quantized.
 
 h = silu(gate) * up is a product of two numbers, so where the weights of a channel align it grows with their square, and
-one scale for the whole of h then serves that channel alone. Both forms take h apart with scales d of this forward
-pass, on this rank: detached, and 1 where a maximum is zero, below 2^-126 or not finite.
+one scale for the whole of h then serves that channel alone. Both forms divide h by scales d of this forward pass, on
+this rank: detached, and 1 where a maximum is zero, below 2^-126 or not finite (``precision.swiglu.scales_of``).
 
 ``channel`` is the paper's: d_i is the maximum of channel i over the tokens of the micro-batch.
 
@@ -25,8 +25,6 @@ released code, has d = 1 here.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,14 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import FusedSwiGLU, Smoothing
-from .linear import QuantLinear
-from .scaling import Current
-from .spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
-from .transforms import Along, Composed, Rescale
-
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-_TINY = 2.0**-126
+from ...linear import QuantLinear
+from ...scaling import Current
+from ...spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
+from ...swiglu import DOWN, UP, scales_of
+from ...transforms import Along, Composed, Rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +64,6 @@ TOKEN = Form(
 FORMS = {"channel": CHANNEL, "token": TOKEN}
 
 
-def scales_of(amax: Tensor, *, pow2: bool) -> Tensor:
-    """The scales d (FP32, the shape of ``amax``): amax itself, or the power of two at or below it; 1 as said above."""
-    amax = amax.detach().float()
-    scale = (amax.view(torch.int32) & 0x7F800000).view(torch.float32) if pow2 else amax
-    return torch.where((amax >= _TINY) & (amax < math.inf), scale, 1.0)
-
-
 @dataclass(slots=True)
 class ChannelScales:
     """d of every channel of h [tokens, channels]."""
@@ -90,17 +78,17 @@ class ChannelScales:
 
 @dataclass(slots=True, eq=False)
 class TokenScales:
-    """d of every token, from what the up-projection gave just before: ``note`` is its forward hook."""
+    """d of every token, from the output of the up-projection just before: ``measure`` is its forward hook."""
 
     pow2: bool
-    noted: Tensor | None = None
+    amax: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def note(self, up_proj: nn.Module, arguments: Any, up: Tensor) -> None:
-        self.noted = up.detach().abs().amax(-1).flatten()
+    def measure(self, up_proj: nn.Module, arguments: Any, up: Tensor) -> None:
+        self.amax = up.detach().abs().amax(-1).flatten()
 
     def __call__(self, h: Tensor) -> Tensor:
-        amax, self.noted = self.noted, None
+        amax, self.amax = self.amax, None
         if amax is None or len(amax) != len(h):
             raise RuntimeError(
                 f"a {DOWN} with scales of tokens reads {len(h)} of them, but its {UP} did not run on them"
@@ -109,7 +97,10 @@ class TokenScales:
 
 
 def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
-    """The ``make`` of a rule for quantized down-projections, with siblings gate and up."""
+    """The ``make`` of a rule for quantized down-projections, with siblings gate and up.
+
+    It raises ValueError for one that is smoothed already, and as ``smoothed`` does.
+    """
 
     def make(down: nn.Module, path: str, gate: nn.Module, up: nn.Module) -> QuantLinear:
         assert isinstance(down, QuantLinear)
@@ -120,26 +111,8 @@ def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
             linear.statistics = ChannelScales(pow2)
         else:
             linear.statistics = scales = TokenScales(pow2)
-            up.register_forward_hook(scales.note)
+            up.register_forward_hook(scales.measure)
         return linear
-
-    return make
-
-
-def fused(*, always: bool) -> Callable[[nn.Module, str], nn.Module]:
-    """The ``make`` of a rule for the SwiGLUs whose down-projections ``smooth`` has made; all else stays as it is."""
-
-    def make(mlp: nn.Module, path: str) -> nn.Module:
-        gate, up, down = (mlp.get_submodule(name) for name in (GATE, UP, DOWN))
-        if not all(isinstance(linear, QuantLinear) for linear in (gate, up, down)):
-            return mlp
-        assert isinstance(down, QuantLinear)
-        if not isinstance(down.statistics, ChannelScales | TokenScales):
-            return mlp
-        scales = functools.partial(scales_of, pow2=down.statistics.pow2)
-        along = 1 if isinstance(down.statistics, ChannelScales) else 0
-        FusedSwiGLU(mlp, path, Smoothing(along, scales), always=always).put_in()
-        return mlp
 
     return make
 
@@ -148,7 +121,7 @@ def smoothed(spec: LinearSpec, form: Form) -> LinearSpec:
     """``spec`` with its GEMMs rescaled, before its own transforms.
 
     Raises ValueError where the input is not quantized, so that there is nothing to smooth, and for operands that are
-    made of codes of another GEMM: those would be rescaled twice.
+    quantized from the codes of another GEMM: those would be rescaled twice.
     """
     if spec.fprop.a is None:
         raise ValueError(f"Smooth-SwiGLU rescales the quantized input of {DOWN}: in {spec} it is not quantized")
@@ -172,12 +145,3 @@ def _rescaled(gemm: GemmSpec, rescale: Rescale | None) -> GemmSpec:
         return gemm
     transform: Transform = rescale if gemm.transform is None else Composed(first=rescale, second=gemm.transform)
     return replace(gemm, transform=transform)
-
-
-def fold(up_weight: Tensor, down_weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Up-projection rows divided by ``scales`` [channels], down-projection columns times them: the same function.
-
-    Exact for powers of two, while nothing leaves the range of the dtype.
-    """
-    factor = scales.to(up_weight.dtype)
-    return up_weight / factor[:, None], down_weight * factor
