@@ -12,9 +12,10 @@ from pathlib import Path
 
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
-from narrowgauge.trainer.data.batches import ShuffledSource, TokenShards, TokenStream
+from narrowgauge.trainer.data.batches import ShuffledSource
 from narrowgauge.trainer.data.corpus import corpus_files, read_texts
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import TokenShards, TokenStream
 from narrowgauge.trainer.data.tokenizer import load_tokenizer
 from narrowgauge.trainer.errors import UserError
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
-from .config import check_flags, entry_config, for_compose, load_config, parse
+from .config import entry_config, load_config
 from .environ import check_environment, forgive_console
 from .errors import ExitCode, RunFailed, UserError, one_line
 from .lifeline import last_words, launched_by_torchrun
+from .overrides import check_flags, for_compose, parse
 from .own import Place, hydra_at, split
 from .run import run
 from .rundir import RunDirectory

@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from .checkpoint import Checkpoint, had_checkpoints
-from .data.batches import DataConfig
+from .data.config import DataConfig
 from .data.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
 from .distributed import StopRequest, World, launcher_pid, say
 from .errors import UserError

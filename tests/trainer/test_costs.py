@@ -11,8 +11,9 @@ import torch
 from conftest import train_here
 from narrowgauge.models import create
 from narrowgauge.precision.recipe import apply, load
-from narrowgauge.trainer.config import CONFIG_DIR, TrainConfig, groups, load_config
+from narrowgauge.trainer.config import TrainConfig, groups, load_config
 from narrowgauge.trainer.costs import NAMED_SIZES, flops_per_token, peak_flops, peak_memory, short, size_in_name
+from narrowgauge.trainer.own import CONFIG_DIR
 
 
 def model_of(*overrides: str) -> torch.nn.Module:

@@ -17,19 +17,10 @@ import torch
 from conftest import make_texts, sign, tiny_overrides, train_here, write_corpus
 from narrowgauge.trainer.checkpoint import list_checkpoints
 from narrowgauge.trainer.config import TrainConfig, load_config
-from narrowgauge.trainer.data.batches import (
-    MixedSource,
-    MixedWindows,
-    Mixture,
-    OrderedSource,
-    ShuffledSource,
-    TokenShards,
-    TokenStream,
-    apportion,
-    document_positions,
-    permute,
-)
+from narrowgauge.trainer.data.batches import OrderedSource, ShuffledSource, document_positions, permute
+from narrowgauge.trainer.data.mixture import MixedSource, MixedWindows, Mixture, apportion
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import TokenShards, TokenStream
 from narrowgauge.trainer.data.tokenizer import train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics

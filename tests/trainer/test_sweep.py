@@ -23,9 +23,9 @@ from conftest import tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from narrowgauge.trainer import machine
-from narrowgauge.trainer.build import require_data
 from narrowgauge.trainer.checkpoint import list_checkpoints
 from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.open import require_data
 from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.own import setting

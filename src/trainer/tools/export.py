@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ...precision.smooth import DOWN, GATE, UP, fold, scales_of
 from .. import distributed
-from ..build import open_windows, resolve_model, to_transformers
-from ..checkpoint import newest, read_tensors
-from ..data.tokenizer import load_tokenizer, save_for_transformers
+from ..build import resolve_model, to_transformers
+from ..checkpoint import read_tensors
+from ..data.open import open_windows
+from ..data.tokenizer import save_for_transformers
 from ..errors import UserError, one_line
 from ..files import sync_directory, write_json
 from ..pretrained import DOCUMENT_MASK
-from ..rundir import RunDirectory, require_tokenizer
 from ..state import evaluating
-from .restore import open_config, restore_run
+from .restore import open_checkpoint, restore_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION_WINDOWS = 16  # of the training split
@@ -51,13 +51,7 @@ def export_run(
         raise UserError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
-    directory = RunDirectory(run_dir)
-    config = open_config(directory)
-    checkpoint = newest(directory.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
-    require_tokenizer(checkpoint, tokenizer)
+    config, checkpoint, tokenizer = open_checkpoint(run_dir)
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
