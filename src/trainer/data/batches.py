@@ -53,6 +53,21 @@ class Windows(Protocol):
     def num_bytes(self, num_windows: int) -> float: ...
 
 
+def bytes_of(ends: np.ndarray, num_tokens: int, before: float = 0.0) -> float:
+    """UTF-8 bytes of the first ``num_tokens`` tokens, and ``before``.
+
+    Whole documents are counted exactly, the last, cut one in proportion to its tokens. ``ends``: tokens and bytes up to
+    each document's end, int64 [documents, 2].
+    """
+    document = int(np.searchsorted(ends[:, 0], num_tokens, side="right"))
+    tokens_before, bytes_before = ends[document - 1].tolist() if document else (0, 0)
+    total = before + float(bytes_before)
+    if document < len(ends):
+        tokens, size = ends[document].tolist()
+        total += float(size - bytes_before) * (num_tokens - tokens_before) / float(tokens - tokens_before)
+    return total
+
+
 class DocumentsApart:
     """A source whose batches say where documents begin, so that none sees what stands before it in its window.
 

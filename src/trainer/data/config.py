@@ -13,7 +13,7 @@ from .manifest import tokenizer_of
 from .mixture import BLOCK, apportion
 from .remote import MIN_BYTES_PER_SECOND, remote_path
 from .rows import SAMPLE_BY, Source, is_rows, row_parts
-from .tokenizer import is_on_hub
+from .tokenizer_files import is_on_hub
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,8 @@ from .remote import remote_path
 from .rows import is_elsewhere, is_rows
 from .shards import TokenShards, TokenStream
 from .stream import StreamSource, TextStream, TextWindows, read_head
-from .tokenizer import TextTokenizer, is_on_hub, load_tokenizer
+from .tokenizer import TextTokenizer, load_tokenizer
+from .tokenizer_files import is_on_hub
 
 # What a run does with its data, which preparing them does not ask for.
 _NOT_PREPARED = {"name", "verify", "document_mask", "seq_len", "global_batch_size", "stream", "lanes", "shuffle_rows"}

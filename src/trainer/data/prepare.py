@@ -29,7 +29,8 @@ from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of
 from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
 from .remote import remote_path
 from .rows import is_rows
-from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, is_on_hub, load_tokenizer, train_bpe
+from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
+from .tokenizer_files import is_on_hub
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _ELSEWHERE = "data.out=DIR puts tokenizer and shards elsewhere"

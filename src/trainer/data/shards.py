@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError, one_line
 from ..files import read_json
+from .batches import bytes_of
 from .config import DataConfig
 from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, read_manifest
 
@@ -174,16 +175,12 @@ class TokenStream:
     def num_bytes(self, num_windows: int) -> float:
         """UTF-8 bytes of the text that the targets of the first ``num_windows`` windows spell.
 
-        Whole documents are counted exactly, the last, cut one in proportion to its tokens.
+        Counted as ``bytes_of`` does.
         """
         remaining, total = num_windows * self.seq_len + 1, 0.0
         for info in self._infos:
             if remaining >= info["tokens"]:
                 remaining, total = remaining - info["tokens"], total + info["bytes"]
                 continue
-            ends = self._shards.ends(info)
-            document = int(np.searchsorted(ends[:, 0], remaining, side="right"))
-            tokens_before, bytes_before = ends[document - 1] if document else (0, 0)
-            tokens, size = ends[document] - (tokens_before, bytes_before)
-            return total + float(bytes_before) + float(size) * (remaining - int(tokens_before)) / float(tokens)
+            return bytes_of(self._shards.ends(info), remaining, total)
         return total

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .batches import Batch, TrainingSource, permute
+from .batches import Batch, TrainingSource, bytes_of, permute
 from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, read_lines, text_of, texts_of
 from .tokenizer import TextTokenizer
 
@@ -314,13 +314,7 @@ class TextWindows:
 
     def num_bytes(self, num_windows: int) -> float:
         """As ``TokenStream.num_bytes``."""
-        covered = num_windows * self.seq_len + 1
-        document = int(np.searchsorted(self._ends[:, 0], covered, side="right"))
-        before = self._ends[document - 1] if document else np.zeros(2, np.int64)
-        if document == len(self._ends):
-            return float(before[1])
-        tokens, size = self._ends[document] - before
-        return float(before[1]) + float(size) * (covered - int(before[0])) / float(tokens)
+        return bytes_of(self._ends, num_windows * self.seq_len + 1)
 
 
 def read_head(
