@@ -115,12 +115,12 @@ def check_own(file: Path, group: str) -> str | None:
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
     known = {key.rsplit(".", up)[0] for key in kinds(TrainConfig) for up in range(key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
-        whole = f"{prefix}{key}"
+        full = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
         if _EXECUTES.match(key):
             raise UserError(f"{file}: {key} is not a config's to set: it finds or executes code")
-        if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
-            near = close(whole, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
+        if not (key.startswith(("defaults", "hydra.")) or full in known or _OPEN.match(full) or chosen):
+            near = close(full, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
             raise UserError(f"{file}: unknown key {key!r}{near}")
     return package
 
@@ -250,8 +250,9 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
-    whole = (with_arguments(config).flat() for config in (old, new))
-    before, after = ({key: value for key, value in flat.items() if value != {}} for flat in whole)
+    before, after = (
+        {key: value for key, value in with_arguments(config).flat().items() if value != {}} for config in (old, new)
+    )
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 

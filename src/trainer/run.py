@@ -91,12 +91,9 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
         raise
     finally:
         job.checkpointer.close(wait=not broken)  # the lock is given back only when nothing is being written any more
-        if job.console is not None:
-            job.console.close()
-        if job.metrics is not None:
-            job.metrics.close()
-        if job.trackers is not None:
-            job.trackers.close()
+        for output in (job.console, job.metrics, job.trackers):
+            if output is not None:
+                output.close()
 
 
 def _of_rank(world: World, line: str) -> str:
@@ -182,12 +179,13 @@ def _build(
         stop=stop,
         probe=_probe(config.probe, state.plan),
     )
-    made_of = {"parameters": num_parameters(state.model), "data": data.fingerprint, "state_bytes": state.num_bytes()}
-    made_of |= {
+    env = environment(world, state.step) | {
+        "parameters": num_parameters(state.model),
+        "data": data.fingerprint,
+        "state_bytes": state.num_bytes(),
         "compiled": config.parallel.compiles(world.device),
         "deterministic": config.parallel.is_deterministic(world.device),
     }
-    env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
     world.on_main(lambda: directory.keep_recipe(config.precision.files()))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
@@ -284,8 +282,8 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _say_all(told: Sequence[tuple[str, str]]) -> None:
-    for name, value in told:
+def _say_all(rows: Sequence[tuple[str, str]]) -> None:
+    for name, value in rows:
         say(f"{name:18} {value}")
 
 
@@ -299,7 +297,7 @@ def _summary(job: Job, directory: RunDirectory, totals: Sequence[tuple[str, str]
         say(f"bits per byte      {row['bits_per_byte']:.4f}")
     if text is not None:
         say(f"sample             {text}")
-    if kept := list_checkpoints(directory.checkpoints):
-        say(f"checkpoint         {kept[-1]}")
+    if checkpoints := list_checkpoints(directory.checkpoints):
+        say(f"checkpoint         {checkpoints[-1]}")
     say(f"loss curve         {directory.path / 'loss.png'}")
     say(f"run directory      {directory.path}")

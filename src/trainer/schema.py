@@ -39,7 +39,7 @@ class Values:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The whole config: one field a part, each described beside the code that reads it."""
+    """The whole config: one field a part, each described where the code that reads it is."""
 
     model: Any = MISSING  # one of build.MODEL_SCHEMAS
     data: DataConfig = MISSING
@@ -141,7 +141,7 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
     OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
-    # ${tokenizer:HOME,VOCABULARY,DEFAULT}: not kept, for another vocabulary is another place
+    # ${tokenizer:HOME,VOCABULARY,DEFAULT}: not cached, for another vocabulary is another place
     OmegaConf.register_new_resolver("tokenizer", tokenizer_place, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)

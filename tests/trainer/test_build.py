@@ -18,7 +18,7 @@ from narrowgauge.trainer.build import narrow_rows, sequence_bytes
 from narrowgauge.trainer.config import load_config, load_run_config
 from narrowgauge.trainer.costs import micro_batch_size
 from narrowgauge.trainer.distributed import ParallelConfig, World
-from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.errors import ExitCode
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
@@ -87,16 +87,6 @@ def test_a_width_that_no_bulk_copy_takes_is_named(recipe: str) -> None:
     assert line.startswith("warning: width 5,461 (layers.0.mlp.gate_proj and others): a row of 10,922 bytes")
     (line,) = warnings("gpt2_124m", 50_257)
     assert line.startswith("warning: width 50,257 (lm_head): a row of 100,514 bytes")
-
-
-def test_a_step_that_has_to_be_one_micro_batch_is() -> None:
-    def size(wanted: int | None, processes: int) -> int:
-        world = World(0, processes, processes, torch.device("cpu"), None, None)
-        return micro_batch_size(wanted, 64, 1e9, world, one=True)
-
-    assert [size(None, 1), size(None, 2), size(32, 2)] == [64, 32, 32]
-    with pytest.raises(UserError, match=r"micro_batch_size=8: precision.args.amax=step .*: take 32 .*or amax=micro"):
-        size(8, 2)
 
 
 def test_activations_are_counted_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,19 +55,53 @@ class Windows(Protocol):
     def num_bytes(self, num_windows: int) -> float: ...
 
 
-def bytes_of(ends: np.ndarray, num_tokens: int, before: float = 0.0) -> float:
-    """UTF-8 bytes of the first ``num_tokens`` tokens, and ``before``.
+class TokenStream:
+    """Windows of ``seq_len + 1`` tokens; neighbours share one token, the last few tokens are left out.
 
-    Whole documents are counted exactly, the last, cut one in proportion to its tokens. ``ends``: tokens and bytes up to
-    each document's end, int64 [documents, 2].
+    Args:
+        tokens: in parts, each of any whole type.
+        ends: of each part, tokens and UTF-8 bytes up to each document's end, int64 [documents, 2].
+        place: what is said of a stream that is too short: for it UserError is raised.
     """
-    document = int(np.searchsorted(ends[:, 0], num_tokens, side="right"))
-    tokens_before, bytes_before = ends[document - 1].tolist() if document else (0, 0)
-    total = before + float(bytes_before)
-    if document < len(ends):
-        tokens, size = ends[document].tolist()
-        total += float(size - bytes_before) * (num_tokens - tokens_before) / float(tokens - tokens_before)
-    return total
+
+    def __init__(self, tokens: Sequence[np.ndarray], ends: Sequence[np.ndarray], seq_len: int, place: str) -> None:
+        self.seq_len = seq_len
+        self._parts, self._documents = tokens, ends
+        self._ends = np.cumsum([len(part) for part in tokens], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1]) if len(tokens) else 0
+        self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
+        if self.num_windows == 0:
+            raise UserError(
+                f"{place} has {self.num_tokens} tokens, less than one window of data.seq_len + 1 = {seq_len + 1}"
+            )
+
+    def window(self, index: int) -> np.ndarray:
+        """Window ``index``, int64 [seq_len + 1]."""
+        start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
+        pieces = []
+        part = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            begin = int(self._ends[part]) - len(self._parts[part])
+            end = min(stop, int(self._ends[part]))
+            pieces.append(self._parts[part][start - begin : end - begin])
+            start, part = end, part + 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def num_bytes(self, num_windows: int) -> float:
+        """UTF-8 bytes of the text that the targets of the first ``num_windows`` windows spell.
+
+        Whole documents are counted exactly, the last, cut one in proportion to its tokens.
+        """
+        remaining, total = num_windows * self.seq_len + 1, 0.0
+        for part, ends in zip(self._parts, self._documents, strict=True):
+            if remaining >= len(part):
+                remaining, total = remaining - len(part), total + int(ends[-1, 1])
+                continue
+            document = int(np.searchsorted(ends[:, 0], remaining, side="right"))
+            tokens_before, bytes_before = ends[document - 1] if document else (0, 0)
+            tokens, size = ends[document] - (tokens_before, bytes_before)
+            return total + float(bytes_before) + float(size) * (remaining - int(tokens_before)) / float(tokens)
+        return total
 
 
 class DocumentsApart:
@@ -112,17 +148,17 @@ class Ahead:
     def batch(self, step: int, micro: int) -> Batch:
         """The source's batch. What goes wrong in making it is raised when its step is asked for."""
         if self._thread is None:
-            return self._made(step, micro)
+            return self._pinned(step, micro)
         if step != self._step:
-            made = self._next[1].result() if self._next is not None and self._next[0] == step else self._all(step)
-            self._step, self._batches = step, made
+            batches = self._next[1].result() if self._next is not None and self._next[0] == step else self._all(step)
+            self._step, self._batches = step, batches
             self._next = step + 1, self._thread.submit(self._all, step + 1)
         return self._batches[micro]
 
     def _all(self, step: int) -> list[Batch]:
-        return [self._made(step, micro) for micro in range(self.num_micro)]
+        return [self._pinned(step, micro) for micro in range(self.num_micro)]
 
-    def _made(self, step: int, micro: int) -> Batch:
+    def _pinned(self, step: int, micro: int) -> Batch:
         batch = self._source.batch(step, micro)
         if not self._pin:
             return batch
@@ -141,15 +177,16 @@ def document_positions(tokens_BT: Tensor, end_of_text: int) -> Tensor:
 class TrainingSource(ABC):
     """Training batches. Rank r of W holds samples [r*G/W, (r+1)*G/W) of each step's G, in equal micro-batches."""
 
-    #: What has to be saved beside the step number, alive; None where batches are a function of it.
+    #: What has to be saved with the step number, updated in place; None where batches are a function of it.
     position: Tensor | None = None
 
     def __init__(self, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self._seed = seed
         self._global_batch = global_batch
         self._micro_batch = micro_batch
-        self._rank_offset = rank * (global_batch // world_size)
-        self.num_micro = global_batch // world_size // micro_batch
+        self._share = global_batch // world_size  # sequences of a step on this rank
+        self._rank_offset = rank * self._share
+        self.num_micro = self._share // micro_batch
 
     def first_sample(self, step: int) -> int:
         """Global index of this rank's first sample of ``step``."""

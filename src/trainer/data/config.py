@@ -66,7 +66,7 @@ class DataConfig:
         return self.shards or str(Path(self.home) / "shards" / name)
 
     def shards_of(self, fingerprint: str) -> Path:
-        """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or beside others that stand there."""
+        """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or next to others that stand there."""
         directory = Path(self.shards_dir)
         other = tokenizer_of(directory) not in (None, fingerprint)
         return directory.with_name(f"{directory.name}-{fingerprint[:8]}") if other else directory

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .batches import Batch, TrainingSource, Windows, batch_of, permute, shuffled
+from .batches import Batch, TokenStream, TrainingSource, Windows, batch_of, permute, shuffled
 
 BLOCK = 10_000  # samples in which every source of a mixture has its exact share
 
@@ -14,7 +14,7 @@ BLOCK = 10_000  # samples in which every source of a mixture has its exact share
 class Mixture:
     """Several streams, whose windows are drawn by weight. Raises UserError if one cannot be used."""
 
-    def __init__(self, streams: Mapping[str, Windows], weights: Sequence[float]) -> None:
+    def __init__(self, streams: Mapping[str, TokenStream], weights: Sequence[float]) -> None:
         self.names = list(streams)
         self.streams = list(streams.values())
         self.weights = list(weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,22 @@ from omegaconf import OmegaConf
 from ..distributed import World, say
 from ..errors import UserError
 from ..own import CONFIG_DIR, setting, shell
-from .batches import DataSource, DocumentsApart, OrderedSource, ShuffledSource, TrainingSource, Windows
+from .batches import (
+    DataSource,
+    DocumentsApart,
+    OrderedSource,
+    ShuffledSource,
+    TokenStream,
+    TrainingSource,
+    Windows,
+)
 from .config import DataConfig
+from .corpus import CorpusFile
 from .mixture import MixedSource, MixedWindows, Mixture
 from .remote import remote_path
 from .rows import is_elsewhere, is_rows
-from .shards import TokenShards, TokenStream
-from .stream import StreamSource, TextStream, TextWindows, read_head
+from .shards import TokenShards
+from .stream import StreamSource, TextStream, read_head
 from .tokenizer import TextTokenizer, load_tokenizer
 from .tokenizer_files import is_on_hub
 
@@ -56,7 +65,7 @@ def _open_prepared(config: DataConfig, eval_tokens: int, *, verify: bool) -> Dat
     if verify:
         for part in shards.values():
             part.verify()
-    streams = {name: TokenStream(part, "train", config.seq_len) for name, part in shards.items()}
+    streams = {name: part.stream("train", config.seq_len) for name, part in shards.items()}
     validation = _windows(shards, config, "validation", eval_tokens) if eval_tokens else None
     place = ", ".join(str(part.directory) for part in shards.values())
     if config.sources is None:
@@ -75,14 +84,14 @@ def _open_stream(config: DataConfig, eval_tokens: int, world: World) -> Data:
         # By one process, for all: the same view of a directory that may change, and one request instead of many.
         tokenizer = _open_tokenizer(config)
         files = config.files()
-        wanted = _whole(eval_tokens, config)
-        head = read_head(files["validation"], tokenizer, wanted, config.row_limits) if eval_tokens else None
+        validation = None
+        if eval_tokens:
+            validation = _text_windows(files["validation"], config, tokenizer, "validation", eval_tokens)
         train = files["train"]
-        return train, [file.text_identity() for file in train], [file.identity() for file in train], head
+        return train, [file.text_identity() for file in train], [file.identity() for file in train], validation
 
-    files, *identities, head = world.on_main(read)
+    files, *identities, validation = world.on_main(read)
     tokenizer = world.on_all(lambda: _open_tokenizer(config))
-    validation = _text_windows(*head, config, "validation") if head is not None else None
     training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows, config.row_limits)
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
@@ -98,11 +107,9 @@ def open_windows(config: DataConfig, tokenizer: TextTokenizer, split: str, token
 
     Raises UserError for text or shards that cannot be used.
     """
-    if not config.stream:
-        return _windows(_open_shards(config, tokenizer), config, split, tokens)
-    wanted = _whole(tokens, config) if tokens else None
-    head = read_head(config.files([split])[split], tokenizer, wanted, config.row_limits)
-    return _text_windows(*head, config, split)
+    if config.stream:
+        return _text_windows(config.files([split])[split], config, tokenizer, split, tokens)
+    return _windows(_open_shards(config, tokenizer), config, split, tokens)
 
 
 def require_data(config: DataConfig) -> None:
@@ -144,13 +151,8 @@ def separate_documents(source: DataSource, config: DataConfig, tokenizer: TextTo
     return DocumentsApart(source, tokenizer.eot) if config.document_mask else source
 
 
-def _whole(tokens: int, config: DataConfig) -> int:
-    """Tokens of the windows that ``tokens`` targets take."""
-    return -(-tokens // config.seq_len) * config.seq_len + 1
-
-
 def _windows(shards: Mapping[str, TokenShards], config: DataConfig, split: str, tokens: int) -> Windows:
-    streams = {name: TokenStream(part, split, config.seq_len) for name, part in shards.items()}
+    streams = {name: part.stream(split, config.seq_len) for name, part in shards.items()}
     if config.sources is None:
         return next(iter(streams.values()))
     weights = [config.sources[name].weight for name in streams]
@@ -158,14 +160,12 @@ def _windows(shards: Mapping[str, TokenShards], config: DataConfig, split: str, 
     return MixedWindows(list(streams.values()), weights, most)
 
 
-def _text_windows(tokens: Any, ends: Any, config: DataConfig, split: str) -> TextWindows:
-    windows = TextWindows(tokens, ends, config.seq_len)
-    if windows.num_windows == 0:
-        raise UserError(
-            f"data.path={config.path}: the {split} split has {windows.num_tokens} tokens, less than one window of "
-            f"data.seq_len + 1 = {config.seq_len + 1}"
-        )
-    return windows
+def _text_windows(
+    files: Sequence[CorpusFile], config: DataConfig, tokenizer: TextTokenizer, split: str, tokens: int
+) -> TokenStream:
+    wanted = -(-tokens // config.seq_len) * config.seq_len + 1 if tokens else None
+    head, ends = read_head(files, tokenizer, wanted, config.row_limits)
+    return TokenStream([head], [ends], config.seq_len, f"data.path={config.path}: the {split} split")
 
 
 def _open_tokenizer(config: DataConfig) -> TextTokenizer:

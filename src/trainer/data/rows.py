@@ -102,9 +102,9 @@ class RowPart:
             rows: Sequence[int] = self.rows[start : start + self.batch]
             if self.every:
                 rows = [row for row in rows if not _is_held_out(row, self.every)]
-            whole = isinstance(rows, range) and rows.step == 1
+            dense = isinstance(rows, range) and rows.step == 1
             try:
-                column = arrow[rows.start : rows.stop if whole else 0] if whole else arrow[list(rows)] if rows else None
+                column = arrow[rows.start : rows.stop if dense else 0] if dense else arrow[list(rows)] if rows else None
                 cells = column[self.column].cast(pa.large_binary()).to_pylist() if column is not None else []
             except (pa.ArrowException, OSError) as error:
                 raise UserError(

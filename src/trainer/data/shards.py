@@ -1,4 +1,4 @@
-"""Prepared token shards, memory-mapped: one split is a stream of tokens, cut into windows."""
+"""Prepared token shards, memory-mapped and compared with their manifest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from ..errors import UserError, one_line
 from ..files import read_json
-from .batches import bytes_of
+from .batches import TokenStream
 from .config import DataConfig
 from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, read_manifest
 
 _NPY_HEADER_BYTES = 1 << 14
-_OTHER_OPEN_FILES = 256  # to come, beside those that are
+_OTHER_OPEN_FILES = 256  # to come, in addition to those that are
 
 
 def _fingerprint(content: Any) -> str:
@@ -49,8 +49,8 @@ class TokenShards:
         tokenizer_fingerprint: str,
         advice: str = "run python scripts/prepare_data.py with the same data options",
     ) -> None:
-        beside = config.shards_of(tokenizer_fingerprint)
-        self.directory = beside if (beside / MANIFEST).exists() else Path(config.shards_dir)
+        own = config.shards_of(tokenizer_fingerprint)
+        self.directory = own if (own / MANIFEST).exists() else Path(config.shards_dir)
         self._again = again = advice
         file = self.directory / MANIFEST
         try:
@@ -102,6 +102,12 @@ class TokenShards:
             hint = " (ulimit -n allows more)" if getattr(error, "errno", None) == errno.EMFILE else ""
             raise UserError(f"{path} cannot be opened: {one_line(error)}{hint}") from error
 
+    def stream(self, split: str, seq_len: int) -> TokenStream:
+        """The windows of a split. Raises UserError if it has less than one."""
+        infos = [info for info in self.splits.get(split, []) if info["tokens"]]
+        ends = [self.ends(info) for info in infos]
+        return TokenStream([*map(self.tokens, infos)], ends, seq_len, f"{self.directory}: the {split} split")
+
     def tokens(self, shard: ShardInfo) -> np.ndarray:
         """uint16 or uint32 [tokens], as they were opened."""
         return self._bytes[shard["file"]].view(self.dtype)
@@ -141,46 +147,3 @@ class TokenShards:
                     raise UserError(f"{path} was written anew just now: run the same command again")
                 if digest != checksum:
                     raise UserError(f"{path} is damaged (checksum differs): run python scripts/prepare_data.py again")
-
-
-class TokenStream:
-    """One split as windows of ``seq_len + 1`` tokens; neighbours share one token, the last few tokens are left out."""
-
-    def __init__(self, shards: TokenShards, split: str, seq_len: int) -> None:
-        self.seq_len = seq_len
-        self._shards = shards
-        self._infos = [info for info in shards.splits.get(split, []) if info["tokens"]]
-        self._tokens = [shards.tokens(info) for info in self._infos]
-        self._ends = np.cumsum([info["tokens"] for info in self._infos], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1]) if self._infos else 0
-        self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
-        if self.num_windows == 0:
-            raise UserError(
-                f"{shards.directory}: the {split} split has {self.num_tokens} tokens, less than one window of "
-                f"data.seq_len + 1 = {seq_len + 1}"
-            )
-
-    def window(self, index: int) -> np.ndarray:
-        """Window ``index``, int64 [seq_len + 1]."""
-        start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
-        parts = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            begin = int(self._ends[shard]) - self._infos[shard]["tokens"]
-            end = min(stop, int(self._ends[shard]))
-            parts.append(self._tokens[shard][start - begin : end - begin])
-            start, shard = end, shard + 1
-        return np.concatenate(parts).astype(np.int64)
-
-    def num_bytes(self, num_windows: int) -> float:
-        """UTF-8 bytes of the text that the targets of the first ``num_windows`` windows spell.
-
-        Counted as ``bytes_of`` does.
-        """
-        remaining, total = num_windows * self.seq_len + 1, 0.0
-        for info in self._infos:
-            if remaining >= info["tokens"]:
-                remaining, total = remaining - info["tokens"], total + info["bytes"]
-                continue
-            return bytes_of(self._shards.ends(info), remaining, total)
-        return total

@@ -59,8 +59,8 @@ def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
         _ = config.values
     except (ValueError, UserError) as error:
         copies = [str(path) for path in sorted(run_dir.glob("recipe*.py"))]
-        kept = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
-        raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{kept}") from error
+        hint = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
+        raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{hint}") from error
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=config.seed)
