@@ -12,9 +12,10 @@ from pathlib import Path
 
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
-from narrowgauge.trainer.data.batches import ShuffledSource, TokenShards, TokenStream
+from narrowgauge.trainer.data.batches import ShuffledSource
 from narrowgauge.trainer.data.corpus import corpus_files, read_texts
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import TokenShards
 from narrowgauge.trainer.data.tokenizer import load_tokenizer
 from narrowgauge.trainer.errors import UserError
 
@@ -40,7 +41,7 @@ def main(
             prepare(target)
             prepared.append(time.perf_counter() - started)
         source = ShuffledSource(
-            TokenStream(TokenShards(target, loaded.fingerprint), "train", 512),
+            TokenShards(target, loaded.fingerprint).stream("train", 512),
             seed=0, global_batch=16, micro_batch=16, rank=0, world_size=1,
         )  # fmt: skip
         batches = []

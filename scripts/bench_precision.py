@@ -267,7 +267,7 @@ def _step_way(config: TrainConfig, world: World) -> Way:
         num_kv_heads=HEADS,
         tie_embeddings=True,
     )
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0)
+    state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=0)
     source = RandomSource()
     number = 0
 

@@ -13,9 +13,10 @@ import json
 
 import torch
 from narrowgauge.trainer import distributed
-from narrowgauge.trainer.build import build_state, micro_batch_size, num_parameters, resolve_model
+from narrowgauge.trainer.build import build_state, num_parameters, resolve_model, sequence_bytes
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.costs import micro_batch_size
 from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import World, say
 from narrowgauge.trainer.errors import UserError
@@ -53,9 +54,11 @@ def measured(config: object, world: World) -> dict[str, float]:
     gc.collect()
     before = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}  # of earlier runs, and of modules
     model_config = resolve_model(config.model, VOCABULARY, config.data.seq_len)
-    micro = micro_batch_size(config.train.micro_batch_size, model_config, config.data, config.parallel, world)
+    precision = config.values.precision
+    size = sequence_bytes(model_config, config.parallel, world.device, config.data.seq_len, torch.float32)
+    micro = micro_batch_size(config.values.micro_batch, config.data.global_batch_size, size, world)
     state = build_state(
-        model_config, config.precision, config.parallel, config.optim, world, seed=config.seed,
+        model_config, precision, config.parallel, config.optim, world, seed=config.seed,
         tokens=micro * config.data.seq_len,
     )  # fmt: skip
     sizes: dict[str, float] = {}

@@ -129,7 +129,7 @@ def our_training() -> tuple[Callable[[int], StepResult], TrainState, World]:
         num_kv_heads=HEADS,
         tie_embeddings=True,
     )
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0)
+    state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=0)
     source = RandomSource()
     return lambda number: update_from(state, source, world, config.optim, number, 1000), state, world
 

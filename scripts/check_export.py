@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from narrowgauge.trainer import distributed
-from narrowgauge.trainer.build import open_windows
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.open import open_windows
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError

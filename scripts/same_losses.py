@@ -27,7 +27,7 @@ from pathlib import Path
 
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import groups, load_config
-from narrowgauge.trainer.data.batches import MANIFEST
+from narrowgauge.trainer.data.manifest import MANIFEST
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.tools.verify import check_out, command, compare_runs
 

@@ -89,7 +89,7 @@ def watch(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def trained(config: TrainConfig, world: World) -> tuple[list[float], dict[str, torch.Tensor], str]:
     """Losses and gradient norms, the state, and the plan."""
     model = resolve_model(config.model, 257, 16)
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=1, tokens=32)
+    state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=1, tokens=32)
     if config.parallel.fp8_all_gather:
         watch(state.model, state.plan.recipe.dtypes.compute)
     source, numbers = Drawn(world), []

@@ -34,10 +34,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load
-from narrowgauge.trainer.build import open_windows
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
-from narrowgauge.trainer.data.batches import DataConfig
+from narrowgauge.trainer.data.config import DataConfig
+from narrowgauge.trainer.data.open import open_windows
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.tokenizer import load_tokenizer
 from narrowgauge.trainer.errors import ExitCode

@@ -155,7 +155,7 @@ def ten_losses(recipe: str, world: distributed.World) -> list[float]:
         name="toy", vocab_size=256, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4, num_kv_heads=4
     )
     config = load_config([f"precision={recipe}", "parallel.compile=false"])
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=1, tokens=4 * 64)
+    state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=1, tokens=4 * 64)
     source = RandomTokens(4, 64, 256)
     results = [update_from(state, source, world, config.optim, step, 10) for step in range(10)]
     return [float(result.loss) for result in results]

@@ -132,7 +132,8 @@ def build_here(
 
     config = load_config(list(overrides))
     with patch.object(build, "initialize", drawn), patch.object(build, "create", created):
-        return build.build_state(model, config.precision, config.parallel, config.optim, world, seed=0, tokens=tokens)
+        precision = config.values.precision
+        return build.build_state(model, precision, config.parallel, config.optim, world, seed=0, tokens=tokens)
 
 
 def measured(

@@ -4,163 +4,38 @@ from __future__ import annotations
 
 import io
 import re
-import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from enum import Enum
-from functools import cache
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
-from omegaconf._utils import get_omega_conf_dumper
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from ..precision.loading import files_in, filled, is_file
 from ..precision.suggest import close
-from .build import MODEL_SCHEMAS, PrecisionConfig
-from .checkpoint import CheckpointConfig, ResumeConfig
-from .data.batches import DataConfig, SourceConfig, home_of
-from .data.tokenizer import tokenizer_place
-from .distributed import ParallelConfig
-from .environ import is_text, require_text, unquoted
+from .build import MODEL_SCHEMAS
+from .data.config import SourceConfig
+from .environ import is_text
 from .errors import UserError, one_line
-from .loop import EvalConfig, LoopConfig, ProbeConfig
-from .metrics import LogConfig
-from .optim import OptimConfig
-from .own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
-from .rundir import Resume, RunConfig, RunDirectory
-from .spikes import SpikeAction
-from .tools.generate import SampleConfig
+from .overrides import SOURCES, for_compose, groups, is_hydra, kinds, parse
+from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
+from .rundir import Resume, RunDirectory
+from .schema import TrainConfig, flatten, plain
 
-_SOURCES = "data.sources"
 _OPEN = re.compile(  # of any names
     rf"precision\.args\.|data\.sources\.[^.]+(\.({'|'.join(part.name for part in fields(SourceConfig))}))?$"
 )
 _EXECUTES = re.compile(r"hydra\.(searchpath|callbacks|hydra_logging|job_logging)\b")
-_FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
-_FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 _MOST_DEPTH = 20  # of a config.yaml; those that are written have some 5
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{.*)", re.DOTALL)  # an even number of backslashes escapes nothing
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """The whole config: one field a part, each described beside the code that reads it."""
-
-    model: Any = MISSING  # one of trainer.build.MODEL_SCHEMAS
-    data: DataConfig = MISSING
-    precision: PrecisionConfig = MISSING
-    optim: OptimConfig = MISSING
-    parallel: ParallelConfig = MISSING
-    seed: int = 0
-    run: RunConfig = MISSING
-    train: LoopConfig = MISSING
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    resume: ResumeConfig = field(default_factory=ResumeConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-
-    def validate(self, *, recipe: bool = True) -> None:
-        """Raises UserError for the first part that is not valid. Changes nothing. ``recipe``: run recipe files."""
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if part.name == "precision" and not recipe:
-                continue
-            if hasattr(value, "validate"):
-                try:
-                    value.validate()
-                except ValueError as error:
-                    raise UserError(one_line(error)) from error
-        try:
-            if recipe:
-                self.precision.validate_schedule(self.train.steps)
-        except ValueError as error:
-            raise UserError(f"precision.{one_line(error)}") from error
-
-        if self.train.spike is SpikeAction.rollback and self.checkpoint.every == 0:
-            raise UserError(
-                "train.spike=rollback goes back to a scheduled checkpoint, and checkpoint.every=0 writes none: set "
-                "checkpoint.every, or take train.spike=skip"
-            )
-
-    def flat(self) -> dict[str, Any]:
-        """Every value by its dotted key, as plain numbers, strings, lists and None."""
-        return dict(flatten(self.nested()))
-
-    def nested(self) -> dict[str, Any]:
-        """Every value in its part, as plain numbers, strings, lists and None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
-
-    def to_yaml(self) -> str:
-        """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""
-        plain = _plain(asdict(self), escaped=True)
-        return yaml.dump(plain, Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False)
-
-
-def _plain(value: Any, *, escaped: bool = False) -> Any:
-    """Enums by name; ``escaped``: strings such that OmegaConf reads back what they are now."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item, escaped=escaped) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, escaped=escaped) for item in value]
-    if isinstance(value, Enum):
-        return value.name
-    if escaped and isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return value
-
-
-@cache
-def _dumper() -> Any:
-    class Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
-        """OmegaConf's, but what breaks lines (U+0085, which YAML reads as a space) is written as an escape."""
-
-    def represent(dumper: Any, text: str) -> Any:
-        plain = get_omega_conf_dumper().str_representer(dumper, text)
-        return plain if text.isprintable() else dumper.represent_scalar(plain.tag, text, style='"')
-
-    Dumper.add_representer(str, represent)
-    return Dumper
-
-
-def register_schemas() -> None:
-    """Tell Hydra the dataclasses, so that every yaml and every override is checked against them."""
-    OmegaConf.register_new_resolver("home", home_of, replace=True)  # ${home:PATH}, of a corpus
-    # ${tokenizer:HOME,VOCABULARY,DEFAULT}: not kept, for another vocabulary is another place
-    OmegaConf.register_new_resolver("tokenizer", tokenizer_place, replace=True)
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    for arch, schema in MODEL_SCHEMAS.items():
-        store.store(group="model", name=f"{arch}_schema", node=schema)
-
-
-register_schemas()
-
-
-def groups() -> dict[str, list[str]]:
-    """Config groups and the choices of each."""
-    return {
-        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
-        for directory in sorted(CONFIG_DIR.iterdir())
-        if directory.is_dir() and directory.name not in ("sweep", EXPERIMENT)  # grids of trainer.sweep; of any keys
-    }
 
 
 def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> TrainConfig:
@@ -184,12 +59,12 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     if earlier is None:
         if not keys_are_known:
             _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
-        lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
+        lines = [for_compose(override) for override in parsed if not is_hydra(override)]
         return to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
-        keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
+        keys = [o for o in parsed if not is_hydra(o) and o.key_or_group not in choices]
         # What the run's first command added or took away is as it wants it already.
         keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
         lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
@@ -238,14 +113,14 @@ def check_own(file: Path, group: str) -> str | None:
             raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
-    known = {key.rsplit(".", up)[0] for key in _kinds(TrainConfig) for up in range(key.count(".") + 1)}
+    known = {key.rsplit(".", up)[0] for key in kinds(TrainConfig) for up in range(key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
-        whole = f"{prefix}{key}"
+        full = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
         if _EXECUTES.match(key):
             raise UserError(f"{file}: {key} is not a config's to set: it finds or executes code")
-        if not (key.startswith(("defaults", "hydra.")) or whole in known or _OPEN.match(whole) or chosen):
-            near = close(whole, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
+        if not (key.startswith(("defaults", "hydra.")) or full in known or _OPEN.match(full) or chosen):
+            near = close(full, known).replace(f"'{prefix}", "'") or _alike_at_the_end(key, known)
             raise UserError(f"{file}: unknown key {key!r}{near}")
     return package
 
@@ -283,7 +158,7 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Pla
             before = OmegaConf.select(tree, key)
             OmegaConf.update(tree, key, text)
             if OmegaConf.select(tree, key) != before:
-                OmegaConf.update(tree, key, _plain(before, escaped=True))
+                OmegaConf.update(tree, key, plain(before, escaped=True))
     OmegaConf.set_struct(tree, True)
     return tree
 
@@ -375,8 +250,9 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
-    whole = (with_arguments(config).flat() for config in (old, new))
-    before, after = ({key: value for key, value in flat.items() if value != {}} for flat in whole)
+    before, after = (
+        {key: value for key, value in with_arguments(config).flat().items() if value != {}} for config in (old, new)
+    )
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -385,159 +261,6 @@ def with_arguments(config: TrainConfig) -> TrainConfig:
     """With every argument of the recipe: older configs lack those that it has learned since."""
     precision = config.precision
     return replace(config, precision=replace(precision, args=filled(precision.recipe, precision.args)))
-
-
-def parse(overrides: Sequence[str], *, several: bool = True) -> list[Override]:
-    """Overrides in Hydra's grammar, but that the value of a key of text is the text that was typed.
-
-    ``several``: a comma or a function separates the values of several runs. Raises UserError for what is no override.
-    """
-    parsed = []
-    for text in overrides:
-        require_text(text)
-        if text.startswith("-"):
-            raise UserError(flag_hint(text))
-        try:
-            parsed.append(_parse_one(_as_typed(text, several)))
-        except HydraException as error:
-            key, separator, value = text.partition("=")
-            hint = "" if separator else "; write key=value"
-            if separator and isinstance(_kind(key), _Text):
-                line = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
-                hint = f"; among several runs such text is quoted: {shlex.quote(line)}"
-            raise UserError(f"{text!r} is not an override{hint} ({one_line(error).split(' See https')[0]})") from error
-    return parsed
-
-
-def _parse_one(text: str) -> Override:
-    return OverridesParser.create().parse_override(text)
-
-
-def _as_typed(text: str, several: bool) -> str:
-    """An override such that Hydra's grammar gives the value that its key's type wants.
-
-    Text stays as it was typed, without quotes round all of it; a whole number may be written as 1e3, a list of one or
-    more names without brackets.
-    """
-    key, separator, value = text.partition("=")
-    kind = _kind(key) if separator else None
-    if value.startswith("{") and not isinstance(kind, _Text):
-        return f"{key}={_mapping_as_typed(key.lstrip('+'), value)}"
-    if kind == list[str] and not value.startswith("[") and not (several and "," in value):
-        return f"{key}=[{value}]"
-    if kind is int and re.fullmatch(r"[+-]?[\d_]*\.?[\d_]*([eE][+-]?\d+)?", value):
-        found = _parse_one(text).value()
-        return f"{key}={int(found)}" if isinstance(found, float) and found.is_integer() else text
-    if not isinstance(kind, _Text) or (kind.optional and value == "null"):
-        return text
-    if several:
-        return _several_as_typed(key, value)
-    text = value if (content := unquoted(value)) is None else content
-    if text == "???":
-        raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
-    return f"{key}={_quoted(text)}"
-
-
-def _mapping_as_typed(key: str, value: str) -> str:
-    """Texts in a mapping without any quotes: those that Hydra would read as something else are quoted."""
-    of = SourceConfig if key.startswith(_SOURCES) else TrainConfig
-    leaves = {name: kind for name, kind in _kinds(of).items() if of is SourceConfig or name.startswith(f"{key}.")}
-    names = [name.rpartition(".")[2] for name, kind in leaves.items() if isinstance(kind, _Text)]
-    if not names or "'" in value or '"' in value:
-        return value
-
-    def quoted(found: re.Match[str]) -> str:
-        same = found[2] == "null" or isinstance(_parse_one(f"{key}={found[2]}").value(), str)
-        return found[0] if same else f"{found[1]}{_quoted(found[2])}"
-
-    return re.sub(rf"(\b(?:{'|'.join(names)})\s*:\s*)([\w.+-]+)(?=\s*[,}}])", quoted, value)
-
-
-def _several_as_typed(key: str, value: str) -> str:
-    override = _parse_one(f"{key}={value}")
-    if not override.is_sweep_override():
-        return f"{key}={value if isinstance(override.value(), str) else _quoted(value)}"
-    if re.search(r"""['"()\[\]{}\\$]""", value):
-        return f"{key}={value}"
-    parts = [part.strip() for part in value.split(",")]
-    return f"{key}={','.join(p if isinstance(_parse_one(f'{key}={p}').value(), str) else _quoted(p) for p in parts)}"
-
-
-def _quoted(text: str) -> str:
-    return QuotedString(text, Quote.single).with_quotes()
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The type of a key whose value is text, or null."""
-
-    optional: bool = False
-
-
-def _kind(key: str) -> Any:
-    """What ``key`` holds: ``_Text``, int, list[str], another type; None for a key that there is not."""
-    key = key.lstrip("+")
-    if key.startswith(f"{_SOURCES}."):
-        return _kinds(SourceConfig).get(key.rpartition(".")[2])
-    return _kinds(TrainConfig).get(key)
-
-
-@cache
-def _kinds(schema: type) -> dict[str, Any]:
-    """The types of the leaves of a dataclass by dotted keys, without ``| None``."""
-    found: dict[str, Any] = {"hydra.sweep.dir": _Text()} if schema is TrainConfig else {}
-    for name, hint in get_type_hints(schema).items():
-        optional = type(None) in get_args(hint)
-        kind = next(one for one in get_args(hint) if one is not type(None)) if optional else hint
-        parts = MODEL_SCHEMAS.values() if (schema, name) == (TrainConfig, "model") else [kind]
-        for part in parts:
-            if is_dataclass(part):
-                found |= {f"{name}.{key}": value for key, value in _kinds(part).items()}
-            else:
-                found[name] = _Text(optional) if part is str else part
-    return found
-
-
-def check_flags(arguments: Sequence[str]) -> None:
-    """Raises UserError for an option that Hydra does not have."""
-    options = [option for action in get_args_parser()._actions for option in action.option_strings]
-    for text, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        name = text.partition("=")[0]
-        known = any(one.startswith(name) for one in options) if name.startswith("--") else name[:2] in options
-        if name.startswith("-") and not known and len(name) > 1:
-            raise UserError(flag_hint(text, None if "=" in following or following.startswith("-") else following))
-
-
-def flag_hint(text: str, value: str | None = None) -> str:
-    """What to write instead of ``--lr 1e-3`` or ``--lr=1e-3``."""
-    name, _, own = text.lstrip("-").partition("=")
-    name = name.replace("-", "_")
-    keys = sorted(_kinds(TrainConfig))
-    last = {key: key.rpartition(".")[2] for key in keys}
-    meant = _FLAGS.get(name) or name
-    near = [meant] if meant in groups() else [key for key in keys if meant in (key, last[key])]
-    near = near or [key for key in keys if last[key].endswith(meant)]
-    near = near or get_close_matches(meant, keys, 1) or [key for key in keys if get_close_matches(meant, [last[key]])]
-    shown = own or value or "VALUE"
-    ways = f"write {' or '.join(f'{key}={shown}' for key in near[:3])}" if near else "write key=value"
-    return f"{text.partition('=')[0]!r} is no option: {ways}"
-
-
-def _is_hydra(override: Override) -> bool:
-    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
-
-
-def for_compose(override: Override) -> str:
-    """The override for Hydra."""
-    line = override.input_line or ""
-    if line.startswith(f"{_SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
-        path, _, value = line.partition("=")
-        names = path.removeprefix(f"{_SOURCES}.").split(".")
-        line = f"{_SOURCES}={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
-    # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
-    if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
-        return f"+{line.lstrip('+')}"
-    return f"++{line}" if line.startswith(("precision.args.", _SOURCES)) else line
 
 
 def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
@@ -563,9 +286,9 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
             continue
         if key == "sweep":
             raise UserError(f"{override.input_line}: a named grid is of many runs: python -m narrowgauge --multirun")
-        if key == _SOURCES or key.startswith(f"{_SOURCES}."):
+        if key == SOURCES or key.startswith(f"{SOURCES}."):
             _check_source(key, base)
-        elif _is_hydra(override):
+        elif is_hydra(override):
             if key.startswith("hydra.searchpath"):
                 raise UserError(f"{key}: --config-dir=DIR is where configs of your own are")
             if "/" in key:
@@ -587,18 +310,9 @@ def _check_source(key: str, base: DictConfig) -> None:
     if base.data.sources is None:
         raise UserError(f"{key}: data={base.data.name} reads one corpus, data.path; data=mix reads several")
     known = [part.name for part in fields(SourceConfig)]
-    _, *parts = key.removeprefix(_SOURCES).split(".")  # NAME, NAME.FIELD, or nothing
+    _, *parts = key.removeprefix(SOURCES).split(".")  # NAME, NAME.FIELD, or nothing
     if len(parts) > 2 or (len(parts) == 2 and parts[1] not in known):
         raise UserError(f"unknown key {key!r}{close(parts[1], known)}; a source has {', '.join(known)}")
-
-
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings by their dotted keys."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:

@@ -9,6 +9,10 @@ import sys
 import torch
 from torch import nn
 
+from .distributed import World
+from .errors import UserError
+from .machine import memory_of_process
+
 #: ``model.name`` with a size in it -> the vocabulary that size is of, and the parameters with it.
 NAMED_SIZES = {
     "llama_15m": (32_000, 15_191_712),
@@ -99,3 +103,50 @@ def short(count: float) -> str:
             digits = 2 if count < 9.995 * unit else 1 if count < 99.95 * unit else 0
             return f"{count / unit:.{digits}f}{suffix}"
     return f"{count:.0f}"
+
+
+def micro_batch_size(
+    wanted: int | None, global_batch: int, sequence_bytes: float, world: World, *, one: bool = False
+) -> int:
+    """``wanted``, or for None the largest that divides a process's share of the batch and fits in half its memory.
+
+    That of the process with the least, so that all take alike: every process calls this. One process takes at most half
+    of the batch, as two would. ``sequence_bytes``: of activations. ``one``: a step has to be one micro-batch
+    (``Recipe.one_micro_batch``).
+
+    Raises UserError if the batch cannot be dealt out evenly, or not as the recipe has to have it.
+    """
+    share, rest = divmod(global_batch, world.size)
+    if rest:
+        near = max(world.size, global_batch - rest)
+        raise UserError(
+            f"data.global_batch_size={global_batch} does not divide into {world.size} processes: "
+            f"take {near} or {near + world.size}"
+        )
+    if one:
+        if wanted not in (None, share):
+            raise UserError(
+                f"train.micro_batch_size={wanted}: precision.args.amax=step makes scales of the whole step, which has "
+                f"to be one micro-batch: take {share} (data.global_batch_size / {world.size} processes), or amax=micro"
+            )
+        return share
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    if wanted is not None:
+        if wanted not in divisors:
+            raise UserError(
+                f"train.micro_batch_size={wanted} does not divide the {share} sequences of a process "
+                f"(data.global_batch_size / {world.size} processes): one of {', '.join(map(str, divisors))}"
+            )
+        return wanted
+    # One process never takes the whole batch in one piece: what two processes compute in halves, it does too, and both
+    # sum the same numbers. In float32 they then agree bit for bit, where a chaotic step would blow up a last bit.
+    most = max(1, share // 2) if world.size == 1 else share
+    budget = -world.max(-_memory_of_process(world))[0] / 2  # of the process that has least: all take alike
+    return max([size for size in divisors if size <= most and size * sequence_bytes <= budget], default=1)
+
+
+def _memory_of_process(world: World) -> float:
+    """Bytes of memory for one process. What it is given, not what is free just now: a restart must decide alike."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(world.device).total_memory)
+    return memory_of_process(world.local_size)

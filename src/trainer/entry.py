@@ -13,10 +13,11 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
-from .config import check_flags, entry_config, for_compose, load_config, parse
+from .config import entry_config, load_config
 from .environ import check_environment, forgive_console
 from .errors import ExitCode, RunFailed, UserError, one_line
 from .lifeline import last_words, launched_by_torchrun
+from .overrides import check_flags, for_compose, parse
 from .own import Place, hydra_at, split
 from .run import run
 from .rundir import RunDirectory
@@ -39,10 +40,10 @@ def main() -> int:
                     f"--{flag.replace('_', '-')} is not used here: --config-dir=DIR adds a directory of configs, "
                     "FILE.yaml takes the place of configs/train.yaml"
                 )
-        told = [*place.flags, *arguments.overrides]
+        given = [*place.flags, *arguments.overrides]
         if arguments.multirun:
-            return _sweep(told)
-        config = load_config(told)
+            return _sweep(given)
+        config = load_config(given)
         if arguments.cfg == "job" and not arguments.package:
             print(config.to_yaml(), end="")  # what would be used, with what a run in run.dir brings
             return ExitCode.FINISHED
@@ -99,9 +100,9 @@ def _show(place: Place, arguments: Namespace) -> None:
 
 def _require_own_directory(place: Place, overrides: list[str], directory: str) -> None:
     """Raises UserError if a run that starts from another's ``config.yaml`` would go on in the other's directory."""
-    told = any(override.partition("=")[0] == "run.dir" for override in overrides)
+    named = any(override.partition("=")[0] == "run.dir" for override in overrides)
     run = RunDirectory(Path(directory))
-    if place.file is not None and not told and run.has_run() and place.file.resolve() == run.config.resolve():
+    if place.file is not None and not named and run.has_run() and place.file.resolve() == run.config.resolve():
         raise UserError(
             f"{place.file} has run.dir={directory}, which holds a run: run.dir=... says where the new one goes "
             f"(run.dir={directory} goes on with that one)"

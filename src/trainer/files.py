@@ -7,6 +7,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +52,29 @@ def sync_directory(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+@contextmanager
+def new_directory(target: Path, last: str) -> Iterator[Path]:
+    """A directory to write into that becomes ``target``; where that exists, its files do, that named ``last`` as the
+    last one. What fails leaves ``target`` as it was."""
+    exists = target.is_dir()
+    name = f"{target.name}.{os.getpid()}.incomplete"
+    partial = target / name if exists else target.with_name(name)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if exists:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+                file.replace(target / file.name)
+        else:
+            partial.replace(target)
+        sync_directory(target if exists else target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def lock(file: IO[Any], *, shared: bool = False) -> bool | None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..precision.plan import Plan
-from ..precision.states.moments import STANDARD, Moments, chosen
+from ..precision.states.moments import STANDARD, Moments
 from ..precision.states.telemetry import step_with_sums
 from ..precision.states.updates import UpdateRule
 from .distributed import World
@@ -49,10 +49,6 @@ class OptimConfig:
         """Raises ValueError for a hyperparameter outside its range."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr}: must be positive")
-        try:
-            chosen(self.moments, STANDARD)
-        except ValueError as error:
-            raise ValueError(f"optim.moments: {error}") from error
         for field in ("eps", "weight_decay", "clip_norm", "warmup_steps", "telemetry_every"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"optim.{field}={getattr(self, field)}: must not be negative")

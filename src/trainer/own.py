@@ -1,4 +1,4 @@
-"""The user's own configs: a directory of groups beside ours, and a whole file in place of ``configs/train.yaml``.
+"""The user's own configs: a directory of groups next to ours, and a whole file in place of ``configs/train.yaml``.
 
 They travel as flags among the overrides, so that whoever hands arguments on hands these on too.
 """
@@ -57,8 +57,8 @@ class Place:
     @property
     def flags(self) -> list[str]:
         """As arguments."""
-        told = {"--config-dir": self.directory, "--config-name": self.file}
-        return [f"{flag}={path}" for flag, path in told.items() if path is not None]
+        paths = {"--config-dir": self.directory, "--config-name": self.file}
+        return [f"{flag}={path}" for flag, path in paths.items() if path is not None]
 
     def choices(self, group: str) -> list[str]:
         """The names of the yamls of a group."""

@@ -88,9 +88,9 @@ class PretrainedDirectory:
         sparsity = found.get("sparsity_config") or {}
         sparse = not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"
         if sparse or method not in _FP8_METHODS or (method == _COMPRESSED and kind not in _FP8_FORMATS):
-            said = reprlib.repr(method) + (f", format {reprlib.repr(kind)}" if kind else "") + ", sparse" * sparse
+            found_as = reprlib.repr(method) + (f", format {reprlib.repr(kind)}" if kind else "") + ", sparse" * sparse
             raise UserError(
-                f"{self.path / 'config.json'}: weights quantized by {said} are not read here, only FP8 codes of "
+                f"{self.path / 'config.json'}: weights quantized by {found_as} are not read here, only FP8 codes of "
                 f"{', '.join(_FP8_METHODS)}: name the checkpoint it was made from, or save it dequantized"
             )
         return found
@@ -207,8 +207,8 @@ class PretrainedDirectory:
         """Rows and columns of the block that has one scale, as `fp8` or compressed-tensors say it."""
         groups = self._quantization.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-        said = [one.get("block_structure") for one in weights if isinstance(one, dict)]
-        for block in (self._quantization.get("weight_block_size"), *said):
+        given = [one.get("block_structure") for one in weights if isinstance(one, dict)]
+        for block in (self._quantization.get("weight_block_size"), *given):
             sizes = [int(n) for n in re.findall(r"\d+", str(block))]
             if len(sizes) == 2 and all(sizes):
                 return sizes

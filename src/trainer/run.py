@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..precision.loading import content_of, is_file, renamed
 from ..precision.plan import Plan
 from ..precision.probe import Probe
 from . import distributed
-from .build import (
-    Data,
-    build_state,
-    documents_end,
-    kept_apart,
-    micro_batch_size,
-    num_parameters,
-    open_data,
-    recipe_of,
-    resolve_model,
-    training_source,
-    validation_source,
-)
-from .checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, list_checkpoints, newest
-from .config import TrainConfig, differences, load_run_config
-from .costs import flops_per_token, peak_flops, peak_memory, size_in_name
-from .data.batches import Ahead, DataConfig
+from .build import build_state, num_parameters, resolve_model, sequence_bytes
+from .checkpoint import Checkpoint, Checkpointer, list_checkpoints
+from .config import TrainConfig
+from .costs import flops_per_token, micro_batch_size, peak_flops, peak_memory, size_in_name
+from .data.batches import Ahead
+from .data.open import Data, open_data, separate_documents, training_source, validation_source
 from .data.stream import TextStream
-from .data.tokenizer import load_tokenizer
 from .distributed import StopRequest, World, say
 from .errors import ExitCode, RunFailed, UserError, one_line
 from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
-from .rundir import Resume, RunDirectory, environment, require_tokenizer
+from .resume import find_checkpoint, identity
+from .rundir import RunDirectory, environment, require_tokenizer
 from .spikes import SpikeAction, SpikeWatch
 from .tools.generate import generate
-
-_FIXED_DATA = (
-    "data.seq_len",
-    "data.global_batch_size",
-    "data.document_mask",
-    "data.stream",
-    "data.lanes",
-    "data.shuffle_rows",
-)
-# A run that goes on must not change these: its loss curve would be of two different runs.
-_MOMENTS = "optim.moments"  # compared by what it comes to: it may stand for the recipe's own
-_FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "seed", *_FIXED_DATA)
 
 
 def run(config: TrainConfig) -> ExitCode:
@@ -83,13 +59,12 @@ def run(config: TrainConfig) -> ExitCode:
 
 def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog) -> ExitCode:
     world.watch.at("looking for a checkpoint")
-    checkpoint = _find(config, world, directory)
-    if checkpoint == "finished":
+    checkpoint = find_checkpoint(config, world, directory)
+    if isinstance(checkpoint, Status):
         return ExitCode.FINISHED
-    assert checkpoint is None or isinstance(checkpoint, Checkpoint)
     world.watch.at("opening the data")
     own = config.data if checkpoint is None else world.on_main(lambda: directory.data_of(config.data))
-    data = open_data(own, config.eval, world)
+    data = open_data(own, config.eval.tokens, world)
     if checkpoint is not None and checkpoint.meta["data"] not in (data.fingerprint, data.former_fingerprint):
         require_tokenizer(checkpoint, data.tokenizer)
         raise UserError(
@@ -116,137 +91,13 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
         raise
     finally:
         job.checkpointer.close(wait=not broken)  # the lock is given back only when nothing is being written any more
-        if job.console is not None:
-            job.console.close()
-        if job.metrics is not None:
-            job.metrics.close()
-        if job.trackers is not None:
-            job.trackers.close()
+        for output in (job.console, job.metrics, job.trackers):
+            if output is not None:
+                output.close()
 
 
 def _of_rank(world: World, line: str) -> str:
     return f"rank {world.rank}: {line}" if world.size > 1 else line
-
-
-def _find(config: TrainConfig, world: World, directory: RunDirectory) -> Checkpoint | str | None:
-    """What to go on from, on all ranks; "finished" where there is nothing left to do."""
-    world.on_main(lambda: _prepare(config, directory))
-    if config.run.resume is Resume.never:
-        return None
-    checkpoint = newest(directory.checkpoints, tidy=True, together=world)
-    return world.on_main(lambda: _judge(config, directory, checkpoint))
-
-
-def _prepare(config: TrainConfig, directory: RunDirectory) -> None:
-    """On rank 0: move aside what is not wanted, or refuse what is of another run."""
-    if config.run.resume is Resume.never:
-        if directory.has_run():
-            directory.move_aside()
-        return
-    if directory.config.exists() and directory.has_run():
-        changed = differences(load_run_config(directory.config, None), config)
-        # Of recipe files the checkpoint tells what they held; they may lie at another place now.
-        moved = {key for key, (old, new) in changed.items() if key.startswith("precision.") and _files_moved(old, new)}
-        fixed = {
-            key: change
-            for key, change in changed.items()
-            if _is_fixed(key) and not _may_change(key, config) and key not in moved
-        }
-        if fixed:
-            raise UserError(f"run.dir={directory.path} holds a run with {_told(fixed)}")
-        if changed.keys() & {"data.tokenizer", "data.eot_token"}:
-            _require_own_tokenizer(config.data, directory)
-        shown = [f"{key}={new} (was {old})" for key, (old, new) in changed.items() if not key.startswith("run.")]
-        if shown:
-            say(f"going on with another config: {', '.join(shown)}")
-
-
-def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint | None) -> Checkpoint | str | None:
-    """On rank 0: whether to go on from ``checkpoint``, or to start where there is none."""
-    if checkpoint is None:
-        if config.run.resume is Resume.must:
-            raise UserError(f"run.resume=must: {directory.checkpoints} holds no usable checkpoint")
-        if had_checkpoints(directory.checkpoints):
-            raise UserError(
-                f"{directory.checkpoints} has checkpoints, and none is whole: mend one, or run.resume=never moves them "
-                "aside and starts at step 0"
-            )
-        if directory.has_run():
-            say(f"{directory.path} holds no usable checkpoint: starting at step 0")
-        return None
-    identity = checkpoint.meta.get("identity", {})
-    others = {key: (identity.get(key, value), value) for key, value in _identity(config).items()}
-    fixed = {key: (old, new) for key, (old, new) in others.items() if old != new and not _may_change(key, config)}
-    if fixed:
-        raise UserError(f"checkpoint {checkpoint.path} is of a run with {_told(fixed)}")
-    finished = directory.finished_step()
-    if finished is not None and checkpoint.meta["step"] >= config.train.steps:
-        say(f"{directory.path} is finished: step {finished}. Nothing to do; raise train.steps to go on")
-        return "finished"
-    return checkpoint
-
-
-def _is_fixed(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in _FIXED)
-
-
-def _files_moved(old: Any, new: Any) -> bool:
-    """Whether nothing but paths of recipe files differs."""
-    return bool(renamed(old, lambda file: "") == renamed(new, lambda file: ""))
-
-
-def _may_change(key: str, config: TrainConfig) -> bool:
-    return key.startswith("precision.") and config.resume.recipe_change is RecipeChange.allow
-
-
-def _telling(key: str) -> bool:
-    """Sorts what says most first: a recipe before the arguments that follow from it."""
-    return key != "precision.recipe"
-
-
-def _told(fixed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Each key with what it was and what it cannot become, and the ways out."""
-    keys = sorted(fixed, key=lambda key: (_telling(key), key))
-    if "precision.recipe" in fixed:  # arguments of the other recipe follow from it
-        keys = [key for key in keys if not (key.startswith("precision.args.") and fixed[key][0] is None)]
-    told = "; ".join(_difference(key, *fixed[key]) for key in keys)
-    ways = ["choose another run.dir", "or run.resume=never to move it aside"]
-    if all(key.startswith("precision.") for key in keys):
-        ways.insert(1, "resume.recipe_change=allow to go on under this recipe")
-    if _MOMENTS in keys:
-        ways.insert(0, "states are not converted: keep optim.moments")
-    return f"{told}: {', '.join(ways)}"
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if all(isinstance(one, str) and is_file(one) for one in (old, new)):
-        held = f"{str(old).removesuffix('.py')}, not {str(new).removesuffix('.py')}"
-        return f"another {key}, the recipe file has changed: {held}"
-    return f"{key}={old}, not {new}"
-
-
-def _require_own_tokenizer(data: DataConfig, directory: RunDirectory) -> None:
-    """Raises UserError if ``data.tokenizer`` is another than the run keeps; one that is gone is not missed."""
-    try:
-        own, named = (load_tokenizer(one.tokenizer, one.eot_token) for one in (directory.data_of(data), data))
-    except UserError:
-        return
-    if own.fingerprint != named.fingerprint:
-        raise UserError(
-            f"run.dir={directory.path} holds a run with the tokenizer of fingerprint {own.fingerprint}, and "
-            f"data.tokenizer={data.tokenizer} has {named.fingerprint}: leave data.tokenizer and data.eot_token as they "
-            "were, choose another run.dir, or run.resume=never to move it aside"
-        )
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says about the run it is of, beside the shapes of its tensors."""
-    fixed = {
-        key: renamed(value, content_of) if key.startswith("precision.") else value
-        for key, value in config.flat().items()
-        if _is_fixed(key)
-    }
-    return fixed | {_MOMENTS: str(recipe_of(config.precision, config.optim).moments)}
 
 
 def _build(
@@ -259,44 +110,36 @@ def _build(
     log: ConsoleLog,
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
-    wanted = config.train.micro_batch_size
-    recipe = recipe_of(config.precision, config.optim)
-    if wanted == "auto" and checkpoint is not None and not recipe.one_micro_batch:
+    precision, wanted = config.values.precision, config.values.micro_batch
+    batch, seq_len = config.data.global_batch_size, config.data.seq_len
+    one = precision.recipe.one_micro_batch
+    if wanted is None and checkpoint is not None and not one:
         before = checkpoint.meta["micro_batch_size"]
-        if config.data.global_batch_size % (world.size * before) == 0:
+        if batch % (world.size * before) == 0:
             wanted = before  # sums in the same order after a restart, and scales over the same samples
-    micro_batch = micro_batch_size(
-        wanted,
-        model_config,
-        config.data,
-        config.parallel,
-        world,
-        recipe.dtypes.compute,
-        one=recipe.one_micro_batch,
-    )
+    size = sequence_bytes(model_config, config.parallel, world.device, seq_len, precision.recipe.dtypes.compute)
+    micro_batch = micro_batch_size(wanted, batch, size, world, one=one)
     state = build_state(
         model_config,
-        config.precision,
+        precision,
         config.parallel,
         config.optim,
         world,
         seed=config.seed,
-        tokens=micro_batch * config.data.seq_len,
+        tokens=micro_batch * seq_len,
         pretrained=config.model.init_from if checkpoint is None else None,
-        seq_len=config.data.seq_len,
+        seq_len=seq_len,
         tokenizer=data.tokenizer,
     )
     meta = {
         "recipe": config.precision.identity(),
-        "identity": _identity(config),
+        "identity": identity(config),
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "world_size": world.size,
         "micro_batch_size": micro_batch,
     }
-    source = training_source(
-        data.training, world, seed=config.seed, global_batch=config.data.global_batch_size, micro_batch=micro_batch
-    )
+    source = training_source(data.training, world, seed=config.seed, global_batch=batch, micro_batch=micro_batch)
     state.position = source.position
     if config.train.spike is not SpikeAction.off:
         state.spikes = SpikeWatch(config.train.spike_window, config.train.spike_deviations)
@@ -312,13 +155,14 @@ def _build(
             say(f"resuming {directory.path} at step {state.step} of {config.train.steps}")
         for line in (*state.plan.notes, *([state.plan.coverage.short] if state.plan.coverage.quantized else [])):
             say(line)
-    end = documents_end(config.data, data.tokenizer)
-    batches = kept_apart(source, end)
+    batches = separate_documents(source, config.data, data.tokenizer)
     if world.deferred:
         batches = Ahead(batches, threaded=source.position is None, pin=world.device.type == "cuda")
-    validation, validation_bytes = validation_source(
-        data.validation, config.eval, world, micro_batch, documents_end=end
-    )
+    validation, validation_bytes = None, 0.0
+    if data.validation is not None:
+        validation, validation_bytes = validation_source(
+            data.validation, config.eval.tokens, config.data, data.tokenizer, world, micro_batch
+        )
     job = Job(
         world=world,
         state=state,
@@ -326,7 +170,7 @@ def _build(
         validation=validation,
         validation_bytes=validation_bytes,
         micro_batch=micro_batch,
-        tokens_per_step=config.data.global_batch_size * config.data.seq_len,
+        tokens_per_step=batch * seq_len,
         config=config.train,
         eval_config=config.eval,
         optim_config=config.optim,
@@ -335,12 +179,13 @@ def _build(
         stop=stop,
         probe=_probe(config.probe, state.plan),
     )
-    made_of = {"parameters": num_parameters(state.model), "data": data.fingerprint, "state_bytes": state.num_bytes()}
-    made_of |= {
+    env = environment(world, state.step) | {
+        "parameters": num_parameters(state.model),
+        "data": data.fingerprint,
+        "state_bytes": state.num_bytes(),
         "compiled": config.parallel.compiles(world.device),
         "deterministic": config.parallel.is_deterministic(world.device),
     }
-    env = environment(world, state.step) | made_of
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
     world.on_main(lambda: directory.keep_recipe(config.precision.files()))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
@@ -353,7 +198,7 @@ def _build(
             config.train.steps,
             state.step,
             memory=lambda: peak_memory(world.device),
-            flops=flops_per_token(state.model, config.data.seq_len),
+            flops=flops_per_token(state.model, seq_len),
             peak=peak and world.size * peak,
             log=log,
         )
@@ -437,8 +282,8 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _say_all(told: Sequence[tuple[str, str]]) -> None:
-    for name, value in told:
+def _say_all(rows: Sequence[tuple[str, str]]) -> None:
+    for name, value in rows:
         say(f"{name:18} {value}")
 
 
@@ -452,7 +297,7 @@ def _summary(job: Job, directory: RunDirectory, totals: Sequence[tuple[str, str]
         say(f"bits per byte      {row['bits_per_byte']:.4f}")
     if text is not None:
         say(f"sample             {text}")
-    if kept := list_checkpoints(directory.checkpoints):
-        say(f"checkpoint         {kept[-1]}")
+    if checkpoints := list_checkpoints(directory.checkpoints):
+        say(f"checkpoint         {checkpoints[-1]}")
     say(f"loss curve         {directory.path / 'loss.png'}")
     say(f"run directory      {directory.path}")

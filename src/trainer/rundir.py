@@ -26,14 +26,14 @@ import psutil
 import torch
 
 from .checkpoint import Checkpoint, had_checkpoints
-from .data.batches import DataConfig
+from .data.config import DataConfig
 from .data.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
 from .distributed import StopRequest, World, launcher_pid, say
 from .errors import UserError
 from .files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
 
 _SAY_AGAIN_SECONDS = 60.0
-# What a tokenizer's directory may hold beside a model; the second line is read only where there is no tokenizer.json.
+# What a tokenizer's directory may hold next to a model; the second line is read only where there is no tokenizer.json.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _OTHER_TOKENIZER_FILES = ("config.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
 
@@ -121,13 +121,13 @@ class RunDirectory:
         )
 
     def _wait_for_lock(self, file: IO[str], stop: StopRequest) -> None:
-        told = -_SAY_AGAIN_SECONDS
+        said_at = -_SAY_AGAIN_SECONDS
         while (taken := lock(file)) is not True:
             holder = self._holder(file, wait=taken is False)
             if taken is None:
-                if told < 0:
+                if said_at < 0:
                     say(f"{self.path}: its file system has no locks; another host's run in it would not be noticed")
-                    told = time.monotonic() - _SAY_AGAIN_SECONDS
+                    said_at = time.monotonic() - _SAY_AGAIN_SECONDS
                 if holder is None or holder["host"] != socket.gethostname() or not (holder["alive"] or holder["lives"]):
                     return
             if holder is None or holder["alive"]:
@@ -137,9 +137,9 @@ class RunDirectory:
                 )
             if stop.code:
                 raise UserError(f"stopped by {stop.describe(stop.code)} while waiting for {self.path}")
-            if time.monotonic() - told >= _SAY_AGAIN_SECONDS:
+            if time.monotonic() - said_at >= _SAY_AGAIN_SECONDS:
                 say(f"waiting for process {holder['pid']}, of a run whose launcher was killed, to leave {self.path}")
-                told = time.monotonic()
+                said_at = time.monotonic()
             time.sleep(0.2)
 
     def _holder(self, file: IO[str], *, wait: bool) -> dict[str, Any] | None:
@@ -170,7 +170,7 @@ class RunDirectory:
         return self.metrics.exists() or self.done.exists() or had_checkpoints(self.checkpoints)
 
     def move_aside(self) -> None:
-        """Put an earlier run's files into a numbered directory beside the new ones."""
+        """Put an earlier run's files into a numbered directory next to the new ones."""
         target = self._new_place()
         # Checkpoints first and the config last: killed in between, the rest is still known as the old run's.
         rank = {"checkpoints": 0, "config.yaml": 2}
@@ -190,16 +190,15 @@ class RunDirectory:
         """``data`` with the tokenizer that the run keeps, where it keeps one; its token shards are where they were."""
         if data.tokenizer == "bytes" or not self.tokenizer.is_dir():
             return data
-        sources = None
-        if data.sources is not None:
-            sources = {
-                name: replace(source, shards=data.parts()[name].shards_dir) for name, source in data.sources.items()
-            }
+        sources = data.sources
+        if sources is not None:
+            parts = data.parts()
+            sources = {name: replace(source, shards=parts[name].shards_dir) for name, source in sources.items()}
         shards = data.shards if data.stream else data.shards_dir
         return replace(data, tokenizer=str(self.tokenizer), shards=shards, sources=sources)
 
     def keep_tokenizer(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
-        """Copy ``data.tokenizer``, which was read as ``tokenizer``: whole or not there, and without a model beside it.
+        """Copy ``data.tokenizer``, which was read as ``tokenizer``: whole or not there, and without a model next to it.
 
         Raises UserError if it cannot be written.
         """
@@ -295,8 +294,8 @@ def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:
 def _tokenizer_files(place: Path) -> dict[Path, str]:
     """The files that ``place`` is read from, and their names in a directory of a tokenizer."""
     if place.is_file() and place.suffix == ".json":
-        beside = {place.with_name(name): name for name in _TOKENIZER_FILES[1:]}
-        return {place: _TOKENIZER_FILES[0]} | {file: name for file, name in beside.items() if file.is_file()}
+        others = {place.with_name(name): name for name in _TOKENIZER_FILES[1:]}
+        return {place: _TOKENIZER_FILES[0]} | {file: name for file, name in others.items() if file.is_file()}
     names = _TOKENIZER_FILES if (place / _TOKENIZER_FILES[0]).exists() else _TOKENIZER_FILES + _OTHER_TOKENIZER_FILES
     files = [file for file in (place.iterdir() if place.is_dir() else ()) if file.is_file()]
     return {file: file.name for file in files if file.name in names or file.suffix == ".model"}

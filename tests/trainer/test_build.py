@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import tiny_overrides, train_here
 from narrowgauge.models import create
+from narrowgauge.models.memory import activation_bytes
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load
 from narrowgauge.trainer import distributed
-from narrowgauge.trainer.build import activation_bytes_per_token, micro_batch_size, narrow_rows
+from narrowgauge.trainer.build import narrow_rows, sequence_bytes
 from narrowgauge.trainer.config import load_config, load_run_config
+from narrowgauge.trainer.costs import micro_batch_size
 from narrowgauge.trainer.distributed import ParallelConfig, World
-from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.errors import ExitCode
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
@@ -88,34 +90,22 @@ def test_a_width_that_no_bulk_copy_takes_is_named(recipe: str) -> None:
     assert line.startswith("warning: width 50,257 (lm_head): a row of 100,514 bytes")
 
 
-def test_a_step_that_has_to_be_one_micro_batch_is() -> None:
-    config = load_config(["model=llama3_1b", "data.seq_len=4096", "data.global_batch_size=64"])
-    model = replace(config.model, vocab_size=32_000)
-
-    def size(wanted: object, processes: int) -> int:
-        world = World(0, processes, processes, torch.device("cpu"), None, None)
-        return micro_batch_size(wanted, model, config.data, config.parallel, world, one=True)
-
-    assert [size("auto", 1), size("auto", 2), size(32, 2)] == [64, 32, 32]
-    with pytest.raises(UserError, match=r"micro_batch_size=8: precision.args.amax=step .*: take 32 .*or amax=micro"):
-        size(8, 2)
-
-
 def test_activations_are_counted_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(["model=llama3_1b", "data.seq_len=4096", "data.global_batch_size=64"])
     model, parallel = replace(config.model, vocab_size=32_000), config.parallel
     # A CPU's count decides about the order of sums there: it must not change.
-    assert activation_bytes_per_token(model, parallel, 4096) == 4 * (12 * 2048 + 4 * 8192) * 16 + 12 * 32_000
-    assert activation_bytes_per_token(model, parallel, 1024) - activation_bytes_per_token(model, parallel, 4096) == (
-        4 * 32 * 1024 * 16
-    )
+    assert activation_bytes(model, 4096) / 4096 == 4 * (12 * 2048 + 4 * 8192) * 16 + 12 * 32_000
+    assert activation_bytes(model, 1024) / 1024 - activation_bytes(model, 4096) / 4096 == 4 * 32 * 1024 * 16
+    inputs_and_block = 4 * (2048 * 16 + 12 * 2048 + 4 * 8192)
+    assert activation_bytes(model, 4096, recompute=True) / 4096 == inputs_and_block + 12 * 32_000
     world = World(0, 1, 1, CUDA, None, None)
-    monkeypatch.setattr("narrowgauge.trainer.build._memory_of_process", lambda world: 79.0 * 2**30)
-    sizes = {
-        (said, dtype): micro_batch_size("auto", model, config.data, replace(parallel, compile=said), world, dtype)
-        for said, dtype in [("auto", torch.bfloat16), ("auto", torch.float32), (False, torch.bfloat16)]
-    }
-    assert list(sizes.values()) == [4, 2, 2]
+    monkeypatch.setattr("narrowgauge.trainer.costs._memory_of_process", lambda world: 79.0 * 2**30)
+
+    def size(compiles: object, dtype: torch.dtype) -> int:
+        sequence = sequence_bytes(model, replace(parallel, compile=compiles), CUDA, 4096, dtype)
+        return micro_batch_size(None, 64, sequence, world)
+
+    assert [size("auto", torch.bfloat16), size("auto", torch.float32), size(False, torch.bfloat16)] == [4, 2, 2]
 
 
 def test_determinism_on_a_cpu_is_nothing_to_ask_for() -> None:

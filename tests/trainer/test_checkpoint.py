@@ -43,7 +43,7 @@ Tiny = Callable[..., TrainConfig]
 
 def make_state(config: TrainConfig, world: World, seed: int = 0) -> TrainState:
     model = resolve_model(config.model, 257, config.data.seq_len)
-    return build_state(model, config.precision, config.parallel, config.optim, world, seed=seed)
+    return build_state(model, config.values.precision, config.parallel, config.optim, world, seed=seed)
 
 
 def change(state: TrainState) -> None:

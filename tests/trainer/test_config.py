@@ -17,11 +17,12 @@ from conftest import launch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Quote, QuotedString
 from narrowgauge.trainer.cli import run_dir_of, script_main
-from narrowgauge.trainer.config import CONFIG_DIR, differences, groups, load_config, load_run_config, parse, read_yaml
-from narrowgauge.trainer.data.batches import SourceConfig
+from narrowgauge.trainer.config import differences, groups, load_config, load_run_config, parse, read_yaml
+from narrowgauge.trainer.data.config import SourceConfig
 from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.environ import unquoted
 from narrowgauge.trainer.errors import ExitCode, UserError
+from narrowgauge.trainer.own import CONFIG_DIR
 from omegaconf import OmegaConf
 
 CHOICES = [f"{group}={name}" for group, names in groups().items() for name in names]

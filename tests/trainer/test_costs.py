@@ -12,8 +12,19 @@ from conftest import train_here
 from narrowgauge.models import create
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load
-from narrowgauge.trainer.config import CONFIG_DIR, TrainConfig, groups, load_config
-from narrowgauge.trainer.costs import NAMED_SIZES, flops_per_token, peak_flops, peak_memory, short, size_in_name
+from narrowgauge.trainer.config import TrainConfig, groups, load_config
+from narrowgauge.trainer.costs import (
+    NAMED_SIZES,
+    flops_per_token,
+    micro_batch_size,
+    peak_flops,
+    peak_memory,
+    short,
+    size_in_name,
+)
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.own import CONFIG_DIR
 
 
 def model_of(*overrides: str) -> torch.nn.Module:
@@ -106,3 +117,13 @@ def test_memory_is_what_was_resident_at_most() -> None:
     before = peak_memory(torch.device("cpu"))
     held = torch.ones(1 << 26)
     assert peak_memory(torch.device("cpu")) >= before > held.numel() / 2
+
+
+def test_a_step_that_has_to_be_one_micro_batch_is() -> None:
+    def size(wanted: int | None, processes: int) -> int:
+        world = World(0, processes, processes, torch.device("cpu"), None, None)
+        return micro_batch_size(wanted, 64, 1e9, world, one=True)
+
+    assert [size(None, 1), size(None, 2), size(32, 2)] == [64, 32, 32]
+    with pytest.raises(UserError, match=r"micro_batch_size=8: precision.args.amax=step .*: take 32 .*or amax=micro"):
+        size(8, 2)

@@ -17,19 +17,10 @@ import torch
 from conftest import make_texts, sign, tiny_overrides, train_here, write_corpus
 from narrowgauge.trainer.checkpoint import list_checkpoints
 from narrowgauge.trainer.config import TrainConfig, load_config
-from narrowgauge.trainer.data.batches import (
-    MixedSource,
-    MixedWindows,
-    Mixture,
-    OrderedSource,
-    ShuffledSource,
-    TokenShards,
-    TokenStream,
-    apportion,
-    document_positions,
-    permute,
-)
+from narrowgauge.trainer.data.batches import OrderedSource, ShuffledSource, TokenStream, document_positions, permute
+from narrowgauge.trainer.data.mixture import MixedSource, MixedWindows, Mixture, apportion
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import TokenShards
 from narrowgauge.trainer.data.tokenizer import train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
@@ -38,7 +29,7 @@ from narrowgauge.trainer.tools.verify import compare_runs
 
 def stream(corpus: Path, seq_len: int = 32, split: str = "train") -> TokenStream:
     config = load_config([f"data.path={corpus}", "data.tokenizer=bytes"]).data
-    return TokenStream(TokenShards(config, "bytes"), split, seq_len)
+    return TokenShards(config, "bytes").stream(split, seq_len)
 
 
 def all_tokens(corpus: Path, split: str = "train") -> np.ndarray:
@@ -160,7 +151,7 @@ def refused(config: TrainConfig, fingerprint: str = "bytes") -> str:
     def opened() -> None:
         shards = TokenShards(config.data, fingerprint)
         shards.verify()
-        TokenStream(shards, "train", config.data.seq_len)
+        shards.stream("train", config.data.seq_len)
 
     with pytest.raises(UserError) as caught:
         opened()
@@ -330,7 +321,7 @@ def test_shards_prepared_anew_leave_what_is_open_as_it_was(tmp_path: Path) -> No
         manifest = prepare(config, workers=1)
         if seed == 1:
             shards = TokenShards(config, "bytes")
-            streams = [TokenStream(shards, split, 32) for split in ("train", "validation")]
+            streams = [shards.stream(split, 32) for split in ("train", "validation")]
             before = [[one.window(index) for index in range(one.num_windows)] for one in streams]
             sizes = [[one.num_bytes(count) for count in range(one.num_windows + 1)] for one in streams]
             first = manifest

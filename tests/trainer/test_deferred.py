@@ -133,7 +133,7 @@ def test_clipped_by_the_device(tiny: Tiny, world: World, moments: str) -> None:
 
 def made(config: TrainConfig, world: World) -> TrainState:
     model = resolve_model(config.model, 257, 16)
-    return build_state(model, config.precision, config.parallel, config.optim, world, seed=0, tokens=32)
+    return build_state(model, config.values.precision, config.parallel, config.optim, world, seed=0, tokens=32)
 
 
 @pytest.mark.parametrize("limit", [1, 2])

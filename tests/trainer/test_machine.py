@@ -13,9 +13,10 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
+from narrowgauge.models.memory import activation_bytes
 from narrowgauge.trainer import machine
-from narrowgauge.trainer.build import micro_batch_size
 from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.costs import micro_batch_size
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.machine import available_cores, memory_of_process, out_of_memory_line, threads_of_process
 
@@ -145,12 +146,12 @@ def test_a_limit_decides_about_the_micro_batch(tmp_path: Path, monkeypatch: pyte
     world = World(0, 1, 1, torch.device("cpu"), None, None)
 
     def chosen() -> int:
-        return micro_batch_size("auto", model, config.data, config.parallel, world)
+        return micro_batch_size(None, 128, activation_bytes(model, 512), world)
 
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     before = chosen()
     root = make_root(tmp_path, "0::/\n", V2, {"memory.max": f"{GB}"})
-    monkeypatch.setattr("narrowgauge.trainer.build.memory_of_process", lambda local: memory_of_process(local, root))
+    monkeypatch.setattr("narrowgauge.trainer.costs.memory_of_process", lambda local: memory_of_process(local, root))
     assert 1 <= chosen() < before == 64
 
 

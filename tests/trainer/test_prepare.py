@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import transformers
 from conftest import make_texts, write_corpus
-from narrowgauge.trainer.build import open_windows
 from narrowgauge.trainer.config import load_config
-from narrowgauge.trainer.data.batches import DataConfig, TokenShards, permute
+from narrowgauge.trainer.data.batches import permute
+from narrowgauge.trainer.data.config import DataConfig
 from narrowgauge.trainer.data.corpus import BadRows, RowLimits, corpus_files, read_texts, write_sample
+from narrowgauge.trainer.data.open import open_windows
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import TokenShards
 from narrowgauge.trainer.data.stream import StreamSource, TextStream
 from narrowgauge.trainer.data.tokenizer import (
     END_OF_TEXT,

@@ -20,7 +20,7 @@ from conftest import make_texts, write_corpus
 from mirror import REVISION, Mirror, serving
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data import remote
-from narrowgauge.trainer.data.batches import DataConfig, home_of
+from narrowgauge.trainer.data.config import DataConfig, home_of
 from narrowgauge.trainer.data.corpus import corpus_files, read_texts
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.remote import RemoteFile

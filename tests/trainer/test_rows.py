@@ -16,7 +16,7 @@ import pytest
 from conftest import make_texts, tiny_overrides, train_here, write_corpus
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.config import load_config
-from narrowgauge.trainer.data.batches import DataConfig, home_of
+from narrowgauge.trainer.data.config import DataConfig, home_of
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sign, tiny_overrides, train_here
+from narrowgauge.trainer import costs
 from narrowgauge.trainer import run as run_module
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, load_config
@@ -519,13 +520,11 @@ def test_a_run_directory_that_cannot_be_made(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_the_micro_batch_follows_memory_and_never_the_mood(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from narrowgauge.trainer import build
-
     config = tiny()
     train_here(config)
     checkpoints = list_checkpoints(Path(config.run.dir) / "checkpoints")
     assert json.loads((checkpoints[-1] / "meta.json").read_text())["micro_batch_size"] == 4
-    monkeypatch.setattr(build, "_memory_of_process", lambda world: 0.0)
+    monkeypatch.setattr(costs, "_memory_of_process", lambda world: 0.0)
     train_here(tiny("train.steps=8"))  # less memory now: the order of sums stays as it was
     meta = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1] / "meta.json"
     assert json.loads(meta.read_text())["micro_batch_size"] == 4

@@ -18,8 +18,9 @@ from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data import remote
+from narrowgauge.trainer.data.batches import TokenStream
 from narrowgauge.trainer.data.corpus import CorpusFile, RowLimits, corpus_files, read_texts
-from narrowgauge.trainer.data.stream import StreamSource, TextStream, TextWindows, read_head
+from narrowgauge.trainer.data.stream import StreamSource, TextStream, read_head
 from narrowgauge.trainer.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
@@ -164,13 +165,13 @@ def test_validation_is_the_beginning_with_its_bytes(texts: Path) -> None:
     files = corpus_files(texts)["validation"]
     tokens, ends = read_head(files, ByteTokenizer(), 200)
     everything, all_ends = read_head(files, ByteTokenizer(), None)
-    windows = TextWindows(tokens, ends, 32)
+    windows = TokenStream([tokens], [ends], 32, "t")
     assert np.array_equal(tokens, everything[: len(tokens)])
     assert 200 <= len(tokens) < len(everything)
     assert np.array_equal(windows.window(3), everything[96:129])
     for count in (1, 4, windows.num_windows):
         assert abs(windows.num_bytes(count) - int((tokens[: count * 32 + 1] < 256).sum())) <= 1.0
-    assert TextWindows(everything, all_ends, len(everything) - 1).num_bytes(1) == (everything < 256).sum()
+    assert TokenStream([everything], [all_ends], len(everything) - 1, "t").num_bytes(1) == (everything < 256).sum()
 
 
 BAD = [

@@ -23,9 +23,9 @@ from conftest import tiny_overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from narrowgauge.trainer import machine
-from narrowgauge.trainer.build import require_data
 from narrowgauge.trainer.checkpoint import list_checkpoints
 from narrowgauge.trainer.config import load_config
+from narrowgauge.trainer.data.open import require_data
 from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.own import setting
@@ -145,7 +145,7 @@ def test_several_values_without_multirun_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_under_torchrun_the_right_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("narrowgauge.trainer.__main__.launched_by_torchrun", lambda: True)
+    monkeypatch.setattr("narrowgauge.trainer.entry.launched_by_torchrun", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("sys.argv", ["trainer", "--multirun", "seed=0,1"])
     assert main() == ExitCode.BAD_INPUT

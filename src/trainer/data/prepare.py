@@ -24,11 +24,13 @@ from tqdm import tqdm
 from ..errors import UserError, one_line
 from ..files import read_json, sha256_of, write_json
 from ..machine import available_cores
-from .batches import MANIFEST, MANIFEST_VERSION, DataConfig, ShardInfo, made_by, shard_info
+from .config import DataConfig
 from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
+from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
 from .remote import remote_path
 from .rows import is_rows
-from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, is_on_hub, load_tokenizer, train_bpe
+from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
+from .tokenizer_files import is_on_hub
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _ELSEWHERE = "data.out=DIR puts tokenizer and shards elsewhere"
@@ -81,7 +83,7 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     target = config.shards_of(tokenizer.fingerprint)
     if config.shards is not None and target != Path(config.shards):
         raise UserError(
-            f"data.shards={config.shards} holds shards of another tokenizer ({made_by(Path(config.shards))}), "
+            f"data.shards={config.shards} holds shards of another tokenizer ({tokenizer_of(Path(config.shards))}), "
             f"with which runs go on: name another place, data.shards={target}"
         )
 

@@ -7,21 +7,15 @@ taken for a number or a date.
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import errno
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import re
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,16 +24,10 @@ from ...precision.suggest import close
 from ..errors import UserError, one_line
 from .corpus import SPLITS, BadRow, BadRows, Line, RowLimits, is_c4, text_of
 from .remote import remote_path
-from .tokenizer import is_on_hub
+from .text_files import KINDS, dataset_of_lines, is_lines, kind_of, text_files
+from .tokenizer_files import is_on_hub, quiet
 
 SAMPLE_BY = ("line", "paragraph", "document")
-_KINDS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    **{".parquet": "parquet", ".txt": "text", ".arrow": "arrow"},
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4", ".zip")
-_LINES_VERSION = 1  # of what is kept
 _PART = re.compile(r"([^\[]+)\[((?:-?\d+%?)?):((?:-?\d+%?)?)\]")
 _PART_BYTES = 256 << 20  # of text in a shard
 _BATCH_BYTES, _BATCH_ROWS = 16 << 20, 1000  # of rows that are in memory at a time
@@ -114,9 +102,9 @@ class RowPart:
             rows: Sequence[int] = self.rows[start : start + self.batch]
             if self.every:
                 rows = [row for row in rows if not _is_held_out(row, self.every)]
-            whole = isinstance(rows, range) and rows.step == 1
+            dense = isinstance(rows, range) and rows.step == 1
             try:
-                column = arrow[rows.start : rows.stop if whole else 0] if whole else arrow[list(rows)] if rows else None
+                column = arrow[rows.start : rows.stop if dense else 0] if dense else arrow[list(rows)] if rows else None
                 cells = column[self.column].cast(pa.large_binary()).to_pylist() if column is not None else []
             except (pa.ArrowException, OSError) as error:
                 raise UserError(
@@ -136,8 +124,8 @@ def is_rows(path: str) -> bool:
         return False
     place = Path(path)
     if place.is_dir():
-        return not is_c4(place) and (_is_saved(place) or next(_text_files(place), None) is not None)
-    return place.exists() or _is_pattern(path) or ("/" in path and is_on_hub(path)) or _kind(place) is not None
+        return not is_c4(place) and (_is_saved(place) or next(text_files(place), None) is not None)
+    return place.exists() or _is_pattern(path) or ("/" in path and is_on_hub(path)) or kind_of(place) is not None
 
 
 def is_elsewhere(path: str) -> bool:
@@ -154,23 +142,6 @@ def _is_saved(directory: Path) -> bool:
     return (directory / "dataset_dict.json").exists() or all(
         (directory / name).exists() for name in ("state.json", "dataset_info.json")
     )
-
-
-def _kind(file: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return _KINDS.get(suffixes[-1]) if suffixes else None
-
-
-def _text_files(directory: Path) -> Iterator[Path]:
-    """Without what stands hidden, and without tokenizers and shards."""
-    for root, directories, files in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "shards")
-        if "tokenizer.json" in files or "manifest.json" in files:
-            directories.clear()
-            continue
-        yield from (Path(root, name) for name in sorted(files) if name[0] != "." and _kind(Path(name)) is not None)
 
 
 @dataclass(frozen=True)
@@ -318,7 +289,7 @@ def _opened(source: Source) -> tuple[Callable[[str | None], Any], str]:
         builder = _asked(source, lambda: datasets.load_dataset_builder(path, source.subset))
         files = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
         _say_unread(place, files)
-        kinds = {_kind(Path(file)) for group in files.values() for file in group}
+        kinds = {kind_of(Path(file)) for group in files.values() for file in group}
         if kinds not in ({"json"}, {"text"}, {"csv"}):
             return loading(path, source.subset), "text"
     elif place.exists() or _is_pattern(path):
@@ -326,26 +297,28 @@ def _opened(source: Source) -> tuple[Callable[[str | None], Any], str]:
         if not found:
             raise UserError(f"data.path={path}: no file has such a name")
         files = {"train": found}
-        kinds = {_kind(Path(file)) for file in found}
+        kinds = {kind_of(Path(file)) for file in found}
         if None in kinds or len(kinds) > 1:
-            strange = [file for file in found if _kind(Path(file)) is None]
+            strange = [file for file in found if kind_of(Path(file)) is None]
             wrong = f"{strange[0]} is of no kind that is known" if strange else "files of several kinds"
             raise UserError(
-                f"data.path={path}: {wrong}; text is read from {', '.join(_KINDS)}, compressed or not, from a "
+                f"data.path={path}: {wrong}; text is read from {', '.join(KINDS)}, compressed or not, from a "
                 "directory of them, or from the hub"
             )
-    elif _kind(place) is not None or not is_on_hub(path):
+    elif kind_of(place) is not None or not is_on_hub(path):
         raise UserError(f"data.path={path}: no such file")
     else:
         print(f"asking the hub for the dataset {path}", flush=True)
         return loading(path, source.subset), "text"
     (kind,) = kinds
-    if kind == "text" or (kind == "json" and all(_is_lines(Path(file)) for group in files.values() for file in group)):
+    if kind == "text" or (kind == "json" and all(is_lines(Path(file)) for group in files.values() for file in group)):
         by = "line" if kind == "json" else source.sample_by
 
         def from_lines(split: str | None) -> Any:
             if split is None:
-                return {name: _asked(source, lambda name=name: _of_lines(name, files[name], by)) for name in files}
+                return {
+                    name: _asked(source, lambda name=name: dataset_of_lines(name, files[name], by)) for name in files
+                }
             part = _PART.fullmatch(split)
             if part is None or part[1] not in files:
                 raise UserError(f"data.path={path}: {split!r} is no part of {', '.join(files)}, as 'train[:10%]' is")
@@ -374,75 +347,10 @@ def _place(border: str, total: int) -> int | None:
     return int(border) if border else None
 
 
-def _of_lines(split: str, files: Sequence[str], by: str) -> Any:
-    """A dataset of what stands in ``files``, bytes, kept until one of them changes."""
-    import datasets
-
-    stats = [os.stat(file) for file in files]
-    arguments = {
-        "files": tuple(os.path.abspath(file) for file in files),
-        "by": by,
-        "known_by": (_LINES_VERSION, *((stat.st_size, stat.st_mtime_ns) for stat in stats)),
-    }
-    features = datasets.Features({"text": datasets.Value("large_binary")})
-    return datasets.Dataset.from_generator(_read_lines, features=features, gen_kwargs=arguments, split=split)
-
-
-def _read_lines(files: Sequence[str], by: str, known_by: Any) -> Iterator[dict[str, bytes]]:
-    for file in files:
-        number = 0
-        try:
-            with _open(Path(file)) as lines:
-                if by == "document":
-                    yield {"text": lines.read().removeprefix(codecs.BOM_UTF8)}
-                    continue
-                paragraph: list[bytes] = []
-                for number, line in enumerate(lines, 1):
-                    text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(b"\r\n")
-                    if by == "line":
-                        yield {"text": text}
-                    elif text.strip():
-                        paragraph.append(text)
-                    elif paragraph:
-                        yield {"text": b"\n".join(paragraph)}
-                        paragraph = []
-                if paragraph:
-                    yield {"text": b"\n".join(paragraph)}
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            raise UserError(f"{file}: damaged, or cannot be read, after line {number:,}: {one_line(error)}") from error
-
-
-def _open(file: Path) -> Any:
-    if file.suffix in (".zst", ".zstd"):
-        if find_spec("zstandard") is None:
-            raise UserError(f"{file} needs the package zstandard: pip install zstandard")
-        import zstandard  # an optional dependency
-
-        return zstandard.open(file, "rb")
-    if (opened := {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix)) is not None:
-        return opened(file)
-    if file.suffix in _COMPRESSED:
-        raise UserError(f"{file}: lines are read from files as they are, .gz, .bz2, .xz or .zst")
-    return file.open("rb")
-
-
 def _say_unread(directory: Path, files: Mapping[str, Sequence[str]]) -> None:
     read = {os.path.realpath(file) for group in files.values() for file in group}
-    if read and (rest := [file for file in _text_files(directory) if os.path.realpath(file) not in read]):
+    if read and (rest := [file for file in text_files(directory) if os.path.realpath(file) not in read]):
         print(f"{directory}: {len(rest):,} files are of another kind or split and are not read, such as {rest[0]}")
-
-
-def _is_lines(file: Path) -> bool:
-    """Whether a file of JSON has an object on each line, by its first one; all of JSON in one otherwise."""
-    if ".json" not in file.suffixes:
-        return True
-    try:
-        with _open(file) as lines:
-            while (line := lines.readline(RowLimits.max_line_bytes)).isspace():
-                pass
-        return re.match(rb"\s*(\[|\{\s*$)", line.removeprefix(codecs.BOM_UTF8)) is None
-    except (OSError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
 def _asked(source: Source, function: Callable[[], Any]) -> Any:
@@ -450,17 +358,14 @@ def _asked(source: Source, function: Callable[[], Any]) -> Any:
     import datasets
     from huggingface_hub.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong is said in the error
     datasets.utils.logging.set_verbosity_error()
     try:
-        return function()
+        with quiet(logging):
+            return function()
     except Exception as error:  # of Arrow, pandas, HTTP libraries and its own
         if (ours := next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)) is not None:
             raise ours from error
         raise UserError(f"data.path={source.path}: {_reason(error, datasets.config.HF_DATASETS_CACHE)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

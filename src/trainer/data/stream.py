@@ -35,7 +35,7 @@ POSITION_FIELDS = 5
 
 @dataclass(frozen=True)
 class TextStream:
-    """What the lanes are made of."""
+    """What the lanes read."""
 
     files: Sequence[CorpusFile]
     tokenizer: TextTokenizer
@@ -139,7 +139,7 @@ class Lane:
     def _read(self, epoch: int, place: int, row: int) -> Iterator[_Piece]:
         files = self._stream.files
         while True:
-            whole, found = place == row == 0, False
+            complete, found = place == row == 0, False
             order = permute(np.arange(len(files)), len(files), f"{self._seed}:files:{epoch}")[
                 self._lane :: self._num_lanes
             ]
@@ -148,7 +148,7 @@ class Lane:
                     found = True
                     yield _Piece(epoch, number, at, tokens)
                 row = 0
-            if whole and not found:
+            if complete and not found:
                 names = ", ".join(str(files[index].path) for index in order[:2])
                 raise UserError(
                     f"no text in {len(order)} files that are read in turn: {names}{' ...' * (len(order) > 2)}"
@@ -227,20 +227,13 @@ class StreamSource(TrainingSource):
         stream: TextStream,
         *,
         together: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function(),
-        rank: int,
-        world_size: int,
-        global_batch: int,
-        seed: int,
-        micro_batch: int,
+        **share: int,
     ) -> None:
-        super().__init__(
-            seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
-        )
+        super().__init__(**share)
         self._stream = stream
         self._together = together
-        self._share = global_batch // world_size
-        self._num_lanes = stream.num_lanes(global_batch)
-        self._lane_share = global_batch // self._num_lanes
+        self._num_lanes = stream.num_lanes(self._global_batch)
+        self._lane_share = self._global_batch // self._num_lanes
         first, last = self._rank_offset, self._rank_offset + self._share - 1
         self.lane_numbers = range(first // self._lane_share, last // self._lane_share + 1)
         self._lanes: dict[int, Lane] = {}
@@ -296,31 +289,6 @@ class StreamSource(TrainingSource):
             if self._begins(lane):
                 position[lane] = torch.tensor(self._lanes[lane].position)
         return windows[skipped : skipped + self._share], position
-
-
-class TextWindows:
-    """The first tokens of some files, in memory, as windows of ``seq_len + 1`` tokens that share one with the next."""
-
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, seq_len: int) -> None:
-        self.seq_len = seq_len
-        self.num_tokens = len(tokens)
-        self.num_windows = max(0, (len(tokens) - 1) // seq_len)
-        self._tokens = tokens
-        self._ends = ends
-
-    def window(self, index: int) -> np.ndarray:
-        """Window ``index``, int64 [seq_len + 1]."""
-        return self._tokens[index * self.seq_len : (index + 1) * self.seq_len + 1].astype(np.int64)
-
-    def num_bytes(self, num_windows: int) -> float:
-        """As ``TokenStream.num_bytes``."""
-        covered = num_windows * self.seq_len + 1
-        document = int(np.searchsorted(self._ends[:, 0], covered, side="right"))
-        before = self._ends[document - 1] if document else np.zeros(2, np.int64)
-        if document == len(self._ends):
-            return float(before[1])
-        tokens, size = self._ends[document] - before
-        return float(before[1]) + float(size) * (covered - int(before[0])) / float(tokens)
 
 
 def read_head(

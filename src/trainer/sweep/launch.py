@@ -41,7 +41,6 @@ from yaml import YAMLError
 
 from ...precision.loading import sha256
 from ...precision.suggest import close
-from ..build import require_data
 from ..config import (
     TrainConfig,
     entry_config,
@@ -52,7 +51,8 @@ from ..config import (
     said_files,
     with_arguments,
 )
-from ..data.batches import DataConfig
+from ..data.config import DataConfig
+from ..data.open import require_data
 from ..errors import ExitCode, UserError, one_line
 from ..files import lock, read_json
 from ..lifeline import end_with_parent

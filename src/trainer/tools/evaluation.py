@@ -9,15 +9,16 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from .. import distributed
-from ..build import build_state, documents_end, open_windows, pretrained_config, validation_source
+from ..build import build_state, pretrained_config
 from ..config import load_config
-from ..data.batches import DataConfig
+from ..data.config import DataConfig
+from ..data.open import open_windows, validation_source
 from ..data.prepare import prepare
 from ..data.rows import Source, is_rows
 from ..data.tokenizer import load_tokenizer
 from ..distributed import StopRequest, World, say
 from ..errors import UserError
-from ..loop import EvalConfig, EvalPrecision, validate
+from ..loop import EvalPrecision, validate
 from ..pretrained import DOCUMENT_MASK, PretrainedDirectory
 from ..state import TrainState
 from .restore import restore_run
@@ -69,7 +70,8 @@ def open_pretrained(directory: str, precision: str, seq_len: int | None = None) 
     length = _length(seq_len, pretrained.trained_length, model.position_limit, directory)
     config = load_config([f"precision={precision}"])
     world = distributed.start(config.parallel)
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=0, pretrained=directory)
+    precision = config.values.precision
+    state = build_state(model, precision, config.parallel, config.optim, world, seed=0, pretrained=directory)
     apart = pretrained.config.get(DOCUMENT_MASK) is True
     data = replace(config.data, tokenizer=directory, seq_len=length, eot_token=None, document_mask=apart)
     return Subject(world, state, data, EvalPrecision.recipe)
@@ -105,11 +107,7 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
             prepare(data, splits=(split,))
         tokenizer = load_tokenizer(data.tokenizer, data.eot_token)
         windows = open_windows(data, tokenizer, split, tokens)
-        wanted = EvalConfig(tokens=tokens or windows.num_windows * data.seq_len)
-        source, size = validation_source(
-            windows, wanted, subject.world, micro_batch, documents_end=documents_end(data, tokenizer)
-        )
-        assert source is not None
+        source, size = validation_source(windows, tokens, data, tokenizer, subject.world, micro_batch)
         result = validate(subject.state, source, subject.world, stop, subject.precision)
     if isinstance(result, int):
         raise UserError(f"stopped by {stop.describe(result)}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,15 +13,15 @@ from torch import Tensor
 
 from ...precision.swiglu import DOWN, GATE, UP, fold, scales_of
 from .. import distributed
-from ..build import open_windows, resolve_model, to_transformers
-from ..checkpoint import newest, read_tensors
-from ..data.tokenizer import load_tokenizer, save_for_transformers
+from ..build import resolve_model, to_transformers
+from ..checkpoint import read_tensors
+from ..data.open import open_windows
+from ..data.tokenizer import save_for_transformers
 from ..errors import UserError, one_line
-from ..files import sync_directory, write_json
+from ..files import new_directory, write_json
 from ..pretrained import DOCUMENT_MASK
-from ..rundir import RunDirectory, require_tokenizer
 from ..state import evaluating
-from .restore import open_config, restore_run
+from .restore import open_checkpoint, restore_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION_WINDOWS = 16  # of the training split
@@ -51,13 +48,7 @@ def export_run(
         raise UserError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
-    directory = RunDirectory(run_dir)
-    config = open_config(directory)
-    checkpoint = newest(directory.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
-    require_tokenizer(checkpoint, tokenizer)
+    config, checkpoint, tokenizer = open_checkpoint(run_dir)
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
@@ -68,41 +59,21 @@ def export_run(
             up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
             ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
     length, end = config.data.seq_len, tokenizer.eot
-    hf_config, theirs = to_transformers(model_config, ours, end, length)
+    hf_config, hf_tensors = to_transformers(model_config, ours, end, length)
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     masked = {DOCUMENT_MASK: True} if config.data.document_mask else {}
-    with _whole(out) as partial:
-        save_torch_state_dict(theirs, partial, metadata={"format": "pt"})
-        save_for_transformers(config.data.tokenizer, config.data.eot_token, partial, length)
-        write_json(partial / "generation_config.json", special | {"max_length": length})
-        write_json(partial / "config.json", hf_config | {"dtype": dtype} | masked)
-    return int(checkpoint.meta["step"])
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A directory to write into that becomes ``out``, or whose files do, ``config.json`` last. Raises UserError."""
-    stands = out.is_dir()
-    name = f"{out.name}.{os.getpid()}.incomplete"
-    partial = out / name if stands else out.with_name(name)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        mode = stat.S_IMODE((partial / "config.json").stat().st_mode)  # as the umask has it; safetensors do not
-        for file in partial.iterdir():
-            file.chmod(mode)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        if stands:
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(out / file.name)
-        else:
-            partial.replace(out)
-        sync_directory(out if stands else out.parent)
+        with new_directory(out, "config.json") as partial:
+            save_torch_state_dict(hf_tensors, partial, metadata={"format": "pt"})
+            save_for_transformers(config.data.tokenizer, config.data.eot_token, partial, length)
+            write_json(partial / "generation_config.json", special | {"max_length": length})
+            write_json(partial / "config.json", hf_config | {"dtype": dtype} | masked)
+            mode = stat.S_IMODE((partial / "config.json").stat().st_mode)  # as the umask has it; safetensors do not
+            for file in partial.iterdir():
+                file.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out={out} cannot be written: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return int(checkpoint.meta["step"])
 
 
 def channel_maxima(run_dir: Path, said: Sequence[str] = ()) -> dict[str, Tensor]:

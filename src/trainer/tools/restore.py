@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .. import distributed
 from ..build import build_state, resolve_model
-from ..checkpoint import load_into, newest
+from ..checkpoint import Checkpoint, load_into, newest
 from ..config import TrainConfig, load_run_config
 from ..data.tokenizer import TextTokenizer, load_tokenizer
 from ..distributed import World
@@ -30,14 +30,20 @@ class Run:
     context: int  # the longest prefix it was trained on
 
 
-def open_config(directory: RunDirectory) -> TrainConfig:
-    """The config of a run, with the tokenizer that the run keeps; a recipe file that it names is not run.
+def open_checkpoint(run_dir: Path) -> tuple[TrainConfig, Checkpoint, TextTokenizer]:
+    """The config of a run, of which no recipe file is run, its newest checkpoint, and the tokenizer that it keeps.
 
-    Raises as ``load_run_config``.
+    Raises UserError if it is no run directory, or holds no usable checkpoint or another tokenizer.
     """
+    directory = RunDirectory(run_dir)
     config = load_run_config(directory.config, None)
-    config.data = directory.data_of(config.data)
-    return config
+    config = replace(config, data=directory.data_of(config.data))
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
+    checkpoint = newest(directory.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
+    require_tokenizer(checkpoint, tokenizer)
+    return config, checkpoint, tokenizer
 
 
 def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
@@ -45,24 +51,19 @@ def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
 
     Raises UserError if it is no run directory or holds no usable checkpoint, or for a recipe file that is not said.
     """
-    directory = RunDirectory(run_dir)
-    config = open_config(directory)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
-    checkpoint = newest(directory.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{directory.checkpoints} holds no usable checkpoint")
-    require_tokenizer(checkpoint, tokenizer)
+    config, checkpoint, tokenizer = open_checkpoint(run_dir)
     # The recipe the weights were trained under: config.yaml may name the next one already (resume.recipe_change).
     try:
-        config.precision.restore(checkpoint.meta["recipe"], said)
-    except ValueError as error:
+        precision = config.precision.restored(checkpoint.meta["recipe"], said)
+        config = replace(config, precision=precision, parallel=replace(config.parallel, replicate=1))
+        _ = config.values
+    except (ValueError, UserError) as error:
         copies = [str(path) for path in sorted(run_dir.glob("recipe*.py"))]
-        kept = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
-        raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{kept}") from error
-    config.parallel.replicate = 1
+        hint = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
+        raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{hint}") from error
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
-    state = build_state(model, config.precision, config.parallel, config.optim, world, seed=config.seed)
+    state = build_state(model, config.values.precision, config.parallel, config.optim, world, seed=config.seed)
     if (position := checkpoint.meta["tensors"].get(POSITION)) is not None:  # of a stream that is not opened here
         state.position = torch.zeros(position[1:], dtype=torch.int64)
     state.plan.reset_state()

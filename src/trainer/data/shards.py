@@ -1,0 +1,149 @@
+"""Prepared token shards, memory-mapped and compared with their manifest."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import reprlib
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, one_line
+from ..files import read_json
+from .batches import TokenStream
+from .config import DataConfig
+from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, read_manifest
+
+_NPY_HEADER_BYTES = 1 << 14
+_OTHER_OPEN_FILES = 256  # to come, in addition to those that are
+
+
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit of this process, as far as it may: a memory map keeps its file open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/dev/fd")) + count + _OTHER_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+class TokenShards:
+    """The prepared corpus of one directory, opened: what is prepared anew meanwhile has other files.
+
+    Raises UserError if there is none, if a shard is missing or damaged, or if another tokenizer made it.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer_fingerprint: str,
+        advice: str = "run python scripts/prepare_data.py with the same data options",
+    ) -> None:
+        own = config.shards_of(tokenizer_fingerprint)
+        self.directory = own if (own / MANIFEST).exists() else Path(config.shards_dir)
+        self._again = again = advice
+        file = self.directory / MANIFEST
+        try:
+            manifest = read_json(file)
+            if manifest.get("version") != MANIFEST_VERSION:
+                version = reprlib.repr(manifest.get("version"))
+                raise UserError(f"{self.directory} has version {version}, not {MANIFEST_VERSION}: {again}")
+            self.dtype, maker, self.vocab_size, self.splits = read_manifest(manifest)
+        except FileNotFoundError as error:
+            raise UserError(f"no token shards in {self.directory}: {again}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({one_line(error)}): {again}") from error
+        if maker != tokenizer_fingerprint:
+            raise UserError(
+                f"data.tokenizer={config.tokenizer} (fingerprint {tokenizer_fingerprint}) did not make the shards in "
+                f"{self.directory} (fingerprint {maker}): name the tokenizer that did, or {again}"
+            )
+        tokens = {
+            split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        self.fingerprint = _fingerprint([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
+        splits = {
+            split: [{key: shard[key] for key in shard if key not in SINCE_VERSION_1} for shard in shards]
+            for split, shards in manifest["splits"].items()
+        }
+        #: What older checkpoints hold: it changed with the compression of the text, too.
+        self.former_fingerprint = _fingerprint(manifest | {"splits": splits})
+        every = [shard for shards in self.splits.values() for shard in shards]
+        _allow_open_files(2 * len(every))
+        self._files: dict[str, os.stat_result] = {}
+        self._bytes = {name: self._open(name) for shard in every for name in (shard["file"], shard["documents_file"])}
+        for shard in every:
+            size, wanted = len(self._bytes[shard["file"]]), shard["tokens"] * self.dtype.itemsize
+            if size != wanted:
+                raise UserError(f"{self.directory / shard['file']} has {size} bytes, not {wanted}: {again}")
+            self.ends(shard)
+
+    def _open(self, name: str) -> np.ndarray:
+        """A memory map of the whole file."""
+        path = self.directory / name
+        try:
+            with path.open("rb") as file:
+                self._files[name] = found = os.fstat(file.fileno())
+                return np.asarray(np.memmap(file, np.uint8, mode="r") if found.st_size else [], "u1")
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: {self._again}") from error
+        except (OSError, ValueError) as error:  # the second for a name that can be none
+            hint = " (ulimit -n allows more)" if getattr(error, "errno", None) == errno.EMFILE else ""
+            raise UserError(f"{path} cannot be opened: {one_line(error)}{hint}") from error
+
+    def stream(self, split: str, seq_len: int) -> TokenStream:
+        """The windows of a split. Raises UserError if it has less than one."""
+        infos = [info for info in self.splits.get(split, []) if info["tokens"]]
+        ends = [self.ends(info) for info in infos]
+        return TokenStream([*map(self.tokens, infos)], ends, seq_len, f"{self.directory}: the {split} split")
+
+    def tokens(self, shard: ShardInfo) -> np.ndarray:
+        """uint16 or uint32 [tokens], as they were opened."""
+        return self._bytes[shard["file"]].view(self.dtype)
+
+    def ends(self, shard: ShardInfo) -> np.ndarray:
+        """Tokens and UTF-8 bytes up to each document's end, int64 [documents, 2], as they were opened.
+
+        Raises UserError if the file holds something else.
+        """
+        content, path = self._bytes[shard["documents_file"]], self.directory / shard["documents_file"]
+        file = io.BytesIO(content[:_NPY_HEADER_BYTES])
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if version != (1, 0) or (shape, fortran, dtype) != ((shard["documents"], 2), False, np.int64):
+                raise ValueError(f"{dtype} {list(shape)}, not int64 [{shard['documents']}, 2]")
+            ends = content[file.tell() :].view(np.int64).reshape(shape)
+            if len(ends) and ends[-1].tolist() != [shard["tokens"], shard["bytes"]]:
+                raise ValueError("its last row is not the number of tokens and bytes")
+        except Exception as error:  # the header's parser raises what Python's own does
+            raise UserError(f"{path} is damaged ({one_line(error)}): {self._again}") from error
+        return ends
+
+    def verify(self) -> None:
+        """Compare the checksum of everything that was opened. Raises UserError for what is damaged."""
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            checksums = {shard["file"]: shard["sha256"], shard["documents_file"]: shard["documents_sha256"]}
+            for name, checksum in checksums.items():
+                path = self.directory / name
+                try:  # read, not by the map: an error of a map ends the process without a word
+                    with path.open("rb") as file:
+                        same = os.path.samestat(os.fstat(file.fileno()), self._files[name])
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+                if not same:
+                    raise UserError(f"{path} was written anew just now: run the same command again")
+                if digest != checksum:
+                    raise UserError(f"{path} is damaged (checksum differs): run python scripts/prepare_data.py again")
