@@ -172,12 +172,3 @@ def _rescaled(gemm: GemmSpec, rescale: Rescale | None) -> GemmSpec:
         return gemm
     transform: Transform = rescale if gemm.transform is None else Composed(first=rescale, second=gemm.transform)
     return replace(gemm, transform=transform)
-
-
-def fold(up_weight: Tensor, down_weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Up-projection rows divided by ``scales`` [channels], down-projection columns times them: the same function.
-
-    Exact for powers of two, while nothing leaves the range of the dtype.
-    """
-    factor = scales.to(up_weight.dtype)
-    return up_weight / factor[:, None], down_weight * factor

@@ -30,7 +30,7 @@ from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.pretrained import DOCUMENT_MASK, PretrainedDirectory
 from narrowgauge.trainer.tools.evaluation import Evaluation, evaluate_on, open_pretrained, open_run
-from narrowgauge.trainer.tools.export import export_run
+from narrowgauge.trainer.tools.export import export_run, fold
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -715,6 +715,13 @@ def test_folded_scales_leave_every_logit(directory: Path, tiny: Tiny, tmp_path: 
     assert (ratio == ratio[:, :1]).all()  # one factor a row, a power of two, and not the same for all
     assert (ratio.log2() == ratio.log2().round()).all()
     assert len(ratio.unique()) > 1
+
+
+def test_a_scale_is_a_power_of_two_or_one() -> None:
+    amax = torch.tensor([3.0, 0.75, 0.0, 1e-40, torch.inf, torch.nan])
+    up, down = fold(torch.ones(6, 2), torch.ones(3, 6), amax)
+    assert down[0].tolist() == [2.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert (up * down[0][:, None] == 1).all()
 
 
 def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:

@@ -246,25 +246,28 @@ def _state_bytes(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def ladder(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Settings) -> list[Rung]:
-    """The recipes that mask operands to EeMm, and the BF16 baseline, which is E8M7, beside them; empty without any."""
+    """The recipes whose arguments say how many bits operands have, and the BF16 baseline (E8M7); empty without any."""
     rungs = []
     for summary in recipes:
-        values = next(run.values for run in runs if run.recipe == summary.recipe)
-        if values.get("precision.recipe") == "exmy":
-            bits = [number(values.get(f"precision.args.{part}_bits")) for part in ("exponent", "mantissa")]
-            if bits[0] is not None and bits[1] is not None:
-                rounding = str(values.get("precision.args.rounding", ""))
-                rungs.append(Rung(int(bits[0]), int(bits[1]), rounding, summary))
+        run = next(run for run in runs if run.recipe == summary.recipe)
+        if (bits := _bits(run)) is not None:
+            rungs.append(Rung(*bits, str(run.values.get("precision.args.rounding", "")), summary))
     base = [summary for summary in recipes if summary.recipe == settings.baseline == "bf16"]
     roundings = dict.fromkeys(rung.rounding for rung in rungs)
     return [*rungs, *(Rung(8, 7, rounding, summary) for rounding in roundings for summary in base)]
+
+
+def _bits(run: Run) -> tuple[int, int] | None:
+    """Of exponent and mantissa, for a recipe that has them as arguments."""
+    exponent, mantissa = (number(run.values.get(f"precision.args.{part}_bits")) for part in ("exponent", "mantissa"))
+    return None if exponent is None or mantissa is None else (int(exponent), int(mantissa))
 
 
 def switches(runs: Sequence[Run]) -> list[Switch]:
     """Every pair of variants of a recipe's file that differ in one argument, with the differences of paired runs."""
     files: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        if run.values and run.values.get("precision.recipe") != "exmy":  # which has its ladder
+        if run.values and _bits(run) is None:  # those with bits have their ladder
             files[str(run.values.get("precision.recipe"))].append(run)
     found = []
     for name, members in sorted(files.items()):

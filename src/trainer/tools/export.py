@@ -14,7 +14,6 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...precision.smooth import DOWN, GATE, UP, fold, scales_of
 from .. import distributed
 from ..build import open_windows, resolve_model, to_transformers
 from ..checkpoint import newest, read_tensors
@@ -28,6 +27,7 @@ from .restore import open_config, restore_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION_WINDOWS = 16  # of the training split
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"  # children of a SwiGLU
 
 
 def export_run(
@@ -66,7 +66,7 @@ def export_run(
             raise UserError(f"fold=true: {run_dir} trains a {config.model.arch}, whose MLPs are no SwiGLU")
         for mlp, amax in channel_maxima(run_dir, said).items():
             up, down = f"{mlp}.{UP}.weight", f"{mlp}.{DOWN}.weight"
-            ours[up], ours[down] = fold(ours[up], ours[down], scales_of(amax, pow2=True))
+            ours[up], ours[down] = fold(ours[up], ours[down], amax)
     length, end = config.data.seq_len, tokenizer.eot
     hf_config, theirs = to_transformers(model_config, ours, end, length)
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -77,6 +77,18 @@ def export_run(
         write_json(partial / "generation_config.json", special | {"max_length": length})
         write_json(partial / "config.json", hf_config | {"dtype": dtype} | masked)
     return int(checkpoint.meta["step"])
+
+
+def fold(up_weight: Tensor, down_weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Up-projection rows divided by scales, down-projection columns times them: the same function.
+
+    ``amax``: [channels], float32. A scale is the power of two at or below it, 1 for a zero, subnormal or infinite one:
+    exact, while nothing leaves the range of the dtype.
+    """
+    power = (amax.view(torch.int32) & 0x7F800000).view(torch.float32)  # its exponent bits alone
+    normal = (amax >= torch.finfo(torch.float32).tiny) & amax.isfinite()
+    factor = torch.where(normal, power, 1.0).to(up_weight.dtype)
+    return up_weight / factor[:, None], down_weight * factor
 
 
 @contextmanager
