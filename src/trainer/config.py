@@ -6,7 +6,7 @@ import io
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
@@ -356,7 +356,7 @@ def _require_plain(text: str) -> None:
 
 
 def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainConfig:
-    """A composed tree as dataclasses, validated. ``said``: as in ``load_run_config``."""
+    """A composed tree as dataclasses, valid, with every argument of the recipe. ``said``: as in ``load_run_config``."""
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -370,21 +370,15 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
         except ValueError as error:
             raise UserError(one_line(error)) from error
     config.validate(recipe=said is not None or not config.precision.files())
+    config.precision.args = filled(config.precision.recipe, config.precision.args)
     return config
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
-    whole = (with_arguments(config).flat() for config in (old, new))
-    before, after = ({key: value for key, value in flat.items() if value != {}} for flat in whole)
+    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def with_arguments(config: TrainConfig) -> TrainConfig:
-    """With every argument of the recipe: older configs lack those that it has learned since."""
-    precision = config.precision
-    return replace(config, precision=replace(precision, args=filled(precision.recipe, precision.args)))
 
 
 def parse(overrides: Sequence[str], *, several: bool = True) -> list[Override]:

@@ -50,7 +50,6 @@ from ..config import (
     load_run_config,
     parse,
     said_files,
-    with_arguments,
 )
 from ..data.batches import DataConfig
 from ..errors import ExitCode, UserError, one_line
@@ -447,7 +446,7 @@ def _identity(config: TrainConfig, varied: set[str]) -> str:
     """What tells a run's result from another's, as JSON: all keys but those that change none and are not ``varied``."""
     parts = {
         key: value
-        for key, value in sorted(with_arguments(config).flat().items())
+        for key, value in sorted(config.flat().items())
         if not _NO_RESULT.match(key) or any(key == one or key.startswith(f"{one}.") for one in varied)
     }
     return json.dumps(parts, default=str)
