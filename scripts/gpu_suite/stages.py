@@ -33,7 +33,7 @@ from narrowgauge.precision.transforms import Hadamard
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.distributed import World
-from narrowgauge.trainer.loop import update_from
+from narrowgauge.trainer.step import update_from
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 

@@ -30,14 +30,15 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 from ..precision.loading import files_in, is_file
 from ..precision.recipe import close, filled
 from .build import MODEL_SCHEMAS, PrecisionConfig
-from .checkpoint import CheckpointConfig, ResumeConfig
+from .checkpoint import ResumeConfig
+from .checkpointer import CheckpointConfig
+from .console import LogConfig
 from .data.batches import DataConfig, SourceConfig, home_of
 from .data.tokenizer import tokenizer_place
 from .distributed import ParallelConfig
 from .environ import is_text, require_text, unquoted
 from .errors import UserError, one_line
 from .loop import EvalConfig, LoopConfig, ProbeConfig
-from .metrics import LogConfig
 from .optim import OptimConfig
 from .own import CONFIG_DIR, ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunConfig, RunDirectory

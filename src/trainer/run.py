@@ -25,20 +25,24 @@ from .build import (
     training_source,
     validation_source,
 )
-from .checkpoint import Checkpoint, Checkpointer, RecipeChange, had_checkpoints, list_checkpoints, newest
+from .checkpoint import Checkpoint, RecipeChange, had_checkpoints, list_checkpoints, newest
+from .checkpointer import Checkpointer
 from .config import TrainConfig, differences, load_run_config
+from .console import Console, ConsoleLog
 from .costs import flops_per_token, peak_flops, peak_memory, size_in_name
 from .data.batches import Ahead, DataConfig
 from .data.stream import TextStream
 from .data.tokenizer import load_tokenizer
-from .distributed import StopRequest, World, say
+from .distributed import World, say
 from .errors import ExitCode, RunFailed, UserError, one_line
 from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
-from .metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
+from .metrics import MetricsFile, evaluated_step
 from .rundir import Resume, RunDirectory, environment, require_tokenizer
 from .spikes import SpikeAction, SpikeWatch
+from .stop import StopRequest
 from .tools.generate import generate
+from .trackers import Trackers
 
 _FIXED_DATA = (
     "data.seq_len",

@@ -28,11 +28,12 @@ try:  # extra `report`
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    from .drawing import save_plot, to_plotly
     from .figures import FORMATS
     from .latex import document, summary_table
     from .measures import RecipeSummary, Rung, Switch, ladder, summarize, switches
     from .numerics import LayerMap, numerics_of, worst_layers
-    from .plots import HeatMap, Plot, plots, save_plot, to_plotly
+    from .plots import HeatMap, Plot, plots
     from .runs import Run, Settings, find_runs
     from .statistics import CONFIDENCE
     from .tables import Cell, Table, shown, tables
