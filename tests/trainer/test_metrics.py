@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import train_here
-from narrowgauge.trainer import trackers
+from narrowgauge.trainer import trackers as module
 from narrowgauge.trainer.config import TrainConfig
 from narrowgauge.trainer.console import Console, ConsoleLog, LogConfig
 from narrowgauge.trainer.distributed import say
@@ -111,7 +111,7 @@ def test_a_failing_tracker_stops_nothing(
             raise ValueError("no key")
         return Failing()
 
-    monkeypatch.setattr(metrics, "_start_tracker", start)
+    monkeypatch.setattr(module, "_start_tracker", start)
     trackers = Trackers(LogConfig(trackers=["wandb"]), tmp_path, {})
     trackers.log(row(1))
     trackers.log(row(2))
@@ -161,7 +161,7 @@ def test_wandb_gets_the_whole_config_a_group_and_tags(tmp_path: Path, monkeypatc
         def finish(self) -> None:
             pass
 
-    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
     run = tmp_path / "grid" / "seed=0"
     run.mkdir(parents=True)
     (run.parent / "multirun.yaml").touch()
@@ -178,10 +178,10 @@ def test_wandb_gets_the_whole_config_a_group_and_tags(tmp_path: Path, monkeypatc
 
 
 def test_a_run_alone_is_of_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(trackers.SWEEP, raising=False)
-    assert trackers.sweep_of(tmp_path / "runs" / "a") is None
-    monkeypatch.setenv(trackers.SWEEP, "x")
-    assert trackers.sweep_of(tmp_path / "runs" / "a") == "runs"
+    monkeypatch.delenv(module.SWEEP, raising=False)
+    assert module.sweep_of(tmp_path / "runs" / "a") is None
+    monkeypatch.setenv(module.SWEEP, "x")
+    assert module.sweep_of(tmp_path / "runs" / "a") == "runs"
 
 
 def test_tensorboard_shows_the_config_as_text_and_no_clock(tmp_path: Path) -> None:

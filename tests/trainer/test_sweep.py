@@ -137,7 +137,7 @@ def test_several_values_without_multirun_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_under_torchrun_the_right_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("narrowgauge.trainer.__main__.launched_by_torchrun", lambda: True)
+    monkeypatch.setattr("narrowgauge.trainer.entry.launched_by_torchrun", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("sys.argv", ["trainer", "--multirun", "seed=0,1"])
     assert main() == ExitCode.BAD_INPUT
