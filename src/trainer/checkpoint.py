@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from .distributed import say
+from .distributed import ALONE, World, say
 from .errors import UserError, one_line
 from .files import sha256_of
 from .metadata import NAME as METADATA
@@ -66,29 +66,6 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-class Together(Protocol):
-    """What looking for a checkpoint asks of the ranks: ``World``, or ``Alone``."""
-
-    rank: int
-    size: int
-
-    def on_main(self, function: Callable[[], T]) -> T: ...
-
-    def gather_written(self, value: T) -> list[T]: ...
-
-
-class Alone:
-    """A process without a group."""
-
-    rank, size = 0, 1
-
-    def on_main(self, function: Callable[[], T]) -> T:
-        return function()
-
-    def gather_written(self, value: T) -> list[T]:
-        return [value]
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints under ``directory`` that were finished, oldest first."""
     if not directory.is_dir():
@@ -101,36 +78,35 @@ def had_checkpoints(directory: Path) -> bool:
     return directory.is_dir() and any(_HAD.fullmatch(path.name) for path in directory.iterdir())
 
 
-def examine(path: Path, together: Together | None = None) -> Checkpoint:
+def examine(path: Path, world: World = ALONE) -> Checkpoint:
     """Compare every file with its checksum, each rank its share, and read the description.
 
     Raises ValueError for damage: a file that is missing, or of a wrong size or content. Raises UserError where that
     cannot be known, as the file cannot be read just now; and for a checkpoint that was made to execute something.
     """
-    together = together or Alone()
-    described = together.on_main(lambda: _readable(path, lambda: _describe_files(path)))
+    described = world.on_main(lambda: _readable(path, lambda: _describe_files(path)))
     if isinstance(described, str):
         raise ValueError(described)
     checksums, meta = described
     # The largest first, each to the rank that has least to do.
-    loads, mine = [0] * together.size, []
+    loads, mine = [0] * world.size, []
     for name, (size, digest) in sorted(checksums.items(), key=lambda item: (-item[1][0], item[0])):
         rank = loads.index(min(loads))
         loads[rank] += size
-        if rank == together.rank:
+        if rank == world.rank:
             mine.append((name, size, digest))
     found: str | UserError | None
     try:
         found = _readable(path, lambda: next(filter(None, (_damage(path / n, s, d) for n, s, d in mine)), None))
     except UserError as error:
         found = error
-    everywhere = together.gather_written(found)  # which waits as long as a disk may take
+    everywhere = world.gather_written(found)  # which waits as long as a disk may take
     for problem in everywhere:
         if isinstance(problem, UserError):
             raise problem
     if (damage := next((problem for problem in everywhere if problem), None)) is not None:
         raise ValueError(damage)
-    problem = together.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
+    problem = world.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
     if problem is not None:
         raise ValueError(problem)
     return Checkpoint(path, meta)
@@ -213,20 +189,19 @@ def _index_damage(path: Path, meta: dict[str, Any], checked: Collection[str]) ->
     return f"{CHECKSUMS} lacks {min(unknown)}" if unknown else None
 
 
-def newest(directory: Path, *, tidy: bool = False, together: Together | None = None) -> Checkpoint | None:
+def newest(directory: Path, *, tidy: bool = False, world: World = ALONE) -> Checkpoint | None:
     """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over.
 
     With ``tidy``, which only the run that owns the directory may ask for, remains of killed writes and prunings are
     removed, and damaged checkpoints get another name: they must not count among those that are kept. Raises UserError
-    as ``examine`` does. With ``together``, all ranks call it.
+    as ``examine`` does. With ``world``, all ranks call it.
     """
-    together = together or Alone()
-    for path in together.on_main(lambda: _candidates(directory, tidy)):
+    for path in world.on_main(lambda: _candidates(directory, tidy)):
         try:
-            return examine(path, together)
+            return examine(path, world)
         except ValueError as error:
             reason = str(error)
-        together.on_main(lambda path=path, reason=reason: _pass_over(path, reason, tidy))
+        world.on_main(lambda path=path, reason=reason: _pass_over(path, reason, tidy))
     return None
 
 

@@ -167,19 +167,19 @@ class Console:
         if due or not self._most:
             self._most = gigabytes(self._memory())
         speed = tokens / self._seconds
-        told = f"{speed:,.0f} tok/s{self._share(speed, '  MFU ')}"
+        rate = f"{speed:,.0f} tok/s{self._share(speed, '  MFU ')}"
         if due:
             left = _clock(self._seconds * (self._total - step))
             line = (
                 f"step {step:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"grad norm {row['grad_norm']:.3f}  {told}  memory {self._most}  {left} left"
+                f"grad norm {row['grad_norm']:.3f}  {rate}  memory {self._most}  {left} left"
             )
             if self._bar is None:
                 say(line)
             elif self._log is not None:
                 self._log.write(f"{line}\n")
         if self._bar is not None:
-            shown = f"loss {row['loss']:.4f} lr {row['lr']:.1e} norm {row['grad_norm']:.2f} {told} {self._most}"
+            shown = f"loss {row['loss']:.4f} lr {row['lr']:.1e} norm {row['grad_norm']:.2f} {rate} {self._most}"
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         self._last = row
@@ -197,12 +197,12 @@ class Console:
             return []
         speed = self._tokens / self._in_steps
         done = f"{self._steps:,} step{'s' if self._steps > 1 else ''}, {self._tokens:,.0f} tokens"
-        told = [
+        totals = [
             ("trained", f"{done} in {_clock(time.monotonic() - self._began)}, at {speed:,.0f} tokens/s in steps"),
             ("training loss", f"{self._last['loss']:.4f} nats per token, at step {self._last['step']:,}"),
             ("peak memory", f"{gigabytes(self._memory())}, of rank 0"),
         ]
-        return [*told, *([("MFU", self._share(speed))] if self._peak else [])]
+        return [*totals, *([("MFU", self._share(speed))] if self._peak else [])]
 
     def _share(self, tokens_per_second: float, before: str = "") -> str:
         """Of the peak; nothing where that is not known."""

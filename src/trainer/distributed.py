@@ -144,8 +144,9 @@ class World:
                 box[0] = function()
             except (UserError, OSError) as error:
                 box[1] = _message(error)
-        with self.watch.waiting():
-            dist.broadcast_object_list(box, src=0, group=self.control)
+        if self.size > 1:
+            with self.watch.waiting():
+                dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
@@ -172,6 +173,8 @@ class World:
         return self._gather(value, self.checkpoint)
 
     def _gather(self, value: T, group: Any) -> list[T]:
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=group)
         return values
@@ -187,6 +190,10 @@ class World:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         shape = (config.replicate, self.size // config.replicate)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+ALONE = World(0, 1, 1, torch.device("cpu"), None, None)
+"""A process without a group."""
 
 
 def _message(error: UserError | OSError) -> str:

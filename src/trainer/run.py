@@ -137,7 +137,7 @@ def _find(config: TrainConfig, world: World, directory: RunDirectory) -> Checkpo
     world.on_main(lambda: _prepare(config, directory))
     if config.run.resume is Resume.never:
         return None
-    checkpoint = newest(directory.checkpoints, tidy=True, together=world)
+    checkpoint = newest(directory.checkpoints, tidy=True, world=world)
     return world.on_main(lambda: _judge(config, directory, checkpoint))
 
 

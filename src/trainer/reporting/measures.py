@@ -238,8 +238,8 @@ def _progress(pairs: Sequence[tuple[Run, Run]], settings: Settings) -> Progress:
 def _state_bytes(runs: Sequence[Run]) -> dict[str, float]:
     parts: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        told = run.environment.get("state_bytes")
-        for name, size in told.items() if isinstance(told, dict) else ():
+        sizes = run.environment.get("state_bytes")
+        for name, size in sizes.items() if isinstance(sizes, dict) else ():
             if (known := number(size)) is not None:
                 parts[printable(name)].append(known)
     return {name: math.fsum(sizes) / len(sizes) for name, sizes in parts.items()}

@@ -67,7 +67,7 @@ class Mark:
     kind: Kind
     x: Sequence[float]
     y: Sequence[float]
-    label: str  # what a pointer over it is told
+    label: str  # shown under the pointer
     interval: tuple[float, float] | None = None  # of a diamond
     in_legend: bool = False
 
@@ -174,25 +174,28 @@ def _eval_curve(run: Run, name: str) -> Points:
     return [step * run.tokens_per_step for step in points], [round(value, 5) for value in points.values()]
 
 
-def _thinned(run: Run, values: Sequence[float | None]) -> Points:
-    """At most ``_MOST_POINTS`` of them and the last."""
+def _stretches(run: Run, values: Sequence[float | None]) -> list[list[tuple[float, float]]]:
+    """(tokens, value) of every step that has one, in at most ``_MOST_POINTS`` stretches of the same length."""
     points = [
         (s * run.tokens_per_step, value) for s, value in zip(run.steps, values, strict=False) if value is not None
     ]
     every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    picks = sorted({*range(0, len(points), every), len(points) - 1} - {-1})
-    return [points[i][0] for i in picks], [float(f"{points[i][1]:.6g}") for i in picks]
+    return [points[start : start + every] for start in range(0, len(points), every)]
+
+
+def _axes(points: Sequence[tuple[float, float]]) -> Points:
+    return [x for x, _ in points], [float(f"{y:.6g}") for _, y in points]
+
+
+def _thinned(run: Run, values: Sequence[float | None]) -> Points:
+    """The first point of each stretch, and the last of all."""
+    parts = _stretches(run, values)
+    return _axes([part[0] for part in parts] + [part[-1] for part in parts[-1:] if len(part) > 1])
 
 
 def _peaks(run: Run, name: str = "grad_norm") -> Points:
-    """The largest value of each of at most ``_MOST_POINTS`` stretches."""
-    values = run.series.get(name, [])
-    points = [
-        (value, s * run.tokens_per_step) for s, value in zip(run.steps, values, strict=False) if value is not None
-    ]
-    every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    top = [max(points[start : start + every]) for start in range(0, len(points), every)]
-    return [x for _, x in top], [float(f"{y:.6g}") for y, _ in top]
+    """The largest value of each stretch."""
+    return _axes([max(part, key=lambda point: point[::-1]) for part in _stretches(run, run.series.get(name, []))])
 
 
 def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
@@ -231,7 +234,7 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
         good = [(run.lr, run.final) for run in own if run.final is not None]
         failed = [(run.lr, top) for run in own if run.state == "diverged"]
         means = [(rate, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None]
-        for kind, points, told in (
+        for kind, points, suffix in (
             (Kind.dots, good, ""),
             (Kind.crosses, failed, ", diverged"),
             (Kind.line, means, ", mean"),
@@ -239,7 +242,7 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
             if points and (kind is not Kind.line or len(points) > 1):
                 x, y = [point[0] for point in points], [point[1] for point in points]
                 first = all(mark.recipe != s.recipe for mark in marks)
-                marks.append(Mark(recipe=s.recipe, kind=kind, x=x, y=y, label=s.recipe + told, in_legend=first))
+                marks.append(Mark(recipe=s.recipe, kind=kind, x=x, y=y, label=s.recipe + suffix, in_legend=first))
     return Plot(
         name="rates",
         title="Validation loss by learning rate",

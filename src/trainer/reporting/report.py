@@ -165,7 +165,7 @@ def summarized(report: Report) -> dict[str, Any]:
             "tokens_per_second": {s.recipe: s.tokens_per_second for s in report.recipes},
             "seconds": {run.name: run.seconds for run in report.runs},
             "emulated": any(s.emulated for s in report.recipes),
-            "verdicts": {told.recipe: str(told) for told in report.verdicts},
+            "verdicts": {one.recipe: str(one) for one in report.verdicts},
         },
     }
 
@@ -213,8 +213,8 @@ def _csv(runs: Sequence[Run]) -> str:
         own = [run.lr, run.seed] if run.values else [None, None]
         sharpness = list(run.evals.get("sharpness", {0: None}).values())[-1]
         counts = [run.diverged_at, run.num_spikes, sharpness, len(run.corrupt)]
-        told = [run.config_hash if run.values else None, run.tokens_per_second, run.seconds]
-        row = [run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *told]
+        others = [run.config_hash if run.values else None, run.tokens_per_second, run.seconds]
+        row = [run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *others]
         writer.writerow([_csv_cell(cell) for cell in row])
     return text.getvalue()
 
@@ -243,9 +243,7 @@ def _is_text(cell: Cell) -> bool:
 
 def _markdown(report: Report) -> str:
     lines = ["# Which recipe, and what it costs", ""]
-    lines += [
-        f"- **{_md(told.recipe)}: {_md(told.headline)}.** {_md(_sentence(told.details))}" for told in report.verdicts
-    ]
+    lines += [f"- **{_md(one.recipe)}: {_md(one.headline)}.** {_md(_sentence(one.details))}" for one in report.verdicts]
     lines += ["", "## What these runs cannot say", "", *(f"- {_md(limit)}" for limit in report.limits)]
     for table in report.tables:
         lines += ["", f"## {_md(table.title)}", "", _md(table.note), ""]

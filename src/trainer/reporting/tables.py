@@ -163,18 +163,18 @@ def rung_text(rung: Rung) -> str:
     if s.decided and s.diverged == s.decided:
         return f"diverged {s.diverged} of {s.decided}"
     if (rung.exponent, rung.mantissa) == (8, 7) and s.gap is None:
-        told = "0 (bf16)"
+        text = "0 (bf16)"
     else:
-        told = "no pair" if s.gap is None else f"{s.gap:+.4f}"
-    return told + (f", diverged {s.diverged} of {s.decided}" if s.diverged else "")
+        text = "no pair" if s.gap is None else f"{s.gap:+.4f}"
+    return text + (f", diverged {s.diverged} of {s.decided}" if s.diverged else "")
 
 
 def _switches(switched: Sequence[Switch]) -> Table:
     rows = []
     for switch in switched:
         interval = bootstrap_mean(switch.differences)
-        told = (switch.recipe, switch.argument, switch.before, switch.after, len(switch.differences))
-        rows.append((*told, mean(switch.differences), *_ends(interval), sign_test(switch.differences)))
+        names = (switch.recipe, switch.argument, switch.before, switch.after, len(switch.differences))
+        rows.append((*names, mean(switch.differences), *_ends(interval), sign_test(switch.differences)))
     return Table(
         title="Ingredients",
         note='Variants of one recipe that differ in one argument: validation loss with "to" minus that with "from", '
@@ -246,7 +246,7 @@ def _runs(runs: Sequence[Run]) -> Table:
 
 
 def _origin(runs: Sequence[Run]) -> Table:
-    def told(run: Run) -> tuple[str, ...]:
+    def origin(run: Run) -> tuple[str, ...]:
         names = ("revision", "device", "world_size")
         env = [_text(run.environment.get(name)) for name in names]
         parameters, data = run.environment.get("parameters"), _text(run.environment.get("data"))
@@ -268,7 +268,7 @@ def _origin(runs: Sequence[Run]) -> Table:
             "tokens a run",
             "runs",
         ),
-        rows=[(*key, count) for key, count in sorted(_count(told(run) for run in runs).items())],
+        rows=[(*key, count) for key, count in sorted(_count(origin(run) for run in runs).items())],
     )
 
 
@@ -293,8 +293,8 @@ def _versions(runs: Sequence[Run]) -> Table:
     versions: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         packages = run.environment.get("packages")
-        told = {"python": run.environment.get("python"), **(packages if isinstance(packages, dict) else {})}
-        for name, version in told.items():
+        packages_found = {"python": run.environment.get("python"), **(packages if isinstance(packages, dict) else {})}
+        for name, version in packages_found.items():
             if version is not None:
                 versions[str(name)].add(str(version))
     return Table(

@@ -42,17 +42,17 @@ def verdict(s: RecipeSummary, settings: Settings) -> Verdict:
         interval = f" [{s.interval.low:+.4f}, {s.interval.high:+.4f}]" if s.interval else " (no interval from one pair)"
         parts.append(f"gap to {settings.baseline} {s.gap:+.4f} nats{interval} over {plural(len(s.gaps), 'pair')}")
         parts += _meaning(s, settings)
-    told = f"diverged {s.diverged} of {s.decided}"
+    text = f"diverged {s.diverged} of {s.decided}"
     if s.rate is not None:
-        told += f" (95% interval {s.rate.low:.0%} to {s.rate.high:.0%})"
+        text += f" (95% interval {s.rate.low:.0%} to {s.rate.high:.0%})"
     if s.times_to_divergence:
-        told += f", at steps {', '.join(map(str, s.times_to_divergence))}"
-    parts.append(told)
+        text += f", at steps {', '.join(map(str, s.times_to_divergence))}"
+    parts.append(text)
     if s.runs > s.decided:
         parts.append(f"{plural(s.runs - s.decided, 'run')} not over")
     if s.state_bytes:
-        told = ", ".join(f"{name} {megabytes(size)}" for name, size in s.state_bytes.items() if size)
-        parts.append(f"memory of its state {megabytes(math.fsum(s.state_bytes.values()))} MB ({told})")
+        text = ", ".join(f"{name} {megabytes(size)}" for name, size in s.state_bytes.items() if size)
+        parts.append(f"memory of its state {megabytes(math.fsum(s.state_bytes.values()))} MB ({text})")
     if s.tokens_per_second is not None:
         parts.append(f"{s.tokens_per_second:,.0f} tokens/s{f' ({EMULATED})' if s.emulated else ''}")
     return Verdict(recipe=s.recipe, headline=_headline(s, settings), details="; ".join(parts))
