@@ -199,16 +199,21 @@ def _peaks(run: Run, name: str = "grad_norm") -> Points:
 
 
 def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
-    shown = [s for s in recipes if s.gap is not None]
+    shown = [s for s in recipes if s.gap_mean is not None]
     marks = []
     for place, s in enumerate(shown):
-        assert s.gap is not None
+        assert s.gap_mean is not None
         marks.append(
             Mark(recipe=s.recipe, kind=Kind.dots, x=[place] * len(s.gaps), y=s.gaps, label=f"{s.recipe}, pairs")
         )
         marks.append(
             Mark(
-                recipe=s.recipe, kind=Kind.diamond, x=[place], y=[s.gap], label=f"{s.recipe}, mean", interval=s.interval
+                recipe=s.recipe,
+                kind=Kind.diamond,
+                x=[place],
+                y=[s.gap_mean],
+                label=f"{s.recipe}, mean",
+                interval=s.gap_interval,
             )
         )
     return Plot(
@@ -267,7 +272,7 @@ def _heat_map(rungs: Sequence[Rung], rounding: str, number: int) -> HeatMap:
         if rung is None:
             return None
         is_bf16 = (rung.exponent, rung.mantissa) == (8, 7)
-        return 0.0 if is_bf16 and rung.summary.gap is None else rung.summary.gap
+        return 0.0 if is_bf16 and rung.summary.gap_mean is None else rung.summary.gap_mean
 
     return HeatMap(
         name=f"ladder_{rounding}" if re.fullmatch(r"\w+", rounding, re.ASCII) else f"ladder{number}",

@@ -15,7 +15,7 @@ import json
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -171,37 +171,11 @@ def summarized(report: Report) -> dict[str, Any]:
 
 
 def _numbers(s: RecipeSummary) -> dict[str, Any]:
-    return {
-        "runs": s.runs,
-        "finished": s.finished,
-        "diverged": s.diverged,
-        "decided": s.decided,
-        "divergence_rate_interval": s.rate,
-        "times_to_divergence": s.times_to_divergence,
-        "tokens_to_divergence": s.tokens_to_divergence,
-        "final_loss_mean": s.final_mean,
-        "final_loss_sd": s.final_sd,
-        "final_loss_interval": s.final_interval,
-        "gaps": s.gaps,
-        "unpaired": s.unpaired,
-        "gap_mean": s.gap,
-        "gap_interval": s.interval,
-        "seed_noise_band": s.band,
-        "sign_test_p": s.sign_p,
-        "equivalence_p": s.equivalence.p if s.equivalence else None,
-        "equivalent": s.equivalence.equivalent if s.equivalence else None,
-        "learning_rates": s.rates.tried,
-        "best_lr": s.rates.best,
-        "lr_sensitivity": s.rates.sensitivity,
-        "usable_lr_decades": s.rates.width,
-        "reached_target": s.progress.reached,
-        "tokens_to_target_ratio": s.progress.tokens_ratio,
-        "loss_ratio": s.progress.loss_ratio,
-        "spikes": s.spikes,
-        "spike_score": s.spike_score,
-        "sharpness": s.sharpness,
-        "state_bytes": s.state_bytes,
-    }
+    apart = ("recipe", "tokens_per_second", "emulated", "equivalence", "rates", "progress")
+    values = {field.name: getattr(s, field.name) for field in fields(s) if field.name not in apart}
+    p, equivalent = s.equivalence or (None, None)
+    progress = {name: value for name, value in s.progress._asdict().items() if name != "pairs"}
+    return values | {"equivalence_p": p, "equivalent": equivalent} | s.rates._asdict() | progress
 
 
 def _csv(runs: Sequence[Run]) -> str:

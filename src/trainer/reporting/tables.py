@@ -81,8 +81,8 @@ def _losses(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         ),
         rows=[
             (
-                *(s.recipe, s.finished, s.final_mean, *_ends(s.final_interval), s.final_sd),
-                *(len(s.gaps), s.gap, *_ends(s.interval), s.band, s.sign_p),
+                *(s.recipe, s.finished, s.final_loss_mean, *_ends(s.final_loss_interval), s.final_loss_sd),
+                *(len(s.gaps), s.gap_mean, *_ends(s.gap_interval), s.seed_noise_band, s.sign_test_p),
                 s.equivalence.p if s.equivalence else None,
             )
             for s in recipes
@@ -102,7 +102,7 @@ def _divergences(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         ),
         rows=[
             (
-                *(s.recipe, s.diverged, s.decided, *_ends(s.rate)),
+                *(s.recipe, s.diverged, s.decided, *_ends(s.divergence_rate_interval)),
                 median(s.times_to_divergence) if s.times_to_divergence else None,
                 *(s.tokens_to_divergence, s.spikes, s.spike_score, s.sharpness),
             )
@@ -118,7 +118,16 @@ def _learning_rates(recipes: Sequence[RecipeSummary], settings: Settings) -> Tab
         "min(loss, loss at init) minus the best (arXiv 2309.14322). Width: decades of learning rate within "
         f"{settings.within:g} nats of the best.",
         columns=("recipe", "tried", "best", "sensitivity", "width"),
-        rows=[(s.recipe, s.rates.tried, _rate(s.rates.best), s.rates.sensitivity, s.rates.width) for s in recipes],
+        rows=[
+            (
+                s.recipe,
+                s.rates.learning_rates,
+                _rate(s.rates.best_lr),
+                s.rates.lr_sensitivity,
+                s.rates.usable_lr_decades,
+            )
+            for s in recipes
+        ],
     )
 
 
@@ -131,7 +140,13 @@ def _progress(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         "equal tokens, the last that both have.",
         columns=("recipe", "pairs", "reached", "tokens", "loss ratio"),
         rows=[
-            (s.recipe, s.progress.pairs, s.progress.reached, s.progress.tokens_ratio, s.progress.loss_ratio)
+            (
+                s.recipe,
+                s.progress.pairs,
+                s.progress.reached_target,
+                s.progress.tokens_to_target_ratio,
+                s.progress.loss_ratio,
+            )
             for s in recipes
             if s.progress.pairs
         ],
@@ -162,10 +177,10 @@ def rung_text(rung: Rung) -> str:
     s = rung.summary
     if s.decided and s.diverged == s.decided:
         return f"diverged {s.diverged} of {s.decided}"
-    if (rung.exponent, rung.mantissa) == (8, 7) and s.gap is None:
+    if (rung.exponent, rung.mantissa) == (8, 7) and s.gap_mean is None:
         text = "0 (bf16)"
     else:
-        text = "no pair" if s.gap is None else f"{s.gap:+.4f}"
+        text = "no pair" if s.gap_mean is None else f"{s.gap_mean:+.4f}"
     return text + (f", diverged {s.diverged} of {s.decided}" if s.diverged else "")
 
 
