@@ -93,7 +93,7 @@ def test_last_and_every_are_kept(tiny: Tiny, world: World, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.incomplete"))
 
 
-@pytest.fixture(scope="checkpoint")
+@pytest.fixture(scope="module")
 def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made")
     config = load_config(tiny_overrides(corpus, path / "run"))
