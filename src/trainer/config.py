@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -184,16 +184,22 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
     if earlier is None:
         if not keys_are_known:
-            _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
-        lines = [for_compose(override) for override in parsed if not _is_hydra(override)]
-        return to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+            _check_keys(parsed, _compose(place, name, for_compose(list(choices.values()))))
+        lines = for_compose([override for override in parsed if not _is_hydra(override)])
+        config = to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+        arguments = filled(config.precision.recipe, {})
+        for key in (o.key_or_group for o in parsed if o.is_delete() and o.key_or_group.startswith("precision.args.")):
+            own = key.removeprefix("precision.args.").split(".")[0]
+            if arguments and own not in arguments:
+                raise UserError(f"~{key}: {config.precision.recipe} has no argument {own!r}{close(own, arguments)}")
+        return config
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
         keys = [o for o in parsed if not _is_hydra(o) and o.key_or_group not in choices]
         # What the run's first command added or took away is as it wants it already.
         keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
-        lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
+        lines = [re.sub(r"^\+(?!\+)", "++", _for_compose(override)) for override in keys]
         lines += name_of_file(parsed, tree.precision.recipe)
         ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
@@ -522,8 +528,17 @@ def _is_hydra(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
-def for_compose(override: Override) -> str:
-    """The override for Hydra."""
+def for_compose(overrides: Iterable[Override]) -> list[str]:
+    """The overrides for Hydra, which takes away only what is there: an argument that no yaml names is added first."""
+    lines = []
+    for override in overrides:
+        if re.fullmatch(r"~precision\.args\.[^=]+", override.input_line or ""):
+            lines.append(f"++{override.key_or_group}=0")
+        lines.append(_for_compose(override))
+    return lines
+
+
+def _for_compose(override: Override) -> str:
     line = override.input_line or ""
     if line.startswith(f"{_SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
         path, _, value = line.partition("=")

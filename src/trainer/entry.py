@@ -84,7 +84,7 @@ def _sweep(arguments: list[str]) -> ExitCode:
 def _show(place: Place, arguments: Namespace, recipe: str) -> None:
     """Hydra itself answers --help, --cfg and --info; the docstring of the recipe says what its arguments are."""
     parsed = parse(arguments.overrides)
-    name, lines = entry_config(place, parsed), [for_compose(override) for override in parsed]
+    name, lines = entry_config(place, parsed), for_compose(parsed)
     with hydra_at(place) as hydra:
         if arguments.help:
             arguments.overrides = lines

@@ -70,7 +70,7 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
         parsed.remove(dry)  # such launchers do not know it
     try:
         with hydra_at(place) as hydra:
-            name, lines = entry_config(place, own), [for_compose(override) for override in parsed]
+            name, lines = entry_config(place, own), for_compose(parsed)
             shown = dry is not None and dry.value()
             if not any(map(is_interval, parsed)) and not chosen(parsed, "hydra/sweeper"):
                 config = hydra.compose_config(name, lines, run_mode=RunMode.MULTIRUN)
