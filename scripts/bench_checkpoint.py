@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench_train import our_training
 from narrowgauge.trainer import distributed
-from narrowgauge.trainer.checkpoint import CheckpointConfig, Checkpointer
+from narrowgauge.trainer.checkpointer import CheckpointConfig, Checkpointer
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.errors import UserError
 

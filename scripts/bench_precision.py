@@ -49,8 +49,8 @@ from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError
 from narrowgauge.trainer.kernels import KERNELS
-from narrowgauge.trainer.loop import update_from
 from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.step import update_from
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -20,8 +20,8 @@ from narrowgauge.trainer.costs import micro_batch_size
 from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import World, say
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.loop import update_from
 from narrowgauge.trainer.state import TrainState, local
+from narrowgauge.trainer.step import update_from
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer

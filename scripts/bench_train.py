@@ -25,8 +25,8 @@ from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.loop import StepResult, update_from
 from narrowgauge.trainer.state import TrainState
+from narrowgauge.trainer.step import StepResult, update_from
 from torch import Tensor
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, POSITIONS, SEQUENCES = 8192, 256, 704, 8, 8, 512, 16

@@ -1,4 +1,5 @@
-"""What scripts/host_cost.py starts for each revision: a quantized linear on a GPU that is not there.
+"""What scripts/host_cost.py starts for each revision: a quantized linear on a GPU that is not there. It is one file of
+more than 450 lines because all that stands in for the GPU reads and counts in the same few names of this module.
 
 python scripts/host_cost_measure.py OUT.json RECIPE,RECIPE STEPS   (the revision's src stands first in PYTHONPATH)
 

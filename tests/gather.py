@@ -20,9 +20,11 @@ from narrowgauge.trainer import distributed
 from narrowgauge.trainer.build import build_state, resolve_model
 from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.data.batches import Batch
-from narrowgauge.trainer.distributed import StopRequest, World
-from narrowgauge.trainer.loop import update_from, validate
+from narrowgauge.trainer.distributed import World
+from narrowgauge.trainer.loop import validate
 from narrowgauge.trainer.state import local
+from narrowgauge.trainer.step import update_from
+from narrowgauge.trainer.stop import StopRequest
 
 counts: Counter[str] = Counter()
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from narrowgauge.trainer import checkpoint, distributed
+from narrowgauge.trainer import checkpointer, distributed
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.run import run
 
@@ -18,8 +18,8 @@ if __name__ == "__main__":
     world, finish = distributed.start(configs[0].parallel), distributed.finish
     distributed.start, distributed.finish = lambda config: replace(world), lambda: None
     if len(sys.argv) > 2:
-        seconds, real = float(sys.argv[2]), checkpoint.sha256_of
-        checkpoint.sha256_of = lambda file: (time.sleep(seconds * (file.name == ".metadata")), real(file))[1]
+        seconds, real = float(sys.argv[2]), checkpointer.sha256_of
+        checkpointer.sha256_of = lambda file: (time.sleep(seconds * (file.name == ".metadata")), real(file))[1]
     codes = [run(config) for config in configs]
     finish()
     sys.exit(max(codes))

@@ -81,7 +81,7 @@ def overrides_of(command: str) -> list[str]:
 
 
 def is_training(command: str) -> bool:
-    return "-m trainer" in command or "verify_resume" in command or "compare_recipes" in command
+    return "-m trainer" in command or "verify_resume" in command
 
 
 def smaller(command: str) -> str:

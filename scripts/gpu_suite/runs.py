@@ -21,8 +21,8 @@ from narrowgauge.trainer.build import build_state
 from narrowgauge.trainer.checkpoint import newest
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.prepare import prepare
-from narrowgauge.trainer.loop import update_from
 from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.step import update_from
 from narrowgauge.trainer.tools.verify import compare_runs, run_killed, run_to_end
 
 from gpu_suite.bundle import EXTRAS, ROOT

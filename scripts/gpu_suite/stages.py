@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import gpu_check
 import torch
@@ -35,23 +33,23 @@ from narrowgauge.precision.transforms import Hadamard
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.distributed import World
-from narrowgauge.trainer.loop import update_from
-from torch import Tensor, nn
+from narrowgauge.trainer.step import update_from
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from gpu_suite.bundle import ROOT
 from gpu_suite.clock import timed
+from gpu_suite.peers import torchao_row, transformers_row
+from gpu_suite.profiles import profile_rows
 from gpu_suite.results import UNPROVED
 from gpu_suite.runs import corpus_overrides, parity_losses, resumed, torchrun_twice
 from gpu_suite.steps import (
-    PEAK_FLOPS,
     RandomTokens,
     Row,
     build_here,
     compiled,
     cuda,
     device,
-    flops,
     forget,
     known,
     measured,
@@ -272,83 +270,16 @@ def products(task: Task) -> Iterator[Row]:
 
 def peers(task: Task) -> Iterator[Row]:
     """The same shape in `transformers`, and our model with torchao's linears in place of ours."""
-    yield within_memory("transformers compiled", partial(_transformers, task.size, True))
+    yield within_memory("transformers compiled", partial(transformers_row, task.size, True))
     world = _world()
     for recipe in ("tensorwise", "rowwise"):
         what = f"torchao {recipe}"
         if task.left() < 20:
             yield {"what": what, "": f"left out: {task.left():.0f} s left"}
             continue
-        yield within_memory(what, partial(_torchao, what, recipe, task.size, world))
+        yield within_memory(what, partial(torchao_row, what, recipe, task.size, world))
     if task.left() > 25:
-        yield within_memory("transformers eager", partial(_transformers, task.size, False))
-
-
-def _torchao(what: str, recipe: str, size: str, world: World, divide: int) -> Row:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # a peer, carried along
-
-    def convert(model: nn.Module) -> None:
-        config = Float8LinearConfig.from_recipe_name(recipe)
-        # Without FP8 instructions torchao emulates: for the toy's sake alone.
-        convert_to_float8_training(model.layers, config=config if cuda() else replace(config, emulate=True))
-
-    row = measured(what, size, world, ["precision=bf16", *compiled()], convert=convert, divide=divide)
-    return {key: v for key, v in row.items() if key != "native"} | ({} if cuda() else {"": f"compiled {UNPROVED}"})
-
-
-def _transformers(size: str, compiled_: bool, divide: int) -> Row:
-    """AdamW, fused, over float32 weights under BF16 autocast: what our BF16 keeps and computes."""
-    import transformers  # a peer; every other stage starts seconds earlier without it
-
-    ours, sequences, positions = shape_of(size)
-    sequences = max(1, sequences // divide)
-    here, tokens = device(), sequences * positions
-    forget()
-    config = transformers.LlamaConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads,
-        num_key_value_heads=ours.num_kv_heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    with here:
-        model = transformers.LlamaForCausalLM(config).float().train()
-    call = torch.compile(model) if compiled_ and cuda() else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = RandomTokens(sequences, positions, ours.vocab_size or 0).batch(0, 0).tokens[:, :-1].to(here)
-    losses: list[Tensor] = []
-
-    def some(count: int) -> None:
-        for _ in range(count):
-            with torch.autocast(here.type, torch.bfloat16):
-                loss = call(input_ids=ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-        synchronize()
-
-    some(3 if cuda() else 1)
-    count = 6 if cuda() else 2
-    begun = time.perf_counter()
-    some(count)
-    mean = (time.perf_counter() - begun) / count
-    return {
-        "what": f"transformers {'compiled' if compiled_ else 'eager'}",
-        "tok/s": round(tokens / mean),
-        "ms": 1e3 * mean,
-        "MFU%": round(100 * flops(ours, tokens, positions) / mean / PEAK_FLOPS, 1),
-        "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda() else 0.0,
-        "loss": f"{float(losses[0]):.3f}>{float(losses[-1]):.3f}",
-        **({"batch": sequences} if divide > 1 else {}),
-        **({"": f"compiled {UNPROVED}"} if compiled_ and not cuda() else {}),
-    }
+        yield within_memory("transformers eager", partial(transformers_row, task.size, False))
 
 
 def parity(task: Task) -> Iterator[Row]:
@@ -421,23 +352,6 @@ def nccl(task: Task) -> Iterator[Row]:
     yield {"what": "torchrun, one rank"} | row | ({} if cuda() else {"": f"gloo; nccl {UNPROVED}"})
 
 
-#: Kinds of kernels by their names, the first that matches.
-KINDS = {
-    "attention": r"flash|fmha|attention|sdpa",
-    "quantization": r"quantize|amax_kernel|swiglu_backward|hadamard|swizzle|values_kernel|rounded|transpose_kernel",
-    "products": r"gemm|nvjet|xmma|cutlass|cublas|sm90_|splitK",
-    "optimizer": r"multi_tensor|adam",
-    "collectives": r"nccl",
-    "inductor": r"^triton_",
-    "copies": r"memcpy|memset|copy|cat_",
-}
-
-
-def kind_of(kernel: str) -> str:
-    """Of a kernel of the device, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
-
-
 def profile(task: Task) -> Iterator[Row]:
     """Where the device's time in a step goes: by kind of kernel, and the kernels with the most."""
     world, optim = _world(), load_config(["optim.lr=1e-4"]).optim
@@ -456,34 +370,8 @@ def profile(task: Task) -> Iterator[Row]:
         with torch.profiler.profile(activities=activities) as seen:
             update_from(state, source, world, optim, 3, 100)
             synchronize()
-        yield from _profiled(what, seen.key_averages())
+        yield from profile_rows(what, seen.key_averages())
         del state, seen
-
-
-def _profiled(what: str, averages: Any) -> Iterator[Row]:
-    """``averages`` of a profile: of kernels on the device where there is one, of torch's operations where not."""
-    there = torch.autograd.DeviceType.CUDA if cuda() else torch.autograd.DeviceType.CPU
-    name = "self_device_time_total" if cuda() else "self_cpu_time_total"
-    events = [
-        (event.key, getattr(event, name), event.count)
-        for event in averages
-        # FSDP and optimizers annotate spans, which hold kernels that are counted themselves.
-        if event.device_type == there and not getattr(event, "is_user_annotation", False)
-    ]
-    events = sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
-    total = sum(us for _, us, _ in events)
-    if not total:  # counters of the device may be out of a virtual machine's reach
-        yield {"what": f"{what}: a step", "error": "the profiler saw nothing on the device"}
-        return
-    kinds: dict[str, float] = {}
-    for key, us, _ in events:
-        kinds[kind_of(key)] = kinds.get(kind_of(key), 0.0) + us
-    shares = {kind: f"{100 * us / total:.0f}%" for kind, us in sorted(kinds.items(), key=lambda item: -item[1])}
-    said = {} if cuda() else {"": f"operations of the CPU; kernels {UNPROVED}"}
-    count = sum(number for *_, number in events)
-    yield {"what": f"{what}: a step", "ms": total / 1e3, "kernels": count, **shares, **said}
-    for key, us, number in events[: 8 if cuda() else 3]:
-        yield {"what": f"  {key[:34]}", "%": round(100 * us / total, 1), "ms": us / 1e3, "n": number}
 
 
 def machine() -> Row:

@@ -18,8 +18,8 @@ from narrowgauge.trainer.config import groups, load_config
 from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.loop import update_from
 from narrowgauge.trainer.state import TrainState, local
+from narrowgauge.trainer.step import update_from
 from torch import nn
 
 PEAK_FLOPS = 989e12  # BF16, dense, of an H100 SXM by its data sheet

@@ -15,13 +15,13 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from . import recipes
-from .recipe import NO_ARGUMENTS, Phase, Recipe
+from .recipe import NO_ARGUMENTS, Keep, Phase, Recipe, keep
 from .schedule import parse_span
 from .spec import GEMMS
 from .suggest import close
@@ -227,15 +227,58 @@ def _phase(recipe: Recipe, entry: Any) -> tuple[Phase, Recipe]:
     return replace(phase, rules=other.rules, name=call), other
 
 
+_ENDS = ("first", "last")
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """A recipe's arguments as users spell them: a ``tuple[Keep, ...]`` called x is x_first, x_last and x_paths.
+
+    By name: the types, and the defaults of those that have one. ``keeps``: by parameter.
+    """
+
+    make: Callable[..., Any]
+    hints: dict[str, Any]
+    defaults: dict[str, Any]
+    keeps: dict[str, tuple[Keep, ...]]
+
+    @classmethod
+    def of(cls, make: Callable[..., Any]) -> _Signature:
+        """Raises what evaluating the annotations raises."""
+        annotations = get_type_hints(getattr(make, "func", make))
+        found = cls(make, {}, {}, {})
+        for name, parameter in inspect.signature(make).parameters.items():
+            default = parameter.default
+            if annotations.get(name) == tuple[Keep, ...]:
+                found.keeps[name] = default = () if default is parameter.empty else default
+                ends = {f"{name}_{end}": max((getattr(part, end) for part in default), default=0) for end in _ENDS}
+                found.hints.update(dict.fromkeys(ends, float) | {f"{name}_paths": Sequence[str]})
+                found.defaults.update(ends)
+                found.defaults[f"{name}_paths"] = [part.path for part in default if part.path is not None]
+            else:
+                found.hints[name] = annotations.get(name, Any)
+                if default is not parameter.empty:
+                    found.defaults[name] = default
+        return found
+
+    def call(self, args: Mapping[str, Any]) -> Any:
+        """The recipe. Raises ValueError for what selects no modules, and what the recipe raises."""
+        given = dict(args)
+        for name, default in self.keeps.items():
+            parts = {part: given.pop(f"{name}_{part}", self.defaults[f"{name}_{part}"]) for part in (*_ENDS, "paths")}
+            given[name] = (*keep(**parts), *(part for part in default if part.kind is not None))
+        return self.make(**given)
+
+
 def filled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """``args`` of the recipe with that name, and its own for what they leave out; as they are if there is none such."""
     if name not in names():
         return dict(args)
     make = make_of(name)
     assert make is not None
-    parameters = inspect.signature(make).parameters
-    own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(args)).items()}
+    values = _Signature.of(make).defaults | dict(args)
+    kinds = ((tuple, list), (Mapping, dict))  # of a default, and of what a yaml holds
+    return {key: next((to(value) for of, to in kinds if isinstance(value, of)), value) for key, value in values.items()}
 
 
 def _load(name: str, args: Mapping[str, Any]) -> Recipe:
@@ -251,26 +294,26 @@ def _load(name: str, args: Mapping[str, Any]) -> Recipe:
     if loose:
         line = f":{code.co_firstlineno}" if is_file(name) and code is not None else ""
         raise ValueError(f"{where}{line}: its signature is the schema of its arguments: {loose[0]!r} names none")
+    signature = guarded(where, lambda: _Signature.of(make))
+    hints = signature.hints
     for key in args:
-        if key not in parameters:
-            allowed = ", ".join(parameters) or "none"
-            raise ValueError(f"recipe {name!r} has no argument {key!r}{close(key, parameters)}; it takes: {allowed}")
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
+        if key not in hints:
+            allowed = ", ".join(hints) or "none"
+            raise ValueError(f"recipe {name!r} has no argument {key!r}{close(key, hints)}; it takes: {allowed}")
+    missing = [key for key in hints if key not in signature.defaults and key not in args]
     if missing:
         raise ValueError(f"recipe {name!r} needs {', '.join(missing)}")
-    hints = guarded(where, lambda: get_type_hints(getattr(make, "func", make)))
     for key, value in args.items():
-        hint = hints.get(key, Any)
-        if not _is_of(value, hint):
-            wanted = getattr(hint, "__name__", None) or str(hint)
+        if not _is_of(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
             if wanted == "Sequence":
-                wanted = str(hint).rpartition("abc.")[2]
+                wanted = str(hints[key]).rpartition("abc.")[2]
             raise ValueError(f"recipe {name!r}: {key}={value!r} is no {wanted}")
     if name not in names():
-        recipe = guarded(where, lambda: make(**args))
+        recipe = guarded(where, lambda: signature.call(args))
     else:
         try:
-            recipe = make(**args)
+            recipe = signature.call(args)
         except ValueError as error:
             given = ", ".join(f"{key}={value}" for key, value in args.items())
             raise ValueError(f"recipe {name!r} ({given}): {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .build import MODEL_SCHEMAS
 from .data.config import SourceConfig
 from .environ import is_text
 from .errors import UserError, one_line
-from .overrides import SOURCES, for_compose, groups, is_hydra, kinds, parse
+from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory
 from .schema import TrainConfig, flatten, plain
@@ -58,16 +58,22 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
     if earlier is None:
         if not keys_are_known:
-            _check_keys(parsed, _compose(place, name, [for_compose(override) for override in choices.values()]))
-        lines = [for_compose(override) for override in parsed if not is_hydra(override)]
-        return to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+            _check_keys(parsed, _compose(place, name, for_compose(list(choices.values()))))
+        lines = for_compose([override for override in parsed if not is_hydra(override)])
+        config = to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+        arguments = filled(config.precision.recipe, {})
+        for key in (o.key_or_group for o in parsed if o.is_delete() and o.key_or_group.startswith("precision.args.")):
+            own = key.removeprefix("precision.args.").split(".")[0]
+            if arguments and own not in arguments:
+                raise UserError(f"~{key}: {config.precision.recipe} has no argument {own!r}{close(own, arguments)}")
+        return config
     try:
         tree = _run_tree(earlier, choices, place)
         _check_keys(parsed, tree)
         keys = [o for o in parsed if not is_hydra(o) and o.key_or_group not in choices]
         # What the run's first command added or took away is as it wants it already.
         keys = [o for o in keys if not o.is_delete() or OmegaConf.select(tree, o.key_or_group) is not None]
-        lines = [re.sub(r"^\+(?!\+)", "++", for_compose(override)) for override in keys]
+        lines = [re.sub(r"^\+(?!\+)", "++", compose_line(override)) for override in keys]
         lines += name_of_file(parsed, tree.precision.recipe)
         ConfigLoaderImpl._apply_overrides_to_config(parse(lines), tree)
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
@@ -231,7 +237,7 @@ def _require_plain(text: str) -> None:
 
 
 def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainConfig:
-    """A composed tree as dataclasses, validated. ``said``: as in ``load_run_config``."""
+    """A composed tree as dataclasses, valid, with every argument of the recipe. ``said``: as in ``load_run_config``."""
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -245,22 +251,15 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
         except ValueError as error:
             raise UserError(one_line(error)) from error
     config.validate(recipe=said is not None or not config.precision.files())
+    config.precision.args = filled(config.precision.recipe, config.precision.args)
     return config
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value; None for a key that one of them does not have."""
-    before, after = (
-        {key: value for key, value in with_arguments(config).flat().items() if value != {}} for config in (old, new)
-    )
+    before, after = ({key: value for key, value in config.flat().items() if value != {}} for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def with_arguments(config: TrainConfig) -> TrainConfig:
-    """With every argument of the recipe: older configs lack those that it has learned since."""
-    precision = config.precision
-    return replace(config, precision=replace(precision, args=filled(precision.recipe, precision.args)))
 
 
 def _check_choices(place: Place, overrides: Sequence[Override]) -> None:

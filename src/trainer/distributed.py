@@ -1,12 +1,10 @@
-"""Processes: the group they form, what they agree on, and when they must stop."""
+"""Processes: the group they form, and what they agree on."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import re
-import signal
 import socket
 import sys
 import time
@@ -16,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
@@ -27,14 +24,11 @@ from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .errors import RunFailed, UserError, one_line
-from .lifeline import PARENT, launched_by_torchrun, lost_launcher
 from .machine import threads_of_process
 from .watch import Watch
 
 T = TypeVar("T")
-TIME_IS_UP, LOST_LAUNCHER = 254, 255  # beside the signal numbers
 FLIGHTS = "flight_recorder_rank_"  # torch appends the rank
-_CLOCK = re.compile(r"\d+(:[0-5]\d){0,2}")
 _LATE = ("Timed out waiting", "Application timeout")
 _BROKEN = (*_LATE, "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _CHECKPOINT_SECONDS = 24 * 3600  # of a collective of the checkpoint thread: a slow disk is no reason to end a run
@@ -42,7 +36,6 @@ _CONNECT_SECONDS = 60  # to the launcher, which is there before its workers
 _ASK_SECONDS = 0.1
 _ALONE_SECONDS = 30.0  # that rank 0 waits for the others before it says so
 _ATTEMPT = "narrowgauge/attempt"
-
 _watching: list[Watch] = []
 
 
@@ -151,8 +144,9 @@ class World:
                 box[0] = function()
             except (UserError, OSError) as error:
                 box[1] = _message(error)
-        with self.watch.waiting():
-            dist.broadcast_object_list(box, src=0, group=self.control)
+        if self.size > 1:
+            with self.watch.waiting():
+                dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
@@ -179,6 +173,8 @@ class World:
         return self._gather(value, self.checkpoint)
 
     def _gather(self, value: T, group: Any) -> list[T]:
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=group)
         return values
@@ -194,6 +190,10 @@ class World:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         shape = (config.replicate, self.size // config.replicate)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+ALONE = World(0, 1, 1, torch.device("cpu"), None, None)
+"""A process without a group."""
 
 
 def _message(error: UserError | OSError) -> str:
@@ -390,68 +390,6 @@ def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     PartialState._reset_state()
-
-
-def launcher_pid() -> int:
-    """The process that ends this run when it is killed: torchrun, or this process itself."""
-    return PARENT if launched_by_torchrun() else os.getpid()
-
-
-class StopRequest:
-    """Whether this process was asked to stop: SIGTERM, SIGHUP, SIGUSR1, Ctrl-C, ``train.stop_after``, or the launcher
-    is gone."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self, stop_after: str | None = None) -> None:
-        """``stop_after``: HH:MM:SS since torchrun, or this process, began."""
-        self._code = 0
-        self._stop_after = stop_after
-        self._deadline = None if stop_after is None else _began() + seconds_of(stop_after)
-
-    def __enter__(self) -> StopRequest:
-        # nohup's SIGHUP stays ignored.
-        wanted = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._on_signal) for number in wanted}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._code:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self._code = number
-
-    @property
-    def code(self) -> int:
-        """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
-        if self._code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
-            self._code = LOST_LAUNCHER
-        if not self._code and self._deadline is not None and time.time() >= self._deadline:
-            self._code = TIME_IS_UP
-        return self._code
-
-    def describe(self, code: int) -> str:
-        if code == TIME_IS_UP:
-            return f"train.stop_after={self._stop_after}"
-        return "the launcher is gone" if code == LOST_LAUNCHER else signal.Signals(code).name
-
-
-def seconds_of(text: str) -> float:
-    """HH:MM:SS, MM:SS or seconds. Raises ValueError for anything else."""
-    if not _CLOCK.fullmatch(text):
-        raise ValueError(f"{text!r} is not HH:MM:SS")
-    return float(sum(int(part) * 60**place for place, part in enumerate(reversed(text.split(":")))))
-
-
-def _began() -> float:
-    """When torchrun, or this process without it, was started: a worker that it starts again has no more time."""
-    try:
-        return psutil.Process(launcher_pid()).create_time()
-    except psutil.Error:
-        return time.time()
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
+from ..precision.loading import make_of
 from .config import entry_config, load_config
 from .environ import check_environment, forgive_console
 from .errors import ExitCode, RunFailed, UserError, one_line
@@ -48,7 +50,7 @@ def main() -> int:
             print(config.to_yaml(), end="")  # what would be used, with what a run in run.dir brings
             return ExitCode.FINISHED
         if arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
-            _show(place, arguments)
+            _show(place, arguments, config.precision.recipe)
             return ExitCode.FINISHED
         _require_own_directory(place, arguments.overrides, config.run.dir)
         code = run(config)
@@ -80,14 +82,16 @@ def _sweep(arguments: list[str]) -> ExitCode:
     return sweep(arguments)
 
 
-def _show(place: Place, arguments: Namespace) -> None:
-    """Hydra itself answers --help, --cfg and --info."""
+def _show(place: Place, arguments: Namespace, recipe: str) -> None:
+    """Hydra itself answers --help, --cfg and --info; the docstring of the recipe says what its arguments are."""
     parsed = parse(arguments.overrides)
-    name, lines = entry_config(place, parsed), [for_compose(override) for override in parsed]
+    name, lines = entry_config(place, parsed), for_compose(parsed)
     with hydra_at(place) as hydra:
         if arguments.help:
             arguments.overrides = lines
             hydra.app_help(config_name=name, args_parser=get_args_parser(), args=arguments)
+            about = inspect.getdoc(make_of(recipe)) or "none"
+            print(f"precision.args.KEY=VALUE of {recipe} (--cfg job shows the values):\n{about}")
         elif arguments.hydra_help:
             hydra.hydra_help(config_name=name, args_parser=get_args_parser(), args=arguments)
         elif arguments.cfg:

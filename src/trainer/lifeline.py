@@ -83,3 +83,8 @@ def last_words(line: str, *, at_once: bool = False) -> None:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     except OSError:
         print(line, file=sys.stderr, flush=True)
+
+
+def launcher_pid() -> int:
+    """The process that ends this run when it is killed: torchrun, or this process itself."""
+    return PARENT if launched_by_torchrun() else os.getpid()

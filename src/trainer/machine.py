@@ -83,14 +83,14 @@ def out_of_memory_line(error: BaseException, micro_batch_size: int | None = None
         return None
     where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
     found = _SIZE.search(text)
-    wanted = f": {_told(float(found[1]), found[2])} more were needed at once" if found else ""
+    wanted = f": {_size(float(found[1]), found[2])} more were needed at once" if found else ""
     if micro_batch_size == 1:
         return f"{where} ran out{wanted}; train.micro_batch_size is 1 already: more processes, or a smaller model"
     now = "" if micro_batch_size is None else f" than {micro_batch_size}"
     return f"{where} ran out{wanted}; set a smaller train.micro_batch_size{now}"
 
 
-def _told(size: float, unit: str | None) -> str:
+def _size(size: float, unit: str | None) -> str:
     if unit not in (None, "bytes"):
         return f"{size:g} {unit}"
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size:,.0f} bytes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -177,8 +177,18 @@ def is_hydra(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
-def for_compose(override: Override) -> str:
-    """The override for Hydra."""
+def for_compose(overrides: Iterable[Override]) -> list[str]:
+    """The overrides for Hydra, which takes away only what is there: an argument that no yaml names is added first."""
+    lines = []
+    for override in overrides:
+        if re.fullmatch(r"~precision\.args\.[^=]+", override.input_line or ""):
+            lines.append(f"++{override.key_or_group}=0")
+        lines.append(compose_line(override))
+    return lines
+
+
+def compose_line(override: Override) -> str:
+    """One override for Hydra."""
     line = override.input_line or ""
     if line.startswith(f"{SOURCES}."):  # OmegaConf makes no new source from a dotted key, but merges one
         path, _, value = line.partition("=")

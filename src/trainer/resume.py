@@ -31,7 +31,7 @@ def find_checkpoint(config: TrainConfig, world: World, directory: RunDirectory) 
     world.on_main(lambda: _prepare(config, directory))
     if config.run.resume is Resume.never:
         return None
-    checkpoint = newest(directory.checkpoints, tidy=True, together=world)
+    checkpoint = newest(directory.checkpoints, tidy=True, world=world)
     return world.on_main(lambda: _judge(config, directory, checkpoint))
 
 

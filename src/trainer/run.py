@@ -12,21 +12,25 @@ from ..precision.plan import Plan
 from ..precision.probe import Probe
 from . import distributed
 from .build import build_state, num_parameters, resolve_model, sequence_bytes
-from .checkpoint import Checkpoint, Checkpointer, list_checkpoints
+from .checkpoint import Checkpoint, list_checkpoints
+from .checkpointer import Checkpointer
 from .config import TrainConfig
+from .console import Console, ConsoleLog
 from .costs import flops_per_token, micro_batch_size, peak_flops, peak_memory, size_in_name
 from .data.batches import Ahead
 from .data.open import Data, open_data, separate_documents, training_source, validation_source
 from .data.stream import TextStream
-from .distributed import StopRequest, World, say
+from .distributed import World, say
 from .errors import ExitCode, RunFailed, UserError, one_line
 from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
-from .metrics import Console, ConsoleLog, MetricsFile, Trackers, evaluated_step
+from .metrics import MetricsFile, evaluated_step
 from .resume import find_checkpoint, identity
 from .rundir import RunDirectory, environment, require_tokenizer
 from .spikes import SpikeAction, SpikeWatch
+from .stop import StopRequest
 from .tools.generate import generate
+from .trackers import Trackers
 
 
 def run(config: TrainConfig) -> ExitCode:

@@ -28,9 +28,11 @@ import torch
 from .checkpoint import Checkpoint, had_checkpoints
 from .data.config import DataConfig
 from .data.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
-from .distributed import StopRequest, World, launcher_pid, say
+from .distributed import World, say
 from .errors import UserError
 from .files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
+from .lifeline import launcher_pid
+from .stop import StopRequest
 
 _SAY_AGAIN_SECONDS = 60.0
 # What a tokenizer's directory may hold next to a model; the second line is read only where there is no tokenizer.json.

@@ -15,13 +15,14 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 
 from .build import MODEL_SCHEMAS
-from .checkpoint import CheckpointConfig, ResumeConfig
+from .checkpoint import ResumeConfig
+from .checkpointer import CheckpointConfig
+from .console import LogConfig
 from .data.config import DataConfig, home_of
 from .data.tokenizer import tokenizer_place
 from .distributed import ParallelConfig
 from .errors import UserError, one_line
 from .loop import EvalConfig, LoopConfig, ProbeConfig
-from .metrics import LogConfig
 from .optim import OptimConfig
 from .recipe import Precision, PrecisionConfig
 from .rundir import RunConfig

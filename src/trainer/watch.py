@@ -36,14 +36,11 @@ class Beat:
 
 
 class Watch:
-    """The sections of this process's work, and a thread that tells them.
-
-    ``store`` None, as for a process alone, tells nobody.
-    """
+    """The sections of this process's work, and a thread that writes them into ``store``; None for a process alone."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self._rank, self._size, self._store = rank, size, store
-        self._told = ("starting", False)  # section, and whether it is waiting for other ranks
+        self._state = ("starting", False)  # section, and whether this process is waiting for other ranks
         self._progress = 0
         self._beats = 0
         self._training = False
@@ -65,12 +62,12 @@ class Watch:
 
     def at(self, section: str) -> None:
         """This process begins ``section``."""
-        self._told = (section, False)
+        self._state = (section, False)
         self._progress += 1
 
     @property
     def section(self) -> str:
-        return self._told[0]
+        return self._state[0]
 
     def training(self) -> None:
         """From now on a lost launcher must not end this process at once: there is something to save."""
@@ -79,29 +76,29 @@ class Watch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """While this process waits for others."""
-        before = self._told
-        self._told = (before[0], True)
+        before = self._state
+        self._state = (before[0], True)
         try:
             yield
         finally:
-            self._told = before
+            self._state = before
             self._progress += 1
 
     def accuse(self) -> str:
         """Which ranks stand still, and in which section, found out within a few beats. Empty if nothing is known."""
-        told: list[str] = []
+        found: list[str] = []
 
         def ask() -> None:
             with suppress(RuntimeError, ValueError):  # the store went with the launcher or with rank 0
                 first = self._read({})
                 time.sleep(_SILENT_SECONDS)
-                told.append(_describe(self._read(first), self._rank, time.monotonic()))
+                found.append(_describe(self._read(first), self._rank, time.monotonic()))
 
         if self._store is not None:
             thread = threading.Thread(target=ask, daemon=True)  # left behind if the store's machine is gone
             thread.start()
             thread.join(3 * _SILENT_SECONDS)
-        return told[0] if told else ""
+        return found[0] if found else ""
 
     def _run(self) -> None:
         seen: dict[int, Beat] = {}
@@ -131,7 +128,7 @@ class Watch:
         assert self._store is not None
         self._beats += 1
         with self._lock:
-            self._store.set(f"beat/{self._rank}", json.dumps([self._beats, self._progress, *self._told]))
+            self._store.set(f"beat/{self._rank}", json.dumps([self._beats, self._progress, *self._state]))
 
     def _read(self, before: Mapping[int, Beat]) -> dict[int, Beat]:
         assert self._store is not None
@@ -139,9 +136,9 @@ class Watch:
         with self._lock:
             if not self._store.check(keys):  # some have only just started
                 return dict(before)
-            told = self._store.multi_get(keys)
+            texts = self._store.multi_get(keys)
         now, beats = time.monotonic(), {}
-        for rank, text in enumerate(told):
+        for rank, text in enumerate(texts):
             number, progress, section, waits = json.loads(text)
             old = before.get(rank)
             seen = now if old is None or old.number != number else old.seen

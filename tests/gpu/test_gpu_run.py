@@ -16,7 +16,7 @@ import gpu_run
 import psutil
 import pytest
 import torch
-from gpu_suite import bundle, clock, results, stages, steps
+from gpu_suite import bundle, clock, profiles, results, stages, steps
 from hardware import pretend
 from narrowgauge.models import create
 from narrowgauge.precision.backends.scaled_mm import ScaledMM
@@ -424,13 +424,13 @@ def test_a_profile_is_summed_by_kind() -> None:
         "Memcpy DtoD": "copies",
         "vectorized_elementwise_kernel": "other",
     }
-    assert {name: stages.kind_of(name) for name in names} == names
+    assert {name: profiles.kind_of(name) for name in names} == names
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         torch.ones(8, 8) @ torch.ones(8, 8)
-    head, *kernels = stages._profiled("product", seen.key_averages())
+    head, *kernels = profiles.profile_rows("product", seen.key_averages())
     assert head["kernels"] >= 1
     assert sum(row["%"] for row in kernels) <= 100.1
-    (row,) = stages._profiled("nothing", [])
+    (row,) = profiles.profile_rows("nothing", [])
     assert "saw nothing" in row["error"]
 
 

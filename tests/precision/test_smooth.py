@@ -24,7 +24,7 @@ from narrowgauge.precision.recipes.smooth_swiglu import fused
 from narrowgauge.precision.recipes.smooth_swiglu.scales import FORMS, smooth, smoothed
 from narrowgauge.precision.scaling import Unit
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
-from narrowgauge.precision.swiglu import fold, scales_of
+from narrowgauge.precision.swiglu import scales_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -307,20 +307,6 @@ def test_the_plan_says_what_is_smoothed() -> None:
     assert rows["layers.0.mlp.down_proj"].count("[smooth-channel, hadamard16]") == 1
     assert "smooth" not in rows["layers.0.mlp.up_proj"]
     assert "bfloat16" in rows["layers.1.mlp.down_proj"]
-
-
-def test_weights_fold_exactly() -> None:
-    model, folded = model_of(dtype=torch.bfloat16), model_of(dtype=torch.bfloat16)
-    x = samples(64, HIDDEN, dtype=torch.bfloat16)
-    plain, mlp = mlp_of(model), mlp_of(folded)
-    scales = scales_of((F.silu(plain.gate_proj(x)) * plain.up_proj(x)).abs().amax(0), pow2=True)
-    assert scales.max() / scales.min() >= 2**10
-    with torch.no_grad():
-        pair = fold(mlp.up_proj.weight, mlp.down_proj.weight, scales)
-        mlp.up_proj.weight.copy_(pair[0])
-        mlp.down_proj.weight.copy_(pair[1])
-    assert torch.equal(mlp(x), plain(x))
-    assert torch.equal(mlp.float()(x.float()), plain.float()(x.float()))
 
 
 def mlp_without_gate() -> nn.Module:

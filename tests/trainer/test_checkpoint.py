@@ -18,22 +18,14 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from conftest import sign, tiny_overrides
-from narrowgauge.trainer import checkpoint as module
-from narrowgauge.trainer import distributed
+from narrowgauge.trainer import checkpoint, checkpointer, distributed
 from narrowgauge.trainer.build import build_state, resolve_model
-from narrowgauge.trainer.checkpoint import (
-    CheckpointConfig,
-    Checkpointer,
-    examine,
-    list_checkpoints,
-    load_into,
-    newest,
-    read_tensors,
-)
+from narrowgauge.trainer.checkpoint import examine, list_checkpoints, load_into, newest, read_tensors
+from narrowgauge.trainer.checkpointer import CheckpointConfig, Checkpointer
 from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.state import TrainState
+from narrowgauge.trainer.state import TrainState, local
 from torch.distributed.checkpoint import metadata as kinds
 
 META = {"recipe": {"name": "fp32", "args": {}}, "data": "x", "world_size": 1, "micro_batch_size": 8}
@@ -60,7 +52,7 @@ def saver(path: Path, world: World, **config: object) -> Checkpointer:
 
 
 def snapshot(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: module.local(tensor).clone() for name, tensor in state.tensors().items()}
+    return {name: local(tensor).clone() for name, tensor in state.tensors().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -222,7 +214,7 @@ def test_a_state_that_is_not_finite_is_not_written(
     state = make_state(tiny(), world)
     state.step = 3
     with torch.no_grad():
-        module.local(next(state.model.parameters())).view(-1)[5] = torch.nan
+        local(next(state.model.parameters())).view(-1)[5] = torch.nan
     checkpointer = saver(two, world)
     checkpointer.save(state)
     assert checkpointer.last_error is not None
@@ -252,7 +244,7 @@ def test_a_directory_that_cannot_be_written(two: Path, tiny: Tiny, world: World,
 
 
 def test_a_disk_without_room(two: Path, tiny: Tiny, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: _Usage)
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda path: _Usage)
     assert "no room for a checkpoint" in failing_save(two, tiny, world)
 
 
@@ -284,7 +276,7 @@ def test_an_error_that_passes_is_no_damage(
 
     with monkeypatch.context() as patch:
         if where == "data":
-            patch.setattr(module, "sha256_of", fail)
+            patch.setattr(checkpoint, "sha256_of", fail)
         else:
             patch.setattr(Path, "read_bytes", fail)
         with pytest.raises(UserError, match=r"file cannot be read now .*no damage") as caught:
@@ -429,10 +421,10 @@ class Rank:
 
 def test_ranks_share_the_files_to_check(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[str]] = []
-    real = module.sha256_of
+    real = checkpoint.sha256_of
     for rank in (0, 1):
         names: list[str] = []
-        monkeypatch.setattr(module, "sha256_of", lambda file, names=names: (names.append(file.name), real(file))[1])
+        monkeypatch.setattr(checkpoint, "sha256_of", lambda file, names=names: (names.append(file.name), real(file))[1])
         examine(two / "step-00000002", Rank(rank))
         read.append(names)
     assert sorted(read[0] + read[1]) == [".metadata", "__0_0.distcp", "meta.json"]
@@ -470,9 +462,9 @@ def test_writes_that_keep_failing_are_given_up(two: Path, tiny: Tiny, world: Wor
 def test_a_slow_write_says_so(
     two: Path, tiny: Tiny, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "_SLOW_SECONDS", 0.05)
-    real = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda file: (time.sleep(0.1), real(file))[1])
+    monkeypatch.setattr(checkpointer, "_SLOW_SECONDS", 0.05)
+    real = checkpointer.sha256_of
+    monkeypatch.setattr(checkpointer, "sha256_of", lambda file: (time.sleep(0.1), real(file))[1])
     state = make_state(tiny(), world)
     state.step = 3
     saver(two, world, asynchronous=False).save(state)

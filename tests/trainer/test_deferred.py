@@ -24,8 +24,8 @@ from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.data.batches import Ahead, Batch, DataSource
 from narrowgauge.trainer.distributed import ParallelConfig, World
 from narrowgauge.trainer.errors import ExitCode
-from narrowgauge.trainer.loop import update_from
 from narrowgauge.trainer.state import TrainState, local
+from narrowgauge.trainer.step import update_from
 from test_run import poison
 from test_stream import positions_after, source, steps_of, stream, texts  # noqa: F401 (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -21,6 +21,7 @@ import transformers
 from conftest import train_here
 from narrowgauge.models import GPTConfig, LlamaConfig, create
 from narrowgauge.models.hf import to_hf_config, to_hf_tensors
+from narrowgauge.precision.swiglu import fold, scales_of
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.build import load_pretrained, pretrained_config
 from narrowgauge.trainer.checkpoint import read_tensors
@@ -715,6 +716,13 @@ def test_folded_scales_leave_every_logit(directory: Path, tiny: Tiny, tmp_path: 
     assert (ratio == ratio[:, :1]).all()  # one factor a row, a power of two, and not the same for all
     assert (ratio.log2() == ratio.log2().round()).all()
     assert len(ratio.unique()) > 1
+
+
+def test_a_scale_is_a_power_of_two_or_one() -> None:
+    amax = torch.tensor([3.0, 0.75, 0.0, 1e-40, torch.inf, torch.nan])
+    up, down = fold(torch.ones(6, 2), torch.ones(3, 6), scales_of(amax, pow2=True))
+    assert down[0].tolist() == [2.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert (up * down[0][:, None] == 1).all()
 
 
 def test_only_a_swiglu_folds(tiny: Tiny, tmp_path: Path) -> None:

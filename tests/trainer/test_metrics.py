@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from conftest import train_here
-from narrowgauge.trainer import metrics
+from narrowgauge.trainer import trackers as module
 from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.console import Console, ConsoleLog, LogConfig
 from narrowgauge.trainer.distributed import say
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.metrics import Console, ConsoleLog, LogConfig, MetricsFile, Trackers, read_metrics
+from narrowgauge.trainer.metrics import MetricsFile, read_metrics
+from narrowgauge.trainer.trackers import Trackers
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def test_a_failing_tracker_stops_nothing(
             raise ValueError("no key")
         return Failing()
 
-    monkeypatch.setattr(metrics, "_start_tracker", start)
+    monkeypatch.setattr(module, "_start_tracker", start)
     trackers = Trackers(LogConfig(trackers=["wandb"]), tmp_path, {})
     trackers.log(row(1))
     trackers.log(row(2))
@@ -159,7 +161,7 @@ def test_wandb_gets_the_whole_config_a_group_and_tags(tmp_path: Path, monkeypatc
         def finish(self) -> None:
             pass
 
-    monkeypatch.setitem(metrics.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
     run = tmp_path / "grid" / "seed=0"
     run.mkdir(parents=True)
     (run.parent / "multirun.yaml").touch()
@@ -176,10 +178,10 @@ def test_wandb_gets_the_whole_config_a_group_and_tags(tmp_path: Path, monkeypatc
 
 
 def test_a_run_alone_is_of_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(metrics.SWEEP, raising=False)
-    assert metrics.sweep_of(tmp_path / "runs" / "a") is None
-    monkeypatch.setenv(metrics.SWEEP, "x")
-    assert metrics.sweep_of(tmp_path / "runs" / "a") == "runs"
+    monkeypatch.delenv(module.SWEEP, raising=False)
+    assert module.sweep_of(tmp_path / "runs" / "a") is None
+    monkeypatch.setenv(module.SWEEP, "x")
+    assert module.sweep_of(tmp_path / "runs" / "a") == "runs"
 
 
 def test_tensorboard_shows_the_config_as_text_and_no_clock(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import train_here
 from narrowgauge.precision import available, load
+from narrowgauge.precision.recipe import Keep
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints
 from narrowgauge.trainer.cli import recipe_files_of, run_dir_of
@@ -141,6 +142,48 @@ def test_wherever_a_config_names_it(tiny: Tiny, mine: Path, tmp_path: Path) -> N
         assert not ran(mine)
         assert load_run_config(file, {str(mine)}) == config
         assert load_run_config(file, None) == config
+
+
+KEEPING = """
+from collections.abc import Sequence
+from torch import nn
+from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.linear import quantized
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Keep, Recipe, Rule, keep
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
+
+GEMM = GemmSpec(a=OperandSpec(format=E4M3), b=OperandSpec(format=E4M3))
+MAKE = quantized(LinearSpec(fprop=GEMM, dgrad=GEMM, wgrad=GEMM))
+"""
+THREE = """
+def recipe(*, keep_first: float = 0, keep_last: float = 1, keep_paths: Sequence[str] = ()) -> Recipe:
+    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=MAKE, keep=kept),))
+"""
+ONE = """
+def recipe(*, keep: tuple[Keep, ...] = (Keep(last=1), Keep(kind=nn.Bilinear))) -> Recipe:
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=MAKE, keep=keep[:-1]),))
+"""
+
+
+@pytest.mark.parametrize("text", [THREE, ONE], ids=["three arguments", "one"])
+def test_what_stays_in_high_precision_is_one_argument_or_three(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keeping.py"
+    file.write_text(KEEPING + text)
+
+    def kept(**args: object) -> tuple[Keep, ...]:
+        (rule,) = load(str(file), args).rules
+        return rule.keep
+
+    assert kept() == (Keep(last=1),)
+    assert kept(keep_last=0, keep_first=0.5) == (Keep(first=0.5),)
+    assert kept(keep_paths=["a", "b"]) == (Keep(last=1), Keep(path="a"), Keep(path="b"))
+    with pytest.raises(ValueError, match=r"no argument 'keep_frist' .*; it takes: keep_first, keep_last, keep_paths$"):
+        kept(keep_frist=1)
+    with pytest.raises(ValueError, match=r"keep_last=1\.5: a number of blocks"):
+        kept(keep_last=1.5)
+    with pytest.raises(ValueError, match=r"keep_paths='a' is no Sequence\[str\]"):
+        kept(keep_paths="a")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 import itertools
 import json
 import shutil
@@ -14,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import launch, sign, tiny_overrides, train_here
 from narrowgauge.models.layers import RMSNorm
 from narrowgauge.precision import apply, load, recipes
-from narrowgauge.precision.loading import names
+from narrowgauge.precision.loading import filled, names
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
-from narrowgauge.trainer.config import TrainConfig, groups
+from narrowgauge.trainer.config import TrainConfig, groups, load_run_config
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.own import CONFIG_DIR
 from narrowgauge.trainer.reporting.report import Settings, find_runs
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
 from narrowgauge.trainer.tools.verify import compare_runs
@@ -61,15 +61,31 @@ def test_every_recipe_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path,
     assert losses[-1] < losses[0]
 
 
-def test_every_recipe_has_a_yaml_with_its_defaults(tiny: Tiny) -> None:
-    configs = {name: tiny(f"precision={name}").precision for name in groups()["precision"]}
-    assert {config.recipe for config in configs.values()} == set(names())
-    for name in names():
-        parameters = inspect.signature(
-            importlib.import_module(f"narrowgauge.precision.recipes.{name}").recipe
-        ).parameters
-        defaults = {key: [] if p.default == () else p.default for key, p in parameters.items()}
-        assert configs[name].args == defaults, name
+def test_every_recipe_has_a_yaml_which_says_what_differs_from_its_signature(tiny: Tiny) -> None:
+    for file in (CONFIG_DIR / "precision").glob("*.yaml"):
+        tree = yaml.safe_load(file.read_text())
+        assert tree["name"] == file.stem
+        assert tree.keys() <= {"name", "recipe", "args"}
+        defaults, args = filled(tree["recipe"], {}), tree.get("args", {})
+        assert args.keys() <= defaults.keys(), file
+        assert [key for key, value in args.items() if value == defaults[key]] == [], file
+        config = tiny(f"precision={file.stem}")
+        assert config.precision.args == defaults | args  # what a run directory says
+        assert yaml.safe_load(config.to_yaml())["precision"]["args"] == config.precision.args
+    assert set(names()) <= set(groups()["precision"])
+
+
+def test_a_run_from_before_goes_on(tiny: Tiny) -> None:
+    """Its config.yaml has every argument, or lacks those that came later."""
+    options = ("precision=mxfp4", "precision.args.keep_last=1", "train.steps=2")
+    train_here(first := tiny(*options))
+    file = Path(first.run.dir) / "config.yaml"
+    args = yaml.safe_load(file.read_text())["precision"]["args"]
+    assert [args[f"keep_{part}"] for part in ("first", "last", "paths")] == [0, 1, []]
+    assert load_run_config(file) == first
+    file.write_text(file.read_text().replace("    keep_first: 0\n", ""))
+    assert load_run_config(file) == first
+    assert train_here(tiny(*options[:2], "train.steps=4")) is ExitCode.FINISHED
 
 
 def test_amax_history_is_plain_tensors_in_the_checkpoint(tiny: Tiny) -> None:

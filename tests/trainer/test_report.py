@@ -20,9 +20,10 @@ import yaml
 from chromium import CHROMIUM, browser
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.reporting.drawing import save_plot, to_plotly
 from narrowgauge.trainer.reporting.figures import plot_losses, smooth
 from narrowgauge.trainer.reporting.latex import escaped
-from narrowgauge.trainer.reporting.plots import HeatMap, Kind, Mark, Plot, Style, save_plot, to_plotly
+from narrowgauge.trainer.reporting.plots import HeatMap, Kind, Mark, Plot, Style
 from narrowgauge.trainer.reporting.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
 from omegaconf import OmegaConf
 from scipy import stats

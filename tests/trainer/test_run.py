@@ -21,9 +21,9 @@ from narrowgauge.trainer import run as run_module
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.data.batches import Batch, ShuffledSource
-from narrowgauge.trainer.distributed import seconds_of
 from narrowgauge.trainer.errors import ExitCode, RunFailed, UserError
 from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.stop import seconds_of
 from narrowgauge.trainer.tools.verify import compare_runs
 
 Tiny = Callable[..., TrainConfig]

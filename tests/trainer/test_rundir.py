@@ -181,6 +181,8 @@ def test_the_same_command_goes_on_whatever_its_prefixes(tiny: Tiny) -> None:
     config = tiny(*words, "train.steps=1")
     train_here(config)
     assert tiny(*words, "train.steps=1") == config
+    with pytest.raises(UserError, match=r"~precision\.args\.histroy: .*no argument 'histroy' \(did you mean 'history'"):
+        tiny("precision=fp8_delayed", "~precision.args.histroy", f"run.dir={config.run.dir}-other")
 
 
 def test_what_differs_from_the_run_is_named_in_one_line(tiny: Tiny) -> None:

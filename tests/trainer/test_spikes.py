@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_overrides, train_here
-from narrowgauge.trainer import checkpoint, distributed
+from narrowgauge.trainer import checkpointer, distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.batches import Batch
@@ -268,8 +268,8 @@ def test_a_rollback_is_the_same_wherever_a_run_is_stopped_or_killed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        real = checkpoint._remove
-        patch.setattr(checkpoint, "_remove", die_after_one)
+        real = checkpointer._remove
+        patch.setattr(checkpointer, "_remove", die_after_one)
         assert go_on() is None
     assert runs.steps("run") == [8, 9]  # the newest went first: these are of one path
     assert go_on(kill=3) is None

@@ -30,18 +30,10 @@ from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.own import setting
 from narrowgauge.trainer.reporting.report import Settings, write_report
-from narrowgauge.trainer.sweep import launch as module
-from narrowgauge.trainer.sweep.launch import (
-    Job,
-    State,
-    SweepStopped,
-    expand,
-    expand_named,
-    job_name,
-    named_grids,
-    run_jobs,
-    sweep,
-)
+from narrowgauge.trainer.sweep import launch
+from narrowgauge.trainer.sweep.grid import expand, expand_named, job_name, named_grids
+from narrowgauge.trainer.sweep.jobs import Display, Job, State, SweepStopped, run_jobs
+from narrowgauge.trainer.sweep.launch import sweep
 from omegaconf import OmegaConf
 
 TIMES = ("tokens_per_second", "seconds")  # columns that no restart leaves alone
@@ -185,19 +177,19 @@ def test_jobs_at_once_share_the_cores_unless_told_otherwise(tmp_path: Path, caps
 def test_finished_and_diverged_runs_are_skipped_and_failed_ones_tried_again(tmp_path: Path, capsys) -> None:
     command = shell(b="failed", c="diverged")
     first = jobs_in(tmp_path, "a", "b", "c", "d")
-    run_jobs(first, processes=1, at_once=2, make_command=command)
+    run_jobs(first, processes=1, concurrent=2, make_command=command)
     assert [job.state.value for job in first] == ["finished", "failed", "diverged", "finished"]
     assert (first[0].loss, first[1].reason) == (3.5, "why")
     second = jobs_in(tmp_path, "a", "b", "c", "d")
-    run_jobs(second, processes=1, at_once=2, make_command=shell())
+    run_jobs(second, processes=1, concurrent=2, make_command=shell())
     assert [job.state.value for job in second] == ["finished", "finished", "diverged", "finished"]
     assert [attempts(tmp_path, name) for name in "abcd"] == [1, 2, 1, 1]
     assert "name=b: failed at step 5" in capsys.readouterr().out
 
 
 def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path: Path) -> None:
-    run_jobs(jobs_in(tmp_path, "a"), processes=1, at_once=1, make_command=shell())
-    run_jobs(jobs_in(tmp_path, "a", steps=9), processes=1, at_once=1, make_command=shell())
+    run_jobs(jobs_in(tmp_path, "a"), processes=1, concurrent=1, make_command=shell())
+    run_jobs(jobs_in(tmp_path, "a", steps=9), processes=1, concurrent=1, make_command=shell())
     assert attempts(tmp_path, "a") == 2
 
 
@@ -205,7 +197,7 @@ def test_a_job_that_says_nothing_has_failed_whatever_an_earlier_one_left(tmp_pat
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "done.json").write_text(json.dumps({"status": "stopped", "step": 2, "reason": "a signal"}))
     jobs = jobs_in(tmp_path, "a")
-    run_jobs(jobs, processes=1, at_once=1, make_command=shell(a="sh:echo error: no such corpus >&2; exit 2"))
+    run_jobs(jobs, processes=1, concurrent=1, make_command=shell(a="sh:echo error: no such corpus >&2; exit 2"))
     assert (jobs[0].state, jobs[0].reason) == (State.failed, "no such corpus")
 
 
@@ -216,7 +208,7 @@ def test_a_directory_in_use_is_waited_for(tmp_path: Path) -> None:
     fcntl.flock(lock, fcntl.LOCK_SH)
     threading.Timer(1.0, lock.close).start()
     start = time.monotonic()
-    run_jobs(jobs, processes=1, at_once=2, make_command=shell())
+    run_jobs(jobs, processes=1, concurrent=2, make_command=shell())
     assert time.monotonic() - start >= 1.0
     assert [job.state for job in jobs] == [State.finished, State.finished]
 
@@ -233,9 +225,9 @@ def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path) ->
 
     threading.Thread(target=ask).start()
     with pytest.raises(SweepStopped, match="1 waiting, 1 stopped; the same command goes on"):
-        run_jobs(jobs, processes=1, at_once=1, make_command=shell(a=waiting))
+        run_jobs(jobs, processes=1, concurrent=1, make_command=shell(a=waiting))
     again = jobs_in(tmp_path, "a", "b")
-    run_jobs(again, processes=1, at_once=1, make_command=shell())
+    run_jobs(again, processes=1, concurrent=1, make_command=shell())
     assert [job.state for job in again] == [State.finished, State.finished]
     assert attempts(tmp_path, "a") == 2
 
@@ -343,10 +335,10 @@ def test_the_advice_is_about_the_users_own_data(told: list[str], advice: str) ->
 
 def test_the_table_has_every_job(tmp_path: Path) -> None:
     jobs = jobs_in(tmp_path, "a", "b")
-    assert module._Display(jobs).table().row_count == 2
+    assert Display(jobs).table().row_count == 2
     many = jobs_in(tmp_path, *map(str, range(100)))
     many[3].state = State.failed
-    assert module._Display(many).table().row_count == 1
+    assert Display(many).table().row_count == 1
 
 
 def hold_in_the_middle(sweep_process: psutil.Process, root: Path) -> list[psutil.Process]:
@@ -425,7 +417,7 @@ def test_a_search_asks_for_runs_one_after_another_and_skips_what_is_done(tmp_pat
             asked.append(lr)
             job.state, job.loss = State.finished, abs(math.log10(lr) + 2)  # best at 1e-2
 
-    monkeypatch.setattr(module, "run_jobs", pretend)
+    monkeypatch.setattr(launch, "run_jobs", pretend)
     (tmp_path / "search").mkdir()
     told = ["hydra/sweeper=lr_search", "hydra.sweeper.n_trials=4", f"hydra.sweep.dir={tmp_path / 'search'}"]
     for _ in range(2):

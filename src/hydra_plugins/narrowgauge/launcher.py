@@ -10,7 +10,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from narrowgauge.trainer.sweep.launch import LAUNCHER, LauncherConfig, launch
+from narrowgauge.trainer.sweep.grid import LAUNCHER, LauncherConfig
+from narrowgauge.trainer.sweep.launch import launch
 
 ConfigStore.instance().store(group="hydra/launcher", name=LAUNCHER, node=LauncherConfig, provider="narrowgauge")
 

@@ -11,13 +11,11 @@ small ones go on as subnormals, then as zeros. With 8 exponent bits truncation i
 Not finite: an infinity becomes the largest value of its sign; NaN stays NaN.
 """
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..formats import exmy
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
 from ..scaling import Unit
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 
@@ -27,17 +25,15 @@ def recipe(
     exponent_bits: int = 8,
     mantissa_bits: int = 7,
     rounding: str = "truncate",
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
         exponent_bits: 2 to 8.
         mantissa_bits: 1 to 7; 8 and 7 is BF16 itself.
         rounding: truncate (the paper's) or nearest.
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
 
     Raises ValueError for bits that BF16 does not have.
     """
@@ -53,5 +49,4 @@ def recipe(
     )
     gemm = GemmSpec(a=operand, b=operand)
     spec = LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm)
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))

@@ -12,14 +12,13 @@ and then has scales of its own: ``plan.txt`` says so.
 Not finite: an infinite amax gives its block scale 1 and infinities saturate; NaN stays NaN in its element.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..formats import E4M3, E5M2
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -30,9 +29,7 @@ def recipe(
     block: int = 128,
     format: str = "e4m3",
     eps: float = 0.0,
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
@@ -40,12 +37,11 @@ def recipe(
         block: values that share a scale, and the side of a weight's tile.
         format: e4m3 (all operands) or hybrid (gradients in E5M2).
         eps: floor of amax.
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     x = OperandSpec(format=E4M3, tile=Tile(1, block), scale=Fp32(pow2=pow2, eps=eps, input_max=True))
     w = replace(x, tile=Tile(block, block))
     dy = replace(x, format=one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2}))
     spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))

@@ -15,14 +15,13 @@ with FP32 every 128 products, and none on B200, against emulation, which sums in
 Not finite: an infinite amax gives scale 1 and infinities saturate; NaN stays NaN in its element.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..formats import E4M3, E5M2
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, current, fast_sums, one_of
 from ..scaling import Fp32
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -34,9 +33,7 @@ def recipe(
     eps: float = 0.0,
     amax: str = "micro",
     fast_accum: bool | str = "auto",
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
@@ -50,8 +47,8 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     scale = Fp32(pow2=pow2, eps=eps)
     w = OperandSpec(format=E4M3, scale=scale)
@@ -62,6 +59,5 @@ def recipe(
         dgrad=GemmSpec(a=dy, b=w),
         wgrad=GemmSpec(a=dy, b=x),
     )
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),)
+    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),)
     return Recipe(rules=rules, one_micro_batch=amax == "step")

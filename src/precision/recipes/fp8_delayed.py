@@ -18,14 +18,12 @@ Not finite: an infinity saturates, NaN stays NaN, so that loss and gradient show
 amax that is not finite is not remembered (TransformerEngine's would hold the scale until it left the history).
 """
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..formats import E4M3, E5M2
 from ..hooks import RollAmax
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, fast_sums, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, fast_sums, one_of
 from ..scaling import Delayed, Fp32, Reduce
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -39,9 +37,7 @@ def recipe(
     reduce_amax: bool = True,
     roll: str = "step",
     fast_accum: bool | str = "auto",
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
@@ -55,8 +51,8 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     amax = Delayed(history=history, reduce=one_of("algo", algo, {reduce.value: reduce for reduce in Reduce}))
     forward = OperandSpec(format=E4M3, scale=Fp32(margin=margin), amax=amax)
@@ -67,8 +63,7 @@ def recipe(
         dgrad=GemmSpec(a=dy, b=forward),
         wgrad=GemmSpec(a=dy, b=forward),
     )
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
+        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),),
         hooks=(RollAmax(reduce=reduce_amax, micro=one_of("roll", roll, {"step": False, "micro": True})),),
     )

@@ -18,14 +18,13 @@ with FP32 every 128 products, and none on B200, against emulation, which sums in
 Not finite: an infinite amax gives its row scale 1 and infinities saturate; NaN stays NaN in its element.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..formats import E4M3
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, current, fast_sums, keep
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, current, fast_sums
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -38,9 +37,7 @@ def recipe(
     wgrad_high_precision: bool = False,
     amax: str = "micro",
     fast_accum: bool | str = "auto",
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
@@ -53,8 +50,8 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     scale = Fp32(pow2=pow2, eps=_EPS)
     row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=scale)
@@ -63,6 +60,5 @@ def recipe(
     spec = LinearSpec(fprop=fprop, dgrad=dgrad, wgrad=GemmSpec(a=channel, b=channel))
     if wgrad_high_precision:
         spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),)
+    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),)
     return Recipe(rules=rules, one_micro_batch=amax == "step" and not wgrad_high_precision)

@@ -13,14 +13,13 @@ scales of its own: ``plan.txt`` says so.
 Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..formats import E2M1
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
 from ..scaling import Power, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from ..transforms import Hadamard
@@ -33,9 +32,7 @@ def recipe(
     signs: int = 0,
     stochastic: bool = True,
     weights_2d: bool = False,
-    keep_first: float = 0,
-    keep_last: float = 0.15,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (Keep(last=0.15),),
 ) -> Recipe:
     """
     Args:
@@ -44,8 +41,8 @@ def recipe(
         signs: seed of its signs.
         stochastic: round gradients stochastically.
         weights_2d: 32x32 tiles for weights, the same codes forward and backward.
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in Power}))
     x = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=rule)
@@ -55,5 +52,4 @@ def recipe(
     spec = LinearSpec(
         fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x, transform=transform)
     )
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))

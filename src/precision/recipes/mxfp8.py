@@ -11,13 +11,11 @@ and then has scales of its own: ``plan.txt`` says so.
 Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 """
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..formats import E4M3, E5M2
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Recipe, Rule, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
 from ..scaling import Power, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -28,9 +26,7 @@ def recipe(
     scale: str = "rceil",
     block: int = 32,
     weights_2d: bool = False,
-    keep_first: float = 0,
-    keep_last: float = 0,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
     Args:
@@ -38,8 +34,8 @@ def recipe(
         scale: how amax becomes a power of two: rceil, floor, ceil or even.
         block: values that share a scale.
         weights_2d: square tiles for weights, the same codes forward and backward.
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in Power}))
     x = OperandSpec(format=E4M3, tile=Tile(1, block), scale=rule)
@@ -47,5 +43,4 @@ def recipe(
     gradient = one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2})
     dy = OperandSpec(format=gradient, tile=Tile(1, block), scale=rule)
     spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),))
+    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))

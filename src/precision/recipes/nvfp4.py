@@ -20,14 +20,13 @@ unbiased candidates is biased (arXiv 2601.22813 measures it): a reason to leave 
 Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and saturates.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..formats import E2M1
 from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Phase, Recipe, Rule, current, keep, one_of
+from ..recipe import BLOCK_LINEARS, Keep, Phase, Recipe, Rule, current, one_of
 from ..scaling import Current, Error, Tile, TwoLevel
 from ..schedule import Span
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
@@ -55,9 +54,7 @@ def recipe(
     four_over_six_256: bool = True,
     amax: str = "micro",
     bf16_forward: float = 0.18,
-    keep_first: float = 0,
-    keep_last: float = 0.15,
-    keep_paths: Sequence[str] = (),
+    keep: tuple[Keep, ...] = (Keep(last=0.15),),
 ) -> Recipe:
     """
     Args:
@@ -80,8 +77,8 @@ def recipe(
             a step must be one micro-batch. Weights are the same everywhere. All ranks call the same linears in the same
             order while they train: no experts that some ranks pass by.
         bf16_forward: last part of the run whose forward GEMMs are in BF16; 0 = none.
-        keep_first, keep_last: blocks left in BF16: a number, or a fraction, rounded up.
-        keep_paths: linears left in BF16, by regex.
+        keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
+            ``keep_paths``: by regex.
     """
     if not 0 <= bf16_forward <= 1:
         raise ValueError(f"the part of a run is between 0 and 1, not {bf16_forward}")
@@ -103,9 +100,8 @@ def recipe(
         dgrad=GemmSpec(a=dy, b=weight),
         wgrad=GemmSpec(a=dy, b=x_columns, transform=transform),
     )
-    kept = keep(first=keep_first, last=keep_last, paths=keep_paths)
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=kept),),
+        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),),
         schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
         one_micro_batch=amax == "step",
     )

@@ -61,11 +61,11 @@ def summary_table(recipes: Sequence[RecipeSummary], settings: Settings) -> str:
     columns = ["recipe", "validation loss", f"gap to {settings.baseline}", "95% interval", "diverged", "tokens/s"]
     rows = []
     for s in recipes:
-        loss = "" if s.final_mean is None else f"${s.final_mean:.4f}$"
-        if s.final_mean is not None and s.final_sd is not None:
-            loss = rf"${s.final_mean:.4f} \pm {s.final_sd:.4f}$"
-        gap = "" if s.gap is None else f"${s.gap:+.4f}$"
-        interval = "" if s.interval is None else f"$[{s.interval.low:+.4f}, {s.interval.high:+.4f}]$"
+        loss = "" if s.final_loss_mean is None else f"${s.final_loss_mean:.4f}$"
+        if s.final_loss_mean is not None and s.final_loss_sd is not None:
+            loss = rf"${s.final_loss_mean:.4f} \pm {s.final_loss_sd:.4f}$"
+        gap = "" if s.gap_mean is None else f"${s.gap_mean:+.4f}$"
+        interval = "" if s.gap_interval is None else f"$[{s.gap_interval.low:+.4f}, {s.gap_interval.high:+.4f}]$"
         speed = "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}" + ("*" if s.emulated else "")
         cells = [loss, gap, interval, f"{s.diverged} of {s.decided}", escaped(speed)]
         rows.append([escaped(s.recipe), *(cell or "--" for cell in cells)])

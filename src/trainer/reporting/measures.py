@@ -30,47 +30,45 @@ from .statistics import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LearningRates:
+class LearningRates(NamedTuple):
     """Means over settings that differ in more than seed and learning rate."""
 
-    tried: int
-    best: float | None  # of the lowest mean loss, all its seeds finished; None if settings disagree
-    sensitivity: float | None
-    width: float | None  # decades
+    learning_rates: int
+    best_lr: float | None  # of the lowest mean loss, all its seeds finished; None if settings disagree
+    lr_sensitivity: float | None
+    usable_lr_decades: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+class Progress(NamedTuple):
     """Against the baseline's partner run, on smoothed training losses."""
 
     pairs: int
-    reached: int  # that came down to the target
-    tokens_ratio: float | None  # tokens to the target, over the baseline's; mean of those that reached it
+    reached_target: int
+    tokens_to_target_ratio: float | None  # tokens to the target, over the baseline's; mean of those that reached it
     loss_ratio: float | None  # at equal tokens, the last that both have; mean over pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSummary:
-    """What the runs of one recipe say."""
+    """What the runs of one recipe say; fields have the names of ``summary.json``."""
 
     recipe: str
     runs: int
     finished: int
     diverged: int
     decided: int  # finished or diverged
-    rate: Interval | None  # of divergence
+    divergence_rate_interval: Interval | None
     times_to_divergence: list[int]  # steps
     tokens_to_divergence: float | None  # median
-    final_mean: float | None
-    final_sd: float | None  # of runs that differ in the seed alone
-    final_interval: Interval | None
+    final_loss_mean: float | None
+    final_loss_sd: float | None  # of runs that differ in the seed alone
+    final_loss_interval: Interval | None
     gaps: list[float]
     unpaired: int  # finished runs without a finished partner
-    gap: float | None
-    interval: Interval | None
-    band: float | None
-    sign_p: float | None
+    gap_mean: float | None
+    gap_interval: Interval | None
+    seed_noise_band: float | None
+    sign_test_p: float | None
     equivalence: Equivalence | None
     rates: LearningRates
     progress: Progress
@@ -148,18 +146,18 @@ def _summarize(
         finished=len(finished),
         diverged=len(diverged),
         decided=len(ended),
-        rate=wilson(len(diverged), len(ended)),
+        divergence_rate_interval=wilson(len(diverged), len(ended)),
         times_to_divergence=sorted(step for step, _ in times),
         tokens_to_divergence=statistics.median(step * tokens for step, tokens in times) if times else None,
-        final_mean=mean(finals),
-        final_sd=spread[0] if spread else None,
-        final_interval=bootstrap_mean(sorted(finals)),
+        final_loss_mean=mean(finals),
+        final_loss_sd=spread[0] if spread else None,
+        final_loss_interval=bootstrap_mean(sorted(finals)),
         gaps=gaps,
         unpaired=len(ordered) - len(pairs),
-        gap=mean(gaps),
-        interval=bootstrap_mean(gaps),
-        band=noise_band(noise, len(gaps) or len(finished)),
-        sign_p=sign_test(gaps),
+        gap_mean=mean(gaps),
+        gap_interval=bootstrap_mean(gaps),
+        seed_noise_band=noise_band(noise, len(gaps) or len(finished)),
+        sign_test_p=sign_test(gaps),
         equivalence=equivalence(gaps, settings.margin),
         rates=_learning_rates(ended, settings),
         progress=_progress(pairs, settings),
@@ -200,10 +198,10 @@ def _learning_rates(runs: Sequence[Run], settings: Settings) -> LearningRates:
         if len(losses) > 1 and good:
             best.add(min(good, key=lambda rate: good[rate]))
     return LearningRates(
-        tried=len({run.lr for run in runs}),
-        best=best.pop() if len(best) == 1 else None,
-        sensitivity=mean(sensitivities),
-        width=mean(widths),
+        learning_rates=len({run.lr for run in runs}),
+        best_lr=best.pop() if len(best) == 1 else None,
+        lr_sensitivity=mean(sensitivities),
+        usable_lr_decades=mean(widths),
     )
 
 
@@ -232,39 +230,44 @@ def _progress(pairs: Sequence[tuple[Run, Run]], settings: Settings) -> Progress:
         last = min(len(curve), len(target_curve)) - 1
         if last >= 0 and (own := curve[last]) is not None and (its := target_curve[last]) is not None:
             losses.append(own / its)
-    return Progress(pairs=len(pairs), reached=len(tokens), tokens_ratio=mean(tokens), loss_ratio=mean(losses))
+    return Progress(
+        pairs=len(pairs), reached_target=len(tokens), tokens_to_target_ratio=mean(tokens), loss_ratio=mean(losses)
+    )
 
 
 def _state_bytes(runs: Sequence[Run]) -> dict[str, float]:
     parts: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        told = run.environment.get("state_bytes")
-        for name, size in told.items() if isinstance(told, dict) else ():
+        sizes = run.environment.get("state_bytes")
+        for name, size in sizes.items() if isinstance(sizes, dict) else ():
             if (known := number(size)) is not None:
                 parts[printable(name)].append(known)
     return {name: math.fsum(sizes) / len(sizes) for name, sizes in parts.items()}
 
 
 def ladder(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Settings) -> list[Rung]:
-    """The recipes that mask operands to EeMm, and the BF16 baseline, which is E8M7, beside them; empty without any."""
+    """The recipes whose arguments say how many bits operands have, and the BF16 baseline (E8M7); empty without any."""
     rungs = []
     for summary in recipes:
-        values = next(run.values for run in runs if run.recipe == summary.recipe)
-        if values.get("precision.recipe") == "exmy":
-            bits = [number(values.get(f"precision.args.{part}_bits")) for part in ("exponent", "mantissa")]
-            if bits[0] is not None and bits[1] is not None:
-                rounding = str(values.get("precision.args.rounding", ""))
-                rungs.append(Rung(int(bits[0]), int(bits[1]), rounding, summary))
+        run = next(run for run in runs if run.recipe == summary.recipe)
+        if (bits := _bits(run)) is not None:
+            rungs.append(Rung(*bits, str(run.values.get("precision.args.rounding", "")), summary))
     base = [summary for summary in recipes if summary.recipe == settings.baseline == "bf16"]
     roundings = dict.fromkeys(rung.rounding for rung in rungs)
     return [*rungs, *(Rung(8, 7, rounding, summary) for rounding in roundings for summary in base)]
+
+
+def _bits(run: Run) -> tuple[int, int] | None:
+    """Of exponent and mantissa, for a recipe that has them as arguments."""
+    exponent, mantissa = (number(run.values.get(f"precision.args.{part}_bits")) for part in ("exponent", "mantissa"))
+    return None if exponent is None or mantissa is None else (int(exponent), int(mantissa))
 
 
 def switches(runs: Sequence[Run]) -> list[Switch]:
     """Every pair of variants of a recipe's file that differ in one argument, with the differences of paired runs."""
     files: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        if run.values and run.values.get("precision.recipe") != "exmy":  # which has its ladder
+        if run.values and _bits(run) is None:  # those with bits have their ladder
             files[str(run.values.get("precision.recipe"))].append(run)
     found = []
     for name, members in sorted(files.items()):

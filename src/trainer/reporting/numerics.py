@@ -290,14 +290,16 @@ def _steps_told(layers: Mapping[str, Mapping[str, Entry]]) -> str:
         for gemm, parts in _by_gemm(slots).items():
             if is_rounded(parts):
                 steps.setdefault(gemm, set()).update(entry["step"] for entry in parts.values())
-    told = {
+    steps_of = {
         gemm: f"step {min(found)}" if len(found) == 1 else f"steps {min(found)} to {max(found)}"
         for gemm, found in steps.items()
     }
-    if not told:
+    if not steps_of:
         return "high precision"
     return (
-        next(iter(told.values())) if len(set(told.values())) == 1 else "; ".join(f"{g}: {t}" for g, t in told.items())
+        next(iter(steps_of.values()))
+        if len(set(steps_of.values())) == 1
+        else "; ".join(f"{g}: {t}" for g, t in steps_of.items())
     )
 
 

@@ -1,4 +1,4 @@
-"""The plots of a report as plain values, drawn by plotly for the page and by matplotlib for the PNGs."""
+"""The plots of a report as plain values."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from html import escape
-from pathlib import Path
 from typing import Any, ClassVar
 
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-
 from ..environ import printable
-from .figures import COLORS, save_figure, shown, smooth, token_axis
+from .figures import COLORS, smooth
 from .measures import RecipeSummary, Rung, losses_by_rate
 from .runs import Run
 from .tables import rung_text
 
 _MOST_POINTS = 400  # of a curve
-_NATS = "nats per token"
+NATS = "nats per token"
 _LOST = "Parameters that an update left as they were; smoothed."
 _LOGARITHMIC = ("grad_norm", "update_ratio")
-_HEAT = [[0.0, "#67a9cf"], [0.5, "#f7f7f7"], [1.0, "#ef8a62"]]  # worse is red; text stays readable on both ends
 _MARKERS = ("o", "s", "^", "v", "P", "*", "<", ">", "h")  # of matplotlib; no cross and no diamond: these mean something
 _SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "star", "triangle-left", "triangle-right")
 _DASHES = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), ((0, (8, 2)), "longdash"))  # dotted is diverged
-_MOST_MARKED = 40  # curves that have markers: of more one sees the markers alone
-_MOST_NAMES = 24  # that stand in the legend of a picture
-
 Points = tuple[list[float], list[float]]
 _Curve = tuple[str, str, str, str, Callable[[Run], Points]]  # name, title, unit, note
 
@@ -76,7 +67,7 @@ class Mark:
     kind: Kind
     x: Sequence[float]
     y: Sequence[float]
-    label: str  # what a pointer over it is told
+    label: str  # shown under the pointer
     interval: tuple[float, float] | None = None  # of a diamond
     in_legend: bool = False
 
@@ -122,8 +113,8 @@ def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence
     styles = {s.recipe: Style(number=number) for number, s in enumerate(recipes)}
     known = [run for run in runs if run.values]
     curves: list[_Curve] = [
-        ("losses", "Training loss", _NATS, "Smoothed. Dotted: diverged.", _loss_curve),
-        ("validation", "Validation loss", _NATS, "As measured.", partial(_eval_curve, name="loss")),
+        ("losses", "Training loss", NATS, "Smoothed. Dotted: diverged.", _loss_curve),
+        ("validation", "Validation loss", NATS, "As measured.", partial(_eval_curve, name="loss")),
         ("sharpness", "Sharpness", "percent", "Defined under Stability.", partial(_eval_curve, name="sharpness")),
         ("grad_norm", "Gradient norm", "before clipping", "Largest of each stretch of steps.", _peaks),
         ("update_ratio", "Update ratio", "|update| / |weights|", "Smoothed.", _update_ratio),
@@ -137,9 +128,6 @@ def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence
         for number, way in enumerate(sorted({r.rounding for r in rungs}))
     ]
     return [*maps, *(plot for plot in made if plot.marks)]
-
-
-# --- what is drawn
 
 
 def _over_tokens(curve: _Curve, runs: Sequence[Run], styles: dict[str, Style]) -> Plot:
@@ -186,38 +174,46 @@ def _eval_curve(run: Run, name: str) -> Points:
     return [step * run.tokens_per_step for step in points], [round(value, 5) for value in points.values()]
 
 
-def _thinned(run: Run, values: Sequence[float | None]) -> Points:
-    """At most ``_MOST_POINTS`` of them and the last."""
+def _stretches(run: Run, values: Sequence[float | None]) -> list[list[tuple[float, float]]]:
+    """(tokens, value) of every step that has one, in at most ``_MOST_POINTS`` stretches of the same length."""
     points = [
         (s * run.tokens_per_step, value) for s, value in zip(run.steps, values, strict=False) if value is not None
     ]
     every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    picks = sorted({*range(0, len(points), every), len(points) - 1} - {-1})
-    return [points[i][0] for i in picks], [float(f"{points[i][1]:.6g}") for i in picks]
+    return [points[start : start + every] for start in range(0, len(points), every)]
+
+
+def _axes(points: Sequence[tuple[float, float]]) -> Points:
+    return [x for x, _ in points], [float(f"{y:.6g}") for _, y in points]
+
+
+def _thinned(run: Run, values: Sequence[float | None]) -> Points:
+    """The first point of each stretch, and the last of all."""
+    parts = _stretches(run, values)
+    return _axes([part[0] for part in parts] + [part[-1] for part in parts[-1:] if len(part) > 1])
 
 
 def _peaks(run: Run, name: str = "grad_norm") -> Points:
-    """The largest value of each of at most ``_MOST_POINTS`` stretches."""
-    values = run.series.get(name, [])
-    points = [
-        (value, s * run.tokens_per_step) for s, value in zip(run.steps, values, strict=False) if value is not None
-    ]
-    every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    top = [max(points[start : start + every]) for start in range(0, len(points), every)]
-    return [x for _, x in top], [float(f"{y:.6g}") for y, _ in top]
+    """The largest value of each stretch."""
+    return _axes([max(part, key=lambda point: point[::-1]) for part in _stretches(run, run.series.get(name, []))])
 
 
 def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
-    shown = [s for s in recipes if s.gap is not None]
+    shown = [s for s in recipes if s.gap_mean is not None]
     marks = []
     for place, s in enumerate(shown):
-        assert s.gap is not None
+        assert s.gap_mean is not None
         marks.append(
             Mark(recipe=s.recipe, kind=Kind.dots, x=[place] * len(s.gaps), y=s.gaps, label=f"{s.recipe}, pairs")
         )
         marks.append(
             Mark(
-                recipe=s.recipe, kind=Kind.diamond, x=[place], y=[s.gap], label=f"{s.recipe}, mean", interval=s.interval
+                recipe=s.recipe,
+                kind=Kind.diamond,
+                x=[place],
+                y=[s.gap_mean],
+                label=f"{s.recipe}, mean",
+                interval=s.gap_interval,
             )
         )
     return Plot(
@@ -243,7 +239,7 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
         good = [(run.lr, run.final) for run in own if run.final is not None]
         failed = [(run.lr, top) for run in own if run.state == "diverged"]
         means = [(rate, loss) for rate, loss in losses_by_rate(r for r in own if r.over).items() if loss is not None]
-        for kind, points, told in (
+        for kind, points, suffix in (
             (Kind.dots, good, ""),
             (Kind.crosses, failed, ", diverged"),
             (Kind.line, means, ", mean"),
@@ -251,7 +247,7 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
             if points and (kind is not Kind.line or len(points) > 1):
                 x, y = [point[0] for point in points], [point[1] for point in points]
                 first = all(mark.recipe != s.recipe for mark in marks)
-                marks.append(Mark(recipe=s.recipe, kind=kind, x=x, y=y, label=s.recipe + told, in_legend=first))
+                marks.append(Mark(recipe=s.recipe, kind=kind, x=x, y=y, label=s.recipe + suffix, in_legend=first))
     return Plot(
         name="rates",
         title="Validation loss by learning rate",
@@ -276,7 +272,7 @@ def _heat_map(rungs: Sequence[Rung], rounding: str, number: int) -> HeatMap:
         if rung is None:
             return None
         is_bf16 = (rung.exponent, rung.mantissa) == (8, 7)
-        return 0.0 if is_bf16 and rung.summary.gap is None else rung.summary.gap
+        return 0.0 if is_bf16 and rung.summary.gap_mean is None else rung.summary.gap_mean
 
     return HeatMap(
         name=f"ladder_{rounding}" if re.fullmatch(r"\w+", rounding, re.ASCII) else f"ladder{number}",
@@ -289,197 +285,3 @@ def _heat_map(rungs: Sequence[Rung], rounding: str, number: int) -> HeatMap:
         values=[[value(cells.get((m, e))) for e in exponents] for m in mantissas],
         texts=[[rung_text(cells[m, e]) if (m, e) in cells else "" for e in exponents] for m in mantissas],
     )
-
-
-# --- plotly
-
-
-def to_plotly(plot: Plot | HeatMap) -> dict[str, Any]:
-    """``{"name", "data", "layout"}`` for ``Plotly.newPlot``."""
-    if isinstance(plot, HeatMap):
-        return _heat_map_to_plotly(plot)
-    x_axis: dict[str, Any] = {"title": {"text": plot.x_label}, "automargin": True}
-    if plot.log_x:
-        x_axis["type"] = "log"
-    elif plot.ticks is not None:
-        x_axis["range"] = [-0.5, len(plot.ticks) - 0.5]
-    if plot.ticks is not None:
-        x_axis |= {
-            "zeroline": False,
-            "tickmode": "array",
-            "tickvals": list(plot.ticks),
-            "ticktext": [escape(text) for text in plot.ticks.values()],
-        }
-    y_axis: dict[str, Any] = {"title": {"text": plot.y_label}, "automargin": True, "zeroline": plot.zero_line}
-    if plot.log_y:
-        y_axis |= {"type": "log", "exponentformat": "power", "dtick": 1}
-    return {
-        "name": plot.name,
-        "data": [_trace(mark, plot.styles[mark.recipe]) for mark in plot.marks],
-        "layout": _layout(x_axis, y_axis) | {"showlegend": any(mark.in_legend for mark in plot.marks)},
-    }
-
-
-def _trace(mark: Mark, style: Style) -> dict[str, Any]:
-    color = style.color
-    trace: dict[str, Any] = {
-        "x": list(mark.x),
-        "y": list(mark.y),
-        "name": escape(mark.recipe),
-        "text": escape(mark.label),
-        "hoverinfo": "x+y+text",
-        "legendgroup": escape(mark.recipe),
-        "showlegend": mark.in_legend,
-    }
-    match mark.kind:
-        case Kind.line | Kind.dotted:
-            dash = "dot" if mark.kind is Kind.dotted else style.dash(plotly=True)
-            return trace | {"mode": "lines", "line": {"color": color, "width": 1.2, "dash": dash}}
-        case Kind.dots:
-            return trace | {
-                "mode": "markers",
-                "marker": {"color": color, "symbol": style.symbol, "size": 8, "opacity": 0.7},
-            }
-        case Kind.crosses:
-            return trace | {"mode": "markers", "marker": {"color": color, "symbol": "x", "size": 9}}
-        case Kind.diamond:
-            trace |= {"mode": "markers", "marker": {"color": color, "symbol": "diamond", "size": 11}}
-            if mark.interval is not None:
-                low, high = mark.interval
-                ends = {"array": [high - mark.y[0]], "arrayminus": [mark.y[0] - low]}
-                trace["error_y"] = {"type": "data", "symmetric": False, "color": color, **ends}
-            return trace
-
-
-def _heat_map_to_plotly(plot: HeatMap) -> dict[str, Any]:
-    found = [abs(value) for row in plot.values for value in row if value is not None]
-    most = max(found, default=0.0) or 1.0
-    trace = {
-        "type": "heatmap",
-        "x": list(plot.columns),
-        "y": list(plot.rows),
-        "z": [list(row) for row in plot.values],
-        "zmin": -most,
-        "zmax": most,
-        "colorscale": _HEAT,
-        "hoverinfo": "x+y+z",
-        "xgap": 2,
-        "ygap": 2,
-        "colorbar": {"thickness": 12},
-    }
-    # A cell without a number takes no text of the trace's own.
-    notes = [
-        {"x": column, "y": row, "text": escape(text).replace(", ", "<br>"), "showarrow": False, "font": {"size": 12}}
-        for row, texts in zip(plot.rows, plot.texts, strict=True)
-        for column, text in zip(plot.columns, texts, strict=True)
-        if text
-    ]
-    x_axis = {"title": {"text": plot.x_label}, "type": "category", "automargin": True}
-    y_axis = {"title": {"text": plot.y_label}, "type": "category", "autorange": "reversed", "automargin": True}
-    height = 160 + 60 * len(plot.rows)
-    return {
-        "name": plot.name,
-        "data": [trace],
-        "layout": _layout(x_axis, y_axis) | {"annotations": notes, "height": height},
-    }
-
-
-def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "xaxis": x_axis,
-        "yaxis": y_axis,
-        "margin": {"l": 50, "r": 10, "t": 30, "b": 45},
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
-        "hovermode": "closest",
-        "height": 420,
-    }
-
-
-# --- matplotlib
-
-
-def save_plot(plot: Plot | HeatMap, file: Path, formats: Sequence[str] = ("png",)) -> None:
-    """Raises OSError where ``file`` cannot be written."""
-    size = (8.0, 4.8)
-    if isinstance(plot, HeatMap):
-        size = (max(6.0, 2.0 + 1.5 * len(plot.columns)), max(3.0, 1.6 + 0.7 * len(plot.rows)))
-    save_figure(lambda figure: _drawn(figure.subplots(), plot), file, size, formats)
-
-
-def _drawn(axes: Axes, plot: Plot | HeatMap) -> None:
-    axes.set(title=shown(plot.title), xlabel=plot.x_label, ylabel=plot.y_label)
-    if isinstance(plot, HeatMap):
-        _draw_heat_map(axes, plot)
-    else:
-        _draw(axes, plot)
-
-
-def _draw(axes: Axes, plot: Plot) -> None:
-    many = len(plot.marks) > _MOST_MARKED
-    for mark in plot.marks:
-        style = plot.styles[mark.recipe]
-        color = style.color
-        label = shown(mark.recipe, 32) if mark.in_legend else None
-        match mark.kind:
-            case Kind.line | Kind.dotted:
-                dash = ":" if mark.kind is Kind.dotted else style.dash()
-                look: dict[str, Any] = {"marker": "", "linewidth": 0.7, "alpha": 0.6} if many else {"linewidth": 1.2}
-                look = {"marker": style.marker, "markersize": 4, "markevery": max(1, len(mark.x) // 8)} | look
-                axes.plot(mark.x, mark.y, linestyle=dash, color=color, label=label, **look)
-            case Kind.dots:
-                axes.plot(
-                    mark.x, mark.y, style.marker, color=color, alpha=0.7, markersize=6, fillstyle="none", label=label
-                )
-            case Kind.crosses:
-                axes.plot(mark.x, mark.y, "x", color=color, markersize=8, markeredgewidth=2, label=label)
-            case Kind.diamond:
-                axes.plot(mark.x, mark.y, "D", color=color, markersize=7, label=label)
-                if mark.interval is not None:
-                    axes.vlines(mark.x, *mark.interval, color=color, linewidth=1.5)
-    if plot.log_x:
-        axes.set_xscale("log")
-    if plot.log_y:
-        axes.set_yscale("log")
-    if plot.x_label == "tokens":
-        token_axis(axes)
-    if plot.ticks is not None:
-        _label_ticks(axes, plot.ticks, plot.log_x)
-    if plot.zero_line:
-        axes.axhline(0, color="black", linewidth=0.8)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(handles) > 6 else {}
-        axes.legend(handles[:_MOST_NAMES], labels[:_MOST_NAMES], fontsize=8 if len(handles) > 6 else 9, **beside)
-    axes.grid(alpha=0.3)
-
-
-def _label_ticks(axes: Axes, ticks: dict[float, str], log_x: bool) -> None:
-    """Every tick its text, but for those that would stand in one another."""
-    places = [math.log10(place) if log_x else place for place in ticks]
-    room = (max(places, default=0) - min(places, default=0)) / 16
-    kept: list[float] = []
-    for place, where in zip(ticks, places, strict=True):
-        if not log_x or not kept or where - math.log10(kept[-1]) >= room:
-            kept.append(place)
-    turned = not log_x and (len(ticks) > 6 or max(map(len, ticks.values()), default=0) > 12)
-    turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-    axes.set_xticks(kept, [shown(ticks[place], 32) for place in kept], fontsize=9, **turn)
-    axes.minorticks_off()
-
-
-def _draw_heat_map(axes: Axes, plot: HeatMap) -> None:
-    numbers = [[math.nan if value is None else value for value in row] for row in plot.values]
-    most = max((abs(value) for row in numbers for value in row if not math.isnan(value)), default=0.0) or 1.0
-    image = axes.imshow(
-        numbers,
-        cmap=LinearSegmentedColormap.from_list("heat", [color for _, color in _HEAT]),
-        vmin=-most,
-        vmax=most,
-        aspect="auto",
-    )
-    axes.figure.colorbar(image, ax=axes, label=_NATS)
-    for row, texts in enumerate(plot.texts):
-        for column, text in enumerate(texts):
-            axes.text(column, row, text.replace(", ", "\n"), ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(plot.columns)), plot.columns)
-    axes.set_yticks(range(len(plot.rows)), plot.rows)

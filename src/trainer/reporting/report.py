@@ -15,7 +15,7 @@ import json
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ try:  # extra `report`
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    from .drawing import save_plot, to_plotly
     from .figures import FORMATS
     from .latex import document, summary_table
     from .measures import RecipeSummary, Rung, Switch, ladder, summarize, switches
     from .numerics import LayerMap, numerics_of, worst_layers
-    from .plots import HeatMap, Plot, plots, save_plot, to_plotly
+    from .plots import HeatMap, Plot, plots
     from .runs import Run, Settings, find_runs
     from .statistics import CONFIDENCE
     from .tables import Cell, Table, shown, tables
@@ -164,43 +165,17 @@ def summarized(report: Report) -> dict[str, Any]:
             "tokens_per_second": {s.recipe: s.tokens_per_second for s in report.recipes},
             "seconds": {run.name: run.seconds for run in report.runs},
             "emulated": any(s.emulated for s in report.recipes),
-            "verdicts": {told.recipe: str(told) for told in report.verdicts},
+            "verdicts": {one.recipe: str(one) for one in report.verdicts},
         },
     }
 
 
 def _numbers(s: RecipeSummary) -> dict[str, Any]:
-    return {
-        "runs": s.runs,
-        "finished": s.finished,
-        "diverged": s.diverged,
-        "decided": s.decided,
-        "divergence_rate_interval": s.rate,
-        "times_to_divergence": s.times_to_divergence,
-        "tokens_to_divergence": s.tokens_to_divergence,
-        "final_loss_mean": s.final_mean,
-        "final_loss_sd": s.final_sd,
-        "final_loss_interval": s.final_interval,
-        "gaps": s.gaps,
-        "unpaired": s.unpaired,
-        "gap_mean": s.gap,
-        "gap_interval": s.interval,
-        "seed_noise_band": s.band,
-        "sign_test_p": s.sign_p,
-        "equivalence_p": s.equivalence.p if s.equivalence else None,
-        "equivalent": s.equivalence.equivalent if s.equivalence else None,
-        "learning_rates": s.rates.tried,
-        "best_lr": s.rates.best,
-        "lr_sensitivity": s.rates.sensitivity,
-        "usable_lr_decades": s.rates.width,
-        "reached_target": s.progress.reached,
-        "tokens_to_target_ratio": s.progress.tokens_ratio,
-        "loss_ratio": s.progress.loss_ratio,
-        "spikes": s.spikes,
-        "spike_score": s.spike_score,
-        "sharpness": s.sharpness,
-        "state_bytes": s.state_bytes,
-    }
+    apart = ("recipe", "tokens_per_second", "emulated", "equivalence", "rates", "progress")
+    values = {field.name: getattr(s, field.name) for field in fields(s) if field.name not in apart}
+    p, equivalent = s.equivalence or (None, None)
+    progress = {name: value for name, value in s.progress._asdict().items() if name != "pairs"}
+    return values | {"equivalence_p": p, "equivalent": equivalent} | s.rates._asdict() | progress
 
 
 def _csv(runs: Sequence[Run]) -> str:
@@ -212,8 +187,8 @@ def _csv(runs: Sequence[Run]) -> str:
         own = [run.lr, run.seed] if run.values else [None, None]
         sharpness = list(run.evals.get("sharpness", {0: None}).values())[-1]
         counts = [run.diverged_at, run.num_spikes, sharpness, len(run.corrupt)]
-        told = [run.config_hash if run.values else None, run.tokens_per_second, run.seconds]
-        row = [run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *told]
+        others = [run.config_hash if run.values else None, run.tokens_per_second, run.seconds]
+        row = [run.name, run.recipe, *names, *own, run.state, run.step, run.final, *counts, *others]
         writer.writerow([_csv_cell(cell) for cell in row])
     return text.getvalue()
 
@@ -242,9 +217,7 @@ def _is_text(cell: Cell) -> bool:
 
 def _markdown(report: Report) -> str:
     lines = ["# Which recipe, and what it costs", ""]
-    lines += [
-        f"- **{_md(told.recipe)}: {_md(told.headline)}.** {_md(_sentence(told.details))}" for told in report.verdicts
-    ]
+    lines += [f"- **{_md(one.recipe)}: {_md(one.headline)}.** {_md(_sentence(one.details))}" for one in report.verdicts]
     lines += ["", "## What these runs cannot say", "", *(f"- {_md(limit)}" for limit in report.limits)]
     for table in report.tables:
         lines += ["", f"## {_md(table.title)}", "", _md(table.note), ""]

@@ -54,7 +54,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the report is told, and states."""
+    """What a report is asked for, and says that it was."""
 
     baseline: str = "bf16"
     margin: float = 0.02  # nats that count as no difference
@@ -231,8 +231,8 @@ def _label(runs: Sequence[Run]) -> None:
     for name, members in groups.items():
         differing = differing_arguments(members)
         for run in members:
-            told = [f"{k}={v}" for k, v in arguments(run).items() if k in differing]
-            run.recipe = printable(f"{name} ({', '.join(told)})" if told else name)
+            shown = [f"{k}={v}" for k, v in arguments(run).items() if k in differing]
+            run.recipe = printable(f"{name} ({', '.join(shown)})" if shown else name)
 
 
 def arguments(run: Run) -> dict[str, str]:

@@ -48,18 +48,13 @@ class DivergenceRule:
 
     def first_step(self, steps: Sequence[int], losses: Sequence[Loss]) -> int | None:
         """The first step of the stretch that breaks the rule, or None. ``losses`` belong to ``steps``, ascending."""
-        mean, weight, lowest = 0.0, 0.0, math.inf
-        nonfinite, above = 0, 0
-        for index, loss in enumerate(losses):
-            if not _finite(loss):
+        lowest, nonfinite, above = math.inf, 0, 0
+        for index, mean in enumerate(smoothed(losses, self.keep)):
+            if mean is None:
                 nonfinite += 1
             else:
-                assert loss is not None
-                nonfinite = 0
-                mean, weight = self.keep * mean + (1 - self.keep) * loss, self.keep * weight + (1 - self.keep)
-                smoothed = mean / weight
-                lowest = min(lowest, smoothed)
-                above = above + 1 if smoothed > lowest + self.rise else 0
+                nonfinite, lowest = 0, min(lowest, mean)
+                above = above + 1 if mean > lowest + self.rise else 0
             at_end = nonfinite and index == len(losses) - 1
             if nonfinite >= self.steps or at_end:
                 return steps[index - nonfinite + 1]

@@ -81,8 +81,8 @@ def _losses(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         ),
         rows=[
             (
-                *(s.recipe, s.finished, s.final_mean, *_ends(s.final_interval), s.final_sd),
-                *(len(s.gaps), s.gap, *_ends(s.interval), s.band, s.sign_p),
+                *(s.recipe, s.finished, s.final_loss_mean, *_ends(s.final_loss_interval), s.final_loss_sd),
+                *(len(s.gaps), s.gap_mean, *_ends(s.gap_interval), s.seed_noise_band, s.sign_test_p),
                 s.equivalence.p if s.equivalence else None,
             )
             for s in recipes
@@ -102,7 +102,7 @@ def _divergences(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         ),
         rows=[
             (
-                *(s.recipe, s.diverged, s.decided, *_ends(s.rate)),
+                *(s.recipe, s.diverged, s.decided, *_ends(s.divergence_rate_interval)),
                 median(s.times_to_divergence) if s.times_to_divergence else None,
                 *(s.tokens_to_divergence, s.spikes, s.spike_score, s.sharpness),
             )
@@ -118,7 +118,16 @@ def _learning_rates(recipes: Sequence[RecipeSummary], settings: Settings) -> Tab
         "min(loss, loss at init) minus the best (arXiv 2309.14322). Width: decades of learning rate within "
         f"{settings.within:g} nats of the best.",
         columns=("recipe", "tried", "best", "sensitivity", "width"),
-        rows=[(s.recipe, s.rates.tried, _rate(s.rates.best), s.rates.sensitivity, s.rates.width) for s in recipes],
+        rows=[
+            (
+                s.recipe,
+                s.rates.learning_rates,
+                _rate(s.rates.best_lr),
+                s.rates.lr_sensitivity,
+                s.rates.usable_lr_decades,
+            )
+            for s in recipes
+        ],
     )
 
 
@@ -131,7 +140,13 @@ def _progress(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         "equal tokens, the last that both have.",
         columns=("recipe", "pairs", "reached", "tokens", "loss ratio"),
         rows=[
-            (s.recipe, s.progress.pairs, s.progress.reached, s.progress.tokens_ratio, s.progress.loss_ratio)
+            (
+                s.recipe,
+                s.progress.pairs,
+                s.progress.reached_target,
+                s.progress.tokens_to_target_ratio,
+                s.progress.loss_ratio,
+            )
             for s in recipes
             if s.progress.pairs
         ],
@@ -162,19 +177,19 @@ def rung_text(rung: Rung) -> str:
     s = rung.summary
     if s.decided and s.diverged == s.decided:
         return f"diverged {s.diverged} of {s.decided}"
-    if (rung.exponent, rung.mantissa) == (8, 7) and s.gap is None:
-        told = "0 (bf16)"
+    if (rung.exponent, rung.mantissa) == (8, 7) and s.gap_mean is None:
+        text = "0 (bf16)"
     else:
-        told = "no pair" if s.gap is None else f"{s.gap:+.4f}"
-    return told + (f", diverged {s.diverged} of {s.decided}" if s.diverged else "")
+        text = "no pair" if s.gap_mean is None else f"{s.gap_mean:+.4f}"
+    return text + (f", diverged {s.diverged} of {s.decided}" if s.diverged else "")
 
 
 def _switches(switched: Sequence[Switch]) -> Table:
     rows = []
     for switch in switched:
         interval = bootstrap_mean(switch.differences)
-        told = (switch.recipe, switch.argument, switch.before, switch.after, len(switch.differences))
-        rows.append((*told, mean(switch.differences), *_ends(interval), sign_test(switch.differences)))
+        names = (switch.recipe, switch.argument, switch.before, switch.after, len(switch.differences))
+        rows.append((*names, mean(switch.differences), *_ends(interval), sign_test(switch.differences)))
     return Table(
         title="Ingredients",
         note='Variants of one recipe that differ in one argument: validation loss with "to" minus that with "from", '
@@ -246,7 +261,7 @@ def _runs(runs: Sequence[Run]) -> Table:
 
 
 def _origin(runs: Sequence[Run]) -> Table:
-    def told(run: Run) -> tuple[str, ...]:
+    def origin(run: Run) -> tuple[str, ...]:
         names = ("revision", "device", "world_size")
         env = [_text(run.environment.get(name)) for name in names]
         parameters, data = run.environment.get("parameters"), _text(run.environment.get("data"))
@@ -268,7 +283,7 @@ def _origin(runs: Sequence[Run]) -> Table:
             "tokens a run",
             "runs",
         ),
-        rows=[(*key, count) for key, count in sorted(_count(told(run) for run in runs).items())],
+        rows=[(*key, count) for key, count in sorted(_count(origin(run) for run in runs).items())],
     )
 
 
@@ -293,8 +308,8 @@ def _versions(runs: Sequence[Run]) -> Table:
     versions: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         packages = run.environment.get("packages")
-        told = {"python": run.environment.get("python"), **(packages if isinstance(packages, dict) else {})}
-        for name, version in told.items():
+        packages_found = {"python": run.environment.get("python"), **(packages if isinstance(packages, dict) else {})}
+        for name, version in packages_found.items():
             if version is not None:
                 versions[str(name)].add(str(version))
     return Table(

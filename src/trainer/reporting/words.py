@@ -28,31 +28,35 @@ def verdict(s: RecipeSummary, settings: Settings) -> Verdict:
     """The gap with its interval, whether that is more than seed noise, divergences k of n, speed and memory."""
     parts = []
     if s.recipe == settings.baseline:
-        if s.final_mean is not None:
-            parts.append(f"mean validation loss {s.final_mean:.4f}")
-        one = None if s.band is None else s.band * math.sqrt(max(1, s.finished))
+        if s.final_loss_mean is not None:
+            parts.append(f"mean validation loss {s.final_loss_mean:.4f}")
+        one = None if s.seed_noise_band is None else s.seed_noise_band * math.sqrt(max(1, s.finished))
         parts.append(
             "its seed noise is not known: no two finished runs differ in the seed alone"
             if one is None
             else f"95 of 100 pairs of its runs that differ in the seed alone lie within {one:.4f} nats"
         )
-    elif s.gap is None:
+    elif s.gap_mean is None:
         parts.append(f"no gap to {settings.baseline}: no finished run has a finished partner of the same config")
     else:
-        interval = f" [{s.interval.low:+.4f}, {s.interval.high:+.4f}]" if s.interval else " (no interval from one pair)"
-        parts.append(f"gap to {settings.baseline} {s.gap:+.4f} nats{interval} over {plural(len(s.gaps), 'pair')}")
+        interval = (
+            f" [{s.gap_interval.low:+.4f}, {s.gap_interval.high:+.4f}]"
+            if s.gap_interval
+            else " (no interval from one pair)"
+        )
+        parts.append(f"gap to {settings.baseline} {s.gap_mean:+.4f} nats{interval} over {plural(len(s.gaps), 'pair')}")
         parts += _meaning(s, settings)
-    told = f"diverged {s.diverged} of {s.decided}"
-    if s.rate is not None:
-        told += f" (95% interval {s.rate.low:.0%} to {s.rate.high:.0%})"
+    text = f"diverged {s.diverged} of {s.decided}"
+    if s.divergence_rate_interval is not None:
+        text += f" (95% interval {s.divergence_rate_interval.low:.0%} to {s.divergence_rate_interval.high:.0%})"
     if s.times_to_divergence:
-        told += f", at steps {', '.join(map(str, s.times_to_divergence))}"
-    parts.append(told)
+        text += f", at steps {', '.join(map(str, s.times_to_divergence))}"
+    parts.append(text)
     if s.runs > s.decided:
         parts.append(f"{plural(s.runs - s.decided, 'run')} not over")
     if s.state_bytes:
-        told = ", ".join(f"{name} {megabytes(size)}" for name, size in s.state_bytes.items() if size)
-        parts.append(f"memory of its state {megabytes(math.fsum(s.state_bytes.values()))} MB ({told})")
+        text = ", ".join(f"{name} {megabytes(size)}" for name, size in s.state_bytes.items() if size)
+        parts.append(f"memory of its state {megabytes(math.fsum(s.state_bytes.values()))} MB ({text})")
     if s.tokens_per_second is not None:
         parts.append(f"{s.tokens_per_second:,.0f} tokens/s{f' ({EMULATED})' if s.emulated else ''}")
     return Verdict(recipe=s.recipe, headline=_headline(s, settings), details="; ".join(parts))
@@ -67,32 +71,32 @@ def _headline(s: RecipeSummary, settings: Settings) -> str:
     some = f", and {plural(s.diverged, 'run')} diverged" if s.diverged else ""
     if s.recipe == base:
         return f"the baseline: {plural(s.finished, 'run')} finished{some}"
-    if s.gap is None:
+    if s.gap_mean is None:
         return f"cannot be compared with {base}{some}"
     if all(gap == 0 for gap in s.gaps):
         return f"the same losses as {base}, every digit{some}"
-    worse = "worse" if s.gap > 0 else "better"
-    if s.band is None:
+    worse = "worse" if s.gap_mean > 0 else "better"
+    if s.seed_noise_band is None:
         return f"{worse} than {base} in these runs, which may be chance{some}"
-    if abs(s.gap) <= s.band:
+    if abs(s.gap_mean) <= s.seed_noise_band:
         return f"within seed noise of {base}{some}"
     return f"{worse} than {base}, beyond its seed noise{some}"
 
 
 def _meaning(s: RecipeSummary, settings: Settings) -> list[str]:
-    assert s.gap is not None
+    assert s.gap_mean is not None
     if all(gap == 0 for gap in s.gaps):
         return []
     says = []
-    if s.band is None:
+    if s.seed_noise_band is None:
         says.append(f"{settings.baseline}'s seed noise is not known")
-    elif abs(s.gap) <= s.band:
-        words = f"{settings.baseline} against itself would give up to {s.band:.4f}"
-        if s.interval and not s.interval.low <= 0 <= s.interval.high:
+    elif abs(s.gap_mean) <= s.seed_noise_band:
+        words = f"{settings.baseline} against itself would give up to {s.seed_noise_band:.4f}"
+        if s.gap_interval and not s.gap_interval.low <= 0 <= s.gap_interval.high:
             words += ", though the interval of the pairs leaves out zero"
         says.append(words)
     else:
-        says.append(f"seed noise is {s.band:.4f}")
+        says.append(f"seed noise is {s.seed_noise_band:.4f}")
     if s.equivalence is not None:
         word = "equivalent" if s.equivalence.equivalent else "not shown to be equivalent"
         says.append(f"{word} within {settings.margin:g} nats (p = {s.equivalence.p:.3f})")
@@ -114,9 +118,9 @@ def limits(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Sett
     rates = {run.lr for run in known}
     if len(rates) < 3:
         says.append(f"{plural(len(rates), 'learning rate')}: where a recipe's best one lies is not known.")
-    clean = [s for s in recipes if s.diverged == 0 and s.rate is not None]
+    clean = [s for s in recipes if s.diverged == 0 and s.divergence_rate_interval is not None]
     if clean:
-        most = max(s.rate.high for s in clean if s.rate is not None)
+        most = max(s.divergence_rate_interval.high for s in clean if s.divergence_rate_interval is not None)
         says.append(f"No divergence in these runs still allows a rate of up to {most:.0%}.")
     longest = max((run.step * run.tokens_per_step for run in runs), default=0)
     says.append(f"The longest run saw {longest:,} tokens: nothing is said about longer training or larger models.")

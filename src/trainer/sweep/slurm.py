@@ -30,8 +30,8 @@ def sbatch_script(launcher: Mapping[str, Any], num_jobs: int) -> str:
 
     executor = Anywhere(folder=launcher["submitit_folder"], max_num_timeout=launcher["max_num_timeout"])
     others = {"_target_", "submitit_folder", "max_num_timeout"}
-    told = {key: value for key, value in launcher.items() if key not in others and value is not None}
-    executor.update_parameters(**executor._convert_parameters(told))
+    options = {key: value for key, value in launcher.items() if key not in others and value is not None}
+    executor.update_parameters(**executor._convert_parameters(options))
     if num_jobs > 1:
         executor.parameters["map_count"] = num_jobs
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))

@@ -16,11 +16,12 @@ from ..data.open import open_windows, validation_source
 from ..data.prepare import prepare
 from ..data.rows import Source, is_rows
 from ..data.tokenizer import load_tokenizer
-from ..distributed import StopRequest, World, say
+from ..distributed import World, say
 from ..errors import UserError
 from ..loop import EvalPrecision, validate
 from ..pretrained import DOCUMENT_MASK, PretrainedDirectory
 from ..state import TrainState
+from ..stop import StopRequest
 from .restore import restore_run
 
 LONGEST = 4096  # tokens of a window, if nobody names its length

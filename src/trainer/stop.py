@@ -1,0 +1,72 @@
+"""Whether a process was asked to stop: by a signal, by the clock, or because its launcher is gone."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from types import FrameType
+
+import psutil
+
+from .lifeline import launcher_pid, lost_launcher
+
+TIME_IS_UP, LOST_LAUNCHER = 254, 255  # codes, as are the numbers of signals
+_CLOCK = re.compile(r"\d+(:[0-5]\d){0,2}")
+
+
+class StopRequest:
+    """Whether this process was asked to stop: SIGTERM, SIGHUP, SIGUSR1, Ctrl-C, ``train.stop_after``, or the launcher
+    is gone."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, stop_after: str | None = None) -> None:
+        """``stop_after``: HH:MM:SS since torchrun, or this process, began."""
+        self._code = 0
+        self._stop_after = stop_after
+        self._deadline = None if stop_after is None else _began() + seconds_of(stop_after)
+
+    def __enter__(self) -> StopRequest:
+        # nohup's SIGHUP stays ignored.
+        wanted = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in wanted}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._code:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self._code = number
+
+    @property
+    def code(self) -> int:
+        """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
+        if self._code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
+            self._code = LOST_LAUNCHER
+        if not self._code and self._deadline is not None and time.time() >= self._deadline:
+            self._code = TIME_IS_UP
+        return self._code
+
+    def describe(self, code: int) -> str:
+        if code == TIME_IS_UP:
+            return f"train.stop_after={self._stop_after}"
+        return "the launcher is gone" if code == LOST_LAUNCHER else signal.Signals(code).name
+
+
+def seconds_of(text: str) -> float:
+    """HH:MM:SS, MM:SS or seconds. Raises ValueError for anything else."""
+    if not _CLOCK.fullmatch(text):
+        raise ValueError(f"{text!r} is not HH:MM:SS")
+    return float(sum(int(part) * 60**place for place, part in enumerate(reversed(text.split(":")))))
+
+
+def _began() -> float:
+    """When torchrun, or this process without it, was started: a worker that it starts again has no more time."""
+    try:
+        return psutil.Process(launcher_pid()).create_time()
+    except psutil.Error:
+        return time.time()
