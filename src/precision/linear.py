@@ -26,17 +26,9 @@ from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
 from .scaling import Delayed
 from .slots import (
-    DGRAD,
-    DGRAD_DY,
-    DGRAD_W,
-    FPROP,
-    WGRAD,
-    WGRAD_DY,
     WGRAD_X,
     Backends,
     LinearPlan,
-    Origin,
-    W,
     X,
     columns_of,
     gemms,
@@ -257,7 +249,7 @@ class QuantLinear(QuantizedModule):
         if given:
             keys, layouts = _LAYOUTS["shared", self.plan.kind_of_inputs, tuple(x.shape), differentiated]
             shared = dict(zip(keys, pack_all(given, layouts), strict=True))
-        y, saved, _ = forward_pass(self.call(x, shared), rows, weight, bias, differentiated)
+        y, saved, _ = self.call(x, shared).forward(rows, weight, bias, differentiated)
         outputs = [y.view(*x.shape[:-1], self.out_features)]
         if not isinstance(saved, Quantized):
             return outputs, None
@@ -278,7 +270,7 @@ class QuantLinear(QuantizedModule):
             saved = pieces[0].reshape(-1, self.in_features)
         elif needed[1]:
             (saved,) = pack_all(pieces, _LAYOUTS["saved", self.plan.kind, tuple(dy.shape[:-1])])
-        dx, dw = backward_pass(self.call(dy, None), rows, weight, saved, needed[:2], None)
+        dx, dw = self.call(dy, None).backward(rows, weight, saved, needed[:2], None)
         dx = None if dx is None else dx.view(*dy.shape[:-1], self.in_features)
         return [dx, dw, rows.sum(0) if needed[2] else None]
 
@@ -329,7 +321,7 @@ class _Linear(torch.autograd.Function):
         if observer is not None and not (differentiated and linear.training and not plan.empty):
             observer = None  # one that computes plainly is measured from outside
         call = Call(linear, plan, linear.context.first_sample, rows_per_sample, shared, stats, observer)
-        y, saved, ctx.figures = forward_pass(call, rows, weight, bias, differentiated)
+        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated)
         parts, ctx.layout = unpack(x if saved is rows else saved)
         ctx.save_for_backward(weight, stats, *parts, *((x,) if observer is not None else ()))
         ctx.call, ctx.has_bias, ctx.shape = call.for_backward(), bias is not None, x.shape
@@ -351,60 +343,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     call: Call = ctx.call.with_stats(stats)
     watched = (ctx.figures, _rows(pieces[-1])) if call.observer is not None else None
-    dx, dw = backward_pass(call, rows, weight, saved, needed, watched)
+    dx, dw = call.backward(rows, weight, saved, needed, watched)
     dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
     dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dx, dw, dbias, None, None, None, None, None
 
 
 _differentiated_once = once_differentiable(_backward)
-
-
-def forward_pass(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
-) -> tuple[Tensor, Operand | None, Any]:
-    """y of x [rows, in_features]; what is saved of x, if it will be differentiated; an observer's figures of fprop."""
-    call.linear.amaxes.measure_rest(call.stats, x=x, w=weight)
-    if differentiated:
-        call.share_pair(x)
-    a = call.operand(X, x, codes=differentiated and call.plan.saves_fprop_codes)
-    w = call.weight(W, weight)
-    y = call.product(FPROP, a, w, dtype=x.dtype, bias=bias)
-    figures = None
-    if call.observer is not None:
-        # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
-        figures = call.observer.measure(call, FPROP, (x, weight), (a, w), y, bias)
-    return y, call.saved(x, a) if differentiated else None, figures
-
-
-def backward_pass(
-    call: Call,
-    dy: Tensor,
-    weight: Tensor,
-    saved: Operand,
-    needed: tuple[bool, bool],
-    watched: tuple[Any, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dw, where they are needed, from dy [rows, out_features] and what was saved of x.
-
-    ``watched``: the observer's figures of fprop, and x, if there is an observer.
-    """
-    dx = dw = None
-    call.linear.amaxes.measure_rest(call.stats, dy=dy)
-    pair = call.pair(DGRAD_DY, dy, codes=False) if all(needed) else None
-    first: Operand = dy
-    if needed[0]:
-        requantized = call.plan.slots[WGRAD_DY].origin is Origin.REQUANTIZED
-        first = call.operand(DGRAD_DY, dy, codes=requantized) if pair is None else pair[0]
-        w_t = call.weight(DGRAD_W, weight)
-        dx = call.product(DGRAD, first, w_t, dtype=dy.dtype)
-        if call.observer is not None:
-            call.observer.add(call.observer.measure(call, DGRAD, (dy, weight.mT), (first, w_t), dx, None))
-    if needed[1]:
-        x_t = call.saved_operand(saved)
-        dy_t = call.dy_for_wgrad(dy, first) if pair is None else pair[1]
-        dw = call.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
-        if call.observer is not None and watched is not None:
-            call.observer.add(watched[0])
-            call.observer.add(call.observer.measure(call, WGRAD, (dy.mT, watched[1].mT), (dy_t, x_t), dw, None))
-    return dx, dw

@@ -1,4 +1,4 @@
-"""The operands of one forward pass of a linear and of its backward pass, made as its ``LinearPlan`` says."""
+"""One forward pass of a linear and its backward pass: operands are made, and multiplied, as its ``LinearPlan`` says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ from .backends import Cast, Operand, quantize_by
 from .noise import Noise, base_key
 from .quantize import Prepared, Quantized, dequantize
 from .scaling import Unit
-from .slots import DGRAD_W, TENSORS, WGRAD_DY, WGRAD_X, LinearPlan, Origin, Saved, SlotPlan, W, X
+from .slots import (
+    DGRAD,
+    DGRAD_DY,
+    DGRAD_W,
+    FPROP,
+    TENSORS,
+    WGRAD,
+    WGRAD_DY,
+    WGRAD_X,
+    LinearPlan,
+    Origin,
+    Saved,
+    SlotPlan,
+    W,
+    X,
+)
 from .spec import OperandSpec, Source, Transform
 from .transforms import Composed
 
@@ -76,6 +91,55 @@ class Call:
     def for_backward(self) -> Call:
         """What backward reads of it."""
         return Call(self.linear, self.plan, self.first_sample, self.rows_per_sample, None, None, self.observer)
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
+    ) -> tuple[Tensor, Operand | None, Any]:
+        """y of x [rows, in_features]; what is saved of x, if it will be differentiated; an observer's figures of
+        fprop."""
+        self.linear.amaxes.measure_rest(self.stats, x=x, w=weight)
+        if differentiated:
+            self.share_pair(x)
+        a = self.operand(X, x, codes=differentiated and self.plan.saves_fprop_codes)
+        w = self.weight(W, weight)
+        y = self.product(FPROP, a, w, dtype=x.dtype, bias=bias)
+        figures = None
+        if self.observer is not None:
+            # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
+            figures = self.observer.measure(self, FPROP, (x, weight), (a, w), y, bias)
+        return y, self.saved(x, a) if differentiated else None, figures
+
+    def backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        saved: Operand,
+        needed: tuple[bool, bool],
+        watched: tuple[Any, Tensor] | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx and dw, where they are needed, from dy [rows, out_features] and what was saved of x.
+
+        ``watched``: the observer's figures of fprop, and x, if there is an observer.
+        """
+        dx = dw = None
+        self.linear.amaxes.measure_rest(self.stats, dy=dy)
+        pair = self.pair(DGRAD_DY, dy, codes=False) if all(needed) else None
+        first: Operand = dy
+        if needed[0]:
+            requantized = self.plan.slots[WGRAD_DY].origin is Origin.REQUANTIZED
+            first = self.operand(DGRAD_DY, dy, codes=requantized) if pair is None else pair[0]
+            w_t = self.weight(DGRAD_W, weight)
+            dx = self.product(DGRAD, first, w_t, dtype=dy.dtype)
+            if self.observer is not None:
+                self.observer.add(self.observer.measure(self, DGRAD, (dy, weight.mT), (first, w_t), dx, None))
+        if needed[1]:
+            x_t = self.saved_operand(saved)
+            dy_t = self.dy_for_wgrad(dy, first) if pair is None else pair[1]
+            dw = self.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
+            if self.observer is not None and watched is not None:
+                self.observer.add(watched[0])
+                self.observer.add(self.observer.measure(self, WGRAD, (dy.mT, watched[1].mT), (dy_t, x_t), dw, None))
+        return dx, dw
 
     def noise(self, slot: SlotPlan) -> Noise:
         """Of the slot's tensor at this place in the data; that of a weight is the same everywhere."""

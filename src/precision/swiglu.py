@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PROJECTIONS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 _KNOWN_FORWARDS = frozenset(
@@ -144,3 +145,22 @@ def fold(up_weight: Tensor, down_weight: Tensor, scales: Tensor) -> tuple[Tensor
     """
     factor = scales.to(up_weight.dtype)
     return up_weight / factor[:, None], down_weight * factor
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return Hidden(gate, up).computed()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        return Gradients(dh, *ctx.saved_tensors).computed()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in plain torch, with the gradients above."""
+    h: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return h

@@ -27,14 +27,14 @@ from ...backends.triton.fused import gradient_amaxes, quantize_gradients
 from ...backends.triton.quantize import quantize_fused
 from ...backends.triton.quantizer import Triton
 from ...backends.triton.specs import DTYPES
-from ...linear import QuantLinear, forward_pass
+from ...linear import QuantLinear
 from ...operands import Call
 from ...packing import pack_all, unpack_all
 from ...quantize import Quantized
 from ...scaling import TENSOR, Current, Tile
 from ...slots import DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X, Backends, Origin, W, X
 from ...spec import LinearSpec, OperandSpec, Source, Transform
-from ...swiglu import DOWN, PROJECTIONS, Gradients, Hidden, activation_of, scales_of
+from ...swiglu import DOWN, PROJECTIONS, Gradients, Hidden, activation_of, scales_of, swiglu
 from ...transforms import Composed, Hadamard, Rescale
 from .scales import ChannelScales, TokenScales
 
@@ -103,7 +103,7 @@ class FusedSwiGLU:
             y = self._fused(args[0])
         else:
             gate, up, down = self._linears()
-            y = down(_swiglu(gate(args[0]), up(args[0])))
+            y = down(swiglu(gate(args[0]), up(args[0])))
         return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -244,7 +244,7 @@ class _Fused(torch.autograd.Function):
         outputs: list[Tensor] = []
         saved: list[Operand] = []  # by wgrad of gate, up and down, each if it is trained
         for call, weight, is_trained in zip(calls[:2], (gate_weight, up_weight), trained[:2], strict=True):
-            output, operand, _ = forward_pass(call, x, weight, None, is_trained)
+            output, operand, _ = call.forward(x, weight, None, is_trained)
             outputs.append(output)
             saved += [] if operand is None else [operand]
         gate, up = outputs
@@ -381,23 +381,3 @@ def _unscaled(transform: Transform | None) -> Transform | None:
     if isinstance(transform, Composed) and isinstance(transform.first, Rescale):
         return transform.second
     return None if isinstance(transform, Rescale) else transform
-
-
-class _Plain(torch.autograd.Function):
-    """silu(gate) * up as ``precision.swiglu`` defines it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return Hidden(gate, up).computed()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
-        return Gradients(dh, *ctx.saved_tensors).computed()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    h: Tensor = _Plain.apply(gate, up)  # type: ignore[no-untyped-call]
-    return h
