@@ -14,7 +14,7 @@ from statistics import median
 
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.tools.verify import check_out
+from whole_runs import check_out
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs in the scripts folder of either tree, on what both have; a line read is a step to take.

@@ -20,7 +20,7 @@ from typing import Any
 
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.tools.verify import check_out
+from whole_runs import check_out
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = "fp8_delayed,fp8_current,fp8_rowwise,fp8_rowwise_gw_hp,fp8_block,mxfp8,mxfp4,nvfp4"

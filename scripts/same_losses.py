@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from narrowgauge.trainer.cli import script_main
+from narrowgauge.trainer.command import command
 from narrowgauge.trainer.config import groups, load_config
 from narrowgauge.trainer.data.manifest import MANIFEST
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.tools.verify import check_out, command, compare_runs
+from whole_runs import check_out, compare_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Six steps: a schedule by parts of a run has steps on both sides, and a history of three is full.

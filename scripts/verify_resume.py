@@ -16,7 +16,7 @@ from pathlib import Path
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.tools.verify import KILL_TARGETS, compare_runs, run_killed, run_to_end
+from whole_runs import KILL_TARGETS, compare_runs, run_killed, run_to_end
 
 
 def main(

@@ -24,10 +24,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from narrowgauge.trainer.command import command
 from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.errors import ExitCode, UserError, one_line
 from narrowgauge.trainer.run import run
-from narrowgauge.trainer.tools.verify import command, compare_runs, run_to_end
+from whole_runs import compare_runs, run_to_end
 
 from attack_suite.attacks import NEEDED, Attack, Child, Ended
 from attack_suite.damage_kinds import CHECKSUMS, META, METADATA, NEWEST, OLDER, STEPS, Damage, kinds, marker_of

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.tools.verify import compare_runs, run_to_end
+from whole_runs import compare_runs, run_to_end
 
 from attack_suite.attacks import NEEDED, Attack, Ended
 from attack_suite.kills import Start

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from narrowgauge.trainer.command import command
 from narrowgauge.trainer.errors import UserError
-from narrowgauge.trainer.tools.verify import command, compare_runs, newest_step
+from whole_runs import compare_runs, newest_step
 
 from attack_suite.attacks import Attack, Ended
 from attack_suite.scene import Scene

@@ -23,7 +23,7 @@ from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.step import update_from
-from narrowgauge.trainer.tools.verify import compare_runs, run_killed, run_to_end
+from whole_runs import compare_runs, run_killed, run_to_end
 
 from gpu_suite.bundle import EXTRAS, ROOT
 from gpu_suite.steps import RandomTokens, Row

@@ -24,7 +24,7 @@ from narrowgauge.trainer.data.shards import TokenShards
 from narrowgauge.trainer.data.tokenizer import train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
-from narrowgauge.trainer.tools.verify import compare_runs
+from whole_runs import compare_runs
 
 
 def stream(corpus: Path, seq_len: int = 32, split: str = "train") -> TokenStream:

@@ -19,12 +19,13 @@ import torch
 from conftest import launch, tiny_overrides, train_here
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
+from narrowgauge.trainer.command import command
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics, read_rows
 from narrowgauge.trainer.tools.restore import restore_run
-from narrowgauge.trainer.tools.verify import command, compare_runs, run_killed, run_to_end
+from whole_runs import compare_runs, run_killed, run_to_end
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -21,9 +21,9 @@ from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.optim import OptimConfig, Schedule, build_optimizer, learning_rate
 from narrowgauge.trainer.tools.export import export_run
-from narrowgauge.trainer.tools.verify import compare_runs
 from test_recipes import go_back
 from torch import nn
+from whole_runs import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 

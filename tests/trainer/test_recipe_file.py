@@ -20,7 +20,7 @@ from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.tools.evaluation import open_run
 from narrowgauge.trainer.tools.export import export_run
 from narrowgauge.trainer.tools.restore import restore_run
-from narrowgauge.trainer.tools.verify import compare_runs
+from whole_runs import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 

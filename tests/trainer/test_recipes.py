@@ -25,8 +25,8 @@ from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.own import CONFIG_DIR
 from narrowgauge.trainer.reporting.report import Settings, find_runs
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
-from narrowgauge.trainer.tools.verify import compare_runs
 from torch import Tensor, nn
+from whole_runs import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from narrowgauge.trainer.data.batches import Batch, ShuffledSource
 from narrowgauge.trainer.errors import ExitCode, RunFailed, UserError
 from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.stop import seconds_of
-from narrowgauge.trainer.tools.verify import compare_runs
+from whole_runs import compare_runs
 
 Tiny = Callable[..., TrainConfig]
 

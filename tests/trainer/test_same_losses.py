@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.tools.verify import check_out
+from whole_runs import check_out
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,11 +23,11 @@ from narrowgauge.trainer.errors import ExitCode
 from narrowgauge.trainer.metrics import evaluated_step, read_metrics, read_rows
 from narrowgauge.trainer.spikes import COUNT, LEFT_OUT, SPIKE_PREFIX, SpikeAction, SpikeWatch
 from narrowgauge.trainer.tools.restore import restore_run
-from narrowgauge.trainer.tools.verify import compare_runs
 from test_deferred import defer
 from test_deferred import rows as all_rows
 from test_run import tamper
 from test_stream import texts  # noqa: F401 (a fixture)
+from whole_runs import compare_runs
 
 RULE = ("train.spike_window=6", "train.spike_deviations=30")
 # A batch that is a spike is told by its index, from 0, in the order of the data; without rollbacks its step's less one.

@@ -24,8 +24,8 @@ from narrowgauge.trainer.data.stream import StreamSource, TextStream, read_head
 from narrowgauge.trainer.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
-from narrowgauge.trainer.tools.verify import compare_runs
 from torch import Tensor
+from whole_runs import compare_runs
 
 FILES = 5
 STRICT = RowLimits()

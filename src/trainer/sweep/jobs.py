@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ..command import command
 from ..data.config import DataConfig
 from ..data.open import require_data
 from ..errors import UserError
 from ..files import lock, read_json
 from ..lifeline import end_with_parent
 from ..metrics import read_metrics
-from ..tools.verify import command
 from ..trackers import SWEEP
 
 _POLL_SECONDS = 0.2

@@ -21,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...precision.loading import sha256
+from ..command import command
 from ..config import entry_config, for_compose, parse, said_files
 from ..errors import ExitCode, UserError, one_line
 from ..machine import threads_of_process
 from ..own import hydra_at, shell, split
-from ..tools.verify import command
 from .grid import (
     LAUNCHER,
     PLUGINS,

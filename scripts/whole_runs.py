@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Sequence
@@ -13,24 +12,13 @@ from pathlib import Path
 
 import psutil
 import torch
-
-from ..checkpoint import newest, read_tensors
-from ..errors import UserError
-from ..metrics import read_metrics
+from narrowgauge.trainer.checkpoint import newest, read_tensors
+from narrowgauge.trainer.command import command
+from narrowgauge.trainer.errors import UserError
+from narrowgauge.trainer.metrics import read_metrics
 
 KILL_TARGETS = ("all", "launcher", "worker")
 _START_SECONDS = 600.0
-
-
-def command(
-    overrides: Sequence[str], processes: int, *, max_restarts: int = 0, module: str = "narrowgauge"
-) -> list[str]:
-    """The command line of a run: plain Python for one process, torchrun for more, or where it is to restart workers."""
-    if processes == 1 and not max_restarts:
-        return [sys.executable, "-m", module, *overrides]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher += ["--max-restarts", str(max_restarts)] if max_restarts else []
-    return [*launcher, "-m", module, *overrides]
 
 
 def run_to_end(overrides: Sequence[str], processes: int) -> None:
