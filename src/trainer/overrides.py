@@ -197,4 +197,4 @@ def compose_line(override: Override) -> str:
     # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
     if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
         return f"+{line.lstrip('+')}"
-    return f"++{line}" if line.startswith(("precision.args.", SOURCES)) else line
+    return f"++{line}" if line.startswith(("precision.args.", "precision.args=", SOURCES)) else line

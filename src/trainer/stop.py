@@ -45,11 +45,12 @@ class StopRequest:
     @property
     def code(self) -> int:
         """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
-        if self._code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
-            self._code = LOST_LAUNCHER
-        if not self._code and self._deadline is not None and time.time() >= self._deadline:
-            self._code = TIME_IS_UP
-        return self._code
+        code = self._code  # read once: a signal that comes from here on is judged at the next step
+        if code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
+            code = self._code = LOST_LAUNCHER
+        if not code and self._deadline is not None and time.time() >= self._deadline:
+            code = self._code = TIME_IS_UP
+        return code
 
     def describe(self, code: int) -> str:
         if code == TIME_IS_UP:
