@@ -417,8 +417,9 @@ class Model(nn.Module):
 def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
     """Counts and host microseconds of one linear, forward and backward, of ``num_linears`` that share an x."""
     global watch
-    tree = Path(os.environ["PYTHONPATH"].split(os.pathsep)[0])
-    precision = importlib.import_module("narrowgauge.precision" if (tree / "narrowgauge").is_dir() else "precision")
+    tree = Path(os.environ.get("PYTHONPATH", "").split(os.pathsep)[0])
+    before_the_package = (tree / "precision").is_dir() and not (tree / "narrowgauge").is_dir()
+    precision = importlib.import_module("precision" if before_the_package else "narrowgauge.precision")
     kind, arguments = RECIPES[name]
     tokens, ins, outs = SIZES.get(name, (128, 128, 128))
     torch.manual_seed(0)
