@@ -20,12 +20,14 @@ from .amax import Amaxes
 from .assign import assign_backends
 from .backends import REFERENCE, Operand
 from .context import StepContext
-from .module import PlanRow, QuantizedModule, Site
-from .operands import Call, Gathered, Observer
+from .module import Observer, PlanRow, QuantizedModule, Site
+from .operands import Call, Gathered
 from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
 from .scaling import Delayed
 from .slots import (
+    OUTPUTS,
+    SLOTS,
     WGRAD_X,
     Backends,
     LinearPlan,
@@ -141,6 +143,14 @@ class QuantLinear(QuantizedModule):
     @property
     def reads_weight(self) -> OperandSpec | str:
         return self.plan_of((0, 0, 0)).weight_once
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        return SLOTS + OUTPUTS
+
+    @property
+    def is_plain_linear(self) -> bool:
+        return self.plan.empty
 
     def observe(self, observer: Observer | None) -> None:
         self.observer = observer

@@ -22,6 +22,7 @@ from .scaling import Delayed
 from .spec import OperandSpec
 
 if TYPE_CHECKING:
+    from .backends import Operand
     from .context import StepContext
 
 Picks = tuple[int, int, int]
@@ -60,6 +61,23 @@ class Site:
     tokens: int | None = None
     backend: str = "auto"
     phases: tuple[ModulePhase, ...] = ()
+
+
+class Observer(Protocol):
+    """Watches a training step and changes nothing (``precision.probe``).
+
+    What ``operand`` and ``output`` give counts once it is added. A module adds in backward, which runs once also where
+    the forward pass is computed again. Both raise KeyError for a row that the module's ``observed`` lacks.
+    """
+
+    def operand(self, module: nn.Module, row: str, format: str, given: Tensor, used: Operand) -> Any:
+        """Figures of a tensor before and after rounding; ``format``: in words, as in plan.txt."""
+
+    def output(self, module: nn.Module, row: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Any:
+        """Figures of y, against the product a @ b.mT + bias of its operands as they were."""
+
+    def add(self, figures: list[Any]) -> None:
+        """Count what ``operand`` and ``output`` gave."""
 
 
 class QuantizedModule(nn.Module):
@@ -108,8 +126,18 @@ class QuantizedModule(nn.Module):
         why there is none."""
         return f"{type(self).__name__} does not say how it reads its weight"
 
-    def observe(self, observer: Any) -> None:
-        """Have ``observer`` (``precision.operands.Observer``) look on at training steps; None for nobody."""
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The tensors that it lets an observer measure, as "saved.x": the probe's rows of it."""
+        return ()
+
+    @property
+    def is_plain_linear(self) -> bool:
+        """Whether it now computes what ``nn.Linear`` does: the probe then measures it from outside."""
+        return False
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have ``observer`` look on at training steps; None for nobody."""
 
     def reset_state(self, value: float = 0.0) -> None:
         """Set its buffers to their start. ``value``: of an amax that is held, ``UNKNOWN`` to measure a step anew."""

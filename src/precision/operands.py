@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .slots import (
     DGRAD_DY,
     DGRAD_W,
     FPROP,
+    OUTPUTS,
+    SLOTS,
     TENSORS,
     WGRAD,
     WGRAD_DY,
@@ -34,24 +36,7 @@ from .transforms import Composed
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
-
-
-class Observer(Protocol):
-    """Watches the GEMMs of a training step, and changes nothing (``precision.probe``)."""
-
-    def measure(
-        self,
-        call: Call,
-        gemm: int,
-        given: tuple[Tensor, Tensor],
-        used: tuple[Operand, Operand],
-        y: Tensor,
-        bias: Tensor | None,
-    ) -> Any:
-        """Figures of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output."""
-
-    def add(self, figures: Any) -> None:
-        """Count what ``measure`` gave."""
+    from .module import Observer
 
 
 class Gathered(NamedTuple):
@@ -106,7 +91,7 @@ class Call:
         figures = None
         if self.observer is not None:
             # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
-            figures = self.observer.measure(self, FPROP, (x, weight), (a, w), y, bias)
+            figures = self._measured(self.observer, FPROP, (x, weight), (a, w), y, bias)
         return y, self.saved(x, a) if differentiated else None, figures
 
     def backward(
@@ -131,15 +116,32 @@ class Call:
             w_t = self.weight(DGRAD_W, weight)
             dx = self.product(DGRAD, first, w_t, dtype=dy.dtype)
             if self.observer is not None:
-                self.observer.add(self.observer.measure(self, DGRAD, (dy, weight.mT), (first, w_t), dx, None))
+                self.observer.add(self._measured(self.observer, DGRAD, (dy, weight.mT), (first, w_t), dx))
         if needed[1]:
             x_t = self.saved_operand(saved)
             dy_t = self.dy_for_wgrad(dy, first) if pair is None else pair[1]
             dw = self.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
             if self.observer is not None and watched is not None:
                 self.observer.add(watched[0])
-                self.observer.add(self.observer.measure(self, WGRAD, (dy.mT, watched[1].mT), (dy_t, x_t), dw, None))
+                self.observer.add(self._measured(self.observer, WGRAD, (dy.mT, watched[1].mT), (dy_t, x_t), dw))
         return dx, dw
+
+    def _measured(
+        self,
+        observer: Observer,
+        gemm: int,
+        given: tuple[Tensor, Tensor],
+        used: tuple[Operand, Operand],
+        y: Tensor,
+        bias: Tensor | None = None,
+    ) -> list[Any]:
+        """An observer's figures of a GEMM's operands, each as it was and as it was read, and of its output."""
+        slots = self.plan.slots[2 * gemm : 2 * gemm + 2]
+        figures = [
+            observer.operand(self.linear, SLOTS[slot.number], slot.described(x.dtype), self.transformed(slot, x), q)
+            for slot, x, q in zip(slots, given, used, strict=True)
+        ]
+        return [*figures, observer.output(self.linear, OUTPUTS[gemm], *given, y, bias)]
 
     def noise(self, slot: SlotPlan) -> Noise:
         """Of the slot's tensor at this place in the data; that of a weight is the same everywhere."""

@@ -1,6 +1,7 @@
 """What rounding does to every operand of every linear, and to the products: measured on steps that are due.
 
-Per linear nine rows, one for each operand slot and one for each output:
+Per linear nine rows, one for each operand slot and one for each output, and per module of a recipe's own those that it
+names (``QuantizedModule.observed``):
 
 * fprop.x, fprop.w, dgrad.dy, dgrad.w, wgrad.dy, wgrad.x: what the GEMM reads, against what it would read unrounded.
   Where a transform comes first, against the transformed tensor.
@@ -31,17 +32,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Operand
-from .linear import QuantLinear
-from .operands import Call
+from .module import QuantizedModule
 from .plan import Plan
 from .quantize import Quantized, dequantize
-from .slots import SlotPlan
-from .spec import LinearSpec
+from .slots import OUTPUTS, SLOTS, TENSORS
 from .suggest import close
 
-SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
-OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
-_PLAIN_SLOTS = {"x": (0, 5), "w": (1, 3), "dy": (2, 4)}  # of a linear without rounding, by tensor
 _SLACK = 1 + 2.0**-20
 """What FP32 scales lose: the largest value of a tile may lie so far above what its largest code stands for."""
 
@@ -54,12 +50,11 @@ class Figures(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """One or more tensors of a linear, by row."""
+    """One tensor of a module: the number of its row, how it is rounded, and its figures."""
 
-    linear: int
-    rows: tuple[int, ...]
-    formats: tuple[str, ...]
-    figures: tuple[Figures, ...]
+    row: int
+    format: str
+    figures: Figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,31 +93,29 @@ class Row:
 
 
 class Probe:
-    """Watches the linears of a plan.
+    """Watches the linears of a plan, and what else of it says that it can be watched.
 
     Args:
         plan: what ``precision.recipe.apply`` gave.
         every: steps, counted from 1; 0 for none.
-        layers: regex, full match, of the linears' paths; None for all.
+        layers: regex, full match, of their paths; None for all.
 
     Raises ValueError for a negative number, for what is no regular expression, and for one that matches no linear.
     """
 
     def __init__(self, plan: Plan, *, every: int, layers: str | None = None) -> None:
         check_settings(every, layers)
-        linears = {
-            path: module
-            for path, module in plan.model.named_modules()
-            if isinstance(module, QuantLinear) or type(module) is nn.Linear
-        }
-        self._linears = {path: m for path, m in linears.items() if layers is None or re.fullmatch(layers, path)}
-        if every and not self._linears:
-            near = close(layers or "", linears)
-            raise ValueError(
-                f"layers={layers!r} matches no linear{near}; there are: {', '.join(list(linears)[:3])} ..."
-            )
+        rows = {path: _rows_of(module) for path, module in plan.model.named_modules()}
+        candidates = [path for path in rows if rows[path]]
+        watched = [path for path in candidates if layers is None or re.fullmatch(layers, path)]
+        if every and not watched:
+            near = close(layers or "", candidates)
+            raise ValueError(f"layers={layers!r} matches no linear{near}; there are: {', '.join(candidates[:3])} ...")
         self._every = every
-        self._index = {id(module): index for index, module in enumerate(self._linears.values())}
+        self._modules = [plan.model.get_submodule(path) for path in watched]
+        self._labels = [(path, slot) for path in watched for slot in rows[path]]
+        keys = [(id(module), slot) for module, path in zip(self._modules, watched, strict=True) for slot in rows[path]]
+        self._index = {key: index for index, key in enumerate(keys)}
         self._dtype = _name(plan.recipe.dtypes.compute)
         self._device = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
         self._clear()
@@ -135,93 +128,84 @@ class Probe:
     def watching(self) -> Iterator[None]:
         """Watch what the model computes within, from anew."""
         self._clear()
-        hooks = []
-        for module in self._linears.values():
-            hooks.append(module.register_forward_hook(self._plain))
-            if isinstance(module, QuantLinear):
-                module.observer = self
+        hooks = [module.register_forward_hook(self._plain) for module in self._modules]
+        self._observe(self)
         try:
             yield
         finally:
+            self._observe(None)
             for hook in hooks:
                 hook.remove()
-            for module in self._linears.values():
-                if isinstance(module, QuantLinear):
-                    module.observer = None
 
     def rows(self) -> list[Row]:
         """What was seen in the last watched step, on all ranks, which must all call this."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
             dist.all_reduce(self._extremes, op=dist.ReduceOp.MAX)
-        sums, extremes = self._sums.tolist(), self._extremes.tolist()
-        return [
-            _row(path, row, self._formats[index].get(row, self._dtype), sums[index][row], extremes[index][row])
-            for index, path in enumerate(self._linears)
-            for row in range(len(SLOTS + OUTPUTS))
-        ]
+        figures = zip(self._labels, self._formats, self._sums.tolist(), self._extremes.tolist(), strict=True)
+        return [_row(*label, format, sums, extremes) for label, format, sums, extremes in figures]
 
     def _clear(self) -> None:
-        shape = (len(self._linears), len(SLOTS + OUTPUTS))
-        self._sums = torch.zeros(*shape, 7, dtype=torch.float64, device=self._device)
-        self._extremes = torch.full((*shape, 3), -math.inf, dtype=torch.float64, device=self._device)
-        self._formats: list[dict[int, str]] = [{} for _ in self._linears]
+        rows = len(self._labels)
+        self._sums = torch.zeros(rows, 7, dtype=torch.float64, device=self._device)
+        self._extremes = torch.full((rows, 3), -math.inf, dtype=torch.float64, device=self._device)
+        self._formats = [self._dtype] * rows
 
-    # The observer of quantized linears (precision.operands.Observer).
+    def _observe(self, observer: Probe | None) -> None:
+        for module in self._modules:
+            if isinstance(module, QuantizedModule):
+                module.observe(observer)
+
+    # It is an observer (``precision.module``).
 
     @torch.no_grad()
-    def measure(
-        self,
-        call: Call,
-        gemm: int,
-        given: tuple[Tensor, Tensor],
-        used: tuple[Operand, Operand],
-        y: Tensor,
-        bias: Tensor | None,
-    ) -> _Measured:
-        """Figures of one GEMM's operands and output; nothing is counted yet."""
-        figures, formats = [], []
-        for slot, x, operand in zip(call.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
-            figures.append(of_operand(call.transformed(slot, x), operand))
-            formats.append(_format(slot, x.dtype))
-        figures.append(_of_output(*given, y, bias))
-        rows = (2 * gemm, 2 * gemm + 1, len(SLOTS) + gemm)
-        return _Measured(self._index[id(call.linear)], rows, (*formats, _name(y.dtype)), tuple(figures))
+    def operand(self, module: nn.Module, row: str, format: str, given: Tensor, used: Operand) -> _Measured:
+        return _Measured(self._index[id(module), row], format, of_operand(given, used))
 
-    def add(self, measured: _Measured) -> None:
-        """Count what ``measure`` gave."""
-        for row, format, (sums, extremes) in zip(measured.rows, measured.formats, measured.figures, strict=True):
-            self._formats[measured.linear][row] = format
-            self._sums[measured.linear, row] += sums
-            self._extremes[measured.linear, row] = torch.maximum(self._extremes[measured.linear, row], extremes)
+    @torch.no_grad()
+    def output(
+        self, module: nn.Module, row: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None = None
+    ) -> _Measured:
+        return _Measured(self._index[id(module), row], _name(y.dtype), _of_output(a, b, y, bias))
+
+    def add(self, figures: list[_Measured]) -> None:
+        for row, format, (sums, extremes) in figures:
+            self._formats[row] = format
+            self._sums[row] += sums
+            self._extremes[row] = torch.maximum(self._extremes[row], extremes)
 
     # The hook of linears that are computed plainly.
 
     def _plain(self, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         if torch.compiler.is_compiling():
             return  # what is compiled stays as it would be
-        assert isinstance(module, nn.Linear | QuantLinear)
-        if isinstance(module, QuantLinear) and module.active != LinearSpec():
+        if isinstance(module, QuantizedModule) and not module.is_plain_linear:
             return
         if not (module.training and y.requires_grad):
             return
-        x, weight = inputs[0].detach(), module.weight.detach()
-        with torch.no_grad():
-            forward = [*self._plain_rows(module, "x", x, y.dtype), *self._plain_rows(module, "w", weight, y.dtype)]
-            matrix = x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1]), module.bias
-            output = _of_output(*matrix)
-        forward.append(_Measured(self._index[id(module)], (len(SLOTS),), (_name(y.dtype),), (output,)))
+        x, weight, bias = inputs[0].detach(), module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor | None)
+        forward = [*self._plain_rows(module, "x", x, y.dtype), *self._plain_rows(module, "w", weight, y.dtype)]
+        matrix = x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1])
+        forward.append(self.output(module, OUTPUTS[0], *matrix, bias))
 
         def backward(dy: Tensor) -> None:  # once, also where the forward pass is computed again
-            for measured in (*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)):
-                self.add(measured)
+            self.add([*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)])
 
         y.register_hook(backward)  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()
     def _plain_rows(self, module: nn.Module, tensor: str, x: Tensor, dtype: torch.dtype) -> list[_Measured]:
         figures = of_operand(x, x.to(dtype))
-        rows = _PLAIN_SLOTS[tensor]
-        return [_Measured(self._index[id(module)], rows, (_name(dtype),) * len(rows), (figures,) * len(rows))]
+        slots = [slot for slot, of in zip(SLOTS, TENSORS, strict=True) if of == tensor]
+        return [_Measured(self._index[id(module), slot], _name(dtype), figures) for slot in slots]
+
+
+def _rows_of(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, QuantizedModule):
+        return module.observed
+    return SLOTS + OUTPUTS if type(module) is nn.Linear else ()
 
 
 def check_settings(every: int, layers: str | None) -> None:
@@ -296,24 +280,19 @@ def _square(x: Tensor) -> Tensor:
     return norm * norm
 
 
-def _format(slot: SlotPlan, dtype: torch.dtype) -> str:
-    name = _name(dtype) if slot.spec is None else str(slot.spec)
-    return name if slot.transform is None else f"{name} [{slot.transform}]"
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _row(module: str, row: int, format: str, sums: list[float], extremes: list[float]) -> Row:
+def _row(module: str, slot: str, format: str, sums: list[float], extremes: list[float]) -> Row:
     elements, nonfinite, poisoned, underflow, saturated, signal, noise = sums
     amax, scale_max, negative_min = extremes
-    operand = row < len(SLOTS)
+    operand = slot not in OUTPUTS
     known = elements - nonfinite - poisoned > 0
     ratio = signal / noise if noise > 0 else math.inf
     return Row(
         module=module,
-        slot=(SLOTS + OUTPUTS)[row],
+        slot=slot,
         format=format,
         elements=int(elements),
         nonfinite=int(nonfinite),

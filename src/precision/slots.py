@@ -19,6 +19,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .backends import Backend, Quantizer
 from .scaling import TENSOR, Current, Delayed
 from .spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
@@ -27,6 +29,8 @@ FPROP, DGRAD, WGRAD = range(3)
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
 TENSORS = ("x", "w", "dy", "w", "dy", "x")
 TRANSPOSED = (False, False, False, True, True, True)
+SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
 EARLIER = {DGRAD_W: W, WGRAD_DY: DGRAD_DY, WGRAD_X: X}  # the slot that sees the same tensor first
 
 Backends = tuple[Backend, Backend, Backend]
@@ -85,6 +89,11 @@ class SlotPlan:
     quantizer: Quantizer
     reads_rows: bool
     key: int
+
+    def described(self, dtype: torch.dtype) -> str:
+        """How a tensor of ``dtype`` is rounded here, in words."""
+        name = str(dtype).removeprefix("torch.") if self.spec is None else str(self.spec)
+        return name if self.transform is None else f"{name} [{self.transform}]"
 
 
 class Column(NamedTuple):

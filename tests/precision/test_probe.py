@@ -15,10 +15,11 @@ from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.plan import Plan
-from narrowgauge.precision.probe import OUTPUTS, SLOTS, Probe, Row, of_operand
+from narrowgauge.precision.probe import Probe, Row, of_operand
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
 from narrowgauge.precision.scaling import Delayed, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.slots import OUTPUTS, SLOTS
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard
 from test_linear import INS, OUTS, SMOOTH, block_model, run, samples

@@ -21,8 +21,9 @@ from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, groups, load_run_config
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.metrics import read_metrics, read_rows
 from narrowgauge.trainer.own import CONFIG_DIR
+from narrowgauge.trainer.reporting.numerics import heat_map, numerics_of, worst_layers
 from narrowgauge.trainer.reporting.report import Settings, find_runs
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
 from torch import Tensor, nn
@@ -330,17 +331,21 @@ SAVED = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=Fp32(), rounding=Roundi
 
 class Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, noise):
-        wide = x.float()
+    def forward(ctx, x, weight, norm, noise):
+        wide, eps, ctx.observer = x.float(), norm.eps, norm.observer
         inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
         saved = x if noise is None else quantize(x, SAVED, noise=noise)
         ctx.saved = saved  # a toy: an honest one has save_for_backward keep the codes
+        if norm.observer is not None and noise is not None:
+            ctx.figures = norm.observer.operand(norm, "saved.x", str(SAVED), x, saved)
         ctx.save_for_backward(weight, inverse)
         return (wide * inverse * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         weight, inverse = ctx.saved_tensors
+        if hasattr(ctx, "figures"):
+            ctx.observer.add([ctx.figures])
         x = ctx.saved.float() if isinstance(ctx.saved, torch.Tensor) else dequantize(ctx.saved)
         normed, g = x * inverse, dy.float() * weight
         dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
@@ -348,6 +353,8 @@ class Function(torch.autograd.Function):
 
 
 class NarrowNorm(QuantizedModule):
+    observed, observer = ("saved.x",), None
+
     def __init__(self, norm):
         super().__init__()
         self.weight, self.eps, self.plain = norm.weight, norm.eps, False
@@ -357,6 +364,9 @@ class NarrowNorm(QuantizedModule):
 
     def plan_rows(self):
         return (f"{self.path:44} saved for backward: {SAVED}",)
+
+    def observe(self, observer):
+        self.observer = observer
 
     @property
     def goes_by_step(self):
@@ -371,7 +381,7 @@ class NarrowNorm(QuantizedModule):
                 first_sample=clock.first_sample,
                 rows_of_a_sample=clock.rows_per_sample(x, len(rows)),
             )
-        return Function.apply(rows, self.weight, self.eps, noise).view(x.shape)
+        return Function.apply(rows, self.weight, self, noise).view(x.shape)
 
 
 def recipe() -> Recipe:
@@ -381,12 +391,22 @@ def recipe() -> Recipe:
 
 
 def test_a_layer_of_a_recipes_own_is_treated_as_a_quantized_linear_is(tiny: Tiny, tmp_path: Path) -> None:
-    """It gets seed, step, schedule and high precision, and its line of plan.txt."""
+    """It gets seed, step, schedule, probe and high precision, its line of plan.txt, and its place in the report."""
     file = tmp_path / "norm.py"
-    config, plan_text = finished_with(tiny, file, NORM, "eval.precision=high")
+    config, plan_text = finished_with(tiny, file, NORM, "eval.precision=high", "probe.every=3")
     row = "layers.0.post_attention_layernorm            saved for backward: e4m3/row/fp32/sr"
     assert row in plan_text
     assert plan_text.count("saved for backward") == 4
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    watched = [row for row in read_rows(metrics, "probe") if row["step"] == 6 and row["slot"] == "saved.x"]
+    assert len(watched) == 8  # also those from before it was resumed
+    for probe_row in watched:
+        assert probe_row["format"] == "e4m3/row/fp32/sr"
+        assert 20 < probe_row["sqnr_db"] < 40
+        assert probe_row["elements"] == 32 * 8 * 32  # hidden size, samples, tokens
+    numerics = numerics_of([("own", Path(config.run.dir))])["own"]
+    assert worst_layers({"own": numerics})["rows"][0][3] == "saved.x"
+    assert {name for name in heat_map("own", numerics)["data"][0]["y"] if "norm" in name} == set()
     switched = tiny(
         f"precision.recipe={file}", "precision.schedule=[{steps:[0,2]}]", f"run.dir={tmp_path / 'switched'}"
     )

@@ -79,6 +79,11 @@ class Numerics:
         return {module: found[module] for module in dict.fromkeys(order)}
 
     @property
+    def linears(self) -> dict[str, dict[str, Entry]]:
+        """The newest rows of modules with the slots of a linear: what the map shows."""
+        return {module: slots for module, slots in self.newest.items() if any(slot in _SLOTS for slot in slots)}
+
+    @property
     def fullest(self) -> int:
         """The last step of those at which most operands were rounded."""
         counts = {
@@ -93,7 +98,7 @@ def is_rounded(slots: Mapping[str, Entry]) -> bool:
     return any(
         isinstance(entry.get("format"), str) and entry["format"] not in _PLAIN
         for slot, entry in slots.items()
-        if slot in _SLOTS
+        if slot not in _OUTPUTS
     )
 
 
@@ -179,7 +184,7 @@ def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
     """A figure for plotly.js: layers by slots, a panel a quantity, a slider over the watched steps."""
     first = numerics.fullest  # that the page opens at
     chosen = _thinned(list(numerics.steps), first)
-    modules = list(numerics.newest)
+    modules = list(numerics.linears)
     data: list[dict[str, Any]] = []
     for step in chosen:
         layers = numerics.steps[step]
@@ -233,13 +238,13 @@ def picture(recipe: str, numerics: Numerics, file: Path, formats: Sequence[str] 
 
     Raises OSError if they cannot be written.
     """
-    height = min(_TALLEST, 3.0 + 0.2 * len(numerics.newest))
+    height = min(_TALLEST, 3.0 + 0.2 * len(numerics.linears))
     save_figure(lambda figure: draw(figure, recipe, numerics, height), file, (14, height), formats)
 
 
 def draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None:
     """What ``picture`` writes, on a figure of ``height`` inches."""
-    layers = numerics.newest
+    layers = numerics.linears
     labels = [_short(module) for module in layers]
     every = math.ceil(len(labels) * 0.14 / height)  # as many as there is room for
     widths = [len(panel.slots) for panel in _PANELS]
@@ -310,7 +315,7 @@ def _short(text: str, most: int = 44) -> str:
 
 
 def _worst(slots: Mapping[str, Entry]) -> Entry | None:
-    known = [slots[slot] for slot in _SLOTS if number(slots.get(slot, {}).get("sqnr_db")) is not None]
+    known = [entry for entry in slots.values() if number(entry.get("sqnr_db")) is not None]
     return min(known, key=lambda entry: float(entry["sqnr_db"])) if known else None
 
 
