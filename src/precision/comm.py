@@ -2,7 +2,7 @@
 
 A weight whose forward and backward GEMM read the same codes (square tiles, nearest rounding, no transform) may be
 quantized before it is gathered: codes of rows are rows of codes. Every rank quantizes its own rows with the amax of the
-whole weight, found by one all-reduce(MAX) of all amaxes at the start of every forward pass, or tile by tile where no
+full weight, found by one all-reduce(MAX) of all amaxes at the start of every forward pass, or tile by tile where no
 tile crosses a shard. So the codes are those of the gathered weight, and a run gives the same losses, bit for bit.
 
 FSDP2 has two doors for this. Its tensor extensions (``fsdp_pre_all_gather``) want a tensor subclass, or attributes on
@@ -39,7 +39,7 @@ from .spec import LinearSpec, OperandSpec
 
 @dataclass(eq=False)
 class _Weight:
-    """A quantized linear's weight in the buffer of its group. ``amax``: of the whole weight, as gathered."""
+    """A quantized linear's weight in the buffer of its group. ``amax``: of the full weight, as gathered."""
 
     linear: QuantLinear
     shape: tuple[int, int]
@@ -169,7 +169,7 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
         rows, columns = q.spec.tile.grid(*weight.shape)
         all_scales = scales.contiguous().view(q.scales.dtype).reshape(-1, columns)[:rows]
     gathered = Gathered(all_scales, q.tensor_scale)
-    if out.is_cuda:  # made on FSDP's own stream, read on that of the model
+    if out.is_cuda:  # written on FSDP's own stream, read on that of the model
         for tensor in gathered:
             if tensor is not None:
                 tensor.record_stream(torch.cuda.default_stream(out.device))
@@ -226,7 +226,7 @@ def _weight(linear: QuantLinear, rows: int) -> _Weight:
 def _find_amaxes(
     weights: Sequence[_Weight], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> Callable[[nn.Module, object], None]:
-    """A hook that sets ``amax`` of every weight whose scale is made of the whole weight's."""
+    """A hook that sets ``amax`` of every weight whose scale depends on the full weight."""
     specs = [weight.linear.reads_weight for weight in weights]
     wanted = [
         weight

@@ -55,7 +55,7 @@ class RollAmax:
 
     @torch.no_grad()
     def end_step(self, model: nn.Module, step: int, applied: Tensor) -> None:
-        """``applied``: bool scalar beside the histories, not read here: nothing waits for a device."""
+        """``applied``: bool scalar on the device of the histories, not read here: nothing waits for a device."""
         self._roll(model, applied)
         if self.micro:
             for module in _delayed(model):

@@ -7,9 +7,9 @@ names (``QuantizedModule.observed``):
   Where a transform comes first, against the transformed tensor.
 * fprop.y, dgrad.dx, wgrad.dw: what the GEMM gives, against the float32 product of the operands as they were.
 
-Sums, counts and extremes are added up over micro-batches and ranks, and only then made into ratios: they do not depend
-on how a batch is dealt out, but for what a recipe itself makes depend on it (a scale that spans a micro-batch, and the
-products, of which there is one per micro-batch).
+Sums, counts and extremes are added up over micro-batches and ranks before ratios are taken: they do not depend on how
+a batch is dealt out, but where a recipe itself depends on it (a scale that spans a micro-batch, and the products, of
+which there is one per micro-batch).
 
 A forward pass that is computed again for backward counts once; evaluation does not count. Nothing that is computed
 changes: a watched step gives the bits of one that is not. Between watched steps nothing is attached to the model.
@@ -45,7 +45,7 @@ _SLACK = 1 + 2.0**-20
 class Figures(NamedTuple):
     """One tensor: float64 [7] to be added up, and float64 [3] of which the largest count."""
 
-    sums: Tensor  # elements, not finite, made not finite, underflow, saturated, sum of squares, of squared errors
+    sums: Tensor  # elements, not finite, poisoned, underflow, saturated, sum of squares, of squared errors
     extremes: Tensor  # amax, largest scale, smallest scale negated
 
 
