@@ -9,7 +9,7 @@ from types import FrameType
 
 import psutil
 
-from .lifeline import launcher_pid, lost_launcher
+from .lifeline import launched_by_torchrun, launcher_pid, lost_launcher
 
 TIME_IS_UP, LOST_LAUNCHER = 254, 255  # codes, as are the numbers of signals
 _CLOCK = re.compile(r"\d+(:[0-5]\d){0,2}")
@@ -46,7 +46,8 @@ class StopRequest:
     def code(self) -> int:
         """0, or the number of the signal, or TIME_IS_UP, or LOST_LAUNCHER. Cheap enough to ask at every step."""
         code = self._code  # read once: a signal that comes from here on is judged at the next step
-        if code in (0, signal.SIGTERM) and lost_launcher():  # whose end the kernel tells by SIGTERM
+        # The kernel tells the launcher's end by SIGTERM, as soon as its main thread is a zombie.
+        if (code in (0, signal.SIGTERM) and lost_launcher()) or (code == signal.SIGTERM and _launcher_ends()):
             code = self._code = LOST_LAUNCHER
         if not code and self._deadline is not None and time.time() >= self._deadline:
             code = self._code = TIME_IS_UP
@@ -56,6 +57,14 @@ class StopRequest:
         if code == TIME_IS_UP:
             return f"train.stop_after={self._stop_after}"
         return "the launcher is gone" if code == LOST_LAUNCHER else signal.Signals(code).name
+
+
+def _launcher_ends() -> bool:
+    """Whether torchrun has begun to end: while its other threads still do, it is the parent of this process."""
+    try:
+        return launched_by_torchrun() and psutil.Process(launcher_pid()).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
 
 
 def seconds_of(text: str) -> float:

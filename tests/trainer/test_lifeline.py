@@ -41,3 +41,34 @@ def test_without_torchrun_or_before_a_restart_it_is_said_at_once(tmp_path: Path)
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     told = said([AGENT, WORKER], **torchrun, TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_MAX_RESTARTS="1")
     assert told == [LINE, "the launcher's own lines"]
+
+
+# As torchrun ends when it is killed: its main thread, which started the worker, before its others.
+ENDING_LAUNCHER = """
+import ctypes, platform, subprocess, sys, threading
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+worker.stdout.readline()  # it is ready
+threading.Thread(target=lambda: print(worker.communicate()[0], end="", flush=True)).start()
+exit_of_a_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+ctypes.CDLL(None).syscall(exit_of_a_thread, 0)
+"""
+STOPPED = """
+import time
+from narrowgauge.trainer.lifeline import end_with_launcher, lost_launcher
+from narrowgauge.trainer.stop import StopRequest
+with StopRequest() as stop:
+    end_with_launcher()
+    print("ready", flush=True)
+    deadline = time.monotonic() + 30
+    while not stop._code and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(lost_launcher(), stop.describe(stop.code), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells nobody elsewhere")
+def test_a_launcher_that_ends_is_no_sigterm() -> None:
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-c", ENDING_LAUNCHER, STOPPED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout == "False the launcher is gone\n", result.stderr
