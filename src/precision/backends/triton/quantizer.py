@@ -117,10 +117,9 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
         out.view(torch.int16) if x.dtype == torch.bfloat16 else out,
         signs_of(transform, x.device),
         *(outer, inner, *x.stride()),
-        BLOCK_R=cut.block_r,
-        BLOCK_C=cut.block_c,
+        B=cut,
         HADAMARD=transform.size,
-        HARDWARE=hardware(x.device)["HARDWARE"],
+        HARDWARE=hardware(x.device).fp8,
         num_warps=cut.num_warps,
     )
     return out
@@ -197,7 +196,7 @@ def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, f
             "F": grid_of(spec.format),
             "R": rule_of(spec, torch.float32) if rule_fits(spec.scale) else None,
             "SCALED": factors is not None,
-            **cut.constexprs,
+            "B": cut,
         },
         num_warps=cut.num_warps,
         device=codes.get_device(),
