@@ -33,7 +33,6 @@ from narrowgauge.precision.backends.triton.amax import tile_amax
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
 from narrowgauge.precision.backends.triton.both import BothPlan, quantize_both
 from narrowgauge.precision.backends.triton.device import recording, version
-from narrowgauge.precision.backends.triton.emulated import EmulatedOnGpu
 from narrowgauge.precision.backends.triton.fused import (
     State,
     Step,
@@ -43,7 +42,7 @@ from narrowgauge.precision.backends.triton.fused import (
     quantize_gradients,
 )
 from narrowgauge.precision.backends.triton.quantize import NO_NOISE, QuantizePlan, quantize_fused
-from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
+from narrowgauge.precision.backends.triton.quantizer import EmulatedOnGpu, Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key

@@ -33,13 +33,9 @@ def computed(x: Tensor | Hidden, transform: Hadamard | None) -> Tensor:
     return y if transform is None else transform.left(y)
 
 
-def signs_of(transform: Hadamard | None, device: torch.device) -> Tensor | None:
-    return None if transform is None else _sign_vector(transform, device)
-
-
 @functools.cache
-def _sign_vector(transform: Hadamard, device: torch.device) -> Tensor:
-    return torch.tensor(transform.vector(), dtype=torch.float32, device=device)
+def signs_of(transform: Hadamard | None, device: torch.device) -> Tensor | None:
+    return None if transform is None else torch.tensor(transform.vector(), dtype=torch.float32, device=device)
 
 
 def amax_launcher(
