@@ -45,11 +45,9 @@ void one(int64_t rows, int64_t cols) {
         round_source(&source, scales.as<float>(), factors.as<float>(), narrow.as<void>(), &format, &noise, 1);
     }
     for (const int64_t wide : {int64_t(16), int64_t(32), int64_t(128), int64_t(256)}) {
-        const int32_t sizes[] = {0, 2, 16, 32, 128};
         const int64_t grid = cols * ((rows + wide - 1) / wide);
         Buffer scales(grid * 4), codes(packed(cols, rows)), narrow(rows * cols * 2);
-        const Source source = {x.as<void>(), rows,  cols, 1, wide, dtype,
-                               1,            {sizes[among(0, 4)], 0.5f, signs.as<float>()}};
+        const Source source = {x.as<void>(), rows, cols, 1, wide, dtype, 1, {0, 0, nullptr}};
         source_amax(&source, scales.as<float>());
         round_source(&source, scales.as<float>(), scales.as<float>(), narrow.as<void>(), &format, &noise, 1);
         round_source(&source, scales.as<float>(), nullptr, codes.as<void>(), &format, &noise, 0);
@@ -82,7 +80,10 @@ void one(int64_t rows, int64_t cols) {
     Buffer turned(rows * cols * width);
     transpose(x.as<void>(), turned.as<void>(), rows, cols, width);
     for (const int32_t columns : {0, 1})
-        hadamard(x.as<void>(), turned.as<void>(), rows, cols, signs.as<float>(), 16, 0.25f, dtype, columns);
+        for (const int32_t size : {2, 16, 32, 128}) {
+            const Butterflies butterflies = {size, 0.5f, signs.as<float>()};
+            hadamard(x.as<void>(), turned.as<void>(), rows, cols, &butterflies, dtype, columns);
+        }
     Buffer codes(rows), scales(rows * 4);
     centred_factors(codes.as<uint8_t>(), scales.as<float>(), rows, -9);
 }

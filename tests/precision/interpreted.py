@@ -31,9 +31,8 @@ from narrowgauge.precision.backends import (
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.backends.triton.amax import tile_amax
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
-from narrowgauge.precision.backends.triton.both import both_plan, quantize_both
+from narrowgauge.precision.backends.triton.both import BothPlan, quantize_both
 from narrowgauge.precision.backends.triton.device import recording, version
-from narrowgauge.precision.backends.triton.emulated import EmulatedOnGpu
 from narrowgauge.precision.backends.triton.fused import (
     State,
     Step,
@@ -42,8 +41,8 @@ from narrowgauge.precision.backends.triton.fused import (
     gradient_amaxes,
     quantize_gradients,
 )
-from narrowgauge.precision.backends.triton.quantize import quantize_fused, quantize_plan
-from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
+from narrowgauge.precision.backends.triton.quantize import NO_NOISE, QuantizePlan, quantize_fused
+from narrowgauge.precision.backends.triton.quantizer import EmulatedOnGpu, Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
@@ -302,13 +301,13 @@ def test_blocks_change_no_bits(size: BlockSize) -> None:
     for spec, transform in ((MXFP8, None), (NVFP4, Hadamard()), (OperandSpec(format=E4M3), None), (row, None)):
         x = torch.randn(70, 150, generator=torch.Generator().manual_seed(size.elements))
         for of in (x, x.mT):
-            plan = quantize_plan(of, -1, spec, False, None, transform, size, values=False)
+            plan = QuantizePlan(of, -1, spec, False, NO_NOISE, transform, size, values=False)
             y = of if transform is None else transform.left(of)
-            made = plan.run(of, None, None, None, None, None)
+            made = plan.run(of, None, None, None, NO_NOISE, None)
             assert same(made, quantize(y, spec)), (str(spec), of.stride())
-        both = both_plan(x, -1, spec, False, None, size, values=False)
+        both = BothPlan(x, -1, spec, False, NO_NOISE, size, values=False)
         theirs = [quantize(of, spec) for of in (x, x.mT)]
-        assert all(map(same, both.run(x, None, None, None, None, None), theirs)), str(spec)
+        assert all(map(same, both.run(x, None, None, None, (NO_NOISE, NO_NOISE), None), theirs)), str(spec)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -17,10 +17,10 @@ from narrowgauge.precision.backends.scaled_mm import (
     ARCHITECTURES,
     PRODUCTS,
     SQNR_DB,
+    Multiplication,
     NativeProduct,
     ScaledMM,
     find,
-    multiplication,
 )
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
 from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT4, INT8, NumberFormat, exmy
@@ -60,7 +60,7 @@ EXPECTED: list[tuple[str, dict[str, Any], dict[int, tuple[Any, Any, Any]]]] = [
 
 
 def multiply(product: NativeProduct, a: Quantized, b: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return multiplication(product, a, b, dtype=dtype, fast=False).of(a, b, bias)
+    return Multiplication(product, a, b, dtype=dtype, fast=False).of(a, b, bias)
 
 
 class OneBlock(nn.Module):

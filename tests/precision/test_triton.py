@@ -315,8 +315,8 @@ def test_plans_are_made_once_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
     calls(spec)
     planned = len(launch._PLANS)
     assert planned == 4 * 2 * 5
-    monkeypatch.setattr(quantize, "quantize_plan", None)
-    monkeypatch.setattr(both, "both_plan", None)
+    monkeypatch.setattr(quantize, "QuantizePlan", None)
+    monkeypatch.setattr(both, "BothPlan", None)
     calls(spec)
     calls(twin)
     assert len(launch._PLANS) == planned

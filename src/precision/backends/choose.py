@@ -5,18 +5,17 @@ A choice is made once, when shapes are known, and stands in ``plan.txt`` with th
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
 from ..spec import GemmSpec
+from ..suggest import close
 from .cpu.quantizer import Cpu
 from .interface import Backend, Product, Quantizer, Shape
 from .reference import Emulated, Reference
 from .scaled_mm import ScaledMM
-from .triton.emulated import EmulatedOnGpu
-from .triton.quantizer import Triton
+from .triton.quantizer import EmulatedOnGpu, Triton
 
 _CPU, _TRITON, _PLAIN = Cpu(), Triton(), Reference()
 # Native products read scales by column.
@@ -44,9 +43,7 @@ def require_backend(name: str) -> None:
     """Raises ValueError, with the close matches, unless ``name`` is ``auto`` or that of a backend."""
     names = list(dict.fromkeys(["auto", *(backend.name for backend in ORDER)]))
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no backend named {name!r}{hint}; there are: {', '.join(names)}")
+        raise ValueError(f"no backend named {name!r}{close(name, names)}; there are: {', '.join(names)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,25 +59,24 @@ class NativeProduct:
         multiples: of m, n and k; what is less is padded.
         outputs: dtypes that it rounds its sums to.
         bias: whether it adds one itself (to outputs of 16 bits).
-        fast: whether sums of less than FP32 can be asked for.
+        fast: whether sums of less than FP32 can be asked for; torch refuses them otherwise.
         hint: what to do where an architecture lacks it.
     """
 
     name: str
     scales: Granularity
     pairs: frozenset[tuple[NumberFormat, NumberFormat]]
-    architectures: tuple[int, ...]
-    multiples: tuple[int, int, int]
-    outputs: tuple[torch.dtype, ...]
-    bias: bool
-    fast: bool
+    architectures: tuple[int, ...] = (89, 90, 100, 120)
+    multiples: tuple[int, int, int] = (1, 16, 16)
+    outputs: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    bias: bool = False
+    fast: bool = False
     hint: str = ""
 
 
 FAST_BY_DEFAULT = (89, 90)
 """Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
 ARCHITECTURES = {89: "Ada", 90: "Hopper", 100: "Blackwell, data centre", 120: "Blackwell, GeForce and RTX PRO"}
-_ALL = (torch.bfloat16, torch.float16, torch.float32)
 _E4M3 = (E4M3, E4M3)
 _FP8 = frozenset({_E4M3, (E5M2, E4M3), (E4M3, E5M2)})  # E5M2 times E5M2 is in no hardware
 
@@ -86,9 +85,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         name="tensor-wise FP8",
         scales=Granularity.TENSOR,
         pairs=_FP8,
-        architectures=(89, 90, 100, 120),
-        multiples=(1, 16, 16),
-        outputs=_ALL,
         bias=True,
         fast=True,
     ),
@@ -96,8 +92,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         name="row-wise FP8",
         scales=Granularity.ROW,
         pairs=frozenset({_E4M3, (E5M2, E4M3)}),
-        architectures=(89, 90, 100, 120),
-        multiples=(1, 16, 16),
         outputs=(torch.bfloat16,),
         bias=True,
         fast=True,
@@ -106,10 +100,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         name="tensor-wise FP8, rows scaled afterwards",
         scales=Granularity.ROW_AFTERWARDS,
         pairs=_FP8,
-        architectures=(89, 90, 100, 120),
-        multiples=(1, 16, 16),
-        outputs=_ALL,
-        bias=False,
         fast=True,
     ),
     NativeProduct(
@@ -118,9 +108,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         pairs=frozenset({_E4M3}),
         architectures=(90,),
         multiples=(128, 128, 128),
-        outputs=_ALL,
-        bias=False,
-        fast=False,  # torch refuses them
         hint="; on sm_100 and sm_120 such scales must be powers of two (pow2=true), to be multiplied as MXFP8",
     ),
     NativeProduct(
@@ -129,9 +116,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         pairs=frozenset({_E4M3}),
         architectures=(100, 120),
         multiples=(1, 16, 32),
-        outputs=_ALL,
-        bias=False,
-        fast=False,
     ),
     NativeProduct(
         name="NVFP4",
@@ -139,9 +123,6 @@ PRODUCTS: tuple[NativeProduct, ...] = (
         pairs=frozenset({(E2M1, E2M1)}),
         architectures=(100, 120),
         multiples=(1, 16, 32),
-        outputs=_ALL,
-        bias=False,
-        fast=False,
     ),
 )
 
@@ -213,7 +194,7 @@ class ScaledMM:
                 raise ValueError(f"{a.spec} x {b.spec}: {product}")
             if len(_CALLS) >= MAX_CALLS:
                 _CALLS.clear()
-            known = _CALLS[key] = multiplication(product, a, b, dtype=dtype, fast=self.fast)
+            known = _CALLS[key] = Multiplication(product, a, b, dtype=dtype, fast=self.fast)
         return known.of(a, b, bias)
 
     def note(self, gemm: GemmSpec) -> str:
@@ -292,51 +273,23 @@ def _carrier(format: NumberFormat, product: NativeProduct) -> NumberFormat | Non
     return None
 
 
-def multiplication(
-    product: NativeProduct, a: Quantized, b: Quantized, *, dtype: torch.dtype, fast: bool
-) -> Multiplication:
-    """The product of operands of these specs and shapes. ``fast``: with fast sums, if it has them."""
-    sizes = a.shape[0], b.shape[0], a.shape[1]
-    m, n, k = (round_up(size, by) for size, by in zip(sizes, product.multiples, strict=True))
-    return Multiplication(
-        product=product,
-        specs=(a.spec, b.spec),
-        sizes=sizes,
-        padded=(m, n),
-        dtype=dtype,
-        fast=fast and product.fast,
-        left=_side(product, a, m, k),
-        right=_side(product, b, n, k),
-    )
-
-
-def _side(product: NativeProduct, q: Quantized, rows: int, k: int) -> Side:
-    carrier = _carrier(q.spec.format, product)
-    assert carrier is not None, "operands that the product was found for"
-    return Side(product.scales, q.spec, carrier, q.shape, rows, k)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Multiplication:
-    """A product of operands of two specs and shapes: all that is known before there are codes.
+    """A product of operands of the specs and shapes of a and b: all that is known before there are codes.
 
-    Args:
-        specs: of the operands, held because their identity is what a product is found by.
-        sizes: m, n, k.
-        padded: m and n as they are computed.
-        dtype: of the output.
-        fast: whether sums are fast.
-        left, right: how the operands are read.
+    ``dtype``: of the output. ``fast``: with fast sums, if the product has them.
     """
 
-    product: NativeProduct
-    specs: tuple[OperandSpec, OperandSpec]
-    sizes: tuple[int, int, int]
-    padded: tuple[int, int]
-    dtype: torch.dtype
-    fast: bool
-    left: Side
-    right: Side
+    def __init__(self, product: NativeProduct, a: Quantized, b: Quantized, *, dtype: torch.dtype, fast: bool) -> None:
+        self.product, self.dtype, self.fast = product, dtype, fast and product.fast
+        self.specs = a.spec, b.spec  # held because their identity is what a product is found by
+        self.sizes = a.shape[0], b.shape[0], a.shape[1]
+        m, n, k = (round_up(size, by) for size, by in zip(self.sizes, product.multiples, strict=True))
+        self.padded = m, n
+        left, right = _carrier(a.spec.format, product), _carrier(b.spec.format, product)
+        assert left is not None, "operands that the product was found for"
+        assert right is not None, "operands that the product was found for"
+        self.left = Side(product.scales, a.spec, left, a.shape, m, k)
+        self.right = Side(product.scales, b.spec, right, b.shape, n, k)
 
     def of(self, a: Quantized, b: Quantized, bias: Tensor | None) -> Tensor:
         """y [m, n]; ``bias`` [n] in any dtype."""

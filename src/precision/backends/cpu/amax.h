@@ -164,39 +164,6 @@ float amax_of_butterflies(const T* x, int64_t rows, int64_t cols, const float* s
     return as_float(uint32_t(result));
 }
 
-// out [cols, rows / wide]: the amaxes of tiles as round_columns has them. Rounding is monotone: that of the largest will
-// do. A ragged last group of rows is not transformed.
-template <typename T>
-void amax_butterflies(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide, const Butterflies& butterflies) {
-    const int64_t grid_cols = (rows + wide - 1) / wide, span = std::max(wide, DEPTH), step = std::min(wide, DEPTH);
-    const int64_t size = butterflies.size, whole = rows / size * size;
-#pragma omp parallel for schedule(static)
-    for (int64_t start = 0; start < rows; start += span)
-        for (int64_t col = 0; col < cols; col += PAIR) {
-            Floats blocks[2][DEPTH];
-            Ints tops[2] = {};
-            for (int64_t first = start; first < std::min(rows, start + span); first += DEPTH) {
-                load_block<false>(x, rows, cols, first, DEPTH, col, butterflies, blocks);
-                for (int64_t n = 0; n < 2 * DEPTH; n += step) {
-                    const int64_t half = n / DEPTH, i = n % DEPTH;
-                    if (first + i >= rows) continue;
-                    Ints plain = {}, transformed = {}, &top = tops[half];
-                    for (int64_t k = i; k < i + step; ++k) {
-                        const Ints magnitude = Ints(blocks[half][k]) & 0x7fffffff;
-                        Ints& most = first + k < whole ? transformed : plain;
-                        most = larger(most, magnitude);
-                    }
-                    transformed = Ints(finished<T>(Floats(transformed), butterflies.factor));
-                    top = larger(larger(wide < DEPTH ? Ints{} : top, plain), transformed);
-                    float lanes[LANES];
-                    std::memcpy(lanes, &top, sizeof lanes);
-                    for (int64_t lane = 0, at = col + half; lane < LANES && at < cols; ++lane, at += 2)
-                        out[at * grid_cols + (first + i) / wide] = lanes[lane];
-                }
-            }
-        }
-}
-
 // out [cols, rows / wide]: the amaxes of tiles as round_columns has them, 16 tiles of a column at a time.
 template <typename T>
 void amax_columns(const T* x, float* out, int64_t rows, int64_t cols, int64_t wide) {

@@ -40,9 +40,8 @@ inline Floats finished(Floats v, float factor) {
     return rounded_to(v * factor, static_cast<const T*>(nullptr));
 }
 
-// `depth` rows, from `row` on, of the 32 columns from `col` on; zeros where there is nothing. Transformed, and
-// `finished` if FINISH.
-template <bool FINISH, typename T>
+// `depth` rows, from `row` on, of the 32 columns from `col` on, transformed; zeros where there is nothing.
+template <typename T>
 [[gnu::noinline]] void load_block(const T* x, int64_t rows, int64_t cols, int64_t row, int64_t depth, int64_t col,
                                   const Butterflies& butterflies, Floats (*blocks)[DEPTH]) {
     const int64_t height = std::min(depth, rows - row), width = cols - col;
@@ -74,8 +73,7 @@ template <bool FINISH, typename T>
             }
             sixteen_butterflies(group, butterflies.signs);
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k)
-                block[i + k] = FINISH ? finished<T>(group[k], butterflies.factor) : group[k];
+            for (int k = 0; k < 16; ++k) block[i + k] = finished<T>(group[k], butterflies.factor);
         }
         for (int64_t i = 0; size && size != 16 && i + size <= height; i += size) {
             Floats* group = block + i;
@@ -87,20 +85,21 @@ template <bool FINISH, typename T>
                         group[k] = u + v;
                         group[k + stride] = u - v;
                     }
-            for (int64_t k = 0; FINISH && k < size; ++k) group[k] = finished<T>(group[k], butterflies.factor);
+            for (int64_t k = 0; k < size; ++k) group[k] = finished<T>(group[k], butterflies.factor);
         }
     }
 }
 
 template <typename T>
-void hadamard_rows(const T* x, T* out, int64_t rows, int64_t cols, const float* signs, int64_t size, float factor) {
-    const int64_t whole = cols / size * size;
+void hadamard_rows(const T* x, T* out, int64_t rows, int64_t cols, const Butterflies& butterflies) {
+    const int64_t size = butterflies.size, complete = cols / size * size;
+    const float *signs = butterflies.signs, factor = butterflies.factor;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const T* line = x + row * cols;
         T* target = out + row * cols;
         alignas(64) float block[128], other[128];
-        for (int64_t start = 0; start < whole; start += size) {
+        for (int64_t start = 0; start < complete; start += size) {
             for (int64_t i = 0; i < size; ++i) block[i] = widen(line[start + i]) * signs[i];
             for (int64_t stride = 1; stride < size; stride *= 2) {
                 for (int64_t i = 0; i < size; i += 2 * stride)
@@ -113,7 +112,7 @@ void hadamard_rows(const T* x, T* out, int64_t rows, int64_t cols, const float* 
             }
             for (int64_t i = 0; i < size; ++i) narrow(block[i] * factor, target + start + i);
         }
-        std::memcpy(target + whole, line + whole, (cols - whole) * sizeof(T));
+        std::memcpy(target + complete, line + complete, (cols - complete) * sizeof(T));
     }
 }
 
@@ -157,7 +156,7 @@ void hadamard_columns(const T* x, T* out, int64_t rows, int64_t cols, const Butt
     for (int64_t row = 0; row < rows; row += DEPTH)
         for (int64_t col = 0; col < cols; col += PAIR) {
             Floats blocks[2][DEPTH];
-            load_block<true>(x, rows, cols, row, DEPTH, col, butterflies, blocks);
+            load_block(x, rows, cols, row, DEPTH, col, butterflies, blocks);
             Words words[2][DEPTH];
             std::memcpy(words, blocks, sizeof words);
             store_block<IN_A_WORD, IN_A_WORD == 2>(words, std::min(DEPTH, rows - row), cols - col,

@@ -31,24 +31,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _ROWS_OF_A_PART = 64  # of a tensor's amax: what one thread takes at a time
 _LANES, _DEPTH = 16, 128  # of vectors.h and hadamard.h
 _TENSOR, _RCEIL, _TWO_LEVEL = 1, 2, 3  # of scales.h
-_NO_NOISE = ctypes.byref(c_noise(None))
+_NO_NOISE, _NO_BUTTERFLIES = ctypes.byref(c_noise(None)), CButterflies()
+_TRANSFORMED_IN_PASSING = 16  # the size for which quantize_source has butterflies
 
 
 class Cpu(Reference):
-    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel.
-
-    ``transform``: what happens to a matrix first; those that are given then lie in columns.
-    """
+    """The passes of ``precision.quantize`` in C++; plain torch where a dtype or a format has no kernel."""
 
     name = "cpu"
-
-    _butterflies = CButterflies()  # of the class: linears are copied with their quantizers, and pointers cannot be
-
-    def __init__(self, transform: Hadamard | None = None) -> None:
-        if transform is not None:
-            self._signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
-            pointer = native.pointer(self._signs)
-            self._butterflies = CButterflies(transform.size, 1 / math.sqrt(transform.size), pointer)
 
     def why_not(self, gemm: GemmSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -63,17 +53,19 @@ class Cpu(Reference):
         return None if library() is not None else "no C++ compiler"
 
     def cast(self, x: Tensor, cast: Cast) -> Quantized | Prepared:
-        spec, amax, noise, transform, passes = cast.spec, cast.amax, one_noise(cast), cast.transform, self
-        compares = isinstance(spec.scale, TwoLevel) and spec.scale.four_over_six is not None  # what it makes with x
-        if knows_transform(transform) and _in_columns(x, spec.tile) and _rounds(spec) and not compares:
-            passes = _after(transform)
+        spec, amax, noise, transform = cast.spec, cast.amax, one_noise(cast), cast.transform
+        in_passing = None
+        if knows_transform(transform) and transform.size == _TRANSFORMED_IN_PASSING and _in_columns(x, spec.tile):
+            in_passing = transform
         elif transform is not None:
             x = self.transformed(transform, x, left=cast.left)
         check(x, spec, amax, noise)
-        made = passes.at_once(x, spec, amax, noise, cast.codes)
-        if made is not None:
-            return made
-        return (quantize if cast.codes else prepare)(x, spec, amax=amax, noise=noise, passes=passes)
+        result = self._in_one_call(x, spec, amax, noise, cast.codes, in_passing)
+        if result is not None:
+            return result
+        if in_passing is not None:
+            x = self.transformed(in_passing, x, left=cast.left)
+        return (quantize if cast.codes else prepare)(x, spec, amax=amax, noise=noise, passes=self)
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
         if not knows_transform(transform) or x.dtype not in _DTYPES:
@@ -81,17 +73,22 @@ class Cpu(Reference):
         columns = not x.is_contiguous() and x.mT.is_contiguous()
         x = x if columns else contiguous(x)
         y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
-        factor = native.real(1 / math.sqrt(transform.size))
         sizes = (native.size(x.shape[0]), native.size(x.shape[1]))
-        arguments = (native.pointer(signs), native.size(transform.size), factor, _dtype(x), ctypes.c_int32(columns))
-        kernels().hadamard(native.pointer(x.mT if columns else x), native.pointer(y), *sizes, *arguments)
+        butterflies = ctypes.byref(_butterflies(transform)[0])
+        source = native.pointer(x.mT if columns else x)
+        kernels().hadamard(source, native.pointer(y), *sizes, butterflies, x.dtype == torch.bfloat16, columns)
         return y
 
-    def at_once(
-        self, x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, codes: bool
+    def _in_one_call(
+        self,
+        x: Tensor,
+        spec: OperandSpec,
+        amax: Tensor | None,
+        noise: Noise | None,
+        codes: bool,
+        transform: Hadamard | None,
     ) -> Quantized | Prepared | None:
-        """``quantize`` or ``prepare`` in one call, scales included.
+        """``quantize`` or ``prepare`` of what the transform makes of x, in one call, scales included.
 
         None where that is not to be had: rules and tiles that have no kernel, and tensors with an amax that is not
         finite.
@@ -107,24 +104,17 @@ class Cpu(Reference):
         outer, inner = x.shape
         tall, wide = spec.tile.extent(outer, inner)
         columns = _in_columns(x, spec.tile)
-        if self._butterflies.size not in (0, 16):
-            return None
         if _DEPTH % wide != 0 if columns else wide % _LANES != 0 and wide < inner:
             return None
         grid = spec.tile.grid(outer, inner)
         stored = torch.empty(grid, dtype=torch.uint8, device="cpu") if codes and ready.kind != _TENSOR else None
-        if not codes:
-            out = torch.empty(outer, inner, dtype=torch.bfloat16, device="cpu")
-        else:
-            out = torch.empty(
-                outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
-            )
+        out = _empty_codes(spec, x.shape) if codes else torch.empty(x.shape, dtype=torch.bfloat16, device="cpu")
         factor = torch.empty((), dtype=torch.float32, device="cpu")
         given = None if amax is None else amax.detach().float().contiguous()  # named: it must outlive the call
         # All of these are contiguous: plain addresses save what native.pointer costs, which shows beside small tensors.
         rows, cols = (inner, outer) if columns else (outer, inner)
-        bf16 = int(x.dtype == torch.bfloat16)
-        source = CSource(x.data_ptr(), rows, cols, tall, wide, bf16, int(columns), self._butterflies)
+        butterflies = _NO_BUTTERFLIES if transform is None else _butterflies(transform)[0]
+        source = CSource(x.data_ptr(), rows, cols, tall, wide, x.dtype == torch.bfloat16, columns, butterflies)
         failed = _quantize_source()(
             ctypes.byref(source),
             ready.rule,
@@ -153,7 +143,7 @@ class Cpu(Reference):
         x = x if _in_columns(x, tile) else contiguous(x)
         part = Tile(min(x.shape[0], _ROWS_OF_A_PART), tile.inner) if tile.outer < 0 else tile
         out = torch.empty(part.grid(*x.shape), dtype=torch.float32, device="cpu")
-        kernels().source_amax(ctypes.byref(self._source(x, part)), native.pointer(out))
+        kernels().source_amax(ctypes.byref(_source(x, part)), native.pointer(out))
         return out.amax(0, keepdim=True) if tile.outer < 0 else out
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
@@ -167,10 +157,7 @@ class Cpu(Reference):
         if not _rounds(spec) or x.numel() == 0:
             return super().encode(x, scales, spec, noise)
         _require_grid(scales, spec.tile, x.shape)
-        outer, inner = x.shape
-        codes = torch.empty(
-            outer, (inner + 1) // 2 if spec.format.bits == 4 else inner, dtype=torch.uint8, device="cpu"
-        )
+        codes = _empty_codes(spec, x.shape)
         readable, tile = self._readable(x, spec.tile), spec.tile
         if not _in_vectors(readable, tile):  # several tiles in a vector: torch multiplies by their scales
             readable, tile = contiguous(scaled(x.float(), scales, tile)), TENSOR
@@ -189,9 +176,7 @@ class Cpu(Reference):
     ) -> Tensor:
         readable = self._readable(x, spec.tile) if _rounds(spec) and x.numel() else x
         if dtype != torch.bfloat16 or readable.numel() == 0 or not _in_vectors(readable, spec.tile):
-            codes = self.encode(x, scales, spec, noise)
-            q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
-            return self.values(q, factors, dtype)
+            return super().rounded(x, scales, factors, spec, noise, dtype)
         _require_grid(scales, spec.tile, x.shape)
         if factors is not None:
             _require_grid(factors, spec.tile, x.shape)
@@ -215,34 +200,18 @@ class Cpu(Reference):
     ) -> None:
         scales = scales.contiguous()  # named: its memory must outlive the call
         factors = None if factors is None else factors.contiguous()
-        source, random = self._source(x, tile), c_noise(noise)
         pointers = map(native.pointer, (scales, factors, out))
-        structures = (ctypes.byref(c_format(format)), ctypes.byref(random))
-        kernels().round_source(ctypes.byref(source), *pointers, *structures, int(out.dtype == torch.bfloat16))
-
-    def _source(self, x: Tensor, tile: Tile) -> CSource:
-        columns = _in_columns(x, tile)
-        if self._butterflies.size and not columns:
-            raise ValueError(f"what is transformed in passing lies in columns, not with strides {x.stride()}")
-        memory = x.mT if columns else x
-        extent = tile.extent(*x.shape)
-        return CSource(
-            native.pointer(memory),
-            *memory.shape,
-            *extent,
-            int(x.dtype == torch.bfloat16),
-            int(columns),
-            self._butterflies,
-        )
+        structures = (ctypes.byref(c_format(format)), ctypes.byref(c_noise(noise)))
+        kernels().round_source(ctypes.byref(_source(x, tile)), *pointers, *structures, out.dtype == torch.bfloat16)
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not _fits(q.spec.format) or dtype not in (torch.float32, torch.bfloat16) or q.codes.numel() == 0:
             return super().values(q, factors, dtype)
         outer, inner = q.stored_shape
-        bytes_of_a_row = (inner + 1) // 2 if q.spec.format.bits == 4 else inner
-        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, bytes_of_a_row):
+        row = _bytes_of_a_row(q.spec, inner)
+        if q.codes.dtype != torch.uint8 or q.codes.shape != (outer, row):
             raise ValueError(
-                f"codes of {q.spec.format} of {[outer, inner]} are uint8 {[outer, bytes_of_a_row]}, "
+                f"codes of {q.spec.format} of {[outer, inner]} are uint8 {[outer, row]}, "
                 f"not {q.codes.dtype} {list(q.codes.shape)}"
             )
         if factors is not None:
@@ -252,7 +221,7 @@ class Cpu(Reference):
         out = torch.empty(outer, inner, dtype=dtype, device="cpu")
         sizes = map(native.size, (outer, inner, *q.spec.tile.extent(outer, inner)))
         pointers = map(native.pointer, (q.codes, factors.contiguous(), out))
-        kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), _dtype(out))
+        kernels().values(*pointers, *sizes, ctypes.byref(c_format(q.spec.format)), dtype == torch.bfloat16)
         return out.mT if q.transposed else out
 
 
@@ -278,8 +247,24 @@ def _quantize_source() -> Callable[..., int]:
 
 
 @functools.cache
-def _after(transform: Hadamard) -> Cpu:
-    return Cpu(transform)
+def _butterflies(transform: Hadamard) -> tuple[CButterflies, Tensor]:
+    """The transform as C++ reads it, and its signs, which must outlive that."""
+    signs = torch.tensor(transform.vector(), dtype=torch.float32, device="cpu")
+    return CButterflies(transform.size, 1 / math.sqrt(transform.size), native.pointer(signs)), signs
+
+
+def _source(x: Tensor, tile: Tile) -> CSource:
+    columns = _in_columns(x, tile)
+    memory, extent, bf16 = x.mT if columns else x, tile.extent(*x.shape), x.dtype == torch.bfloat16
+    return CSource(native.pointer(memory), *memory.shape, *extent, bf16, columns, _NO_BUTTERFLIES)
+
+
+def _bytes_of_a_row(spec: OperandSpec, inner: int) -> int:
+    return (inner + 1) // 2 if spec.format.bits == 4 else inner
+
+
+def _empty_codes(spec: OperandSpec, shape: torch.Size) -> Tensor:
+    return torch.empty(shape[0], _bytes_of_a_row(spec, shape[1]), dtype=torch.uint8, device="cpu")
 
 
 def _rule(spec: OperandSpec, dtype: torch.dtype) -> CRule | None:
@@ -287,7 +272,7 @@ def _rule(spec: OperandSpec, dtype: torch.dtype) -> CRule | None:
     rule, element = spec.scale, spec.format
     if not _rounds(spec) or not knows_rule(rule) or operand_dtype(spec) != torch.bfloat16:
         return None
-    common = {"inverse_max": _inverse(element.max), "tiny_exponent": element.tiny_exponent}
+    common = {"inverse_max": 1 / element.max, "tiny_exponent": element.tiny_exponent}
     if type(rule) is Fp32 and spec.tile == TENSOR:
         limit = torch.finfo(dtype).max if rule.input_max and dtype != torch.float64 else FP32_MAX
         top = element.max * 2.0**-rule.margin
@@ -320,16 +305,6 @@ def _fits(format: NumberFormat) -> bool:
         and not format.scales_only
         and format.min_exponent > -100
     )
-
-
-def _dtype(x: Tensor) -> ctypes.c_int32:
-    return ctypes.c_int32(x.dtype == torch.bfloat16)
-
-
-@functools.cache
-def _inverse(value: float) -> float:
-    """1 / value in float32."""
-    return float(1.0 / torch.tensor([value], dtype=torch.float32, device="cpu"))
 
 
 def _rounds(spec: OperandSpec) -> bool:

@@ -33,13 +33,9 @@ def computed(x: Tensor | Hidden, transform: Hadamard | None) -> Tensor:
     return y if transform is None else transform.left(y)
 
 
-def signs_of(transform: Hadamard | None, device: torch.device) -> Tensor | None:
-    return None if transform is None else _sign_vector(transform, device)
-
-
 @functools.cache
-def _sign_vector(transform: Hadamard, device: torch.device) -> Tensor:
-    return torch.tensor(transform.vector(), dtype=torch.float32, device=device)
+def signs_of(transform: Hadamard | None, device: torch.device) -> Tensor | None:
+    return None if transform is None else torch.tensor(transform.vector(), dtype=torch.float32, device=device)
 
 
 def amax_launcher(
@@ -72,9 +68,9 @@ def amax_launcher(
         constexprs={
             "ALONG": along,
             "PARTS": parts,
-            **cut.constexprs,
+            "B": cut,
             "HADAMARD": transform.size if transform is not None else 0,
-            "HARDWARE": hardware(x.device)["HARDWARE"],
+            "HARDWARE": hardware(x.device).fp8,
         },
         num_warps=cut.num_warps,
         device=x.get_device(),
@@ -96,10 +92,9 @@ def tile_amax(x: Tensor | Hidden, tile: Tile, transform: Hadamard | None = None)
             return tile_amax(x.float(), tile, transform)
         if not known or not near(of, blocks_of(of, tile, transform)):
             return TORCH.amax(computed(x, transform), tile)
-        launcher = amax_launcher(of, along, tile, transform)
-        shared = launcher.constexprs["FULL_R"] or launcher.constexprs["FULL_C"]  # by many blocks
+        allocate = torch.zeros if min(tile) < 0 else torch.empty  # many blocks share a tile, or none do
         grid, signs = tile.grid(*of.shape), signs_of(transform, of.device)
-        plan = remember(key, (launcher, torch.zeros if shared else torch.empty, grid, signs))
+        plan = remember(key, (amax_launcher(of, along, tile, transform), allocate, grid, signs))
     launcher, allocate, grid, signs = plan
     out = allocate(grid, dtype=torch.int32, device=of.device)
     start(launcher, of, up, d, out, None, signs)

@@ -22,7 +22,11 @@ MAX_TILE = 128 * 128  # elements that one program holds
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Blocks of a matrix and the tiles in them; names as in the kernels."""
+    """Blocks [block_r, block_c] of a matrix and the tiles [tall, wide] in them: powers of two, constants of kernels.
+
+    A tile that spans all rows or columns of the matrix (full_r, full_c) is as large as the block here; its index in its
+    grid is 0.
+    """
 
     tall: int
     wide: int
@@ -32,17 +36,6 @@ class Blocks:
     block_c: int
     fused: bool  # every tile lies in one block
     warps: int = 0  # 0: by the number of elements
-
-    @property
-    def constexprs(self) -> dict[str, Any]:
-        return {
-            "TALL": self.tall,
-            "WIDE": self.wide,
-            "FULL_R": self.full_r,
-            "FULL_C": self.full_c,
-            "BLOCK_R": self.block_r,
-            "BLOCK_C": self.block_c,
-        }
 
     @property
     def num_warps(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .blocks import CANDIDATES, Blocks, BlockSize, blocks, near, tuned
 from .device import programs, runs_on
 from .launch import Launcher, number, recall, remember, start
 from .quantize import NoiseParts, Output, kind_of, noise_parts, scalar
-from .specs import DTYPES, constants, lacking, takes_tensor_amax, values_fit
+from .specs import DTYPES, lacking, takes_tensor_amax, values_fit
 
 
 def quantize_both(
@@ -45,7 +45,8 @@ def quantize_both(
     of, up, d, along = sources(x)
     if not runs_on(of.device):
         return None
-    parts = None if noise is None else (noise_parts(noise[0], of.device), noise_parts(noise[1], of.device))
+    first, second = noise or (None, None)
+    parts = noise_parts(first, of.device), noise_parts(second, of.device)
     key = (
         "both",
         values,
@@ -57,7 +58,8 @@ def quantize_both(
         up is None,
         along,
         amax is None,
-        None if parts is None else (parts[0].kind, parts[1].kind),
+        parts[0].kind,
+        parts[1].kind,
         note is None,
         by_column,
     )
@@ -70,14 +72,14 @@ def quantize_both(
             return None
         if amax is not None and (not takes_tensor_amax(spec) or amax.numel() != 1):
             raise ValueError(f"{spec} in both directions takes no amax but that of the tensor")
-        if parts is not None:
-            assert replace(parts[0], transposed=not parts[0].transposed).kind == parts[1].kind, "noise of both"
+        if noise is not None:
+            assert parts[1].kind == (not parts[0].transposed, *parts[0].kind[1:]), "noise of both"
         if not near(of, _cut(of, spec, max(CANDIDATES)), both=True):
             return None
 
         def planned(size: BlockSize | None) -> BothPlan:
-            first = None if parts is None else parts[0]
-            return both_plan(of, along, spec, amax is not None, first, size, values=values, by_column=by_column)
+            known = amax is not None
+            return BothPlan(of, along, spec, known, parts[0], size, values=values, by_column=by_column)
 
         kind = kind_of("both", of, spec, None, values)
         plan = remember(key, tuned(kind, of.device, planned, of, up, d, amax, parts, note))
@@ -95,17 +97,55 @@ def _cut(x: Tensor, spec: OperandSpec, size: BlockSize | None) -> Blocks:
     """Squares, which a transpose leaves as they are."""
     elements, warps = size or (0, 0)
     side = max(2 * BOTH_SIDE if elements > BOTH_SIDE * BOTH_SIDE else BOTH_SIDE, spec.tile.inner)
-    return replace(blocks(spec.tile, *x.shape), block_r=side, block_c=side, warps=warps)
+    cut = blocks(spec.tile, *x.shape)
+    tall, wide = side if cut.full_r else cut.tall, side if cut.full_c else cut.wide
+    return replace(cut, tall=tall, wide=wide, block_r=side, block_c=side, warps=warps)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class BothPlan:
     """The launches of ``quantize_both``, ready but for their tensors; as ``QuantizePlan``."""
 
-    outputs: tuple[Output, Output]
-    tensor_amax: Launcher | None
-    tile_amaxes: Launcher | None
-    write: Launcher
+    def __init__(
+        self,
+        x: Tensor,
+        along: int,
+        spec: OperandSpec,
+        amax_given: bool,
+        noise: NoiseParts,
+        size: BlockSize | None,
+        *,
+        values: bool,
+        by_column: bool = False,
+    ) -> None:
+        """x and ``along``: of ``sources``; ``noise``: that of x."""
+        from .kernels import quantize_both_kernel
+
+        cut, (rows, cols), device = _cut(x, spec, size), x.shape, x.device
+        per_tensor, per_row = spec.tile == TENSOR, spec.tile == Tile(1, -1)
+        find_tensor = not amax_given and takes_tensor_amax(spec)
+        self.tensor_amax = amax_launcher(x, along, TENSOR, parts=True) if find_tensor else None
+        self.tile_amaxes = amax_launcher(x, along, spec.tile, columns=True) if per_row else None
+        row = Output(spec, (rows, cols), device, values=values, by_column=by_column)
+        column = Output(spec, (cols, rows), device, values=values, by_column=by_column)
+        self.outputs = row, column
+        given = per_row or (per_tensor and spec.scale.levels == 1)
+        parts = self.tensor_amax.programs if self.tensor_amax is not None else 1
+        self.write = Launcher(
+            kernel=quantize_both_kernel,
+            programs=programs(cut.programs(rows, cols), cut.num_warps, device),
+            numbers=(
+                *(rows, cols, *x.stride(), row.codes[1], row.grid[1], column.codes[1], column.grid[1]),
+                noise.rows_of_a_sample,
+            ),
+            constexprs={
+                "ALONG": along,
+                "TRANSPOSED_NOISE": noise.transposed,
+                "Q": row.quantization(x, given=given, parts=parts),
+                "B": cut,
+            },
+            num_warps=cut.num_warps,
+            device=x.get_device(),
+        )
 
     def run(
         self,
@@ -113,7 +153,7 @@ class BothPlan:
         up: Tensor | None,
         d: Tensor | None,
         amax: Tensor | None,
-        noise: tuple[NoiseParts, NoiseParts] | None,
+        noise: tuple[NoiseParts, NoiseParts],
         note: Tensor | None,
     ) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared]:
         row, column = self.outputs
@@ -132,14 +172,11 @@ class BothPlan:
             codes_t, scales_t = column.allocate()[0], None
         else:
             codes_t, scales_t = column.allocate()[:2]
-        first, second = noise if noise is not None else (None, None)
+        first, second = noise
         start(
             self.write,
             *(x, up, d, codes, scales, codes_t, scales_t, of_rows, of_columns, amax, tensor_scale, note),
-            None if first is None else first.key,
-            None if second is None else second.key,
-            None if first is None else first.step,
-            None if first is None else first.first,
+            *(first.key, second.key, first.step, first.first),
         )
         # What both have is one tensor, not two views: compiled code takes two for memory of their own.
         tensor_scale = scalar(tensor_scale)
@@ -147,55 +184,3 @@ class BothPlan:
             scales = scalar(scales)
         other = scales if scales_t is None else scales_t
         return row.result(codes, scales, tensor_scale), column.result(codes_t, other, tensor_scale)  # type: ignore[return-value]
-
-
-def both_plan(
-    x: Tensor,
-    along: int,
-    spec: OperandSpec,
-    amax_given: bool,
-    noise: NoiseParts | None,
-    size: BlockSize | None,
-    *,
-    values: bool,
-    by_column: bool = False,
-) -> BothPlan:
-    """x and ``along``: of ``sources``; ``noise``: that of x."""
-    from .kernels import quantize_both_kernel
-
-    cut, (rows, cols), device = _cut(x, spec, size), x.shape, x.device
-    per_tensor, per_row = spec.tile == TENSOR, spec.tile == Tile(1, -1)
-    find_tensor = not amax_given and takes_tensor_amax(spec)
-    tensor_amax = amax_launcher(x, along, TENSOR, parts=True) if find_tensor else None
-    row, column = (
-        Output(spec=spec, shape=shape, device=device, values=values, by_column=by_column)
-        for shape in ((rows, cols), (cols, rows))
-    )
-    return BothPlan(
-        outputs=(row, column),
-        tensor_amax=tensor_amax,
-        tile_amaxes=amax_launcher(x, along, spec.tile, columns=True) if per_row else None,
-        write=Launcher(
-            kernel=quantize_both_kernel,
-            programs=programs(cut.programs(rows, cols), cut.num_warps, device),
-            numbers=(
-                *(rows, cols, *x.stride(), row.codes[1], row.grid[1], column.codes[1], column.grid[1]),
-                noise.rows_of_a_sample if noise is not None else 1,
-            ),
-            constexprs={
-                "ALONG": along,
-                **constants(spec, x.dtype, device),
-                "TRANSPOSED_NOISE": noise is not None and noise.transposed,
-                "GIVEN": per_row or (per_tensor and spec.scale.levels == 1),
-                "PARTS": tensor_amax.programs if tensor_amax is not None else 1,
-                "VALUES": row.value_kind,
-                "BY_COLUMN": row.by_column,
-                "WIDE": cut.block_c if per_tensor or per_row else spec.tile.inner,
-                "FULL_R": per_tensor,
-                "FULL_C": per_tensor or per_row,
-                "BLOCK": cut.block_c,
-            },
-            num_warps=cut.num_warps,
-            device=x.get_device(),
-        ),
-    )

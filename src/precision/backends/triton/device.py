@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,13 +79,20 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def hardware(device: torch.device) -> dict[str, bool]:
-    """Which conversion instructions a device has: FP8 from Ada on, FP4 from Blackwell on.
+class Hardware(NamedTuple):
+    """Which conversion instructions a device has."""
+
+    fp8: bool
+    e2m1: bool
+
+
+def hardware(device: torch.device) -> Hardware:
+    """FP8 from Ada on, FP4 from Blackwell on.
 
     Before triton 3.9 not FP8 on Ada, where it casts to FP16 on the way: values would be rounded twice.
     """
     fp8 = (8, 9) if version() >= (3, 9) else (9, 0)
-    return {"HARDWARE": capability(device) >= fp8, "E2M1_HARDWARE": capability(device) >= (10, 0)}
+    return Hardware(fp8=capability(device) >= fp8, e2m1=capability(device) >= (10, 0))
 
 
 MULTIPROCESSORS = {(8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 188}

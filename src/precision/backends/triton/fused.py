@@ -22,7 +22,7 @@ from .blocks import Blocks, blocks_of
 from .device import hardware, runs_on
 from .launch import launch
 from .quantize import Output, noise_parts
-from .specs import ROUNDINGS, Grid, Rule, constants, format_fits, grid_of, lacking, rule_of
+from .specs import ROUNDINGS, Grid, Rule, format_fits, grid_of, lacking, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +95,22 @@ class Step:
     decay: float
     t: float
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - groups of parameters share them, and a step holds numbers alone
     def scalars(self) -> dict[str, float]:
         """Raises ValueError for a beta1 at which torch interpolates otherwise than the kernel."""
-        return _scalars(self)
-
-
-@functools.lru_cache(maxsize=8)  # groups of parameters share them
-def _scalars(step: Step) -> dict[str, float]:
-    beta1, beta2 = step.betas
-    if not 0.5 < beta1 < 1:
-        raise ValueError(f"beta1 is above 0.5 and below 1, not {beta1}: torch interpolates otherwise below")
-    exact = {
-        "lerp": 1 - beta1,
-        "beta2": beta2,
-        "square": 1 - beta2,
-        "correction": (1 - beta2**step.t) ** 0.5,
-        "eps": step.eps,
-        "step": -step.lr / (1 - beta1**step.t),
-        "decay": 1 - step.lr * step.decay,
-    }
-    return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
+        beta1, beta2 = self.betas
+        if not 0.5 < beta1 < 1:
+            raise ValueError(f"beta1 is above 0.5 and below 1, not {beta1}: torch interpolates otherwise below")
+        exact = {
+            "lerp": 1 - beta1,
+            "beta2": beta2,
+            "square": 1 - beta2,
+            "correction": (1 - beta2**self.t) ** 0.5,
+            "eps": self.eps,
+            "step": -self.lr / (1 - beta1**self.t),
+            "decay": 1 - self.lr * self.decay,
+        }
+        return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
 
 
 def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
@@ -180,7 +176,7 @@ def adamw(
         AMAX_ONLY=amax_only,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        HARDWARE=hardware(grad.device)["HARDWARE"],
+        HARDWARE=hardware(grad.device).fp8,
         num_warps=4,
     )
 
@@ -207,8 +203,8 @@ def gradient_amaxes(gradients: Gradients, tile: Tile, transform: Hadamard | None
         *(amaxes[0], amaxes[1], *dh.shape, *dh.stride(), *grid),
         ALONG=gradients.along if gradients.d is not None else -1,
         HADAMARD=transform.size if transform is not None else 0,
-        HARDWARE=hardware(dh.device)["HARDWARE"],
-        **cut.constexprs,
+        HARDWARE=hardware(dh.device).fp8,
+        B=cut,
         num_warps=2 * cut.num_warps,
     )
     dgate, dup = amaxes.view(torch.float32)
@@ -246,29 +242,26 @@ def quantize_gradients(
         given = (None, None) if cut.fused else gradient_amaxes(gradients, spec.tile, transform)
     elif levels and amaxes is None and not cut.fused:
         given = gradient_amaxes(gradients, spec.tile, transform)
-    output = Output(spec=spec, shape=(dh.shape[0], dh.shape[1]), device=dh.device, values=False, by_column=by_column)
+    output = Output(spec, (dh.shape[0], dh.shape[1]), dh.device, values=False, by_column=by_column)
     tensors = [output.allocate() for _ in range(2)]
-    parts = [None if noise is None else noise_parts(noise, dh.device) for noise in noises or (None, None)]
+    parts = [noise_parts(noise, dh.device) for noise in noises or (None, None)]
     pointers: list[Tensor | None] = []
     for (codes, scales, tensor_scale), tiles, tensor, part in zip(tensors, given, tops, parts, strict=True):
         of_tiles, of_tensor = (None, tiles) if spec.tile == TENSOR else (tiles, tensor)
         known = [None if amax is None else amax.float().contiguous() for amax in (of_tiles, of_tensor)]
-        pointers += [codes, scales, *known, tensor_scale, None if part is None else part.key]
+        pointers += [codes, scales, *known, tensor_scale, part.key]
     shared = parts[0]
     launch(
         swiglu_backward_kernel,
         cut.programs(*dh.shape),
         *(dh, gradients.gate, gradients.up, gradients.d, signs_of(transform, dh.device)),
         *pointers,
-        *((None, None) if shared is None else (shared.step, shared.first)),
-        *(*dh.shape, *dh.stride(), output.codes[1], *output.grid, 1 if shared is None else shared.rows_of_a_sample),
+        *(shared.step, shared.first),
+        *(*dh.shape, *dh.stride(), output.codes[1], *output.grid, shared.rows_of_a_sample),
         ALONG=gradients.along if gradients.d is not None else -1,
-        **constants(spec, dh.dtype, dh.device),
-        TRANSPOSED_NOISE=noises is not None and noises[0].transposed,
-        GIVEN=given[0] is not None,
-        PARTS=1,
-        BY_COLUMN=output.by_column,
-        **cut.constexprs,
+        TRANSPOSED_NOISE=shared.transposed,
+        Q=output.quantization(dh, given=given[0] is not None),
+        B=cut,
         HADAMARD=transform.size if transform is not None else 0,
         num_warps=2 * cut.num_warps,
     )

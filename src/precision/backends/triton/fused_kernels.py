@@ -198,21 +198,16 @@ def _gradients(
 @triton.jit
 def swiglu_backward_amax_kernel(
     dh, gate, up, d, signs, gate_out, up_out, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Amaxes of tiles of both gradients as bits, over zeros: int32 [grid_rows, grid_cols] each."""
-    blocks_c = tl.cdiv(cols, BLOCK_C)
+    blocks_c = tl.cdiv(cols, B.block_c)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
-    dgate, dup = _gradients(
-        dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
-    )  # fmt: skip
-    i = tile_indices(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, FULL_R)[:, None]
-    j = tile_indices(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, FULL_C)[None, :]
-    mask = (i < grid_rows) & (j < grid_cols)
-    tl.atomic_max(gate_out + i * grid_cols + j, tile_amax_bits(dgate, TALL, WIDE), mask=mask, sem="relaxed")
-    tl.atomic_max(up_out + i * grid_cols + j, tile_amax_bits(dup, TALL, WIDE), mask=mask, sem="relaxed")
+    r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
+    dgate, dup = _gradients(dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE)
+    i, j, mask = tile_indices(block_r, block_c, grid_rows, grid_cols, B)
+    tl.atomic_max(gate_out + i * grid_cols + j, tile_amax_bits(dgate, B.tall, B.wide), mask=mask, sem="relaxed")
+    tl.atomic_max(up_out + i * grid_cols + j, tile_amax_bits(dup, B.tall, B.wide), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -221,34 +216,20 @@ def swiglu_backward_kernel(
     gate_codes, gate_scales, gate_amax, gate_tensor_amax, gate_tensor_scale, gate_key,
     up_codes, up_scales, up_amax, up_tensor_amax, up_tensor_scale, up_key,
     step, first, rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr, BY_COLUMN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
-    E2M1_HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of the gradients of gate and up, in one read: arguments as in ``quantize_kernel``, twice."""
-    blocks_c = tl.cdiv(cols, BLOCK_C)
-    gate_encode, gate_decode = tensor_scales(
-        gate_tensor_amax, gate_scales, gate_tensor_scale, R, GIVEN, PARTS, FULL_R, FULL_C, HARDWARE
-    )  # fmt: skip
-    up_encode, up_decode = tensor_scales(
-        up_tensor_amax, up_scales, up_tensor_scale, R, GIVEN, PARTS, FULL_R, FULL_C, HARDWARE
-    )  # fmt: skip
+    blocks_c = tl.cdiv(cols, B.block_c)
+    gate_encode, gate_decode = tensor_scales(gate_tensor_amax, gate_scales, gate_tensor_scale, Q, B)
+    up_encode, up_decode = tensor_scales(up_tensor_amax, up_scales, up_tensor_scale, Q, B)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
-    dgate, dup = _gradients(
-        dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, HARDWARE
-    )  # fmt: skip
+    r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
+    dgate, dup = _gradients(dh, gate, up, d, signs, r, c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, Q.hardware)
     write_block(
         dgate, gate_encode, gate_decode, gate_codes, gate_scales, gate_amax, gate_key, step, first,
-        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, BY_COLUMN, TALL, WIDE, FULL_R, FULL_C, BLOCK_R, BLOCK_C,
-        HARDWARE, E2M1_HARDWARE,
+        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample, TRANSPOSED_NOISE, Q, B,
     )  # fmt: skip
     write_block(
         dup, up_encode, up_decode, up_codes, up_scales, up_amax, up_key, step, first,
-        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-        F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, False, BY_COLUMN, TALL, WIDE, FULL_R, FULL_C, BLOCK_R, BLOCK_C,
-        HARDWARE, E2M1_HARDWARE,
+        block_r, block_c, rows, cols, bytes_c, grid_rows, grid_cols, rows_of_a_sample, TRANSPOSED_NOISE, Q, B,
     )  # fmt: skip

@@ -26,38 +26,31 @@ from .tiles import (
 @triton.jit
 def amax_kernel(
     x, up, d, out, out_t, signs, rows, cols, stride_r, stride_c, grid_rows, grid_cols,
-    ALONG: tl.constexpr, PARTS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr,
-    FULL_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Amaxes of tiles of what ``quantize_kernel`` reads: out, their bits, int32 [grid_rows, grid_cols].
 
     Where a tile has many blocks, ``out`` holds zeros before; with PARTS, it becomes the amax of the matrix in as many
     parts as there are programs: FP32. ``out_t`` int32 [cols], or None: those of columns as well, over zeros.
     """
-    blocks_c = tl.cdiv(cols, BLOCK_C)
+    blocks_c = tl.cdiv(cols, B.block_c)
     largest = tl.program_id(0) * 0
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, B.block_r) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        y = load_block(
-            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
-            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
-        )  # fmt: skip
-        if FULL_R and FULL_C:
+        y = load_block(x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, B, HARDWARE)
+        if B.full_r and B.full_c:
             largest = tl.maximum(largest, block_max(to_bits(y) & MAGNITUDE))
         else:
-            top = tile_amax_bits(y, TALL, WIDE)
-            i = tile_indices(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, FULL_R)[:, None]
-            j = tile_indices(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, FULL_C)[None, :]
-            mask = (i < grid_rows) & (j < grid_cols)
-            if FULL_R or FULL_C:
+            top = tile_amax_bits(y, B.tall, B.wide)
+            i, j, mask = tile_indices(block_r, block_c, grid_rows, grid_cols, B)
+            if B.full_r or B.full_c:
                 tl.atomic_max(out + i * grid_cols + j, top, mask=mask, sem="relaxed")
             else:
                 tl.store(out + i * grid_cols + j, top, mask=mask)
             if out_t is not None:
-                _, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
-                tl.atomic_max(out_t + c, tile_amax_bits(y, BLOCK_R, 1), mask=c < cols, sem="relaxed")
-    if FULL_R and FULL_C:
+                _, c = block_indices(block_r, block_c, B.block_r, B.block_c)
+                tl.atomic_max(out_t + c, tile_amax_bits(y, B.block_r, 1), mask=c < cols, sem="relaxed")
+    if B.full_r and B.full_c:
         if PARTS:
             tl.store(out + tl.program_id(0), from_bits(largest))
         else:
@@ -72,39 +65,30 @@ _SCALARS = ["tensor_amax", "note", "key", "step", "first"]
 def quantize_kernel(
     x, up, d, codes, scales, tile_amax, tensor_amax, tensor_scale, note, signs, key, step, first,
     rows, cols, stride_r, stride_c, bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr, BY_COLUMN: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
-    E2M1_HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of x in one read and one write; with ``up``, of silu(x) * up / d (precision.swiglu.Hidden).
 
-    ``tile_amax`` FP32 [grid_rows, grid_cols] is read if GIVEN; otherwise amaxes are those of the block's tiles, which
-    must lie in it as a whole. ``tensor_amax``, FP32 [PARTS], whose largest is the amax, is read instead where the tile
-    is the tensor, and always by a two-level rule, which writes ``tensor_scale`` FP32 [1]. ``scales``: FP32, or uint8
-    codes, row by row or BY_COLUMN. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with VALUES BF16
-    [rows, cols], of code values (1) or times their tile's scale (2), and ``scales`` is written for a tensor's, or None.
-    ``note`` FP32 [1]: becomes the amax of x if that is larger. ``key``, ``step``, ``first``: as in ``uniform_noise``.
+    ``tile_amax`` FP32 [grid_rows, grid_cols] is read if Q.given; otherwise amaxes are those of the block's tiles, which
+    must lie in it completely. ``tensor_amax``, FP32 [Q.parts], whose largest is the amax, is read instead where the
+    tile is the tensor, and always by a two-level rule, which writes ``tensor_scale`` FP32 [1]. ``scales``: FP32, or
+    uint8 codes, row by row or by column. ``codes``: uint8 [rows, bytes_c], two codes of 4 bits a byte; with Q.values
+    BF16 [rows, cols], and ``scales`` is written for a tensor's, or None. ``note`` FP32 [1]: becomes the amax of x if
+    that is larger. ``key``, ``step``, ``first``: as in ``uniform_noise``.
     """
-    blocks_c = tl.cdiv(cols, BLOCK_C)
-    tensor_encode, tensor_decode = tensor_scales(
-        tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, FULL_R, FULL_C, HARDWARE
-    )
+    blocks_c = tl.cdiv(cols, B.block_c)
+    tensor_encode, tensor_decode = tensor_scales(tensor_amax, scales, tensor_scale, Q, B)
     largest = tl.program_id(0) * 0
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, B.block_r) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
         y = load_block(
-            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
-            ALONG, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
-        )  # fmt: skip
+            x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, HADAMARD, B, Q.hardware
+        )
         if note is not None:
             largest = tl.maximum(largest, block_max(to_bits(y) & MAGNITUDE))
         write_block(
             y, tensor_encode, tensor_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols,
-            bytes_c, grid_rows, grid_cols, rows_of_a_sample,
-            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, FULL_R, FULL_C, BLOCK_R, BLOCK_C,
-            HARDWARE, E2M1_HARDWARE,
+            bytes_c, grid_rows, grid_cols, rows_of_a_sample, TRANSPOSED_NOISE, Q, B,
         )  # fmt: skip
     if note is not None:
         tl.atomic_max(note.to(tl.pointer_type(tl.int32)), largest, sem="relaxed")
@@ -114,42 +98,30 @@ def quantize_kernel(
 def quantize_both_kernel(
     x, up, d, codes, scales, codes_t, scales_t, tile_amax, tile_amax_t, tensor_amax, tensor_scale, note,
     key, key_t, step, first, rows, cols, stride_r, stride_c, bytes_c, grid_c, bytes_r, grid_r, rows_of_a_sample,
-    ALONG: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr, BY_COLUMN: tl.constexpr,
-    WIDE: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr,
-    BLOCK: tl.constexpr, HARDWARE: tl.constexpr, E2M1_HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """What ``quantize_kernel`` makes of x and of its transpose, in one read: tiles of 1 x WIDE, rows, or the tensor.
+    """What ``quantize_kernel`` makes of x and of its transpose, in one read of square blocks.
 
     ``codes``: [rows, bytes_c], ``scales`` [rows, grid_c]; ``codes_t``: [cols, bytes_r], ``scales_t`` [cols, grid_r];
-    scales row by row or BY_COLUMN; that of the tensor is one for both. ``key_t`` is that of the transpose's noise,
+    scales row by row or by column; that of the tensor is one for both. ``key_t`` is that of the transpose's noise,
     whose rows are the columns of the transpose; TRANSPOSED_NOISE: x's own rows are columns of what is counted, and its
     transpose's are not.
     """
-    TALL: tl.constexpr = BLOCK if FULL_R else 1
-    blocks_c = tl.cdiv(cols, BLOCK)
-    tensor_encode, tensor_decode = tensor_scales(
-        tensor_amax, scales, tensor_scale, R, GIVEN, PARTS, FULL_R, FULL_C, HARDWARE
-    )
+    blocks_c = tl.cdiv(cols, B.block_c)
+    tensor_encode, tensor_decode = tensor_scales(tensor_amax, scales, tensor_scale, Q, B)
     largest = tl.program_id(0) * 0
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK) * blocks_c, tl.num_programs(0), disable_licm=True):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, B.block_r) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        y = load_block(
-            x, up, d, None, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, 0, BLOCK, BLOCK, HARDWARE
-        )  # fmt: skip
+        y = load_block(x, up, d, None, block_r, block_c, rows, cols, stride_r, stride_c, ALONG, 0, B, Q.hardware)
         if note is not None:
             largest = tl.maximum(largest, block_max(to_bits(y) & MAGNITUDE))
         write_block(
             y, tensor_encode, tensor_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols,
-            bytes_c, rows, grid_c, rows_of_a_sample,
-            F, R, ROUNDING, TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, FULL_R, FULL_C, BLOCK, BLOCK,
-            HARDWARE, E2M1_HARDWARE,
+            bytes_c, rows, grid_c, rows_of_a_sample, TRANSPOSED_NOISE, Q, B,
         )  # fmt: skip
         write_block(
             tl.trans(y), tensor_encode, tensor_decode, codes_t, scales_t, tile_amax_t, key_t, step, first,
-            block_c, block_r, cols, rows, bytes_r, cols, grid_r, rows_of_a_sample,
-            F, R, ROUNDING, not TRANSPOSED_NOISE, GIVEN, VALUES, BY_COLUMN, TALL, WIDE, FULL_R, FULL_C, BLOCK, BLOCK,
-            HARDWARE, E2M1_HARDWARE,
+            block_c, block_r, cols, rows, bytes_r, cols, grid_r, rows_of_a_sample, not TRANSPOSED_NOISE, Q, B,
         )  # fmt: skip
     if note is not None:
         tl.atomic_max(note.to(tl.pointer_type(tl.int32)), largest, sem="relaxed")
@@ -157,18 +129,14 @@ def quantize_both_kernel(
 
 @triton.jit
 def hadamard_kernel(
-    x, out, signs, rows, cols, stride_r, stride_c,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
+    x, out, signs, rows, cols, stride_r, stride_c, B: tl.constexpr, HADAMARD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, cols], contiguous: the transform of x in its dtype; for BF16 its bits as int16."""
-    blocks_c = tl.cdiv(cols, BLOCK_C)
+    blocks_c = tl.cdiv(cols, B.block_c)
     block_r, block_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
-    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
-    y = load_block(
-        x, None, None, signs, block_r, block_c, rows, cols, stride_r, stride_c,
-        -1, HADAMARD, BLOCK_R, BLOCK_C, HARDWARE,
-    )  # fmt: skip
-    place, mask = block_pointers(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), (r < rows) & (c < cols)
+    r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
+    y = load_block(x, None, None, signs, block_r, block_c, rows, cols, stride_r, stride_c, -1, HADAMARD, B, HARDWARE)
+    place, mask = block_pointers(out, block_r, block_c, cols, 1, B.block_r, B.block_c), (r < rows) & (c < cols)
     if out.dtype.element_ty == tl.int16:
         tl.store(place, (to_bits(y) >> 16).to(tl.int16), mask=mask)  # already rounded to BF16
     else:
@@ -192,40 +160,37 @@ def swizzle_kernel(scales, out, rows, cols, cols_of_4):
 @triton.jit
 def values_kernel(
     codes, factors, out, rows, cols, bytes_c, grid_rows, grid_cols,
-    F: tl.constexpr, R: tl.constexpr, SCALED: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SCALED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Code value * factor of its tile ([grid_rows, grid_cols], read if SCALED): FP32, or the scale codes of rule R.
 
     out [rows, cols]: FP32 or BF16.
     """
-    blocks_c = tl.cdiv(cols, BLOCK_C)
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R) * blocks_c, tl.num_programs(0), disable_licm=True):
+    blocks_c = tl.cdiv(cols, B.block_c)
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, B.block_r) * blocks_c, tl.num_programs(0), disable_licm=True):
         block_r, block_c = block // blocks_c, block % blocks_c
-        r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
+        r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
         mask = (r < rows) & (c < cols)
         if F.bits == 4:
-            half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-            place = block_pointers(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
+            half = block_c * (B.block_c // 2) + tl.arange(0, B.block_c // 2)[None, :]
+            place = block_pointers(codes, block_r, block_c, bytes_c, 1, B.block_r, B.block_c // 2)
             packed = tl.load(place, mask=(r < rows) & (half < bytes_c), other=0).to(tl.int32)
-            code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_R, BLOCK_C])
+            code = tl.reshape(tl.join(packed & 0xF, packed >> 4), [B.block_r, B.block_c])
         else:
-            place = block_pointers(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C)
+            place = block_pointers(codes, block_r, block_c, bytes_c, 1, B.block_r, B.block_c)
             code = tl.load(place, mask=mask, other=0).to(tl.int32)
         value = from_codes(code & ((1 << F.bits) - 1), F)
         if SCALED:
-            i = tile_indices(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, FULL_R)[:, None]
-            j = tile_indices(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, FULL_C)[None, :]
-            factor = tl.load(factors + i * grid_cols + j, mask=(i < grid_rows) & (j < grid_cols), other=0)
+            i, j, inside = tile_indices(block_r, block_c, grid_rows, grid_cols, B)
+            factor = tl.load(factors + i * grid_cols + j, mask=inside, other=0)
             if factors.dtype.element_ty == tl.uint8:
                 factor = decode_scales(factor.to(tl.int32), R)
-            value = value * expand_tiles(factor, BLOCK_R, BLOCK_C, TALL, WIDE)
+            value = value * expand_tiles(factor, B.block_r, B.block_c, B.tall, B.wide)
         if out.dtype.element_ty == tl.bfloat16:
-            bits = out.to(tl.pointer_type(tl.int16))
-            tl.store(block_pointers(bits, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), to_bf16_bits(value), mask=mask)
+            place = block_pointers(out.to(tl.pointer_type(tl.int16)), block_r, block_c, cols, 1, B.block_r, B.block_c)
+            tl.store(place, to_bf16_bits(value), mask=mask)
         else:
-            tl.store(block_pointers(out, block_r, block_c, cols, 1, BLOCK_R, BLOCK_C), value, mask=mask)
+            tl.store(block_pointers(out, block_r, block_c, cols, 1, B.block_r, B.block_c), value, mask=mask)
 
 
 @triton.jit

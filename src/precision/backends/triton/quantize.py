@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -16,9 +13,19 @@ from ...swiglu import Hidden
 from ...transforms import Hadamard
 from .amax import amax_launcher, computed, signs_of, sources
 from .blocks import BlockSize, blocks_of, near, tuned
-from .device import programs, runs_on
+from .device import hardware, programs, runs_on
 from .launch import Launcher, number, recall, remember, start
-from .specs import DTYPES, constants, lacking, one_factor, takes_tensor_amax, values_fit
+from .specs import (
+    DTYPES,
+    ROUNDINGS,
+    Quantization,
+    grid_of,
+    lacking,
+    one_factor,
+    rule_of,
+    takes_tensor_amax,
+    values_fit,
+)
 
 
 def quantize_fused(
@@ -83,7 +90,7 @@ def _by_kernels(
         return None
     if amax is not None and (amax.dtype != torch.float32 or not amax.is_contiguous()):
         amax = amax.float().contiguous()
-    parts = None if noise is None else noise_parts(noise, of.device)
+    parts = noise_parts(noise, of.device)
     key = (
         values,
         number(spec),
@@ -95,7 +102,7 @@ def _by_kernels(
         along,
         None if transform is None else number(transform),
         None if amax is None else amax.numel(),
-        None if parts is None else parts.kind,
+        parts.kind,
         note is None,
         by_column,
     )
@@ -114,7 +121,7 @@ def _by_kernels(
 
         def planned(size: BlockSize | None) -> QuantizePlan:
             known = amax is not None
-            return quantize_plan(of, along, spec, known, parts, transform, size, values=values, by_column=by_column)
+            return QuantizePlan(of, along, spec, known, parts, transform, size, values=values, by_column=by_column)
 
         kind = kind_of("one", of, spec, transform, values)
         plan = remember(key, tuned(kind, of.device, planned, of, up, d, amax, parts, note))
@@ -128,29 +135,31 @@ def kind_of(what: str, x: Tensor, spec: OperandSpec, transform: Hadamard | None,
     return what, layout, spec.format, spec.tile, spec.scale, spec.rounding.value, f"hadamard{size}", x.dtype, values
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class NoiseParts:
     """Noise as a kernel reads it: its tensors lie on the device.
 
     Args:
-        key: int32 [2], of ``step_key``; with ``step`` (int64, 0-dim), of ``base_key``.
+        key: int32 [2], of ``step_key``; with ``step`` (int64, 0-dim), of ``base_key``. None: no noise.
         first: int64, 0-dim: rows are counted from first * rows_of_a_sample; None: from 0.
+
+    ``kind`` is what a kernel is compiled for.
     """
 
-    key: Tensor
-    step: Tensor | None
-    first: Tensor | None
-    rows_of_a_sample: int
-    transposed: bool
-
-    @property
-    def kind(self) -> Hashable:
-        """What a kernel is compiled for."""
-        return self.transposed, self.step is None, self.first is None, self.rows_of_a_sample
+    def __init__(
+        self, key: Tensor | None, step: Tensor | None, first: Tensor | None, rows_of_a_sample: int, transposed: bool
+    ) -> None:
+        self.key, self.step, self.first = key, step, first
+        self.rows_of_a_sample, self.transposed = rows_of_a_sample, transposed
+        self.kind = transposed, key is None, step is None, first is None, rows_of_a_sample
 
 
-def noise_parts(noise: Noise, device: torch.device) -> NoiseParts:
+NO_NOISE = NoiseParts(None, None, None, 1, transposed=False)
+
+
+def noise_parts(noise: Noise | None, device: torch.device) -> NoiseParts:
     """The noise for kernels of this device: nothing is computed or copied where its parts are there."""
+    if noise is None:
+        return NO_NOISE
     key, step, first, rows_of_a_sample = noise.base, noise.step, noise.first_sample, noise.rows_of_a_sample
     if step is not None and (isinstance(step, int) or step.device != device):
         key, step = noise.key, None
@@ -165,40 +174,38 @@ def noise_parts(noise: Noise, device: torch.device) -> NoiseParts:
     return NoiseParts(key, step, first, rows_of_a_sample, noise.transposed)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Output:
     """What a kernel writes of a matrix: codes [outer, bytes] or BF16 values, scales, the tensor's scale.
 
     ``by_column``: as in ``Triton``; of no consequence to other scales.
     """
 
-    spec: OperandSpec
-    shape: tuple[int, int]
-    device: torch.device
-    values: bool
-    by_column: bool = False
+    def __init__(
+        self, spec: OperandSpec, shape: tuple[int, int], device: torch.device, *, values: bool, by_column: bool
+    ) -> None:
+        self.spec, self.shape, self.device, self.values = spec, shape, device, values
+        rows, cols = shape
+        self.codes = rows, (cols + 1) // 2 if spec.format.bits == 4 and not values else cols
+        self.grid = spec.tile.grid(rows, cols)
+        self.scale_dtype = torch.float32 if spec.scale.format is None else torch.uint8
+        self.two_level = spec.scale.levels == 2
+        self.one_factor = spec.scale.levels == 1 and one_factor(spec)
+        of_parts = spec.tile.outer == 1 and spec.tile.inner > 0
+        self.by_column = by_column and of_parts and spec.scale.format is None
 
-    codes: tuple[int, int] = field(init=False)
-    grid: tuple[int, int] = field(init=False)
-    scale_dtype: torch.dtype = field(init=False)
-    two_level: bool = field(init=False)
-    one_factor: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows, cols = self.shape
-        four = self.spec.format.bits == 4 and not self.values
-        self.codes = rows, (cols + 1) // 2 if four else cols
-        self.grid = self.spec.tile.grid(rows, cols)
-        self.scale_dtype = torch.float32 if self.spec.scale.format is None else torch.uint8
-        self.two_level = self.spec.scale.levels == 2
-        self.one_factor = self.spec.scale.levels == 1 and one_factor(self.spec)
-        of_parts = self.spec.tile.outer == 1 and self.spec.tile.inner > 0
-        self.by_column = self.by_column and of_parts and self.spec.scale.format is None
-
-    @property
-    def value_kind(self) -> int:
-        """The kernels' VALUES."""
-        return 0 if not self.values else 1 if one_factor(self.spec) else 2
+    def quantization(self, x: Tensor, *, given: bool, parts: int = 1) -> Quantization:
+        """How a kernel makes it of x."""
+        return Quantization(
+            element=grid_of(self.spec.format),
+            rule=rule_of(self.spec, x.dtype),
+            rounding=ROUNDINGS[self.spec.rounding],
+            given=given,
+            parts=parts,
+            values=0 if not self.values else 1 if one_factor(self.spec) else 2,
+            by_column=self.by_column,
+            hardware=hardware(x.device).fp8,
+            e2m1_hardware=hardware(x.device).e2m1,
+        )
 
     def allocate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Codes or values, the scales that are stored, the scale of the tensor of a rule with two levels."""
@@ -226,22 +233,54 @@ def scalar(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 0 else x.view(())
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class QuantizePlan:
     """The launches of ``quantize_fused``, ready but for their tensors.
 
-    Args:
-        tensor_amax: finds that of the tensor, in a part for each of its programs, if a pass of its own does.
-        tile_amax: finds those of tiles, if a pass of its own does.
-        of_tensor: whether an amax that is given is the tensor's.
+    ``tensor_amax`` finds that of the tensor, in a part for each of its programs, and ``tile_amax`` those of tiles, if
+    passes of their own do. ``of_tensor``: whether an amax that is given is the tensor's.
     """
 
-    output: Output
-    tensor_amax: Launcher | None
-    tile_amax: Launcher | None
-    write: Launcher
-    of_tensor: bool
-    signs: Tensor | None
+    def __init__(
+        self,
+        x: Tensor,
+        along: int,
+        spec: OperandSpec,
+        amax_given: bool,
+        noise: NoiseParts,
+        transform: Hadamard | None,
+        size: BlockSize | None,
+        *,
+        values: bool,
+        by_column: bool = False,
+    ) -> None:
+        """x and ``along``: of ``sources``."""
+        from .kernels import quantize_kernel
+
+        cut, levels, device = blocks_of(x, spec.tile, transform, size), spec.scale.levels, x.device
+        per_tensor = spec.tile == TENSOR
+        # Finding the tensor's is a pass of its own, unless it is given or lies in one block.
+        find_tensor = levels > 0 and not amax_given and (levels == 2 or (per_tensor and not cut.fused))
+        find_tiles = not per_tensor and not cut.fused and (levels == 2 or (levels == 1 and not amax_given))
+        self.of_tensor, self.signs = takes_tensor_amax(spec), signs_of(transform, device)
+        self.tensor_amax = amax_launcher(x, along, TENSOR, transform, parts=True) if find_tensor else None
+        self.tile_amax = amax_launcher(x, along, spec.tile, transform) if find_tiles else None
+        self.output = Output(spec, (x.shape[0], x.shape[1]), device, values=values, by_column=by_column)
+        given = find_tiles or (levels == 1 and (find_tensor or amax_given))
+        parts = self.tensor_amax.programs if self.tensor_amax is not None else 1
+        self.write = Launcher(
+            kernel=quantize_kernel,
+            programs=programs(cut.programs(*x.shape), cut.num_warps, device),
+            numbers=(*x.shape, *x.stride(), self.output.codes[1], *self.output.grid, noise.rows_of_a_sample),
+            constexprs={
+                "ALONG": along,
+                "TRANSPOSED_NOISE": noise.transposed,
+                "Q": self.output.quantization(x, given=given, parts=parts),
+                "B": cut,
+                "HADAMARD": transform.size if transform is not None else 0,
+            },
+            num_warps=cut.num_warps,
+            device=x.get_device(),
+        )
 
     def run(
         self,
@@ -249,7 +288,7 @@ class QuantizePlan:
         up: Tensor | None,
         d: Tensor | None,
         amax: Tensor | None,
-        noise: NoiseParts | None,
+        noise: NoiseParts,
         note: Tensor | None,
     ) -> Quantized | Prepared:
         output, signs = self.output, self.signs
@@ -262,58 +301,9 @@ class QuantizePlan:
             of_tiles = torch.zeros(output.grid, dtype=torch.int32, device=output.device)
             start(self.tile_amax, x, up, d, of_tiles, None, signs)
         codes, scales, tensor_scale = output.allocate()
-        key, step, first = (None, None, None) if noise is None else (noise.key, noise.step, noise.first)
         start(
             self.write,
-            *(x, up, d, codes, scales, of_tiles, of_tensor, tensor_scale, note, signs, key, step, first),
+            *(x, up, d, codes, scales, of_tiles, of_tensor, tensor_scale, note, signs),
+            *(noise.key, noise.step, noise.first),
         )
         return output.result(codes, scales, tensor_scale)
-
-
-def quantize_plan(
-    x: Tensor,
-    along: int,
-    spec: OperandSpec,
-    amax_given: bool,
-    noise: NoiseParts | None,
-    transform: Hadamard | None,
-    size: BlockSize | None,
-    *,
-    values: bool,
-    by_column: bool = False,
-) -> QuantizePlan:
-    """x and ``along``: of ``sources``."""
-    from .kernels import quantize_kernel
-
-    cut, levels, device = blocks_of(x, spec.tile, transform, size), spec.scale.levels, x.device
-    per_tensor = spec.tile == TENSOR
-    # Finding the tensor's is a pass of its own, unless it is given or lies in one block.
-    find_tensor = levels > 0 and not amax_given and (levels == 2 or (per_tensor and not cut.fused))
-    find_tiles = not per_tensor and not cut.fused and (levels == 2 or (levels == 1 and not amax_given))
-    tensor_amax = amax_launcher(x, along, TENSOR, transform, parts=True) if find_tensor else None
-    output = Output(spec=spec, shape=(x.shape[0], x.shape[1]), device=device, values=values, by_column=by_column)
-    return QuantizePlan(
-        output=output,
-        tensor_amax=tensor_amax,
-        tile_amax=amax_launcher(x, along, spec.tile, transform) if find_tiles else None,
-        write=Launcher(
-            kernel=quantize_kernel,
-            programs=programs(cut.programs(*x.shape), cut.num_warps, device),
-            numbers=(*x.shape, *x.stride(), output.codes[1], *output.grid, noise.rows_of_a_sample if noise else 1),
-            constexprs={
-                "ALONG": along,
-                **constants(spec, x.dtype, device),
-                "TRANSPOSED_NOISE": noise is not None and noise.transposed,
-                "GIVEN": find_tiles or (levels == 1 and (find_tensor or amax_given)),
-                "PARTS": tensor_amax.programs if tensor_amax is not None else 1,
-                "VALUES": output.value_kind,
-                "BY_COLUMN": output.by_column,
-                **cut.constexprs,
-                "HADAMARD": transform.size if transform is not None else 0,
-            },
-            num_warps=cut.num_warps,
-            device=x.get_device(),
-        ),
-        of_tensor=takes_tensor_amax(spec),
-        signs=signs_of(transform, device),
-    )

@@ -18,12 +18,12 @@ from ...quantize import Prepared, Quantized, operand
 from ...scaling import TENSOR, Tile
 from ...spec import GemmSpec, OperandSpec, Transform
 from ...transforms import Hadamard
-from ..interface import Cast, knows_transform, unknown
-from ..reference import Reference, one_noise
+from ..interface import Cast, Operand, knows_transform, unknown
+from ..reference import Emulated, Reference, one_noise, scaled_product
 from .amax import signs_of, tile_amax
 from .blocks import blocks, blocks_of, near, tile_fits
 from .both import quantize_both
-from .device import hardware, installed, programs, runs_on
+from .device import hardware, installed, interpreted, programs, runs_on
 from .launch import Launcher, launch, number, recall, remember, start
 from .quantize import prepare_fused, quantize_fused
 from .specs import DTYPES, format_fits, grid_of, lacking, one_factor, rule_fits, rule_of, values_fit
@@ -104,6 +104,23 @@ class Triton(Reference):
         )
 
 
+class EmulatedOnGpu(Emulated):
+    """As ``Emulated``; the operands' factors, the bias and the rounding of the sums are one pass."""
+
+    __slots__ = ()
+
+    def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        left, right, factors = self.matrices(a, b)
+        narrow = left.dtype == right.dtype == torch.bfloat16
+        if interpreted() or not factors or not narrow or not runs_on(left.device) or 0 in (*left.shape, len(right)):
+            return scaled_product(left, right, factors, bias, dtype)
+        if left.device.type == "cuda":
+            y = torch.mm(left, right.mT, out_dtype=torch.float32)
+        else:
+            y = left.float() @ right.float().mT
+        return scaled_output(y, factors, bias, dtype)
+
+
 def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
     """As ``transform.left(x)``, bit for bit."""
     from .kernels import hadamard_kernel
@@ -117,10 +134,9 @@ def hadamard(x: Tensor, transform: Hadamard) -> Tensor:
         out.view(torch.int16) if x.dtype == torch.bfloat16 else out,
         signs_of(transform, x.device),
         *(outer, inner, *x.stride()),
-        BLOCK_R=cut.block_r,
-        BLOCK_C=cut.block_c,
+        B=cut,
         HADAMARD=transform.size,
-        HARDWARE=hardware(x.device)["HARDWARE"],
+        HARDWARE=hardware(x.device).fp8,
         num_warps=cut.num_warps,
     )
     return out
@@ -197,7 +213,7 @@ def _values_launcher(spec: OperandSpec, shape: tuple[int, int], codes: Tensor, f
             "F": grid_of(spec.format),
             "R": rule_of(spec, torch.float32) if rule_fits(spec.scale) else None,
             "SCALED": factors is not None,
-            **cut.constexprs,
+            "B": cut,
         },
         num_warps=cut.num_warps,
         device=codes.get_device(),

@@ -6,7 +6,6 @@ Kernels take formats and rules by their exact type: whatever else a recipe bring
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,7 +13,6 @@ from ...formats import E2M1, E4M3, E5M2, NumberFormat
 from ...scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, ScaleRule, TwoLevel, Unit
 from ...spec import OperandSpec, Rounding
 from .blocks import tile_fits
-from .device import hardware
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.TRUNCATE: 2}
@@ -158,11 +156,23 @@ def _fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def constants(spec: OperandSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The constexprs by name that say how a kernel quantizes; ``dtype`` is that of the input."""
-    return {
-        "F": grid_of(spec.format),
-        "R": rule_of(spec, dtype),
-        "ROUNDING": ROUNDINGS[spec.rounding],
-        **hardware(device),
-    }
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a kernel quantizes, as its constants.
+
+    Args:
+        given: whether the amaxes of tiles are; where the tile is the tensor, whether that of the tensor is.
+        parts: of the tensor's amax.
+        values: 0 for codes; BF16 for code values (1), or for code values times their tile's scale (2).
+        by_column: as in ``Triton``.
+    """
+
+    element: Grid
+    rule: Rule
+    rounding: int
+    given: bool
+    parts: int
+    values: int
+    by_column: bool
+    hardware: bool
+    e2m1_hardware: bool

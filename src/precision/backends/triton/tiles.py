@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Device functions on blocks: loading and transforming one, amaxes of its tiles, writing its codes and scales.
 
-A block [BLOCK_R, BLOCK_C] of a matrix [rows, cols] (any strides, contraction last) holds complete tiles [TALL, WIDE],
-powers of two. A tile that spans all rows or columns of the matrix (FULL_R, FULL_C) is as large as the block here;
-its index in its grid is 0.
+A block of a matrix [rows, cols] (any strides, contraction last) holds complete tiles. ``B`` is a ``blocks.Blocks``,
+``Q`` a ``specs.Quantization``.
 """
 
 from __future__ import annotations
@@ -78,17 +77,17 @@ def block_pointers(pointer, block_r, block_c, stride_r, stride_c, BLOCK_R: tl.co
 @inline
 def load_block(
     x, up, d, signs, block_r, block_c, rows, cols, stride_r, stride_c,
-    ALONG: tl.constexpr, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+    ALONG: tl.constexpr, HADAMARD: tl.constexpr, B: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """A block of the matrix in FP32, transformed; zeros outside. With ``up``, that of precision.swiglu.Hidden."""
-    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
+    r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
     mask = (r < rows) & (c < cols)
-    loaded = tl.load(block_pointers(x, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
+    place = block_pointers(x, block_r, block_c, stride_r, stride_c, B.block_r, B.block_c)
+    loaded = tl.load(place, mask=mask, other=0.0)
     y = to_fp32(loaded)
     if up is not None:
-        other = tl.load(
-            block_pointers(up, block_r, block_c, stride_r, stride_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0
-        )
+        place = block_pointers(up, block_r, block_c, stride_r, stride_c, B.block_r, B.block_c)
+        other = tl.load(place, mask=mask, other=0.0)
         silu = tl.math.div_rn(y, 1.0 + exp_fp32(-y))
         y = round_to_dtype(silu * to_fp32(other), loaded, HARDWARE)
         y = divide_by(y, loaded, d, r, c, rows, cols, ALONG, HARDWARE)
@@ -114,10 +113,13 @@ def expand_tiles(tiles, R: tl.constexpr, C: tl.constexpr, TALL: tl.constexpr, WI
 
 
 @inline
-def tile_indices(first, BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
-    """Indices in the grid of tiles along one dimension of a block that starts at tile ``first``."""
-    place = tl.arange(0, BLOCK // TILE)
-    return place * 0 if FULL else first + place
+def tile_indices(block_r, block_c, grid_rows, grid_cols, B: tl.constexpr):
+    """Rows [tiles, 1] and columns [1, tiles] in the grid of a block's tiles, and whether they are in it."""
+    i = tl.arange(0, B.block_r // B.tall)
+    i = (i * 0 if B.full_r else block_r * (B.block_r // B.tall) + i)[:, None]
+    j = tl.arange(0, B.block_c // B.wide)
+    j = (j * 0 if B.full_c else block_c * (B.block_c // B.wide) + j)[None, :]
+    return i, j, (i < grid_rows) & (j < grid_cols)
 
 
 @inline
@@ -133,24 +135,22 @@ def block_max(bits):
 
 
 @inline
-def tensor_scales(
-    amaxes, scales, tensor_scale, R: tl.constexpr, GIVEN: tl.constexpr, PARTS: tl.constexpr,
-    FULL_R: tl.constexpr, FULL_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
+def tensor_scales(amaxes, scales, tensor_scale, Q: tl.constexpr, B: tl.constexpr):
     """What is the same for every block: encode and decode scale (FP32 [1]) of the tensor, or of a rule's tensor level.
 
-    The first program writes what is stored of it. ``amaxes``: PARTS, whose largest is the tensor's.
+    The first program writes what is stored of it. ``amaxes``: as many as Q.parts, whose largest is the tensor's.
     """
+    R: tl.constexpr = Q.rule
     encode = tl.full([1], 1.0, tl.float32)
     decode = encode
     if R.kind == TWO_LEVEL:
-        encode, decode = tensor_level(amax_of_parts(amaxes, PARTS), R)
+        encode, decode = tensor_level(amax_of_parts(amaxes, Q.parts), R)
         if tl.program_id(0) == 0:
             tl.store(tensor_scale + tl.arange(0, 1), decode)
-    elif FULL_R and FULL_C and (GIVEN or R.kind == UNIT):
+    elif B.full_r and B.full_c and (Q.given or R.kind == UNIT):
         if R.kind != UNIT:
-            encode = amax_of_parts(amaxes, PARTS)
-        encode, stored = tile_scales(encode, encode, R, HARDWARE)
+            encode = amax_of_parts(amaxes, Q.parts)
+        encode, stored = tile_scales(encode, encode, R, Q.hardware)
         if scales is not None:
             tl.store(
                 scales + tl.arange(0, 1), stored.to(scales.dtype.element_ty), mask=tl.arange(0, 1) == tl.program_id(0)
@@ -163,64 +163,62 @@ def tensor_scales(
 def write_block(
     y, tensor_encode, tensor_decode, codes, scales, tile_amax, key, step, first, block_r, block_c, rows, cols, bytes_c,
     grid_rows, grid_cols, rows_of_a_sample,
-    F: tl.constexpr, R: tl.constexpr, ROUNDING: tl.constexpr, TRANSPOSED_NOISE: tl.constexpr, GIVEN: tl.constexpr,
-    VALUES: tl.constexpr, BY_COLUMN: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, FULL_R: tl.constexpr,
-    FULL_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-    E2M1_HARDWARE: tl.constexpr,
+    TRANSPOSED_NOISE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes and scales of a block y in FP32, or its VALUES; arguments as in ``quantize_kernel``.
+    """Write the codes and scales of a block y in FP32, or its values; arguments as in ``quantize_kernel``.
 
     ``tensor_encode`` and ``tensor_decode``: of ``tensor_scales``.
     """
-    ONE: tl.constexpr = R.kind == UNIT or (FULL_R and FULL_C and GIVEN)  # scale, and it is known
+    F: tl.constexpr = Q.element
+    R: tl.constexpr = Q.rule
+    ONE: tl.constexpr = R.kind == UNIT or (B.full_r and B.full_c and Q.given)  # scale, and it is known
     if ONE:
         if R.kind != UNIT:
             y = y * tensor_encode[:, None]
     else:
-        i = tile_indices(block_r * (BLOCK_R // TALL), BLOCK_R, TALL, FULL_R)[:, None]
-        j = tile_indices(block_c * (BLOCK_C // WIDE), BLOCK_C, WIDE, FULL_C)[None, :]
-        inside = (i < grid_rows) & (j < grid_cols)
-        if GIVEN:
+        i, j, inside = tile_indices(block_r, block_c, grid_rows, grid_cols, B)
+        if Q.given:
             amax = from_bits(to_bits(tl.load(tile_amax + i * grid_cols + j, mask=inside, other=0)))
         else:
-            amax = from_bits(tile_amax_bits(y, TALL, WIDE))
-        encode, stored = tile_scales(amax, tensor_encode[:, None], R, HARDWARE)
+            amax = from_bits(tile_amax_bits(y, B.tall, B.wide))
+        encode, stored = tile_scales(amax, tensor_encode[:, None], R, Q.hardware)
         if scales is not None:
             mask = inside
-            if FULL_R:
+            if B.full_r:
                 mask = mask & (i + block_r < 1)
-            if FULL_C:
+            if B.full_c:
                 mask = mask & (j + block_c < 1)
-            place = j * grid_rows + i if BY_COLUMN else i * grid_cols + j
+            place = j * grid_rows + i if Q.by_column else i * grid_cols + j
             tl.store(scales + place, stored.to(scales.dtype.element_ty), mask=mask)
-        y = y * expand_tiles(encode, BLOCK_R, BLOCK_C, TALL, WIDE)
-    r, c = block_indices(block_r, block_c, BLOCK_R, BLOCK_C)
+        y = y * expand_tiles(encode, B.block_r, B.block_c, B.tall, B.wide)
+    r, c = block_indices(block_r, block_c, B.block_r, B.block_c)
     mask, uniform = (r < rows) & (c < cols), y
-    if ROUNDING == STOCHASTIC:
+    if Q.rounding == STOCHASTIC:
         if TRANSPOSED_NOISE:
             uniform = uniform_noise(c, r, key, step, first, rows_of_a_sample)
         else:
             uniform = uniform_noise(r, c, key, step, first, rows_of_a_sample)
-    if VALUES:
-        value = from_codes(to_codes(y, uniform, F, ROUNDING, HARDWARE) & ((1 << F.bits) - 1), F)
-        if VALUES == SCALED_VALUES:
+    if Q.values:
+        value = from_codes(to_codes(y, uniform, F, Q.rounding, Q.hardware) & ((1 << F.bits) - 1), F)
+        if Q.values == SCALED_VALUES:
             if ONE:
                 value = value * tensor_decode[:, None]
             else:
-                value = value * expand_tiles(decode_scales(stored, R), BLOCK_R, BLOCK_C, TALL, WIDE)
-        bits = codes.to(tl.pointer_type(tl.int16))
-        tl.store(block_pointers(bits, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), to_bf16_bits(value), mask=mask)
+                value = value * expand_tiles(decode_scales(stored, R), B.block_r, B.block_c, B.tall, B.wide)
+        place = block_pointers(codes.to(tl.pointer_type(tl.int16)), block_r, block_c, bytes_c, 1, B.block_r, B.block_c)
+        tl.store(place, to_bf16_bits(value), mask=mask)
     elif F.bits == 4:
-        half = block_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
-        if E2M1_HARDWARE and ROUNDING == NEAREST and F.hardware == E2M1:
-            low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [BLOCK_R, BLOCK_C // 2, 2]))
+        half = block_c * (B.block_c // 2) + tl.arange(0, B.block_c // 2)[None, :]
+        if Q.e2m1_hardware and Q.rounding == NEAREST and F.hardware == E2M1:
+            low, high = tl.split(tl.reshape(tl.where(c < cols, y, 0.0), [B.block_r, B.block_c // 2, 2]))
             packed = pack_e2m1(low, high)
         else:
-            code = tl.where(c < cols, to_codes(y, uniform, F, ROUNDING, HARDWARE), 0)
-            low, high = tl.split(tl.reshape(code, [BLOCK_R, BLOCK_C // 2, 2]))
+            code = tl.where(c < cols, to_codes(y, uniform, F, Q.rounding, Q.hardware), 0)
+            low, high = tl.split(tl.reshape(code, [B.block_r, B.block_c // 2, 2]))
             packed = low | (high << 4)
-        place = block_pointers(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C // 2)
+        place = block_pointers(codes, block_r, block_c, bytes_c, 1, B.block_r, B.block_c // 2)
         tl.store(place, packed.to(tl.uint8), mask=(r < rows) & (half < bytes_c))
     else:
-        code = to_codes(y, uniform, F, ROUNDING, HARDWARE)
-        tl.store(block_pointers(codes, block_r, block_c, bytes_c, 1, BLOCK_R, BLOCK_C), code.to(tl.uint8), mask=mask)
+        code = to_codes(y, uniform, F, Q.rounding, Q.hardware)
+        place = block_pointers(codes, block_r, block_c, bytes_c, 1, B.block_r, B.block_c)
+        tl.store(place, code.to(tl.uint8), mask=mask)
