@@ -30,9 +30,10 @@ def main(
     except ValueError as error:
         raise UserError(str(error).removeprefix("sample.")) from error
     run = restore_run(run_dir_of(overrides), recipe_files_of(overrides))
-    if (length := len(run.tokenizer.encode_batch([prompt])[0])) > run.context:
-        print(f"warning: of the prompt's {length} tokens the last {run.context} are seen", file=sys.stderr)
-    print(generate(run.state.model, run.tokenizer, sample, context=run.context, device=run.world.device))
+    context = run.config.data.seq_len
+    if (length := len(run.tokenizer.encode_batch([prompt])[0])) > context:
+        print(f"warning: of the prompt's {length} tokens the last {context} are seen", file=sys.stderr)
+    print(generate(run.state.model, run.tokenizer, sample, context=context, device=run.world.device))
     distributed.finish()
 
 

@@ -42,9 +42,9 @@ from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.tokenizer import load_tokenizer
 from narrowgauge.trainer.errors import ExitCode
 from narrowgauge.trainer.metrics import read_metrics
-from narrowgauge.trainer.reporting.statistics import t_interval
 from narrowgauge.trainer.run import run
 from narrowgauge.trainer.tools.export import export_run
+from scipy import stats
 from torch import Tensor, nn
 
 BASELINE = "bf16"
@@ -224,8 +224,7 @@ def _shown(gaps: list[float | None]) -> str:
     lost = f"{len(gaps) - len(finite)} of {len(gaps)} diverged"
     if not finite:
         return lost
-    interval = t_interval(finite)
-    half = "" if interval is None else f" ± {(interval.high - interval.low) / 2:.3f}"
+    half = f" ± {stats.t.ppf(0.975, len(finite) - 1) * stats.sem(finite):.3f}" if len(finite) > 1 else ""
     return f"{round(statistics.mean(finite), 3) + 0.0:+.3f}{half}" + (f", {lost}" if len(finite) < len(gaps) else "")
 
 

@@ -1,6 +1,6 @@
 """To and from `transformers` checkpoints: names, layouts and configs, without importing `transformers`.
 
-Llama differs by a prefix. GPT-2 keeps its weights as [in, out] and query, key and value in one matrix.
+Llama differs by a prefix. GPT-2 has its weights as [in, out] and query, key and value in one matrix.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Piece:
     transposed: bool = False
     third: int | None = None  # of q, k, v side by side
 
-    def cut(self, theirs: Tensor) -> Tensor:
-        """Our parameter out of their tensor (a view)."""
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Our parameter out of the tensor of `transformers` (a view)."""
         if self.third is not None:
-            theirs = theirs.chunk(3, dim=-1)[self.third]
-        return theirs.t() if self.transposed else theirs
+            tensor = tensor.chunk(3, dim=-1)[self.third]
+        return tensor.t() if self.transposed else tensor
 
 
 def piece_of(config: LlamaConfig | GPTConfig, name: str) -> Piece:
@@ -56,13 +56,13 @@ def piece_of(config: LlamaConfig | GPTConfig, name: str) -> Piece:
         module, _, kind = name.rpartition(".")
         return Piece(f"transformer.{_GPT_TOP[module]}.{kind}")
     layer, module, kind = match.groups()
-    theirs = f"transformer.h.{layer}.{_GPT_BLOCK[module]}.{kind}"
+    hf_name = f"transformer.h.{layer}.{_GPT_BLOCK[module]}.{kind}"
     third = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(module.rpartition(".")[2])
-    return Piece(theirs, transposed=kind == "weight" and "proj" in module, third=third)
+    return Piece(hf_name, transposed=kind == "weight" and "proj" in module, third=third)
 
 
 def to_hf_tensors(config: LlamaConfig | GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state dict of ours as `transformers` names and lays it out; a tied head is left out."""
+    """A full state dict of ours as `transformers` names and lays it out; a tied head is left out."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for name, tensor in tensors.items():
         if config.tie_embeddings and name == "lm_head.weight":
@@ -74,14 +74,6 @@ def to_hf_tensors(config: LlamaConfig | GPTConfig, tensors: Mapping[str, Tensor]
         ordered = [tensor for _, tensor in sorted(pieces, key=lambda part: part[0])]
         result[name] = (torch.cat(ordered, dim=-1) if len(ordered) > 1 else ordered[0]).contiguous()
     return result
-
-
-def from_hf_tensors(
-    config: LlamaConfig | GPTConfig, names: list[str], theirs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Our parameters ``names`` out of a `transformers` state dict. Raises KeyError for one it lacks."""
-    pieces = {name: piece_of(config, name) for name in names}
-    return {name: piece.cut(theirs[piece.name]).contiguous() for name, piece in pieces.items()}
 
 
 def to_hf_config(
@@ -143,44 +135,44 @@ def to_hf_config(
     }
 
 
-def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTConfig:
+def from_hf_config(values: Mapping[str, Any], name: str) -> LlamaConfig | GPTConfig:
     """Our config of the model that a ``config.json`` describes.
 
     Raises ValueError for an architecture, activation, bias or rotary scaling that is not built here, and for what is
     no size.
     """
-    kind = theirs.get("model_type")
+    kind = values.get("model_type")
     if kind == "gpt2":
-        _require(theirs, "activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh"))
-        _require(theirs, "scale_attn_by_inverse_layer_idx", False, (False,))
-        _require(theirs, "scale_attn_weights", True, (True,))
-        _require(theirs, "add_cross_attention", False, (False,))
-        width = _number(theirs, "n_embd")
+        _require(values, "activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh"))
+        _require(values, "scale_attn_by_inverse_layer_idx", False, (False,))
+        _require(values, "scale_attn_weights", True, (True,))
+        _require(values, "add_cross_attention", False, (False,))
+        width = _number(values, "n_embd")
         gpt = GPTConfig(
             name=name,
-            vocab_size=_number(theirs, "vocab_size"),
+            vocab_size=_number(values, "vocab_size"),
             hidden_size=width,
-            intermediate_size=_number(theirs, "n_inner", 4 * width),
-            num_layers=_number(theirs, "n_layer"),
-            num_heads=_number(theirs, "n_head"),
-            max_seq_len=_number(theirs, "n_positions", 1024),
-            norm_eps=_number(theirs, "layer_norm_epsilon", 1e-5),
-            tie_embeddings=_require(theirs, "tie_word_embeddings", True, (True, False)),
+            intermediate_size=_number(values, "n_inner", 4 * width),
+            num_layers=_number(values, "n_layer"),
+            num_heads=_number(values, "n_head"),
+            max_seq_len=_number(values, "n_positions", 1024),
+            norm_eps=_number(values, "layer_norm_epsilon", 1e-5),
+            tie_embeddings=_require(values, "tie_word_embeddings", True, (True, False)),
         )
         gpt.validate()
         return gpt
     if kind != "llama":
         raise ValueError(f"model_type {reprlib.repr(kind)} is not built here; there are: llama, gpt2")
-    _require(theirs, "hidden_act", "silu", ("silu",))
-    _require(theirs, "attention_bias", False, (False,))
-    _require(theirs, "mlp_bias", False, (False,))
-    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # in the order of `transformers` 5
+    _require(values, "hidden_act", "silu", ("silu",))
+    _require(values, "attention_bias", False, (False,))
+    _require(values, "mlp_bias", False, (False,))
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # in the order of `transformers` 5
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters or rope_scaling is {reprlib.repr(rope)}, not an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {reprlib.repr(rope_type)} is not built here; there are: default, llama3")
-    for where in (theirs, rope):
+    for where in (values, rope):
         _require(where, "partial_rotary_factor", 1.0, (1.0, 1, None))
     scaling = None
     if rope_type == "llama3":
@@ -190,37 +182,37 @@ def from_hf_config(theirs: Mapping[str, Any], name: str) -> LlamaConfig | GPTCon
             high_freq_factor=_number(rope, "high_freq_factor", kind=float),
             original_max_seq_len=_number(rope, "original_max_position_embeddings"),
         )
-    heads = _number(theirs, "num_attention_heads")
+    heads = _number(values, "num_attention_heads")
     llama = LlamaConfig(
         name=name,
-        vocab_size=_number(theirs, "vocab_size"),
-        hidden_size=_number(theirs, "hidden_size"),
-        intermediate_size=_number(theirs, "intermediate_size"),
-        num_layers=_number(theirs, "num_hidden_layers"),
+        vocab_size=_number(values, "vocab_size"),
+        hidden_size=_number(values, "hidden_size"),
+        intermediate_size=_number(values, "intermediate_size"),
+        num_layers=_number(values, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_number(theirs, "num_key_value_heads", heads),
-        head_dim=None if theirs.get("head_dim") is None else _number(theirs, "head_dim"),
-        max_seq_len=_number(theirs, "max_position_embeddings", 2048),
-        rope_theta=_number(rope, "rope_theta", _number(theirs, "rope_theta", 10_000.0)),
+        num_kv_heads=_number(values, "num_key_value_heads", heads),
+        head_dim=None if values.get("head_dim") is None else _number(values, "head_dim"),
+        max_seq_len=_number(values, "max_position_embeddings", 2048),
+        rope_theta=_number(rope, "rope_theta", _number(values, "rope_theta", 10_000.0)),
         rope_scaling=scaling,
-        norm_eps=_number(theirs, "rms_norm_eps", 1e-6),
-        tie_embeddings=_require(theirs, "tie_word_embeddings", False, (True, False)),
+        norm_eps=_number(values, "rms_norm_eps", 1e-6),
+        tie_embeddings=_require(values, "tie_word_embeddings", False, (True, False)),
     )
     llama.validate()
     return llama
 
 
-def _require(theirs: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-    value = theirs.get(key, default)
+def _require(values: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+    value = values.get(key, default)
     if not any(value == one and type(value) is type(one) for one in allowed):
         shown = " or ".join(map(repr, allowed))
         raise ValueError(f"{key}={reprlib.repr(value)} is not built here; it must be {shown}")
     return value
 
 
-def _number(theirs: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
+def _number(values: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
     """The positive number under ``key``, of the kind of its default. Raises ValueError for anything else."""
-    value = default if theirs.get(key) is None else theirs[key]
+    value = default if values.get(key) is None else values[key]
     kind = kind if default is None else type(default)
     if value is None:
         raise ValueError(f"{key} is missing")

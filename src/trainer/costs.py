@@ -138,7 +138,7 @@ def micro_batch_size(
                 f"(data.global_batch_size / {world.size} processes): one of {', '.join(map(str, divisors))}"
             )
         return wanted
-    # One process never takes the whole batch in one piece: what two processes compute in halves, it does too, and both
+    # One process never takes the full batch in one piece: what two processes compute in halves, it does too, and both
     # sum the same numbers. In float32 they then agree bit for bit, where a chaotic step would blow up a last bit.
     most = max(1, share // 2) if world.size == 1 else share
     budget = -world.max(-_memory_of_process(world))[0] / 2  # of the process that has least: all take alike

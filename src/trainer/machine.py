@@ -19,7 +19,7 @@ from .errors import one_line
 from .lifeline import PARENT, launched_by_torchrun
 
 _THREADS = "OMP_NUM_THREADS"
-_TOLD_THREADS = os.environ.get(_THREADS, "")  # before this process sets it for those that it starts
+_GIVEN_THREADS = os.environ.get(_THREADS, "")  # before this process sets it for those that it starts
 _ROOT = Path("/")
 _MESSAGES = (  # of torch's allocators, and of C++
     "can't allocate memory",
@@ -39,7 +39,7 @@ def available_cores(root: Path = _ROOT) -> int:
 
 def threads_of_process(local_processes: int, root: Path = _ROOT) -> int:
     """CPU threads for one of ``local_processes`` alike: what OMP_NUM_THREADS says, if a user set it; else its share."""
-    outermost = _TOLD_THREADS.split(",")[0].strip()  # a number for every level of nesting
+    outermost = _GIVEN_THREADS.split(",")[0].strip()  # a number for every level of nesting
     if re.fullmatch(r"0*[1-9]\d{0,5}", outermost, re.ASCII) and not _is_torchruns(outermost, root):
         return int(outermost)
     return max(1, available_cores(root) // local_processes)

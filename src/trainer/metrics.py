@@ -64,7 +64,7 @@ class MetricsFile:
 
 
 def _repair(path: Path) -> int:
-    """The length of ``path`` up to its last whole JSON line."""
+    """The length of ``path`` up to its last complete JSON line."""
     data = path.read_bytes()
     length = data.rfind(b"\n") + 1
     while length:
@@ -79,11 +79,7 @@ def _repair(path: Path) -> int:
 
 def read_metrics(path: Path, kind: str) -> dict[int, dict[str, Any]]:
     """The rows of one kind by step; of a step that was done twice the last counts, lines that are not JSON do not."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in _rows(path):
-        if row.get("kind") == kind:
-            rows[row["step"]] = row
-    return dict(sorted(rows.items()))
+    return dict(sorted({row["step"]: row for row in read_rows(path, kind)}.items()))
 
 
 def read_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
@@ -120,10 +116,10 @@ def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            yield number, row if isinstance(row, dict) and _is_whole(row) else None
+            yield number, row if isinstance(row, dict) and _is_complete(row) else None
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
+def _is_complete(row: dict[str, Any]) -> bool:
     return type(row.get("step")) is int and 0 <= row["step"] < 2**63 and isinstance(row.get("kind"), str)
 
 

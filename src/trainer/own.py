@@ -1,4 +1,4 @@
-"""The user's own configs: a directory of groups next to ours, and a whole file in place of ``configs/train.yaml``.
+"""The user's own configs: a directory of groups next to ours, and a complete file in place of ``configs/train.yaml``.
 
 They travel as flags among the overrides, so that whoever hands arguments on hands these on too.
 """
@@ -29,7 +29,7 @@ from ..precision.suggest import close
 from .errors import UserError, one_line
 
 _HERE = Path(__file__).resolve().parent
-#: In a checkout beside ``src``, in an installed package within it.
+#: In a checkout next to ``src``, in an installed package within it.
 CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parents[1] / "configs"
 EXPERIMENT = "experiment"
 SCHEME = "own"
@@ -44,7 +44,7 @@ _NO_TEXT = ("null", "true", "false", "nan", "inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where configs come from beside ``configs/``."""
+    """Where configs come from besides ``configs/``."""
 
     directory: Path | None = None  # of groups, searched before ours
     file: Path | None = None  # the entry config

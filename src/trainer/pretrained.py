@@ -141,7 +141,7 @@ class PretrainedDirectory:
             raise UserError(f"{file} cannot be read: {one_line(error)}") from error
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU, dequantized to float32 if it is FP8 codes.
+        """One full tensor, on the CPU, dequantized to float32 if it is FP8 codes.
 
         ``name`` counts without its first part too, which a model saved without its head lacks. Raises UserError if
         there is none of that name, or if it is no tensor of finite floating-point numbers.

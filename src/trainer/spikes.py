@@ -1,7 +1,7 @@
 """Spikes: steps whose loss or gradient norm lies far above those of the steps before.
 
 The rule is that of OLMo's SkipStepOptimizer (arXiv 2501.00656), for rises only: a value more than so many standard
-deviations above the mean of the last applied steps' values. What follows is either theirs, that step's update is left
+deviations above the mean of the last applied steps' values. What follows is either OLMo's, that step's update is left
 out, or PaLM's (arXiv 2204.02311): back to an earlier checkpoint, and on with the batches after the spike. What is lost:
 the window cannot tell a bad batch from a run that is about to diverge, which is why there is a limit, and a slow rise
 is no spike.

@@ -1,4 +1,4 @@
-"""Experiment trackers, fed beside training: whatever one of them does, training goes on."""
+"""Experiment trackers, fed during training: whatever one of them does, training goes on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _X_AXIS = "trainer/step"
 class Trackers:
     """Experiment trackers of `accelerate`, fed from a thread of their own: whatever they do, training goes on.
 
-    ``values``: the whole config, as nested mappings of plain values.
+    ``values``: the full config, as nested mappings of plain values.
     """
 
     _GIVE_UP_SECONDS = 20.0
@@ -83,11 +83,10 @@ def _start_tracker(name: str, config: LogConfig, directory: Path, values: dict[s
     if name == "tensorboard":
         tracker = kind("tensorboard", logging_dir=directory)
     elif name == "wandb":
-        identity = _wandb_id(directory)
         tracker = kind(
             config.project,
             dir=directory,
-            id=identity,
+            id=_wandb_id(directory),
             name=directory.resolve().name,
             group=sweep_of(directory),
             tags=_tags(values),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from narrowgauge.models import create
-from narrowgauge.models.hf import from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
+from narrowgauge.models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -52,8 +52,9 @@ def test_there_and_back(make: Any, changes: dict[str, Any]) -> None:
             parameter.normal_(0.1, 0.3)
     config = from_hf_config(theirs.config.to_dict(), "x")
     ours = create(config)
-    names = [name for name, _ in ours.named_parameters()]
-    ours.load_state_dict(from_hf_tensors(config, names, theirs.state_dict()), strict=False)
+    pieces = {name: piece_of(config, name) for name, _ in ours.named_parameters()}
+    tensors = theirs.state_dict()
+    ours.load_state_dict({name: piece.cut(tensors[piece.name]) for name, piece in pieces.items()}, strict=False)
     tokens = torch.randint(101, (2, 37), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 

@@ -172,7 +172,7 @@ def test_a_limit_decides_about_the_micro_batch(tmp_path: Path, monkeypatch: pyte
 def test_a_users_number_of_threads_counts(
     told: str, torchruns_parent: bytes | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_TOLD_THREADS", told)
+    monkeypatch.setattr(machine, "_GIVEN_THREADS", told)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if torchruns_parent is not None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

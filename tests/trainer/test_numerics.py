@@ -19,11 +19,11 @@ from narrowgauge.trainer.config import TrainConfig, load_config
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics, read_rows
 from narrowgauge.trainer.reporting.numerics import (
+    LayerMap,
     Numerics,
     draw,
     heat_map,
     numerics_of,
-    picture,
     read_numerics,
     worst_layers,
 )
@@ -159,7 +159,7 @@ def test_the_map_turns_to_any_watched_step(tmp_path: Path) -> None:
         method, visible = step["args"]
         assert method == "visible"
         assert [index for index, on in enumerate(visible) if on] == list(range(4 * number, 4 * number + 4))
-    picture("mxfp8", numerics, tmp_path / "map.png")
+    LayerMap(name="numerics-1", recipe="mxfp8", numerics=numerics).save(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -23,6 +23,7 @@ from narrowgauge.trainer.errors import UserError
 from narrowgauge.trainer.reporting.drawing import save_plot, to_plotly
 from narrowgauge.trainer.reporting.figures import plot_losses, smooth
 from narrowgauge.trainer.reporting.latex import escaped
+from narrowgauge.trainer.reporting.numerics import heat_map
 from narrowgauge.trainer.reporting.plots import HeatMap, Kind, Mark, Plot, Style
 from narrowgauge.trainer.reporting.report import Report, Settings, _md, find_runs, make_report, summarized, write_report
 from omegaconf import OmegaConf
@@ -645,7 +646,7 @@ def test_figures_hold_no_markup_of_theirs(tmp_path: Path, evil: Path) -> None:
     assert {path.parent for path in evil.parent.rglob("*.png")} == {evil}
     report = make_report(find_runs([evil.parent], Settings()), Settings())
     for plot in report.plots:
-        figure = json.dumps(to_plotly(plot) if isinstance(plot, Plot | HeatMap) else plot.to_plotly())
+        figure = json.dumps(to_plotly(plot) if isinstance(plot, Plot | HeatMap) else heat_map(plot.name, plot.numerics))
         assert "<script" not in figure
         assert "<b>" not in figure
 
@@ -698,9 +699,9 @@ def test_every_point_stands_at_its_own_learning_rate(tmp_path: Path) -> None:
 
 
 def test_recipes_are_told_apart_without_colour() -> None:
-    looks = [(style.marker, str(style.dash())) for style in (Style(number=number) for number in range(30))]
+    looks = [(style.marker, str(style.dash)) for style in map(Style.numbered, range(30))]
     assert len(set(looks)) == len(looks)
-    near = [Style(number=number) for number in range(7)]
+    near = [Style.numbered(number) for number in range(7)]
     assert len({style.color for style in near}) == 7
     for style in near:  # dark on white
         red, green, blue = (int(style.color[at : at + 2], 16) for at in (1, 3, 5))
@@ -727,7 +728,7 @@ def test_figures_come_in_every_format_that_is_asked_for(tmp_path: Path) -> None:
 def test_a_drawing_holds_no_element_of_theirs(tmp_path: Path) -> None:
     names = ["<script>alert(1)</script>", "--><script>alert(1)</script>", "]]>&lt;", "$\\frac{$", "東"]
     marks = [Mark(recipe=name, kind=Kind.line, x=[1, 2], y=[1, 2], label=name, in_legend=True) for name in names]
-    styles = {name: Style(number=number) for number, name in enumerate(names)}
+    styles = {name: Style.numbered(number) for number, name in enumerate(names)}
     plot = Plot(name="p", title=names[0], note="", x_label="tokens", y_label="nats", marks=marks, styles=styles)
     save_plot(plot, tmp_path / "p.png", ("svg",))
     tags = {element.tag for element in ElementTree.parse(tmp_path / "p.svg").iter()}

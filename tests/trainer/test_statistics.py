@@ -17,19 +17,10 @@ from narrowgauge.trainer.reporting.statistics import (
     sign_test,
     spike_score,
     spikes,
-    t_interval,
     usable_width,
     wilson,
 )
 from scipy import stats
-
-
-def test_an_interval_of_a_mean() -> None:
-    values = [0.3, -0.1, 0.4, 0.2]
-    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert t_interval(values) == pytest.approx((expected.low, expected.high))
-    assert t_interval([1.0]) is None
-
 
 RULE = DivergenceRule(rise=1.0, steps=10, keep=0.9)
 

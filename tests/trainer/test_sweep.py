@@ -28,10 +28,10 @@ from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.open import require_data
 from narrowgauge.trainer.entry import main
 from narrowgauge.trainer.errors import ExitCode, UserError
-from narrowgauge.trainer.own import setting
+from narrowgauge.trainer.own import NOWHERE, setting
 from narrowgauge.trainer.reporting.report import Settings, write_report
 from narrowgauge.trainer.sweep import launch
-from narrowgauge.trainer.sweep.grid import expand, expand_named, job_name, named_grids
+from narrowgauge.trainer.sweep.grid import expand, expand_named, job_name
 from narrowgauge.trainer.sweep.jobs import Display, Job, State, SweepStopped, run_jobs
 from narrowgauge.trainer.sweep.launch import sweep
 from omegaconf import OmegaConf
@@ -88,7 +88,7 @@ def test_runs_are_named_by_their_overrides_in_any_order() -> None:
 
 
 def test_the_command_line_overrules_a_named_grid() -> None:
-    assert {"example", "first_sweep"} <= set(named_grids())
+    assert {"example", "first_sweep"} <= set(NOWHERE.choices("sweep"))
     told = expand_named(["sweep=example", "seed=7", "train.steps=3"])
     assert "seed=7" in told
     assert "train.steps=3" in told
@@ -158,7 +158,7 @@ def test_hydra_finds_the_launcher_and_hands_it_the_jobs(tmp_path: Path, capsys, 
 def test_jobs_at_once_share_the_cores_unless_told_otherwise(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "available_cores", lambda root: 12)
-    monkeypatch.setattr(machine, "_TOLD_THREADS", "")
+    monkeypatch.setattr(machine, "_GIVEN_THREADS", "")
     for jobs, told, wanted in (("3", [], "2"), ("100", [], "1"), ("3", ["parallel.threads=5"], "5"), ("1", [], None)):
         sweep(
             [

@@ -56,24 +56,20 @@ def _trace(mark: Mark, style: Style) -> dict[str, Any]:
         "legendgroup": escape(mark.recipe),
         "showlegend": mark.in_legend,
     }
-    match mark.kind:
-        case Kind.line | Kind.dotted:
-            dash = "dot" if mark.kind is Kind.dotted else style.dash(plotly=True)
-            return trace | {"mode": "lines", "line": {"color": color, "width": 1.2, "dash": dash}}
-        case Kind.dots:
-            return trace | {
-                "mode": "markers",
-                "marker": {"color": color, "symbol": style.symbol, "size": 8, "opacity": 0.7},
-            }
-        case Kind.crosses:
-            return trace | {"mode": "markers", "marker": {"color": color, "symbol": "x", "size": 9}}
-        case Kind.diamond:
-            trace |= {"mode": "markers", "marker": {"color": color, "symbol": "diamond", "size": 11}}
-            if mark.interval is not None:
-                low, high = mark.interval
-                ends = {"array": [high - mark.y[0]], "arrayminus": [mark.y[0] - low]}
-                trace["error_y"] = {"type": "data", "symmetric": False, "color": color, **ends}
-            return trace
+    if mark.kind in (Kind.line, Kind.dotted):
+        dash = "dot" if mark.kind is Kind.dotted else style.plotly_dash
+        return trace | {"mode": "lines", "line": {"color": color, "width": 1.2, "dash": dash}}
+    looks: dict[Kind, dict[str, Any]] = {
+        Kind.dots: {"symbol": style.symbol, "size": 8, "opacity": 0.7},
+        Kind.crosses: {"symbol": "x", "size": 9},
+        Kind.diamond: {"symbol": "diamond", "size": 11},
+    }
+    trace |= {"mode": "markers", "marker": {"color": color} | looks[mark.kind]}
+    if mark.interval is not None:
+        low, high = mark.interval
+        ends = {"array": [high - mark.y[0]], "arrayminus": [mark.y[0] - low]}
+        trace["error_y"] = {"type": "data", "symmetric": False, "color": color, **ends}
+    return trace
 
 
 def _heat_map_to_plotly(plot: HeatMap) -> dict[str, Any]:
@@ -144,7 +140,7 @@ def _draw_marks(axes: Axes, plot: Plot) -> None:
         label = shown(mark.recipe, 32) if mark.in_legend else None
         match mark.kind:
             case Kind.line | Kind.dotted:
-                dash = ":" if mark.kind is Kind.dotted else style.dash()
+                dash = ":" if mark.kind is Kind.dotted else style.dash
                 look: dict[str, Any] = {"marker": "", "linewidth": 0.7, "alpha": 0.6} if many else {"linewidth": 1.2}
                 look = {"marker": style.marker, "markersize": 4, "markevery": max(1, len(mark.x) // 8)} | look
                 axes.plot(mark.x, mark.y, linestyle=dash, color=color, label=label, **look)

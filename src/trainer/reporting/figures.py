@@ -43,8 +43,7 @@ def save_figure(
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        if (layout := figure.get_layout_engine()) is not None:
-            layout.execute(figure)  # once for all formats
+        figure.get_layout_engine().execute(figure)  # once for all formats
         figure.set_layout_engine("none")
         for kind in formats:
             # By its own name: what stands after the last point of a name need not be a suffix.

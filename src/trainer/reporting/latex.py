@@ -43,17 +43,14 @@ _PREAMBLE = r"""\documentclass{article}
 
 def escaped(text: str) -> str:
     """``text`` as LaTeX shows it: no command, formula or cell begins in it. What pdflatex lacks stands as its code."""
-    shown = "".join(_ESCAPES.get(char) or (char if _is_known(char) else _code(char)) for char in printable(text))
+    shown = "".join(map(_as_latex, printable(text)))
     return re.sub("([-',])(?=\\1)", r"\1{}", shown)  # two of them are another character
 
 
-def _is_known(char: str) -> bool:
-    """Whether T1 has it: ASCII, and Latin letters with accents."""
-    return char.isascii() or ("\u00c0" <= char <= "\u017f" and char.isalpha() and char not in "Ŀŀŉſ")
-
-
-def _code(char: str) -> str:
-    return rf"\texttt{{U+{ord(char):04X}}}"
+def _as_latex(char: str) -> str:
+    """T1 has ASCII, and Latin letters with accents."""
+    known = char.isascii() or ("\u00c0" <= char <= "\u017f" and char.isalpha() and char not in "Ŀŀŉſ")
+    return _ESCAPES.get(char) or (char if known else rf"\texttt{{U+{ord(char):04X}}}")
 
 
 def summary_table(recipes: Sequence[RecipeSummary], settings: Settings) -> str:
@@ -76,7 +73,7 @@ def summary_table(recipes: Sequence[RecipeSummary], settings: Settings) -> str:
     )
     if any(s.emulated for s in recipes):
         note += " {*}: emulated, this machine's speed."
-    return _float(note, "recipes", [escaped(column) for column in columns], rows, "lrrrrr")
+    return _float(note, "recipes", columns, rows, "lrrrrr")
 
 
 def document(
@@ -91,11 +88,9 @@ def document(
         rows = [[_cell(show(cell)) for cell in row] for row in table.rows]
         for part in range(math.ceil(len(rows) / _ROWS)):
             some = rows[part * _ROWS : (part + 1) * _ROWS]
-            title = (
-                f"{escaped(table.title)}. {escaped(table.note)}" if part == 0 else f"{escaped(table.title)}, continued."
-            )
+            caption = f". {escaped(table.note)}" if part == 0 else ", continued."
             name = f"table-{number}-{part + 1}"
-            parts.append(_float(title, name, [escaped(column) for column in table.columns], some, "".join(aligned)))
+            parts.append(_float(escaped(table.title) + caption, name, table.columns, some, "".join(aligned)))
     for file, title, note in figures:
         parts.append(
             "\\begin{figure}[tbp]\n\\centering\n"
@@ -116,7 +111,7 @@ def _float(caption: str, name: str, columns: Sequence[str], rows: Sequence[Seque
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{aligned}}}",
         r"\toprule",
-        " & ".join(columns) + r" \\",
+        " & ".join(map(escaped, columns)) + r" \\",
         r"\midrule",
         *(" & ".join(row) + r" \\" for row in rows),
         r"\bottomrule",

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 from ...precision.suggest import close
@@ -76,7 +77,7 @@ class RecipeSummary:
     spike_score: float | None
     sharpness: float | None  # mean of the last ones of finished runs
     tokens_per_second: float | None
-    state_bytes: dict[str, float]  # weights, optimizer ...: of the whole model, mean over runs
+    state_bytes: dict[str, float]  # weights, optimizer ...: of the full model, mean over runs
     emulated: bool
 
 
@@ -124,11 +125,7 @@ def _by_seed(runs: Iterable[Run]) -> list[list[float]]:
 
 
 def _summarize(
-    name: str,
-    runs: Sequence[Run],
-    base: Mapping[Key, Run],
-    noise: Sequence[Sequence[float]],
-    settings: Settings,
+    name: str, runs: Sequence[Run], base: Mapping[Key, Run], noise: Sequence[Sequence[float]], settings: Settings
 ) -> RecipeSummary:
     finished = [run for run in runs if run.final is not None]
     finals = [run.final for run in finished if run.final is not None]
@@ -183,13 +180,13 @@ def _is_emulated(run: Run, settings: Settings) -> bool:
 
 def _learning_rates(runs: Sequence[Run], settings: Settings) -> LearningRates:
     """The loss of a learning rate is the mean over its seeds; None, as diverged, if one of them diverged."""
-    settled: dict[Key, list[Run]] = defaultdict(list)
+    groups: dict[Key, list[Run]] = defaultdict(list)
     for run in runs:
-        settled[run.key("seed", "optim.lr")].append(run)
+        groups[run.key("seed", "optim.lr")].append(run)
     sensitivities, widths, best = [], [], set()
-    for key in sorted(settled):
-        losses = losses_by_rate(settled[key])
-        at_init = mean(run.losses[0] for run in settled[key] if run.losses and run.losses[0] is not None)
+    for _, group in sorted(groups.items()):
+        losses = losses_by_rate(group)
+        at_init = mean(run.losses[0] for run in group if run.losses and run.losses[0] is not None)
         if at_init is not None and (value := lr_sensitivity(losses, at_init)) is not None:
             sensitivities.append(value)
         if len(losses) > 1 and (width := usable_width(losses, settings.within)) is not None:
@@ -223,13 +220,12 @@ def _progress(pairs: Sequence[tuple[Run, Run]], settings: Settings) -> Progress:
         at = int(settings.target_at * len(target_curve)) - 1
         target = target_curve[at] if at >= 0 else None
         if target is not None:
-            mine = first_below(run.steps, curve, target)
-            theirs = first_below(other.steps, target_curve, target)
-            if mine is not None and theirs is not None:
-                tokens.append(mine * run.tokens_per_step / (theirs * other.tokens_per_step))
+            step, target_step = first_below(run.steps, curve, target), first_below(other.steps, target_curve, target)
+            if step is not None and target_step is not None:
+                tokens.append(step * run.tokens_per_step / (target_step * other.tokens_per_step))
         last = min(len(curve), len(target_curve)) - 1
-        if last >= 0 and (own := curve[last]) is not None and (its := target_curve[last]) is not None:
-            losses.append(own / its)
+        if last >= 0 and (loss := curve[last]) is not None and (target_loss := target_curve[last]) is not None:
+            losses.append(loss / target_loss)
     return Progress(
         pairs=len(pairs), reached_target=len(tokens), tokens_to_target_ratio=mean(tokens), loss_ratio=mean(losses)
     )
@@ -276,16 +272,13 @@ def switches(runs: Sequence[Run]) -> list[Switch]:
         for run in members:
             own = arguments(run)
             variants[tuple((k, own.get(k, "")) for k in differing)][run.key()] = run
-        for one in sorted(variants):
-            for other in sorted(variants):
-                changed = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
-                if len(changed) == 1 and one < other:
-                    (argument, before), (_, after) = changed[0]
-                    pairs = [
-                        (variants[one][k], variants[other][k]) for k in sorted(variants[one]) if k in variants[other]
-                    ]
-                    gaps = [b.final - a.final for a, b in pairs if a.final is not None and b.final is not None]
-                    found.append(Switch(name, argument, before, after, gaps))
+        for one, other in combinations(sorted(variants), 2):
+            changed = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
+            if len(changed) == 1:
+                (argument, before), (_, after) = changed[0]
+                pairs = [(variants[one][k], variants[other][k]) for k in sorted(variants[one]) if k in variants[other]]
+                gaps = [b.final - a.final for a, b in pairs if a.final is not None and b.final is not None]
+                found.append(Switch(name, argument, before, after, gaps))
     return found
 
 

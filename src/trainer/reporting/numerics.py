@@ -39,16 +39,15 @@ class _Panel:
     key: str
     title: str
     slots: Sequence[str]
-    colors: str
-    map: str  # the same in matplotlib: dark is bad
+    colors: str  # dark is bad
     low: bool = False  # is bad
 
 
 _PANELS = (
-    _Panel(key="sqnr_db", title="SQNR, dB", slots=_SLOTS, colors="YlGnBu", map="YlGnBu_r", low=True),
-    _Panel(key="underflow_percent", title="underflow, %", slots=_SLOTS, colors="Reds", map="Reds"),
-    _Panel(key="saturation_percent", title="saturation, %", slots=_SLOTS, colors="Reds", map="Reds"),
-    _Panel(key="relative_error", title="error of output", slots=_OUTPUTS, colors="Reds", map="Reds"),
+    _Panel(key="sqnr_db", title="SQNR, dB", slots=_SLOTS, colors="YlGnBu", low=True),
+    _Panel(key="underflow_percent", title="underflow, %", slots=_SLOTS, colors="Reds"),
+    _Panel(key="saturation_percent", title="saturation, %", slots=_SLOTS, colors="Reds"),
+    _Panel(key="relative_error", title="error of output", slots=_OUTPUTS, colors="Reds"),
 )
 
 
@@ -57,10 +56,6 @@ class Numerics:
     """The probe rows of one run: step -> module -> slot -> row. Modules in the order of the model."""
 
     steps: Mapping[int, Mapping[str, Mapping[str, Entry]]]
-
-    @property
-    def last(self) -> int:
-        return max(self.steps)
 
     @cached_property
     def newest(self) -> dict[str, dict[str, Entry]]:
@@ -75,8 +70,7 @@ class Numerics:
                     there = _by_gemm(found.get(module, {})).get(gemm, {})
                     if not there or (is_rounded(parts) and not is_rounded(there)):
                         found.setdefault(module, {}).update(parts)
-        order = [module for layers in reversed(self.steps.values()) for module in layers]
-        return {module: found[module] for module in dict.fromkeys(order)}
+        return found
 
     @property
     def linears(self) -> dict[str, dict[str, Entry]]:
@@ -172,12 +166,13 @@ class LayerMap:
     def title(self) -> str:
         return f"Numerics of {self.recipe}, by layer"
 
-    def to_plotly(self) -> dict[str, Any]:
-        return heat_map(self.name, self.numerics)
-
     def save(self, file: Path, formats: Sequence[str] = ("png",)) -> None:
-        """Raises OSError where ``file`` cannot be written."""
-        picture(self.recipe, self.numerics, file, formats)
+        """Each product at the last watched step at which its operands were rounded.
+
+        Raises OSError where ``file`` cannot be written.
+        """
+        height = min(_TALLEST, 3.0 + 0.2 * len(self.numerics.linears))
+        save_figure(lambda figure: draw(figure, self.recipe, self.numerics, height), file, (14, height), formats)
 
 
 def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
@@ -192,14 +187,10 @@ def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
             cells = [[layers.get(module, {}).get(slot, {}) for slot in panel.slots] for module in modules]
             low, high = _range(numerics, chosen, panel)
             data.append(
-                {
-                    "type": "heatmap",
-                    "x": list(panel.slots),
-                    "y": [escape(m) for m in modules],
-                    "colorscale": panel.colors,
-                }
+                {"type": "heatmap", "x": list(panel.slots), "y": [escape(module) for module in modules]}
+                | {"colorscale": panel.colors}
                 | {"z": [[_value(layers.get(m, {}), slot, panel.key) for slot in panel.slots] for m in modules]}
-                | {"text": [[_told(cell) for cell in row] for row in cells], "hoverinfo": "x+y+z+text"}
+                | {"text": [[_hover_text(cell) for cell in row] for row in cells], "hoverinfo": "x+y+z+text"}
                 | {"zmin": low, "zmax": high, "visible": step == first}
                 | {"xaxis": f"x{index + 1}" if index else "x", "name": panel.title, "hoverongaps": False}
                 | {"colorbar": {"orientation": "h", "thickness": 8, "y": 1.0, "yanchor": "bottom"} | _bar(index)}
@@ -222,28 +213,18 @@ def heat_map(name: str, numerics: Numerics) -> dict[str, Any]:
         ],
     }
     for index, panel in enumerate(_PANELS):
-        axis = {
+        layout[f"xaxis{index + 1}" if index else "xaxis"] = {
             "title": {"text": panel.title, "font": {"size": 11}},
             "domain": _domain(index),
             "tickangle": -45,
             "tickfont": {"size": 9},
+            "showgrid": False,
         }
-        axis["showgrid"] = False
-        layout[f"xaxis{index + 1}" if index else "xaxis"] = axis
     return {"name": name, "data": data, "layout": layout}
 
 
-def picture(recipe: str, numerics: Numerics, file: Path, formats: Sequence[str] = ("png",)) -> None:
-    """Each product at the last watched step at which its operands were rounded, as pictures.
-
-    Raises OSError if they cannot be written.
-    """
-    height = min(_TALLEST, 3.0 + 0.2 * len(numerics.linears))
-    save_figure(lambda figure: draw(figure, recipe, numerics, height), file, (14, height), formats)
-
-
 def draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None:
-    """What ``picture`` writes, on a figure of ``height`` inches."""
+    """A picture of the map, on a figure of ``height`` inches."""
     layers = numerics.linears
     labels = [_short(module) for module in layers]
     every = math.ceil(len(labels) * 0.14 / height)  # as many as there is room for
@@ -256,7 +237,8 @@ def draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None
         known = [value for row in values for value in row if value is not None]
         low, high = _limits(known, panel)
         drawn = [[math.nan if value is None else value for value in row] for row in values]
-        image = axes.imshow(drawn, aspect="auto", cmap=panel.map, vmin=low, vmax=high, interpolation="none")
+        colors = f"{panel.colors}_r" if panel.low else panel.colors  # plotly's begin at the other end
+        image = axes.imshow(drawn, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="none")
         bar = figure.colorbar(image, ax=axes, location="top", shrink=0.9)
         bar.set_label(panel.title, fontsize=10)
         bar.ax.tick_params(labelsize=8)
@@ -278,7 +260,7 @@ def draw(figure: Figure, recipe: str, numerics: Numerics, height: float) -> None
     if hatched:
         label = "high precision: nothing is rounded"
         figure.legend(handles=[Patch(label=label, **_HATCHED)], loc="outside lower center", fontsize=9)
-    figure.suptitle(f"{shown(recipe)}; {_steps_told(layers)}", fontsize=11)
+    figure.suptitle(f"{shown(recipe)}; {_steps_text(layers)}", fontsize=11)
 
 
 def _value(slots: Mapping[str, Entry], slot: str, key: str) -> float | None:
@@ -288,24 +270,20 @@ def _value(slots: Mapping[str, Entry], slot: str, key: str) -> float | None:
     return number(entry.get(key)) if is_rounded(measured) else None
 
 
-def _steps_told(layers: Mapping[str, Mapping[str, Entry]]) -> str:
+def _steps_text(layers: Mapping[str, Mapping[str, Entry]]) -> str:
     """``step 80``, or by product where they differ."""
     steps: dict[str, set[int]] = {}
     for slots in layers.values():
         for gemm, parts in _by_gemm(slots).items():
             if is_rounded(parts):
                 steps.setdefault(gemm, set()).update(entry["step"] for entry in parts.values())
-    steps_of = {
+    texts = {
         gemm: f"step {min(found)}" if len(found) == 1 else f"steps {min(found)} to {max(found)}"
         for gemm, found in steps.items()
     }
-    if not steps_of:
-        return "high precision"
-    return (
-        next(iter(steps_of.values()))
-        if len(set(steps_of.values())) == 1
-        else "; ".join(f"{g}: {t}" for g, t in steps_of.items())
-    )
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{gemm}: {text}" for gemm, text in texts.items()) or "high precision"
 
 
 def _short(text: str, most: int = 44) -> str:
@@ -319,7 +297,7 @@ def _worst(slots: Mapping[str, Entry]) -> Entry | None:
     return min(known, key=lambda entry: float(entry["sqnr_db"])) if known else None
 
 
-def _told(cell: Entry) -> str:
+def _hover_text(cell: Entry) -> str:
     amax = number(cell.get("amax"))
     return escape(str(cell.get("format", "not seen"))) + (f"<br>amax {amax:.4g}" if amax is not None else "")
 

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ..environ import printable
 from .figures import COLORS, smooth
@@ -22,31 +21,25 @@ _LOST = "Parameters that an update left as they were; smoothed."
 _LOGARITHMIC = ("grad_norm", "update_ratio")
 _MARKERS = ("o", "s", "^", "v", "P", "*", "<", ">", "h")  # of matplotlib; no cross and no diamond: these mean something
 _SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "star", "triangle-left", "triangle-right")
-_DASHES = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), ((0, (8, 2)), "longdash"))  # dotted is diverged
+_DASHES = ("-", "--", "-.", (0, (8, 2)))  # dotted is diverged
+_PLOTLY_DASHES = ("solid", "dash", "dashdot", "longdash")
 Points = tuple[list[float], list[float]]
-_Curve = tuple[str, str, str, str, Callable[[Run], Points]]  # name, title, unit, note
+_Curve = tuple[str, str, str, str, Callable[[Run, str], Points], str]  # name, title, unit, note, points, of what
 
 
-@dataclass(frozen=True, kw_only=True)
-class Style:
+class Style(NamedTuple):
     """How a recipe is drawn: its colour, and what tells it apart without one."""
 
-    number: int
+    color: str
+    marker: str
+    symbol: str
+    dash: Any
+    plotly_dash: str
 
-    @property
-    def color(self) -> str:
-        return COLORS[self.number % len(COLORS)]
-
-    @property
-    def marker(self) -> str:
-        return _MARKERS[self.number % len(_MARKERS)]
-
-    @property
-    def symbol(self) -> str:
-        return _SYMBOLS[self.number % len(_SYMBOLS)]
-
-    def dash(self, *, plotly: bool = False) -> Any:
-        return _DASHES[self.number % len(_DASHES)][plotly]
+    @classmethod
+    def numbered(cls, number: int) -> Style:
+        choices = (COLORS, _MARKERS, _SYMBOLS, _DASHES, _PLOTLY_DASHES)
+        return cls(*(of_kind[number % len(of_kind)] for of_kind in choices))
 
 
 class Kind(Enum):
@@ -110,32 +103,32 @@ class HeatMap:
 
 def plots(runs: Sequence[Run], recipes: Sequence[RecipeSummary], rungs: Sequence[Rung]) -> list[Plot | HeatMap]:
     """All that have something to show."""
-    styles = {s.recipe: Style(number=number) for number, s in enumerate(recipes)}
+    styles = {s.recipe: Style.numbered(number) for number, s in enumerate(recipes)}
     known = [run for run in runs if run.values]
     curves: list[_Curve] = [
-        ("losses", "Training loss", NATS, "Smoothed. Dotted: diverged.", _loss_curve),
-        ("validation", "Validation loss", NATS, "As measured.", partial(_eval_curve, name="loss")),
-        ("sharpness", "Sharpness", "percent", "Defined under Stability.", partial(_eval_curve, name="sharpness")),
-        ("grad_norm", "Gradient norm", "before clipping", "Largest of each stretch of steps.", _peaks),
-        ("update_ratio", "Update ratio", "|update| / |weights|", "Smoothed.", _update_ratio),
-        ("lost_updates", "Lost updates", "share of parameters", _LOST, partial(_series_curve, name="lost_updates")),
-        ("edq", "Effective descent quality", "", "Smoothed.", partial(_series_curve, name="edq")),
+        ("losses", "Training loss", NATS, "Smoothed. Dotted: diverged.", _smoothed, "loss"),
+        ("validation", "Validation loss", NATS, "As measured.", _as_measured, "loss"),
+        ("sharpness", "Sharpness", "percent", "Defined under Stability.", _as_measured, "sharpness"),
+        ("grad_norm", "Gradient norm", "before clipping", "Largest of each stretch of steps.", _peaks, "grad_norm"),
+        ("update_ratio", "Update ratio", "|update| / |weights|", "Smoothed.", _smoothed, "update_ratio"),
+        ("lost_updates", "Lost updates", "share of parameters", _LOST, _smoothed, "lost_updates"),
+        ("edq", "Effective descent quality", "", "Smoothed.", _smoothed, "edq"),
     ]
     lines = [_over_tokens(curve, known, styles) for curve in curves]
-    made = [_gaps(recipes, styles), lines[0], _rates(known, recipes, styles), *lines[1:]]
+    drawn = [_gaps(recipes, styles), lines[0], _rates(known, recipes, styles), *lines[1:]]
     maps = [
         _heat_map([rung for rung in rungs if rung.rounding == way], way, number)
         for number, way in enumerate(sorted({r.rounding for r in rungs}))
     ]
-    return [*maps, *(plot for plot in made if plot.marks)]
+    return [*maps, *(plot for plot in drawn if plot.marks)]
 
 
 def _over_tokens(curve: _Curve, runs: Sequence[Run], styles: dict[str, Style]) -> Plot:
     """One line a run, over the tokens it has seen."""
-    name, title, y_label, note, points = curve
+    name, title, y_label, note, points, key = curve
     marks: list[Mark] = []
     for run in runs:
-        x, y = points(run)
+        x, y = points(run, key)
         if x:
             first = all(mark.recipe != run.recipe for mark in marks)
             kind = Kind.dotted if run.state == "diverged" else Kind.line
@@ -156,19 +149,12 @@ def _label(run: Run) -> str:
     return f"{run.recipe}, lr {run.lr:g}, seed {run.seed}"
 
 
-def _loss_curve(run: Run) -> Points:
-    return _thinned(run, smooth(run.losses))
+def _smoothed(run: Run, key: str) -> Points:
+    return _thinned(run, smooth(run.losses if key == "loss" else run.series.get(key, [])))
 
 
-def _series_curve(run: Run, name: str) -> Points:
-    return _thinned(run, smooth(run.series.get(name, [])))
-
-
-_update_ratio = partial(_series_curve, name="update_ratio")
-
-
-def _eval_curve(run: Run, name: str) -> Points:
-    points = run.evals.get(name, {})
+def _as_measured(run: Run, key: str) -> Points:
+    points = run.evals.get(key, {})
     if len(points) < 2:  # no curve, and the end of each run is in a table
         return [], []
     return [step * run.tokens_per_step for step in points], [round(value, 5) for value in points.values()]
@@ -193,35 +179,26 @@ def _thinned(run: Run, values: Sequence[float | None]) -> Points:
     return _axes([part[0] for part in parts] + [part[-1] for part in parts[-1:] if len(part) > 1])
 
 
-def _peaks(run: Run, name: str = "grad_norm") -> Points:
+def _peaks(run: Run, key: str) -> Points:
     """The largest value of each stretch."""
-    return _axes([max(part, key=lambda point: point[::-1]) for part in _stretches(run, run.series.get(name, []))])
+    return _axes([max(part, key=lambda point: point[::-1]) for part in _stretches(run, run.series.get(key, []))])
 
 
 def _gaps(recipes: Sequence[RecipeSummary], styles: dict[str, Style]) -> Plot:
     shown = [s for s in recipes if s.gap_mean is not None]
     marks = []
     for place, s in enumerate(shown):
-        assert s.gap_mean is not None
-        marks.append(
-            Mark(recipe=s.recipe, kind=Kind.dots, x=[place] * len(s.gaps), y=s.gaps, label=f"{s.recipe}, pairs")
-        )
-        marks.append(
-            Mark(
-                recipe=s.recipe,
-                kind=Kind.diamond,
-                x=[place],
-                y=[s.gap_mean],
-                label=f"{s.recipe}, mean",
-                interval=s.gap_interval,
-            )
-        )
+        places, label = [place] * len(s.gaps), f"{s.recipe}, mean"
+        marks += [
+            Mark(recipe=s.recipe, kind=Kind.dots, x=places, y=s.gaps, label=f"{s.recipe}, pairs"),
+            Mark(recipe=s.recipe, kind=Kind.diamond, x=[place], y=[s.gap_mean], label=label, interval=s.gap_interval),
+        ]
     return Plot(
         name="gaps",
         title="Gap to the baseline",
         note="Dots: pairs; diamonds: their mean and its 95% interval. Above zero is worse.",
         x_label="",
-        y_label="nats per token",
+        y_label=NATS,
         marks=marks,
         styles=styles,
         ticks={float(place): s.recipe for place, s in enumerate(shown)},
@@ -254,7 +231,7 @@ def _rates(runs: Sequence[Run], recipes: Sequence[RecipeSummary], styles: dict[s
         note="At the end, each at its own rate. Crosses, above all others: diverged, whatever the loss. Lines: means "
         "of rates where none diverged.",
         x_label="learning rate",
-        y_label="nats per token",
+        y_label=NATS,
         marks=marks,
         styles=styles,
         log_x=True,

@@ -1,7 +1,7 @@
 """The report of a sweep, from run directories alone: which recipe, what it costs, and what the data cannot say.
 
 Reads ``config.yaml, plan.txt, metrics.jsonl, done.json, env.json`` of every run below the given directories. A diverged
-run is never dropped: it has no place in a mean of losses, so it is counted beside it.
+run is never dropped: it has no place in a mean of losses, so it is counted apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ try:  # extra `report`
     from .figures import FORMATS
     from .latex import document, summary_table
     from .measures import RecipeSummary, Rung, Switch, ladder, summarize, switches
-    from .numerics import LayerMap, numerics_of, worst_layers
+    from .numerics import LayerMap, heat_map, numerics_of, worst_layers
     from .plots import HeatMap, Plot, plots
     from .runs import Run, Settings, find_runs
     from .statistics import CONFIDENCE
@@ -50,8 +50,7 @@ _RUN_COLUMNS = (
 _FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\\t", "\\r")  # noqa: RUF001 - full width counts, too
 _MARKUP = re.compile(r"[\\`|*~]|](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")  # inside of a word an underscore is one
 _TO_HTML = str.maketrans("<>&`", ",:./")
-_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
-DIGITS = _DIGITS.translate(_TO_HTML)
+DIGITS = f"{string.digits}{string.ascii_uppercase}{string.ascii_lowercase}!#$%&()*+-;<=>?@^_`{{|}}~".translate(_TO_HTML)
 """Those of ``base64.b85encode``, as ``pack`` writes them."""
 
 
@@ -135,13 +134,8 @@ def summarized(report: Report) -> dict[str, Any]:
         },
         "recipes": {s.recipe: _numbers(s) for s in report.recipes},
         "ladder": [
-            {
-                "exponent": rung.exponent,
-                "mantissa": rung.mantissa,
-                "rounding": rung.rounding,
-                "recipe": rung.summary.recipe,
-            }
-            for rung in report.rungs
+            {"exponent": r.exponent, "mantissa": r.mantissa, "rounding": r.rounding, "recipe": r.summary.recipe}
+            for r in report.rungs
         ],
         "ingredients": [switch._asdict() for switch in report.switches],
         "runs": {
@@ -242,15 +236,15 @@ def _sentence(text: str) -> str:
 def _html(report: Report) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    figures = json.dumps(
-        [plot.to_plotly() if isinstance(plot, LayerMap) else to_plotly(plot) for plot in report.plots], allow_nan=False
-    )
+    figures = [
+        heat_map(plot.name, plot.numerics) if isinstance(plot, LayerMap) else to_plotly(plot) for plot in report.plots
+    ]
     return environment.get_template("report.html.j2").render(
         report=report,
         show=_show,
         is_text=_is_text,
         sentence=_sentence,
-        packed=pack(f"window.figures = {figures};\n{get_plotlyjs()}"),
+        packed=pack(f"window.figures = {json.dumps(figures, allow_nan=False)};\n{get_plotlyjs()}"),
         digits=DIGITS,
     )
 

@@ -21,18 +21,10 @@ from ..errors import UserError, one_line
 from ..metrics import corrupt_lines, number, read_metrics, read_rows
 from .statistics import DivergenceRule, spike_score, spikes
 
-# What two runs that are compared may differ in, beside the recipe: none of it changes what is computed on paper.
+# What two runs that are compared may differ in, besides the recipe: none of it changes what is computed on paper.
 _FREE = (
-    "precision",
-    "run",
-    "log",
-    "sample",
-    "checkpoint",
-    "resume",
-    "parallel",
-    "eval.precision",
-    "probe",
-    "optim.moments",
+    *("precision", "eval.precision", "optim.moments", "parallel", "probe"),
+    *("run", "log", "sample", "checkpoint", "resume"),
 )
 _STATES = ("finished", "diverged", "stopped", "failed")  # of done.json
 _NUMBERS = ("seed", "optim.lr", "train.steps", "data.seq_len", "data.global_batch_size")
@@ -89,7 +81,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)  # env.json
     products: dict[Product, int] = field(default_factory=dict)  # of plan.txt, with their number
     corrupt: list[int] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # files beside metrics.jsonl, with the reason
+    unreadable: list[str] = field(default_factory=list)  # files other than metrics.jsonl, with the reason
 
     @property
     def seed(self) -> int:
@@ -116,8 +108,8 @@ class Run:
     def key(self, *without: str) -> Key:
         """What makes runs comparable: the config but for what is free, and ``without``."""
         skip = (*_FREE, *without)
-        kept = {k: v for k, v in self.values.items() if not any(k == s or k.startswith(f"{s}.") for s in skip)}
-        return tuple(sorted((name, repr(value)) for name, value in kept.items()))
+        telling = {k: v for k, v in self.values.items() if not any(k == s or k.startswith(f"{s}.") for s in skip)}
+        return tuple(sorted((name, repr(value)) for name, value in telling.items()))
 
 
 def find_runs(directories: Sequence[Path], settings: Settings) -> list[Run]:

@@ -81,11 +81,11 @@ def first_below(steps: Sequence[int], losses: Sequence[Loss], target: float) -> 
     return next((step for step, loss in zip(steps, losses, strict=True) if loss is not None and loss <= target), None)
 
 
-def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
+def wilson(successes: int, trials: int) -> Interval | None:
     """Wilson's score interval of a rate; None without trials."""
     if trials == 0:
         return None
-    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(interval.low), float(interval.high))
 
 
@@ -97,10 +97,9 @@ def spikes(values: Sequence[Loss], *, window: int = 128, sigmas: float = 6.0) ->
     found: list[int] = []
     seen: list[float] = []
     for index, value in enumerate(values):
-        if not _finite(value):
+        if value is None or not math.isfinite(value):
             found.append(index)
             continue
-        assert value is not None
         if len(seen) >= window:
             last = np.asarray(seen[-window:])
             if value > last.mean() + sigmas * last.std():
@@ -115,24 +114,15 @@ def spike_score(values: Sequence[Loss], *, window: int = 128, sigmas: float = 6.
     return len(spikes(values, window=window, sigmas=sigmas)) / countable if countable > 0 else None
 
 
-def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
+def bootstrap_mean(values: Sequence[float]) -> Interval | None:
     """The percentile bootstrap interval of a mean; None for fewer than two values."""
     if len(values) < 2:
         return None
     data = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (RESAMPLES, len(data)))
-    tail = (1 - confidence) / 2
+    picks = np.random.default_rng(0).integers(0, len(data), (RESAMPLES, len(data)))
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(data[picks].mean(1), [tail, 1 - tail])
     return Interval(float(low), float(high))
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Student's interval of a mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))
-    mean = float(np.mean(values))
-    return Interval(mean - half, mean + half)
 
 
 def pooled_sd(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
@@ -144,7 +134,7 @@ def pooled_sd(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
     return math.sqrt(squares / freedom), freedom
 
 
-def noise_band(groups: Sequence[Sequence[float]], num: int, confidence: float = CONFIDENCE) -> float | None:
+def noise_band(groups: Sequence[Sequence[float]], num: int) -> float | None:
     """How far the means of ``num`` runs each, alike but for the seed, may lie apart: t * sd * sqrt(2 / num).
 
     ``groups``: final losses of runs that differ in the seed alone. None where no group has two.
@@ -153,7 +143,7 @@ def noise_band(groups: Sequence[Sequence[float]], num: int, confidence: float = 
     if pooled is None or num < 1:
         return None
     sd, freedom = pooled
-    return float(stats.t.ppf((1 + confidence) / 2, freedom)) * sd * math.sqrt(2 / num)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * sd * math.sqrt(2 / num)
 
 
 def sign_test(values: Sequence[float]) -> float | None:
@@ -189,7 +179,7 @@ def lr_sensitivity(losses: Mapping[float, Loss], at_init: float) -> float | None
     """
     if len(losses) < 2:
         return None
-    capped = [min(loss, at_init) if _finite(loss) and loss is not None else at_init for loss in losses.values()]
+    capped = [at_init if loss is None or math.isnan(loss) else min(loss, at_init) for loss in losses.values()]
     return float(np.mean(capped)) - min(capped)
 
 
@@ -210,7 +200,3 @@ def usable_width(losses: Mapping[float, Loss], within: float = 0.1) -> float | N
     while high < len(rates) - 1 and good[high + 1]:
         high += 1
     return math.log10(rates[high] / rates[low])
-
-
-def _finite(value: Loss) -> bool:
-    return value is not None and math.isfinite(value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -49,7 +49,10 @@ def tables(
         _divergences(recipes, settings),
         _learning_rates(recipes, settings),
         _progress(recipes, settings),
-        *(_ladder([rung for rung in rungs if rung.rounding == way], way) for way in _roundings(rungs)),
+        *(
+            _ladder([rung for rung in rungs if rung.rounding == way], way)
+            for way in sorted({r.rounding for r in rungs})
+        ),
         _switches(switched),
         _cost(recipes, known),
         _coverage(known, recipes, settings),
@@ -112,22 +115,17 @@ def _divergences(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
 
 
 def _learning_rates(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
+    rows = []
+    for s in recipes:
+        tried, best, sensitivity, width = s.rates
+        rows.append((s.recipe, tried, _rate(best), sensitivity, width))
     return Table(
         title="Learning rates",
         note="Best: of the lowest mean validation loss, where no run diverged. Sensitivity: mean over rates of "
         "min(loss, loss at init) minus the best (arXiv 2309.14322). Width: decades of learning rate within "
         f"{settings.within:g} nats of the best.",
         columns=("recipe", "tried", "best", "sensitivity", "width"),
-        rows=[
-            (
-                s.recipe,
-                s.rates.learning_rates,
-                _rate(s.rates.best_lr),
-                s.rates.lr_sensitivity,
-                s.rates.usable_lr_decades,
-            )
-            for s in recipes
-        ],
+        rows=rows,
     )
 
 
@@ -139,22 +137,8 @@ def _progress(recipes: Sequence[RecipeSummary], settings: Settings) -> Table:
         f"{settings.baseline} needed, mean over the pairs that reached it. Loss ratio: smoothed training losses at "
         "equal tokens, the last that both have.",
         columns=("recipe", "pairs", "reached", "tokens", "loss ratio"),
-        rows=[
-            (
-                s.recipe,
-                s.progress.pairs,
-                s.progress.reached_target,
-                s.progress.tokens_to_target_ratio,
-                s.progress.loss_ratio,
-            )
-            for s in recipes
-            if s.progress.pairs
-        ],
+        rows=[(s.recipe, *s.progress) for s in recipes if s.progress.pairs],
     )
-
-
-def _roundings(rungs: Sequence[Rung]) -> list[str]:
-    return sorted({rung.rounding for rung in rungs})
 
 
 def _ladder(rungs: Sequence[Rung], rounding: str) -> Table:
@@ -238,8 +222,8 @@ def _runs(runs: Sequence[Run]) -> Table:
         title="Runs",
         note="Every run directory that was found. Config: a hash of all that decides the numbers.",
         columns=(
-            *("run", "recipe", "lr", "seed", "state", "step", "validation loss", "diverged at", "spikes", "corrupt"),
-            "config",
+            *("run", "recipe", "lr", "seed", "state", "step"),
+            *("validation loss", "diverged at", "spikes", "corrupt", "config"),
         ),
         rows=[
             (
@@ -273,17 +257,10 @@ def _origin(runs: Sequence[Run]) -> Table:
         title="Origin",
         note="What made these runs: env.json and config.yaml. Fingerprint: of the tokens trained on.",
         columns=(
-            "revision",
-            "device",
-            "processes",
-            "model",
-            "parameters",
-            "data",
-            "fingerprint",
-            "tokens a run",
-            "runs",
+            *("revision", "device", "processes", "model", "parameters"),
+            *("data", "fingerprint", "tokens a run", "runs"),
         ),
-        rows=[(*key, count) for key, count in sorted(_count(origin(run) for run in runs).items())],
+        rows=[(*key, count) for key, count in sorted(Counter(map(origin, runs)).items())],
     )
 
 
@@ -330,10 +307,3 @@ def _rate(value: float | None) -> str | None:
 
 def _text(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def _count(items: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
-    counts: dict[tuple[str, ...], int] = defaultdict(int)
-    for item in items:
-        counts[item] += 1
-    return counts

@@ -126,9 +126,9 @@ def limits(runs: Sequence[Run], recipes: Sequence[RecipeSummary], settings: Sett
     says.append(f"The longest run saw {longest:,} tokens: nothing is said about longer training or larger models.")
     if any(s.emulated for s in recipes) or any(run.on_cpu for run in runs):
         says.append("Narrow formats were emulated: tokens/s say nothing about hardware that has them.")
-    untold = [s.recipe for s in recipes if not s.state_bytes]
-    if untold:
-        says.append(f"Memory of weights and optimizer is not in the run directories of {', '.join(untold)}.")
+    unknown = [s.recipe for s in recipes if not s.state_bytes]
+    if unknown:
+        says.append(f"Memory of weights and optimizer is not in the run directories of {', '.join(unknown)}.")
     says.append(
         "Memory of activations and gradients is in no run directory: scripts/bench_memory.py measures what "
         "backward keeps."

@@ -53,11 +53,6 @@ def chosen(parsed: Sequence[Override], group: str) -> str:
     return str(next((o.value() for o in parsed if o.key_or_group == group), ""))
 
 
-def named_grids(place: Place = NOWHERE) -> list[str]:
-    """The names of ``configs/sweep/*.yaml``, and of the user's own."""
-    return place.choices("sweep")
-
-
 def expand_named(arguments: Sequence[str], place: Place = NOWHERE) -> list[str]:
     """The arguments with ``sweep=NAME`` replaced by the overrides of that grid, and Hydra's part filled in.
 
@@ -76,7 +71,7 @@ def expand_named(arguments: Sequence[str], place: Place = NOWHERE) -> list[str]:
     for name in names:
         file = place.find("sweep", name)
         if file is None:
-            known = named_grids(place)
+            known = place.choices("sweep")
             raise UserError(f"sweep={name}: no such grid{close(name, known)}; there are: {', '.join(known)}")
         fixed, varied = (parse(texts) for texts in _read_grid(file))
         grid = [*fixed, *varied]
@@ -111,7 +106,7 @@ def _read_grid(file: Path) -> tuple[list[str], list[str]]:
 
 
 def check(parsed: Sequence[Override], own: Sequence[Override], place: Place) -> list[TrainConfig]:
-    """The configs of every value of every key once, beside the first values of the others."""
+    """The configs of every value of every key once, with the first values of the others."""
     for override in parsed:
         if override.key_or_group.startswith("hydra.searchpath"):
             raise UserError(f"{override.key_or_group}: --config-dir=DIR is where configs of your own are")
@@ -121,9 +116,8 @@ def check(parsed: Sequence[Override], own: Sequence[Override], place: Place) -> 
             raise UserError(f"{override.key_or_group}: a config names things, it never executes them")
     for override in own:
         if override.key_or_group in ("run.dir", "run.resume"):
-            raise UserError(
-                f"{override.key_or_group}: a sweep names its runs itself; hydra.sweep.dir says where they go"
-            )
+            key = override.key_or_group
+            raise UserError(f"{key}: a sweep names its runs itself; hydra.sweep.dir says where they go")
     for group, plugins in PLUGINS.items():
         choice = chosen(parsed, group)
         if choice in plugins and importlib.util.find_spec(plugins[choice]) is None:
@@ -161,10 +155,10 @@ def _choices(override: Override) -> list[str]:
     if is_interval(override):  # for sweepers that search
         value = override.value()
         return [f"{override.key_or_group}={end}" for end in (value.start, value.end)]
-    batches = BasicSweeper.split_arguments([override], None)
-    if not batches or not batches[0]:
+    choices = [job[0] for batch in BasicSweeper.split_arguments([override], None) for job in batch]
+    if not choices:
         raise UserError(f"{override.input_line}: no values")
-    return [job[0] for job in batches[0]]
+    return choices
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -224,10 +218,8 @@ def make_jobs(config: DictConfig, batch: Sequence[Sequence[str]], flags: Sequenc
             before, now = json.loads(there[name]), json.loads(identity)
             key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
             places[name] = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-            say = (
-                f"{name} holds a run with {key}={before.get(key)}, not {now.get(key)}: this one goes to {places[name]}"
-            )
-            print(say, file=sys.stderr, flush=True)
+            values = f"{key}={before.get(key)}, not {now.get(key)}"
+            print(f"{name} holds a run with {values}: this one goes to {places[name]}", file=sys.stderr, flush=True)
     return [
         Job(
             name=places[name],

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -230,7 +230,7 @@ def final_loss(directory: Path) -> float | None:
 
 
 def _progress(directory: Path) -> tuple[int, float | None] | None:
-    """Step and loss of the last whole train row."""
+    """Step and loss of the last complete train row."""
     file = directory / "metrics.jsonl"
     if not file.exists():
         return None
@@ -268,9 +268,9 @@ def _ending(job: Job) -> str:
 class Display:
     """One live table on a terminal, a line for each event elsewhere."""
 
-    def __init__(self, jobs: Sequence[Job], stream: IO[str] | None = None) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        self._console = Console(file=stream)
+        self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
     def __enter__(self) -> Display:

@@ -1,6 +1,6 @@
 """``python -m narrowgauge --multirun``: many runs, each a process tree in a directory named by its overrides.
 
-Hydra's sweeper expands the overrides, its launcher plugin ``hydra_plugins.narrowgauge`` comes back here. A sweep keeps
+Hydra's sweeper expands the overrides, its launcher plugin ``hydra_plugins.narrowgauge`` comes back here. A sweep has
 no state but the run directories: a job's own ``done.json`` says whether there is anything left to do.
 """
 
@@ -40,7 +40,11 @@ from .grid import (
     without_hydra,
 )
 from .jobs import Job, State, SweepStopped, require_data_of, run_jobs
-from .slurm import sbatch_script
+
+try:
+    from submitit.slurm.slurm import SlurmExecutor
+except ImportError:
+    SlurmExecutor = None
 
 
 class JobsFailed(UserError):
@@ -100,10 +104,29 @@ def sweep(arguments: Sequence[str]) -> ExitCode:
 
 
 def _print_slurm(config: DictConfig, jobs: Sequence[Job]) -> None:
-    """The jobs, and the script that submitit's launcher would hand to sbatch for them."""
-    options = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    assert isinstance(options, dict)
-    print(sbatch_script({str(key): value for key, value in options.items()}, len(jobs)))
+    """The jobs, and the script that submitit's launcher would hand to sbatch for the array of them, without a cluster.
+
+    Raises UserError for another launcher than submitit's for Slurm.
+    """
+    launcher = config.hydra.launcher
+    if SlurmExecutor is None or not str(launcher.get("_target_", "")).endswith(".SlurmLauncher"):
+        raise UserError("hydra.launcher.dry_run: only hydra/launcher=narrowgauge and =submitit_slurm have a dry run")
+
+    class Anywhere(SlurmExecutor):
+        """Wants no srun, for it submits nothing."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    executor = Anywhere(folder=launcher.submitit_folder, max_num_timeout=launcher.max_num_timeout)
+    others = {"_target_", "submitit_folder", "max_num_timeout"}
+    tree = OmegaConf.to_container(launcher, resolve=True)
+    options = {key: value for key, value in tree.items() if key not in others and value is not None}
+    executor.update_parameters(**executor._convert_parameters(options))
+    if len(jobs) > 1:
+        executor.parameters["map_count"] = len(jobs)
+    print(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
     for index, job in enumerate(jobs):
         print(f"# task {index}: {shell(['python', '-m', 'narrowgauge', *job.arguments])}")
 

@@ -1,1 +1,1 @@
-"""What stands beside training: exports, evaluation, generation, verification."""
+"""What is done outside of training: exports, evaluation, generation, verification."""

@@ -83,7 +83,7 @@ def channel_maxima(run_dir: Path, said: Sequence[str] = ()) -> dict[str, Tensor]
     """
     try:
         run = restore_run(run_dir, said)
-        windows = open_windows(run.config.data, run.tokenizer, "train", CALIBRATION_WINDOWS * run.context)
+        windows = open_windows(run.config.data, run.tokenizer, "train", CALIBRATION_WINDOWS * run.config.data.seq_len)
         maxima: dict[str, Tensor] = {}
 
         def note(mlp: str, h: Tensor) -> None:

@@ -27,11 +27,10 @@ class Run:
     world: World
     state: TrainState
     tokenizer: TextTokenizer
-    context: int  # the longest prefix it was trained on
 
 
 def open_checkpoint(run_dir: Path) -> tuple[TrainConfig, Checkpoint, TextTokenizer]:
-    """The config of a run, of which no recipe file is run, its newest checkpoint, and the tokenizer that it keeps.
+    """The config of a run, of which no recipe file is run, its newest checkpoint, and the tokenizer stored with it.
 
     Raises UserError if it is no run directory, or holds no usable checkpoint or another tokenizer.
     """
@@ -70,4 +69,4 @@ def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
     # What a recipe remembers of many ranks does not fit into one process: their largest amaxes do.
     load_into(checkpoint, state, world.checkpoint, of_ranks=True)
     state.plan.resume(state.step, config.train.steps)
-    return Run(config, world, state, tokenizer, config.data.seq_len)
+    return Run(config, world, state, tokenizer)
