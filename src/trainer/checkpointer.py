@@ -29,6 +29,7 @@ from .checkpoint import (
     step_of,
 )
 from .distributed import World, say
+from .errors import require_at_least
 from .files import sha256_of, sync_directory, write_json
 from .metadata import NAME as METADATA
 from .spikes import COUNT, LEFT_OUT
@@ -50,10 +51,7 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raises ValueError for counts out of range."""
-        least = {"every": 0, "every_minutes": 0, "keep_last": 1, "keep_every": 0, "max_failures": 0}
-        for field, smallest in least.items():
-            if not getattr(self, field) >= smallest:
-                raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {smallest}")
+        require_at_least("checkpoint", self, every=0, every_minutes=0, keep_last=1, keep_every=0, max_failures=0)
 
 
 def _same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from ..precision.suggest import close
 from .build import MODEL_SCHEMAS
 from .data.config import SourceConfig
 from .environ import is_text
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error, one_line
 from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory
@@ -138,10 +138,8 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
     if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
         return None
     earlier = RunDirectory(Path(directory))
-    try:
+    with as_user_error(f"run.dir={directory} cannot be read", OSError):
         return earlier if earlier.config.is_file() and earlier.has_run() else None
-    except OSError as error:
-        raise UserError(f"run.dir={directory} cannot be read: {error.strerror or error}") from error
 
 
 def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Place) -> DictConfig:

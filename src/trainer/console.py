@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from .distributed import say
-from .errors import RunFailed, UserError
+from .errors import RunFailed, UserError, require_at_least
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
@@ -33,8 +33,7 @@ class LogConfig:
 
     def validate(self) -> None:
         """Raises ValueError for an unknown tracker or mode."""
-        if self.every < 1:
-            raise ValueError(f"log.every={self.every}: must be at least 1")
+        require_at_least("log", self, every=1)
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise ValueError(f"log.trackers: no tracker named {tracker!r}; there are: {', '.join(TRACKERS)}")

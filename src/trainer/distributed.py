@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .errors import RunFailed, UserError, one_line
+from .errors import RunFailed, UserError, one_line, require_at_least
 from .machine import threads_of_process
 from .watch import Watch
 
@@ -61,10 +61,7 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise ValueError(f"parallel.{name}={value}: must be auto, true or false")
-        for name in ("replicate", "threads", "timeout_seconds", "start_timeout_seconds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"parallel.{name}={value}: must be at least 1")
+        require_at_least("parallel", self, replicate=1, threads=1, timeout_seconds=1, start_timeout_seconds=1)
         if self.fp8_all_gather and self.reshard_after_forward is False:
             raise ValueError(
                 "parallel.fp8_all_gather=true needs parallel.reshard_after_forward=true: "

@@ -63,10 +63,10 @@ def is_text(text: str) -> bool:
     return True
 
 
-def unquoted(text: str) -> str | None:
-    """What stands between the quotes that ``text`` begins and ends with, as in Hydra's grammar; None without such."""
+def unquoted(text: str) -> str:
+    """``text`` without the quotes that it begins and ends with, if it does, as in Hydra's grammar."""
     if (found := re.fullmatch(r"""(['"])((?:\\.|(?!\1)[^\\])*)\1""", text, re.DOTALL)) is None:
-        return None
+        return text
     quote, content = found.groups()
     return re.sub(rf"(\\*)({quote}|$)", lambda run: run[1][: len(run[1]) // 2] + run[2], content)
 

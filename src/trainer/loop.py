@@ -19,7 +19,7 @@ from .checkpointer import Checkpointer
 from .console import Console, megabytes
 from .data.batches import DataSource
 from .distributed import World
-from .errors import ExitCode
+from .errors import ExitCode, as_user_error, require_at_least
 from .metrics import MetricsFile
 from .optim import OptimConfig
 from .sharpness import sharpness
@@ -44,17 +44,13 @@ class LoopConfig:
     spike_limit: int = 10  # spikes that are dealt with; at the next one the run ends as diverged
 
     def validate(self) -> None:
-        """Raises ValueError for counts that are too small, deviations that are not positive, and what is no time."""
-        for name, least in (("steps", 1), ("max_nonfinite_in_a_row", 1), ("spike_window", 2), ("spike_limit", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        """Raises ValueError for a number out of range, and UserError for what is no time."""
+        require_at_least("train", self, steps=1, max_nonfinite_in_a_row=1, spike_window=2, spike_limit=1)
         if not 0 < self.spike_deviations < math.inf:
             raise ValueError(f"train.spike_deviations={self.spike_deviations}: must be positive and finite")
         if self.stop_after is not None:
-            try:
+            with as_user_error(f"train.stop_after={self.stop_after}", ValueError):
                 seconds_of(self.stop_after)
-            except ValueError as error:
-                raise ValueError(f"train.stop_after={self.stop_after}: {error}") from error
         size = self.micro_batch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"train.micro_batch_size={size}: must be 'auto' or a whole number from 1")
@@ -108,12 +104,7 @@ class Status(Enum):
 
     @property
     def exit_code(self) -> ExitCode:
-        return {
-            Status.finished: ExitCode.FINISHED,
-            Status.stopped: ExitCode.STOPPED,
-            Status.diverged: ExitCode.DIVERGED,
-            Status.failed: ExitCode.FAILED,
-        }[self]
+        return ExitCode[self.name.upper()]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..precision.backends import require_backend
 from ..precision.loading import content_of, files_in, is_file, load, renamed, sha256
 from ..precision.recipe import Recipe, require_apart
 from ..precision.states.moments import Moments, chosen
+from .errors import as_user_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,8 @@ class PrecisionConfig:
         """
         recipe = load(self.recipe, self.args, self.schedule)
         require_backend(self.backend)
-        try:
+        with as_user_error("optim.moments", ValueError):
             states = chosen(moments, recipe.moments)
-        except ValueError as error:
-            raise ValueError(f"optim.moments: {error}") from error
         try:
             require_apart(recipe.schedule, total_steps)
         except ValueError as error:

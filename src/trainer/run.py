@@ -21,7 +21,7 @@ from .data.batches import Ahead
 from .data.open import Data, open_data, separate_documents, training_source, validation_source
 from .data.stream import TextStream
 from .distributed import World, say
-from .errors import ExitCode, RunFailed, UserError, one_line
+from .errors import ExitCode, RunFailed, UserError, one_line, reason_of
 from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
@@ -275,7 +275,7 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
         if text is not None:
             (directory.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        say(f"warning: {directory.path}: the sample or the picture cannot be written: {error.strerror or error}")
+        say(f"warning: {directory.path}: the sample or the picture cannot be written: {reason_of(error)}")
     if outcome.status is Status.finished:
         _summary(job, directory, totals, text)
     else:
