@@ -82,8 +82,8 @@ def build_state(
         say(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
-    with as_user_error("optim.moments", ValueError):
-        optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=backend, plan=plan)
+    with as_user_error("optim.moments: ", ValueError):
+        optimizer = build_optimizer(optim, model, plan, seed=seed, backend=backend)
     plan.update_note = _moments_note(precision, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
 
@@ -101,7 +101,7 @@ def build_model(
     """The sharded model with its recipe in it, on the device, its parameters not yet set."""
     with torch.device("meta"):
         model = create(config)
-    with as_user_error("precision", ValueError), warnings.catch_warnings():
+    with as_user_error("precision: ", ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
         plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
     if parallel.compiles(world.device):
@@ -121,7 +121,7 @@ def build_model(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
-        with as_user_error("parallel.fp8_all_gather=true", ValueError):
+        with as_user_error("parallel.fp8_all_gather=true: ", ValueError):
             plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
     # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
@@ -204,7 +204,7 @@ def _set_from_full(parameter: torch.Tensor, full: torch.Tensor) -> None:
 
 def pretrained_config(directory: PretrainedDirectory) -> ModelConfig:
     """The shape of a `transformers` checkpoint. Raises UserError for one that is not built here."""
-    with as_user_error(str(directory.path / "config.json"), ValueError, KeyError, TypeError):
+    with as_user_error(f"{directory.path / 'config.json'}: ", ValueError, KeyError, TypeError):
         return from_hf_config(directory.config, directory.path.name or "pretrained")
 
 

@@ -22,14 +22,14 @@ from .checkpoint import (
     Checkpoint,
     describe,
     examine,
+    failure_of,
     list_checkpoints,
     load_into,
     read_tensors,
-    reason_of,
     step_of,
 )
 from .distributed import World, say
-from .errors import require_at_least
+from .errors import reason_of, require_at_least
 from .files import sha256_of, sync_directory, write_json
 from .metadata import NAME as METADATA
 from .spikes import COUNT, LEFT_OUT
@@ -74,7 +74,7 @@ class Checkpointer:
     ) -> None:
         self.directory = directory
         self._keep_scheduled = keep_scheduled
-        self._config = config
+        self.config = config
         self._world = world
         self._meta = dict(meta)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -90,13 +90,13 @@ class Checkpointer:
     @property
     def overdue(self) -> bool:
         """Whether ``checkpoint.every_minutes`` have gone; rank 0's clock is the one that counts."""
-        minutes = self._config.every_minutes
+        minutes = self.config.every_minutes
         return minutes > 0 and time.monotonic() - self._began >= 60 * minutes
 
     @property
     def given_up(self) -> bool:
         """Whether ``checkpoint.max_failures`` writes in a row have failed."""
-        return 0 < self._config.max_failures <= self.failures
+        return 0 < self.config.max_failures <= self.failures
 
     def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
         """Load ``checkpoint``, which ``newest`` found; one of another recipe without what that recipe remembered."""
@@ -168,7 +168,7 @@ class Checkpointer:
         snapshot = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending = self._executor.submit(self._write, snapshot, partial, meta, size, prune)
         self._pending_step = state.step
-        if not self._config.asynchronous:
+        if not self.config.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -213,7 +213,7 @@ class Checkpointer:
                     f"{free / 1e6:.1f} MB are free"
                 )
         except OSError as error:
-            return f"no checkpoint can be written in {self.directory}: {error.strerror or error}"
+            return f"no checkpoint can be written in {self.directory}: {reason_of(error)}"
         return None
 
     def _write(
@@ -230,7 +230,7 @@ class Checkpointer:
             own = sorted(partial.glob(f"__{self._world.rank}_*"))
             written = {path.name: (path.stat().st_size, sha256_of(path)) for path in own}
         except BaseException as error:
-            written = reason_of(error)
+            written = failure_of(error)
         everywhere = self._world.gather_written(written)
         problem = next((problem for problem in everywhere if isinstance(problem, str)), None)
         if self._world.is_main:
@@ -238,7 +238,7 @@ class Checkpointer:
                 if problem is None:
                     self._commit(partial, meta, [each for each in everywhere if isinstance(each, dict)])
             except BaseException as error:
-                problem = reason_of(error)
+                problem = failure_of(error)
             if problem is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
@@ -247,7 +247,7 @@ class Checkpointer:
                 try:
                     self._prune()
                 except OSError as error:
-                    say(f"warning: {self.directory}: old checkpoints cannot be removed: {error.strerror or error}")
+                    say(f"warning: {self.directory}: old checkpoints cannot be removed: {reason_of(error)}")
         problem = self._world.gather_written(problem)[0]
         step = int(meta["step"])
         return problem and f"checkpoint at step {step} not written in {self.directory}: {problem}"
@@ -266,12 +266,12 @@ class Checkpointer:
             say(f"{directory}: its file system cannot flush directories; a power cut may cost the newest checkpoint")
 
     def _prune(self) -> None:
-        every, there = self._config.keep_every, list_checkpoints(self.directory)
-        due = [path for path in there if self._config.every and step_of(path) % self._config.every == 0]
+        every, there = self.config.keep_every, list_checkpoints(self.directory)
+        due = [path for path in there if self.config.every and step_of(path) % self.config.every == 0]
         scheduled = due[-1:] if self._keep_scheduled else []
         _remove(
             path
-            for path in there[: -self._config.keep_last]
+            for path in there[: -self.config.keep_last]
             if path not in scheduled and (not every or step_of(path) % every)
         )
 

@@ -138,7 +138,7 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
     if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
         return None
     earlier = RunDirectory(Path(directory))
-    with as_user_error(f"run.dir={directory} cannot be read", OSError):
+    with as_user_error(f"run.dir={directory} cannot be read: ", OSError):
         return earlier if earlier.config.is_file() and earlier.has_run() else None
 
 
@@ -244,10 +244,8 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
     if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
     if said is not None:
-        try:
+        with as_user_error("", ValueError):
             config.precision.require_said(said)
-        except ValueError as error:
-            raise UserError(one_line(error)) from error
     config.validate(recipe=said is not None or not config.precision.files())
     config.precision.args = filled(config.precision.recipe, config.precision.args)
     return config

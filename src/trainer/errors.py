@@ -38,11 +38,11 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def as_user_error(about: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise UserError, ``about: reason``, for what is raised within, if it is one of ``kinds``."""
+    """Raise UserError, ``about`` and the reason, for what is raised within, if it is one of ``kinds``."""
     try:
         yield
     except kinds as error:
-        raise UserError(f"{about}: {reason_of(error)}") from error
+        raise UserError(f"{about}{reason_of(error)}") from error
 
 
 def require_at_least(group: str, config: object, **least: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -49,7 +49,7 @@ class LoopConfig:
         if not 0 < self.spike_deviations < math.inf:
             raise ValueError(f"train.spike_deviations={self.spike_deviations}: must be positive and finite")
         if self.stop_after is not None:
-            with as_user_error(f"train.stop_after={self.stop_after}", ValueError):
+            with as_user_error(f"train.stop_after={self.stop_after}: ", ValueError):
                 seconds_of(self.stop_after)
         size = self.micro_batch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -87,11 +87,9 @@ class ProbeConfig:
     layers: str | None = None  # regex of the linears, full match; null = all
 
     def validate(self) -> None:
-        """Raises ValueError for a negative count, and for what is no regular expression."""
-        try:
+        """Raises UserError for a negative count, and for what is no regular expression."""
+        with as_user_error("probe.", ValueError):
             check_settings(self.every, self.layers)
-        except ValueError as error:
-            raise ValueError(f"probe.{error}") from error
 
 
 class Status(Enum):
@@ -128,7 +126,6 @@ class Job:
     config: LoopConfig
     eval_config: EvalConfig
     optim_config: OptimConfig
-    checkpoint_every: int
     checkpointer: Checkpointer
     stop: StopRequest
     metrics: MetricsFile | None = None  # on rank 0
@@ -136,7 +133,7 @@ class Job:
     trackers: Trackers | None = None
     probe: Probe | None = None
     evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
-    last_eval: dict[str, Any] | None = field(default=None)
+    last_eval: dict[str, Any] | None = None
     unlogged: Unlogged | None = None  # the last step, while its numbers are still on the device
     logged_at: float = 0.0  # on the clock, when the last step's numbers were there
     overdue: bool = False  # a checkpoint, by the clock, as of the last step
@@ -185,7 +182,7 @@ def train(job: Job) -> Outcome:
         evaluation = due(job.eval_config.every, state.step) or state.step == total
         careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
         known = not job.world.deferred or result.loss_scale is not None or state.spikes is not None
-        save = job.overdue or due(job.checkpoint_every, state.step)
+        save = job.overdue or due(job.checkpointer.config.every, state.step)
         if known or stop_code or evaluation or careful or save:
             log_last_step(job)
 
@@ -252,7 +249,7 @@ def tell_checkpoints(job: Job) -> None:
 
 def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
     """Write down that the last step was a spike, and go back if so configured. The end of the run, if it ends here."""
-    state, config, every, step = job.state, job.config, job.checkpoint_every, job.state.step
+    state, config, step = job.state, job.config, job.state.step
     assert state.spikes is not None
     assert state.left_out is not None
     ends = int(state.spikes.count) >= config.spike_limit
@@ -271,6 +268,7 @@ def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
         state.spikes.count += 1
     if config.spike is SpikeAction.rollback and not ends:
         # Not the newest there is: a run that was stopped on the way has others than one that was left alone.
+        every = job.checkpointer.config.every
         target = (step - 1) // every * every
         samples = _samples(job, target, step)
         reason = job.checkpointer.roll_back(state, target)

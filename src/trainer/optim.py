@@ -11,9 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..precision.plan import Plan
-from ..precision.states.moments import STANDARD, Moments
 from ..precision.states.telemetry import step_with_sums
-from ..precision.states.updates import UpdateRule
 from .distributed import World
 
 
@@ -83,34 +81,31 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def build_optimizer(
     config: OptimConfig,
     model: nn.Module,
-    update: UpdateRule,
-    moments: Moments = STANDARD,
+    plan: Plan,
     *,
-    seed: int = 0,
-    backend: str = "auto",
-    plan: Plan | None = None,
+    seed: int,
+    backend: str,
 ) -> Optimizer:
-    """The update rule over two groups: matrices and embeddings decay, vectors do not; and a third of the parameters of
-    the hooks of ``plan``, which do not.
+    """The update rule of the plan's recipe over two groups: matrices and embeddings decay, vectors do not; and a third
+    of the parameters of its hooks, which do not.
 
-    ``seed``: of rounding noise. Raises ValueError if the rule cannot keep its states as ``moments`` says, and for hooks
-    that change weights of which a master copy or a residual is kept.
+    ``seed``: of rounding noise. Raises ValueError if the rule cannot hold its states as the recipe's ``moments`` say,
+    and for hooks that change weights of which there is a master copy or a residual.
     """
+    moments = plan.recipe.moments
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if plan is not None:
-        of_hooks = [(f"recipe.{name}", p) for name, p in plan.hook_parameters().items() if p.requires_grad]
-        groups.append({"params": of_hooks, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
+    of_hooks = [(f"recipe.{name}", p) for name, p in plan.hook_parameters().items() if p.requires_grad]
+    groups = [group for group in (*groups, {"params": of_hooks, "weight_decay": 0.0}) if group["params"]]
     betas = (config.beta1, config.beta2)
-    optimizer = update.build(
+    optimizer = plan.recipe.update.build(
         groups, lr=config.lr, betas=betas, eps=config.eps, moments=moments, seed=seed, backend=backend
     )
     masters = any(key.startswith("master") for state in optimizer.state.values() for key in state)
-    if masters and plan is not None and plan.wants("after_update"):
+    if masters and plan.wants("after_update"):
         raise ValueError(f"{moments}: the next update would undo what a hook of the recipe does to weights")
     return optimizer
 

@@ -35,16 +35,15 @@ class PrecisionConfig:
     def parse(self, moments: Any, total_steps: int) -> Precision:
         """With ``optim.moments``, for a run of ``total_steps``. Runs recipe files.
 
-        Raises ValueError for an unknown recipe, argument, backend or codec, and a schedule that cannot be.
+        Raises ValueError for an unknown recipe, argument or backend, UserError for an unknown codec and a schedule that
+        cannot be.
         """
         recipe = load(self.recipe, self.args, self.schedule)
         require_backend(self.backend)
-        with as_user_error("optim.moments", ValueError):
+        with as_user_error("optim.moments: ", ValueError):
             states = chosen(moments, recipe.moments)
-        try:
+        with as_user_error("precision.", ValueError):
             require_apart(recipe.schedule, total_steps)
-        except ValueError as error:
-            raise ValueError(f"precision.{error}") from error
         return Precision(recipe=replace(recipe, moments=states), own_moments=recipe.moments, backend=self.backend)
 
     def files(self) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..precision.plan import Plan
 from ..precision.probe import Probe
 from . import distributed
 from .build import build_state, num_parameters, resolve_model, sequence_bytes
@@ -21,8 +21,8 @@ from .data.batches import Ahead
 from .data.open import Data, open_data, separate_documents, training_source, validation_source
 from .data.stream import TextStream
 from .distributed import World, say
-from .errors import ExitCode, RunFailed, UserError, one_line, reason_of
-from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
+from .errors import ExitCode, RunFailed, UserError, as_user_error, one_line, reason_of
+from .loop import Job, Outcome, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
 from .resume import find_checkpoint, identity
@@ -46,7 +46,7 @@ def run(config: TrainConfig) -> ExitCode:
         with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
-                with ConsoleLog(directory.path / "console.log", on=world.is_main) as log:
+                with ConsoleLog(directory.path / "console.log") if world.is_main else nullcontext() as log:
                     return _run(config, world, directory, stop, log)
             except (RuntimeError, MemoryError, OSError) as error:
                 if distributed.broken_connection(error):
@@ -61,7 +61,9 @@ def run(config: TrainConfig) -> ExitCode:
         distributed.finish()
 
 
-def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog) -> ExitCode:
+def _run(
+    config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog | None
+) -> ExitCode:
     world.watch.at("looking for a checkpoint")
     checkpoint = find_checkpoint(config, world, directory)
     if isinstance(checkpoint, Status):
@@ -111,7 +113,7 @@ def _build(
     data: Data,
     checkpoint: Checkpoint | None,
     stop: StopRequest,
-    log: ConsoleLog,
+    log: ConsoleLog | None,
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     precision, wanted = config.values.precision, config.values.micro_batch
@@ -167,6 +169,8 @@ def _build(
         validation, validation_bytes = validation_source(
             data.validation, config.eval.tokens, config.data, data.tokenizer, world, micro_batch
         )
+    with as_user_error("probe.", ValueError):
+        probe = Probe(state.plan, every=config.probe.every, layers=config.probe.layers) if config.probe.every else None
     job = Job(
         world=world,
         state=state,
@@ -178,10 +182,9 @@ def _build(
         config=config.train,
         eval_config=config.eval,
         optim_config=config.optim,
-        checkpoint_every=config.checkpoint.every,
         checkpointer=checkpointer,
         stop=stop,
-        probe=_probe(config.probe, state.plan),
+        probe=probe,
     )
     env = environment(world, state.step) | {
         "parameters": num_parameters(state.model),
@@ -208,13 +211,6 @@ def _build(
         )
         job.trackers = Trackers(config.log, directory.path, config.nested())
     return job
-
-
-def _probe(config: ProbeConfig, plan: Plan) -> Probe | None:
-    try:
-        return Probe(plan, every=config.every, layers=config.layers) if config.every else None
-    except ValueError as error:
-        raise UserError(f"probe.{error}") from error
 
 
 def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, data: Data) -> str:

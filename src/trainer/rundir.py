@@ -103,7 +103,7 @@ class RunDirectory:
         world.on_all(shared)  # nobody goes on before everybody holds a share
 
     def _writing(self) -> AbstractContextManager[None]:
-        return as_user_error(f"run.dir={self.path} cannot be written", OSError)
+        return as_user_error(f"run.dir={self.path} cannot be written: ", OSError)
 
     def _share(self) -> None:
         assert self._lock is not None
