@@ -124,7 +124,7 @@ def build_model(
         with as_user_error("parallel.fp8_all_gather=true: ", ValueError):
             plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
-    # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
+    # The loss is already divided by the weight of the global batch: gradients are summed, not averaged.
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting reaches the modules below
             module.set_gradient_divide_factor(1.0)
@@ -166,7 +166,7 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 @torch.no_grad()
 def initialize(model: Model, seed: int) -> None:
-    """Set every parameter from (seed, its name): the whole tensor is drawn, each rank keeps its rows."""
+    """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows."""
     for name, parameter in model.named_parameters():
         _set_from_full(parameter, model.init_of(name).draw(seed, name, parameter.shape))
 
@@ -239,7 +239,7 @@ def _reads_otherwise(tokenizer: TextTokenizer, directory: str) -> bool:
 
 
 def _moments_note(precision: Precision, optimizer: Optimizer) -> str:
-    """A line of plan.txt: how states are kept, who says so, and who computes."""
+    """A line of plan.txt: how states are held, who says so, and who computes."""
     moments, own = precision.recipe.moments, precision.own_moments
     source = f"optim.moments; the recipe has {own}" if moments != own else "the recipe's"
     by = f"[{optimizer.choice}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
@@ -264,5 +264,5 @@ def sequence_bytes(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model; a tied one counts once."""
+    """Parameters of the full model; a tied one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

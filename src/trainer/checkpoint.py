@@ -193,7 +193,7 @@ def newest(directory: Path, *, tidy: bool = False, world: World = ALONE) -> Chec
     """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over.
 
     With ``tidy``, which only the run that owns the directory may ask for, remains of killed writes and prunings are
-    removed, and damaged checkpoints get another name: they must not count among those that are kept. Raises UserError
+    removed, and damaged checkpoints get another name: they must not count among those of keep_last. Raises UserError
     as ``examine`` does. With ``world``, all ranks call it.
     """
     for path in world.on_main(lambda: _candidates(directory, tidy)):
@@ -281,7 +281,7 @@ def load_into(
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint whose names start with ``prefix``, in this process alone.
+    """The unsharded tensors of a checkpoint whose names start with ``prefix``, in this process alone.
 
     Raises UserError for one that cannot be read.
     """

@@ -121,7 +121,7 @@ class Checkpointer:
             state.spikes.forget()
         unchanged = (POSITION, COUNT, LEFT_OUT)
         self._world.on_all(lambda: load_into(found, state, self._world.checkpoint, without=unchanged))
-        # The newest first: those of a path that is left remain a whole path, which leads here again.
+        # The newest first: those of a path that is left remain a complete path, which leads here again.
         self._world.on_main(
             lambda: _remove(path for path in reversed(list_checkpoints(self.directory)) if step_of(path) > step)
         )
@@ -278,6 +278,6 @@ class Checkpointer:
 
 def _remove(checkpoints: Iterable[Path]) -> None:
     for path in checkpoints:
-        # Renamed first: what bears a checkpoint's name is whole, also if this is killed half-way.
+        # Renamed first: what bears a checkpoint's name is complete, also if this is killed half-way.
         going = path.rename(path.with_suffix(".deleting"))
         shutil.rmtree(going, ignore_errors=True)

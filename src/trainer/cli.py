@@ -1,4 +1,4 @@
-"""What every script shares: key=value arguments of its own beside Hydra overrides, --help, errors in one line."""
+"""What every script shares: key=value arguments of its own besides Hydra overrides, --help, errors in one line."""
 
 from __future__ import annotations
 

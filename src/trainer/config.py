@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -119,7 +119,7 @@ def check_own(file: Path, group: str) -> str | None:
             raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
-    known = {key.rsplit(".", up)[0] for key in kinds(TrainConfig) for up in range(key.count(".") + 1)}
+    known = _with_parts(kinds(TrainConfig))
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         full = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
@@ -271,9 +271,7 @@ def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
 
 
 def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
-    tree = OmegaConf.to_container(base, resolve=False)
-    known = {key for key, _ in flatten(tree)}
-    known |= {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    known = _with_parts(key for key, _ in flatten(OmegaConf.to_container(base, resolve=False)))
     hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
@@ -293,6 +291,11 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         elif key not in known:
             near = close(key, known) or _alike_at_the_end(key, known)
             raise UserError(f"unknown key {key!r}{near}; python -m narrowgauge --cfg job shows all")
+
+
+def _with_parts(keys: Iterable[str]) -> set[str]:
+    """Dotted keys, and the parts of the config that they are in."""
+    return {key.rsplit(".", up)[0] for key in keys for up in range(key.count(".") + 1)}
 
 
 def _alike_at_the_end(key: str, known: Collection[str]) -> str:

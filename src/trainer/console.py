@@ -24,7 +24,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is shown while training, beside ``metrics.jsonl``, which always has every step."""
+    """What is shown while training, besides ``metrics.jsonl``, which always has every step."""
 
     every: int = 10  # steps between lines where there is no terminal for a progress bar
     trackers: list[str] = field(default_factory=list)  # of wandb, tensorboard, trackio

@@ -56,7 +56,7 @@ class ParallelConfig:
     start_timeout_seconds: int = 7200  # of one before: other processes may be checking files, or arrive late
 
     def validate(self) -> None:
-        """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be kept."""
+        """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be held."""
         for name in ("reshard_after_forward", "compile", "deterministic"):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
@@ -236,7 +236,7 @@ def start(config: ParallelConfig) -> World:
 def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
     """A store for the process group, this rank, the number of ranks, and a connection of its own to that store.
 
-    torchrun's agent keeps one store over restarts, in which the addresses of processes that are gone still stand; so
+    torchrun's agent has one store over restarts, in which the addresses of processes that are gone still stand; so
     the ranks of one attempt agree on a prefix. They cannot take it from the number of restarts, which agents on several
     hosts count each for itself: rank 0 draws one, and a rank is sure of it once rank 0 has read the rank's own token
     under it.

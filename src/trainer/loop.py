@@ -68,7 +68,7 @@ class EvalConfig:
     """Validation, always on the same first tokens of the split."""
 
     every: int = 100  # steps; 0 = only at the end
-    tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
+    tokens: int = 200_000  # rounded up to full sequences; 0 = no validation at all
     precision: EvalPrecision = EvalPrecision.recipe
     sharpness: int = 32  # sequences whose last logits' sharpness is measured with it; 0 = not
 

@@ -40,7 +40,7 @@ class OptimConfig:
     warmup_max_fraction: float = 0.1  # of the run: a short run is not all warm-up
     min_lr_ratio: float = 0.1  # where linear, cosine and wsd end
     decay_fraction: float = 0.2  # of the run, for wsd
-    moments: Any = None  # how moments and weights are kept; null: as the recipe says
+    moments: Any = None  # how moments and weights are held; null: as the recipe says
     telemetry_every: int = 0  # steps between measurements of what updates do to weights; 0 = none
 
     def validate(self) -> None:
@@ -113,7 +113,7 @@ def build_optimizer(
 def measured_step(optimizer: Optimizer, world: World, num_replicas: int = 1) -> dict[str, float]:
     """``optimizer.step()`` with the same bits, and what it did to the weights of all ranks.
 
-    With w the weights, u the updates as computed in FP32, decay included, and e = new w - old w as they are kept:
+    With w the weights, u the updates as computed in FP32, decay included, and e = new w - old w as they are held:
 
     * ``update_ratio``: ||e|| / ||w||
     * ``lost_updates``: fraction of elements whose weight did not change though their update is not zero

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def _run(
     world.watch.at("opening the data")
     own = config.data if checkpoint is None else world.on_main(lambda: directory.data_of(config.data))
     data = open_data(own, config.eval.tokens, world)
-    if checkpoint is not None and checkpoint.meta["data"] not in (data.fingerprint, data.former_fingerprint):
+    if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
         require_tokenizer(checkpoint, data.tokenizer)
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
@@ -273,31 +272,28 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     except OSError as error:
         say(f"warning: {directory.path}: the sample or the picture cannot be written: {reason_of(error)}")
     if outcome.status is Status.finished:
-        _summary(job, directory, totals, text)
-    else:
-        _say_all(totals)
+        say("")
+        totals += _summary(job, directory, text)
+    for name, value in totals:
+        say(f"{name:18} {value}")
+    if outcome.status is not Status.finished:
         again = {Status.stopped: "the same command goes on", Status.diverged: "try a lower optim.lr"}
         hint = again.get(outcome.status, "mend the cause, then run the same command again")
         say(f"{outcome.status.value} at step {outcome.step}: {outcome.reason}; {hint} ({directory.path})")
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _say_all(rows: Sequence[tuple[str, str]]) -> None:
-    for name, value in rows:
-        say(f"{name:18} {value}")
-
-
-def _summary(job: Job, directory: RunDirectory, totals: Sequence[tuple[str, str]], text: str | None) -> None:
-    say("")
-    _say_all(totals)
-    if job.last_eval is not None:
-        row = job.last_eval
-        say(f"validation loss    {row['loss']:.4f} nats per token, over {row['tokens']:,} tokens")
-        say(f"perplexity         {row['perplexity']:.3f}")
-        say(f"bits per byte      {row['bits_per_byte']:.4f}")
+def _summary(job: Job, directory: RunDirectory, text: str | None) -> list[tuple[str, str]]:
+    """What a finished run came to, besides its totals."""
+    rows = []
+    if (row := job.last_eval) is not None:
+        rows = [
+            ("validation loss", f"{row['loss']:.4f} nats per token, over {row['tokens']:,} tokens"),
+            ("perplexity", f"{row['perplexity']:.3f}"),
+            ("bits per byte", f"{row['bits_per_byte']:.4f}"),
+        ]
     if text is not None:
-        say(f"sample             {text}")
+        rows.append(("sample", text))
     if checkpoints := list_checkpoints(directory.checkpoints):
-        say(f"checkpoint         {checkpoints[-1]}")
-    say(f"loss curve         {directory.path / 'loss.png'}")
-    say(f"run directory      {directory.path}")
+        rows.append(("checkpoint", str(checkpoints[-1])))
+    return [*rows, ("loss curve", str(directory.path / "loss.png")), ("run directory", str(directory.path))]

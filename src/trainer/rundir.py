@@ -164,7 +164,7 @@ class RunDirectory:
 
     def unlock(self) -> None:
         if self._lock is not None:
-            with suppress(OSError):  # a full disk keeps what was written last
+            with suppress(OSError):  # a full disk refuses what was written last
                 self._lock.close()
             self._lock = None
 
@@ -190,7 +190,7 @@ class RunDirectory:
         return target
 
     def data_of(self, data: DataConfig) -> DataConfig:
-        """``data`` with the tokenizer that the run keeps, where it keeps one; its token shards are where they were."""
+        """``data`` with the run's own copy of the tokenizer, if there is one; token shards are where they were."""
         if data.tokenizer == "bytes" or not self.tokenizer.is_dir():
             return data
         sources = data.sources
@@ -201,7 +201,7 @@ class RunDirectory:
         return replace(data, tokenizer=str(self.tokenizer), shards=shards, sources=sources)
 
     def keep_tokenizer(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
-        """Copy ``data.tokenizer``, which was read as ``tokenizer``: whole or not there, and without a model next to it.
+        """Copy ``data.tokenizer``, which was read as ``tokenizer``: complete or not there, without a model next to it.
 
         Raises UserError if it cannot be written.
         """
@@ -247,19 +247,17 @@ class RunDirectory:
 
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             done = read_json(self.done)
             return int(done["step"]) if done["status"] == "finished" else None
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            return None
+        return None
 
     def ending(self) -> str | None:
         """How the run ended, in one line; None if it does not say."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             done = read_json(self.done)
             return f"{done['status']} at step {done['step']}: {done['reason']} ({self.path})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return None
 
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
         """What this attempt is; an earlier attempt's ``done.json`` no longer holds."""

@@ -40,7 +40,7 @@ class Values:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The whole config: one field a part, each described where the code that reads it is."""
+    """The complete config: one field a part, each described where the code that reads it is."""
 
     model: Any = MISSING  # one of build.MODEL_SCHEMAS
     data: DataConfig = MISSING
