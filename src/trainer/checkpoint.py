@@ -104,11 +104,10 @@ def examine(path: Path, world: World = ALONE) -> Checkpoint:
     for problem in everywhere:
         if isinstance(problem, UserError):
             raise problem
-    if (damage := next((problem for problem in everywhere if problem), None)) is not None:
+    damage = next((problem for problem in everywhere if problem), None)
+    damage = damage or world.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
+    if damage is not None:
         raise ValueError(damage)
-    problem = world.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
-    if problem is not None:
-        raise ValueError(problem)
     return Checkpoint(path, meta)
 
 

@@ -32,7 +32,7 @@ FLIGHTS = "flight_recorder_rank_"  # torch appends the rank
 _LATE = ("Timed out waiting", "Application timeout")
 _BROKEN = (*_LATE, "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _CHECKPOINT_SECONDS = 24 * 3600  # of a collective of the checkpoint thread: a slow disk is no reason to end a run
-_CONNECT_SECONDS = 60  # to the launcher, which is there before its workers
+_CONNECT = timedelta(seconds=60)  # to the launcher, which is there before its workers
 _ASK_SECONDS = 0.1
 _ALONE_SECONDS = 30.0  # that rank 0 waits for the others before it says so
 _ATTEMPT = "narrowgauge/attempt"
@@ -247,15 +247,12 @@ def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _choose_interface(host, port)
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves, connect = rank == 0 and not of_agent, min(_CONNECT, limit) if of_agent else limit
     try:
-        if of_agent:
-            connect = timedelta(seconds=min(_CONNECT_SECONDS, limit.total_seconds()))
-            store = dist.TCPStore(host, port, is_master=False, timeout=connect, wait_for_workers=False)
-            store.set_timeout(limit)
-        else:
-            store = dist.TCPStore(
-                host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False, multi_tenant=True
-            )
+        store = dist.TCPStore(
+            host, port, is_master=serves, timeout=connect, wait_for_workers=False, multi_tenant=serves
+        )
+        store.set_timeout(limit)
         prefix = _agree(store, rank, size, limit)
     except RuntimeError as error:
         raise RunFailed(f"rank {rank}: no store at {host}:{port}, where ranks meet: {one_line(error)}") from error

@@ -74,9 +74,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raises ValueError for negative counts."""
-        for name in ("every", "tokens", "sharpness"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
+        require_at_least("eval", self, every=0, tokens=0, sharpness=0)
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..precision.plan import Plan
 from ..precision.states.telemetry import step_with_sums
 from .distributed import World
+from .errors import require_at_least
 
 
 class Schedule(Enum):
@@ -47,9 +48,7 @@ class OptimConfig:
         """Raises ValueError for a hyperparameter outside its range."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr}: must be positive")
-        for field in ("eps", "weight_decay", "clip_norm", "warmup_steps", "telemetry_every"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optim.{field}={getattr(self, field)}: must not be negative")
+        require_at_least("optim", self, eps=0, weight_decay=0, clip_norm=0, warmup_steps=0, telemetry_every=0)
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optim.{field}={getattr(self, field)}: must be at least 0 and below 1")
