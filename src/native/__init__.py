@@ -5,10 +5,10 @@ A source is one library; it includes its parts (``#include "PART"``), which are 
 A package of its own because ``models`` and ``precision`` both have such kernels and neither may know the other. Nothing
 is built or loaded at import, and torch is not imported: ``begin`` can start the compilers before it is.
 
-What a source wants of the compiler beside the common flags stands in a line of its own, ``// flags: -f...``.
+What a source wants of the compiler besides the common flags stands in a line of its own, ``// flags: -f...``.
 
-A library is code: it is loaded only where this user alone can have written it, and whole. Behind it stands the SHA-256
-of what comes before, which no loader minds: one file, renamed into place, cannot be at odds with its digest.
+A library is code: it is loaded only where this user alone can have written it, and complete. Behind it stands the
+SHA-256 of what comes before, which no loader minds: one file, renamed into place, cannot be at odds with its digest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 # No fast-math: float32 operations are what they say. libgomp is the one torch has loaded: one pool of threads.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_FLAGS_OF_A_SOURCE = "// flags: "
 
 # A compiler ends with this process, however that ends: then the pipe at standard input does too, and the process group
 # is killed. A signal at the parent's death would reach g++ alone, not the cc1plus that works for it.
@@ -79,7 +78,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def begin(*sources: Path) -> None:
-    """Build, beside what this process does, what the cache does not hold; ``library`` waits for it.
+    """Build, while this process goes on, what the cache does not hold; ``library`` waits for it.
 
     A process that ends before ends the compilers.
     """
@@ -153,7 +152,6 @@ def _built(compiler: str, source: Path) -> int:
                 _compile([compiler, *flags, "-o", partial.name, str(source)])
                 _seal(Path(partial.name))
                 os.replace(partial.name, target)  # where locks do not hold, several put the same file there
-                _sync_directory(target.parent)
             finally:
                 Path(partial.name).unlink(missing_ok=True)
             built = _examined(target)
@@ -163,17 +161,18 @@ def _built(compiler: str, source: Path) -> int:
 
 
 def _seal(path: Path) -> None:
-    """Put the digest behind what the compiler wrote, take others' leave to write from it, and flush it to the disk."""
+    """Put the digest behind what the compiler wrote, and take others' leave to write from it.
+
+    Nothing is flushed to the disk: what a power cut tears does not match its digest, and is built again.
+    """
     with path.open("r+b") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
         file.write(digest)
         os.fchmod(file.fileno(), stat.S_IRWXU)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _examined(path: Path) -> int | None:
-    """A descriptor of ``path`` if it is a library that this user alone can have written, and whole; else None."""
+    """A descriptor of ``path`` if it is a library that this user alone can have written, and complete; else None."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no link, and no wait for a pipe's end
     except OSError:
@@ -190,18 +189,9 @@ def _examined(path: Path) -> int | None:
     return None
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every file system can
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _own_flags(source: Path) -> list[str]:
-    lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.startswith(_FLAGS_OF_A_SOURCE)]
-    return [flag for line in lines for flag in line.removeprefix(_FLAGS_OF_A_SOURCE).split()]
+    lines = re.findall(r"^// flags: (.*)", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return " ".join(lines).split()
 
 
 def _sweep(target: Path, alone: bool) -> None:
@@ -334,8 +324,7 @@ def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
         cpu = next(line for line in lines if line.startswith(("flags", "Feat")))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    told = subprocess.run([compiler, "--version"], check=True, capture_output=True)
-    version = told.stdout.decode(errors="replace")
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout.decode(errors="replace")
     parts = (*(part.read_text(encoding="utf-8") for part in _parts(source)), " ".join(flags), cpu, version)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -25,7 +25,7 @@ from ..precision.recipe import Recipe
 from ..precision.states.updates import CodecAdamW
 from .data.tokenizer import TextTokenizer, load_tokenizer
 from .distributed import ParallelConfig, World, say
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error
 from .optim import OptimConfig, build_optimizer
 from .pretrained import PretrainedDirectory
 from .recipe import Precision
@@ -82,10 +82,8 @@ def build_state(
         say(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
-    try:
-        optimizer = build_optimizer(optim, model, recipe.update, recipe.moments, seed=seed, backend=backend, plan=plan)
-    except ValueError as error:
-        raise UserError(f"optim.moments: {error}") from error
+    with as_user_error("optim.moments: ", ValueError):
+        optimizer = build_optimizer(optim, model, plan, seed=seed, backend=backend)
     plan.update_note = _moments_note(precision, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
 
@@ -103,12 +101,9 @@ def build_model(
     """The sharded model with its recipe in it, on the device, its parameters not yet set."""
     with torch.device("meta"):
         model = create(config)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
-            plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
-    except ValueError as error:
-        raise UserError(f"precision: {error}") from error
+    with as_user_error("precision: ", ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
+        plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
     if parallel.compiles(world.device):
         # All blocks share what is compiled: for training and validation, in both precisions, by phase of a schedule.
         dynamo.recompile_limit = max(64, dynamo.recompile_limit)
@@ -126,12 +121,10 @@ def build_model(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
-        try:
+        with as_user_error("parallel.fp8_all_gather=true: ", ValueError):
             plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
-        except ValueError as error:
-            raise UserError(f"parallel.fp8_all_gather=true: {error}") from error
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
-    # The loss is already divided by the weight of the whole batch: gradients are summed, not averaged.
+    # The loss is already divided by the weight of the global batch: gradients are summed, not averaged.
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting reaches the modules below
             module.set_gradient_divide_factor(1.0)
@@ -173,7 +166,7 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 @torch.no_grad()
 def initialize(model: Model, seed: int) -> None:
-    """Set every parameter from (seed, its name): the whole tensor is drawn, each rank keeps its rows."""
+    """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows."""
     for name, parameter in model.named_parameters():
         _set_from_full(parameter, model.init_of(name).draw(seed, name, parameter.shape))
 
@@ -211,10 +204,8 @@ def _set_from_full(parameter: torch.Tensor, full: torch.Tensor) -> None:
 
 def pretrained_config(directory: PretrainedDirectory) -> ModelConfig:
     """The shape of a `transformers` checkpoint. Raises UserError for one that is not built here."""
-    try:
+    with as_user_error(f"{directory.path / 'config.json'}: ", ValueError, KeyError, TypeError):
         return from_hf_config(directory.config, directory.path.name or "pretrained")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory.path / 'config.json'}: {one_line(error)}") from error
 
 
 def _require_same_shape(config: ModelConfig, directory: PretrainedDirectory) -> None:
@@ -248,7 +239,7 @@ def _reads_otherwise(tokenizer: TextTokenizer, directory: str) -> bool:
 
 
 def _moments_note(precision: Precision, optimizer: Optimizer) -> str:
-    """A line of plan.txt: how states are kept, who says so, and who computes."""
+    """A line of plan.txt: how states are held, who says so, and who computes."""
     moments, own = precision.recipe.moments, precision.own_moments
     source = f"optim.moments; the recipe has {own}" if moments != own else "the recipe's"
     by = f"[{optimizer.choice}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
@@ -273,5 +264,5 @@ def sequence_bytes(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model; a tied one counts once."""
+    """Parameters of the full model; a tied one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from .distributed import ALONE, World, say
-from .errors import UserError, one_line
+from .errors import UserError, one_line, reason_of
 from .files import sha256_of
 from .metadata import NAME as METADATA
 from .metadata import ForbiddenError, Reader
@@ -104,11 +104,10 @@ def examine(path: Path, world: World = ALONE) -> Checkpoint:
     for problem in everywhere:
         if isinstance(problem, UserError):
             raise problem
-    if (damage := next((problem for problem in everywhere if problem), None)) is not None:
+    damage = next((problem for problem in everywhere if problem), None)
+    damage = damage or world.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
+    if damage is not None:
         raise ValueError(damage)
-    problem = world.on_main(lambda: _readable(path, lambda: _index_damage(path, meta, checksums.keys())))
-    if problem is not None:
-        raise ValueError(problem)
     return Checkpoint(path, meta)
 
 
@@ -118,7 +117,7 @@ def _readable(path: Path, read: Callable[[], T]) -> T:
     except OSError as error:
         file = Path(error.filename).name if error.filename else "a file of it"
         raise UserError(
-            f"checkpoint {path}: {file} cannot be read now ({error.strerror or error}); that is no damage, nothing was "
+            f"checkpoint {path}: {file} cannot be read now ({reason_of(error)}); that is no damage, nothing was "
             "changed: mend the cause and run the same command again"
         ) from error
 
@@ -193,7 +192,7 @@ def newest(directory: Path, *, tidy: bool = False, world: World = ALONE) -> Chec
     """The newest complete and undamaged checkpoint. Names, on the console, every one it has to pass over.
 
     With ``tidy``, which only the run that owns the directory may ask for, remains of killed writes and prunings are
-    removed, and damaged checkpoints get another name: they must not count among those that are kept. Raises UserError
+    removed, and damaged checkpoints get another name: they must not count among those of keep_last. Raises UserError
     as ``examine`` does. With ``world``, all ranks call it.
     """
     for path in world.on_main(lambda: _candidates(directory, tidy)):
@@ -219,7 +218,7 @@ def _candidates(directory: Path, tidy: bool) -> list[Path]:
                 shutil.rmtree(path, ignore_errors=True)
         return list_checkpoints(directory)[::-1]
     except OSError as error:
-        raise UserError(f"{directory} cannot be read now ({error.strerror or error}): nothing was changed") from error
+        raise UserError(f"{directory} cannot be read now ({reason_of(error)}): nothing was changed") from error
 
 
 def _pass_over(path: Path, reason: str, tidy: bool) -> None:
@@ -231,7 +230,7 @@ def _pass_over(path: Path, reason: str, tidy: bool) -> None:
         try:
             path.rename(aside)
         except OSError as error:
-            raise UserError(f"{path} cannot be renamed ({error.strerror or error}): nothing was changed") from error
+            raise UserError(f"{path} cannot be renamed ({reason_of(error)}): nothing was changed") from error
 
 
 def load_into(
@@ -265,20 +264,14 @@ def load_into(
         saved = read_tensors(checkpoint.path, RECIPE_PREFIX)
         for name in apart:
             tensors[name].copy_(saved[name].amax(0))
-        tensors = {name: value for name, value in tensors.items() if name not in apart}
-        there = {name: value for name, value in there.items() if name not in apart}
-    if other_recipe:
-        tensors, there = (
-            {name: value for name, value in both.items() if not name.startswith(RECIPE_PREFIX)}
-            for both in (tensors, there)
-        )
     here = describe(tensors)
-    # What is known of spikes hangs on train.spike, which may change within a run: what fits is read.
-    known = {name for name in here.keys() | there.keys() if name.startswith(SPIKE_PREFIX)}
-    passed_over = {*without, *(name for name in known if there.get(name) != here.get(name))}
-    tensors, there = (
-        {name: value for name, value in both.items() if name not in passed_over} for both in (tensors, there)
-    )
+    passed_over = {*without, *apart}
+    for name in here.keys() | there.keys():
+        # What is known of spikes hangs on train.spike, which may change within a run: what fits is read.
+        unfit = name.startswith(SPIKE_PREFIX) and there.get(name) != here.get(name)
+        if unfit or (other_recipe and name.startswith(RECIPE_PREFIX)):
+            passed_over.add(name)
+    tensors, there = ({name: one for name, one in of.items() if name not in passed_over} for of in (tensors, there))
     _require_same_tensors(checkpoint.path, there, describe(tensors))
     _load(Reader(checkpoint.path, checkpoint.meta["tensors"]), tensors, process_group=process_group)
     state.read_counters()
@@ -287,7 +280,7 @@ def load_into(
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint whose names start with ``prefix``, in this process alone.
+    """The unsharded tensors of a checkpoint whose names start with ``prefix``, in this process alone.
 
     Raises UserError for one that cannot be read.
     """
@@ -295,7 +288,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         reader = Reader(path, json.loads((path / META).read_bytes())["tensors"])
         metadata = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ForbiddenError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {failure_of(error)}") from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
@@ -311,7 +304,7 @@ def _load(reader: Reader, tensors: dict[str, Tensor], **how: Any) -> None:
     try:
         dcp.load(tensors, storage_reader=reader, **how)
     except (CheckpointException, OSError, RuntimeError, ValueError, ForbiddenError) as error:
-        raise UserError(f"checkpoint {reader.directory} cannot be read: {reason_of(error)}") from error
+        raise UserError(f"checkpoint {reader.directory} cannot be read: {failure_of(error)}") from error
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -339,11 +332,11 @@ def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 
-def reason_of(error: BaseException) -> str:
+def failure_of(error: BaseException) -> str:
     """The operating system's word for a failed write, from inside DCP's wrapper."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
-        return f"{reason_of(cause)}" + (f" (rank {rank})" if rank else "")
+        return failure_of(cause) + (f" (rank {rank})" if rank else "")
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno:

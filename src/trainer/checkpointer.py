@@ -22,13 +22,14 @@ from .checkpoint import (
     Checkpoint,
     describe,
     examine,
+    failure_of,
     list_checkpoints,
     load_into,
     read_tensors,
-    reason_of,
     step_of,
 )
 from .distributed import World, say
+from .errors import reason_of, require_at_least
 from .files import sha256_of, sync_directory, write_json
 from .metadata import NAME as METADATA
 from .spikes import COUNT, LEFT_OUT
@@ -50,10 +51,7 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raises ValueError for counts out of range."""
-        least = {"every": 0, "every_minutes": 0, "keep_last": 1, "keep_every": 0, "max_failures": 0}
-        for field, smallest in least.items():
-            if not getattr(self, field) >= smallest:
-                raise ValueError(f"checkpoint.{field}={getattr(self, field)}: must be at least {smallest}")
+        require_at_least("checkpoint", self, every=0, every_minutes=0, keep_last=1, keep_every=0, max_failures=0)
 
 
 def _same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -76,7 +74,7 @@ class Checkpointer:
     ) -> None:
         self.directory = directory
         self._keep_scheduled = keep_scheduled
-        self._config = config
+        self.config = config
         self._world = world
         self._meta = dict(meta)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -92,13 +90,13 @@ class Checkpointer:
     @property
     def overdue(self) -> bool:
         """Whether ``checkpoint.every_minutes`` have gone; rank 0's clock is the one that counts."""
-        minutes = self._config.every_minutes
+        minutes = self.config.every_minutes
         return minutes > 0 and time.monotonic() - self._began >= 60 * minutes
 
     @property
     def given_up(self) -> bool:
         """Whether ``checkpoint.max_failures`` writes in a row have failed."""
-        return 0 < self._config.max_failures <= self.failures
+        return 0 < self.config.max_failures <= self.failures
 
     def restore(self, state: TrainState, checkpoint: Checkpoint) -> None:
         """Load ``checkpoint``, which ``newest`` found; one of another recipe without what that recipe remembered."""
@@ -123,7 +121,7 @@ class Checkpointer:
             state.spikes.forget()
         unchanged = (POSITION, COUNT, LEFT_OUT)
         self._world.on_all(lambda: load_into(found, state, self._world.checkpoint, without=unchanged))
-        # The newest first: those of a path that is left remain a whole path, which leads here again.
+        # The newest first: those of a path that is left remain a complete path, which leads here again.
         self._world.on_main(
             lambda: _remove(path for path in reversed(list_checkpoints(self.directory)) if step_of(path) > step)
         )
@@ -170,7 +168,7 @@ class Checkpointer:
         snapshot = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending = self._executor.submit(self._write, snapshot, partial, meta, size, prune)
         self._pending_step = state.step
-        if not self._config.asynchronous:
+        if not self.config.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -215,7 +213,7 @@ class Checkpointer:
                     f"{free / 1e6:.1f} MB are free"
                 )
         except OSError as error:
-            return f"no checkpoint can be written in {self.directory}: {error.strerror or error}"
+            return f"no checkpoint can be written in {self.directory}: {reason_of(error)}"
         return None
 
     def _write(
@@ -232,7 +230,7 @@ class Checkpointer:
             own = sorted(partial.glob(f"__{self._world.rank}_*"))
             written = {path.name: (path.stat().st_size, sha256_of(path)) for path in own}
         except BaseException as error:
-            written = reason_of(error)
+            written = failure_of(error)
         everywhere = self._world.gather_written(written)
         problem = next((problem for problem in everywhere if isinstance(problem, str)), None)
         if self._world.is_main:
@@ -240,7 +238,7 @@ class Checkpointer:
                 if problem is None:
                     self._commit(partial, meta, [each for each in everywhere if isinstance(each, dict)])
             except BaseException as error:
-                problem = reason_of(error)
+                problem = failure_of(error)
             if problem is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
@@ -249,7 +247,7 @@ class Checkpointer:
                 try:
                     self._prune()
                 except OSError as error:
-                    say(f"warning: {self.directory}: old checkpoints cannot be removed: {error.strerror or error}")
+                    say(f"warning: {self.directory}: old checkpoints cannot be removed: {reason_of(error)}")
         problem = self._world.gather_written(problem)[0]
         step = int(meta["step"])
         return problem and f"checkpoint at step {step} not written in {self.directory}: {problem}"
@@ -268,18 +266,18 @@ class Checkpointer:
             say(f"{directory}: its file system cannot flush directories; a power cut may cost the newest checkpoint")
 
     def _prune(self) -> None:
-        every, there = self._config.keep_every, list_checkpoints(self.directory)
-        due = [path for path in there if self._config.every and step_of(path) % self._config.every == 0]
+        every, there = self.config.keep_every, list_checkpoints(self.directory)
+        due = [path for path in there if self.config.every and step_of(path) % self.config.every == 0]
         scheduled = due[-1:] if self._keep_scheduled else []
         _remove(
             path
-            for path in there[: -self._config.keep_last]
+            for path in there[: -self.config.keep_last]
             if path not in scheduled and (not every or step_of(path) % every)
         )
 
 
 def _remove(checkpoints: Iterable[Path]) -> None:
     for path in checkpoints:
-        # Renamed first: what bears a checkpoint's name is whole, also if this is killed half-way.
+        # Renamed first: what bears a checkpoint's name is complete, also if this is killed half-way.
         going = path.rename(path.with_suffix(".deleting"))
         shutil.rmtree(going, ignore_errors=True)

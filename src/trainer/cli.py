@@ -1,4 +1,4 @@
-"""What every script shares: key=value arguments of its own beside Hydra overrides, --help, errors in one line."""
+"""What every script shares: key=value arguments of its own besides Hydra overrides, --help, errors in one line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
 def recipe_files_of(arguments: list[str]) -> list[str]:
     """The values of ``precision.recipe=...``: the files of the run's recipe, which may then be run."""
     values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == _RECIPE]
-    return [value if (content := unquoted(value)) is None else content for value in values]
+    return [unquoted(value) for value in values]
 
 
 def run_dir_of(arguments: list[str]) -> Path:
@@ -77,8 +77,6 @@ def run_dir_of(arguments: list[str]) -> Path:
     values = dict(argument.partition("=")[::2] for argument in arguments)
     if unknown := sorted(values.keys() - {"run.dir", _RECIPE}):
         raise UserError(f"unknown argument {unknown[0]!r}; --help shows the ones there are")
-    value = values.get("run.dir", "")
-    directory = value if (content := unquoted(value)) is None else content
-    if not directory:
+    if not (directory := unquoted(values.get("run.dir", ""))):
         raise UserError("run.dir=... is missing: the directory of a run")
     return Path(directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..precision.suggest import close
 from .build import MODEL_SCHEMAS
 from .data.config import SourceConfig
 from .environ import is_text
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error, one_line
 from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory
@@ -119,7 +119,7 @@ def check_own(file: Path, group: str) -> str | None:
             raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
-    known = {key.rsplit(".", up)[0] for key in kinds(TrainConfig) for up in range(key.count(".") + 1)}
+    known = _with_parts(kinds(TrainConfig))
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         full = f"{prefix}{key}"
         chosen = not prefix and key in groups() and isinstance(value, str)
@@ -138,10 +138,8 @@ def _earlier_run(overrides: Sequence[Override]) -> RunDirectory | None:
     if not directory or not isinstance(directory, str) or "${" in directory or resume == Resume.never.name:
         return None
     earlier = RunDirectory(Path(directory))
-    try:
+    with as_user_error(f"run.dir={directory} cannot be read: ", OSError):
         return earlier if earlier.config.is_file() and earlier.has_run() else None
-    except OSError as error:
-        raise UserError(f"run.dir={directory} cannot be read: {error.strerror or error}") from error
 
 
 def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Place) -> DictConfig:
@@ -246,10 +244,8 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
     if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
     if said is not None:
-        try:
+        with as_user_error("", ValueError):
             config.precision.require_said(said)
-        except ValueError as error:
-            raise UserError(one_line(error)) from error
     config.validate(recipe=said is not None or not config.precision.files())
     config.precision.args = filled(config.precision.recipe, config.precision.args)
     return config
@@ -275,9 +271,7 @@ def _check_choices(place: Place, overrides: Sequence[Override]) -> None:
 
 
 def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
-    tree = OmegaConf.to_container(base, resolve=False)
-    known = {key for key, _ in flatten(tree)}
-    known |= {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    known = _with_parts(key for key, _ in flatten(OmegaConf.to_container(base, resolve=False)))
     hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
@@ -297,6 +291,11 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
         elif key not in known:
             near = close(key, known) or _alike_at_the_end(key, known)
             raise UserError(f"unknown key {key!r}{near}; python -m narrowgauge --cfg job shows all")
+
+
+def _with_parts(keys: Iterable[str]) -> set[str]:
+    """Dotted keys, and the parts of the config that they are in."""
+    return {key.rsplit(".", up)[0] for key in keys for up in range(key.count(".") + 1)}
 
 
 def _alike_at_the_end(key: str, known: Collection[str]) -> str:

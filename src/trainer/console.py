@@ -17,14 +17,14 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from .distributed import say
-from .errors import RunFailed, UserError
+from .errors import RunFailed, UserError, require_at_least
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is shown while training, beside ``metrics.jsonl``, which always has every step."""
+    """What is shown while training, besides ``metrics.jsonl``, which always has every step."""
 
     every: int = 10  # steps between lines where there is no terminal for a progress bar
     trackers: list[str] = field(default_factory=list)  # of wandb, tensorboard, trackio
@@ -33,8 +33,7 @@ class LogConfig:
 
     def validate(self) -> None:
         """Raises ValueError for an unknown tracker or mode."""
-        if self.every < 1:
-            raise ValueError(f"log.every={self.every}: must be at least 1")
+        require_at_least("log", self, every=1)
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise ValueError(f"log.trackers: no tracker named {tracker!r}; there are: {', '.join(TRACKERS)}")
@@ -45,17 +44,15 @@ class LogConfig:
 class ConsoleLog:
     """A file that gets what this process prints while the context lasts, and what ends it; attempts one after another.
 
-    Where standard output is that file already, as in a sweep, nothing is written twice. ``on`` False: it does nothing.
+    Where standard output is that file already, as in a sweep, nothing is written twice.
     """
 
-    def __init__(self, path: Path, *, on: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._on = on
         self._begun = False
 
     def __enter__(self) -> ConsoleLog:
-        if self._on:
-            sys.stdout, sys.stderr = _Both(sys.stdout, self), _Both(sys.stderr, self)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Both(sys.stdout, self), _Both(sys.stderr, self)  # type: ignore[assignment]
         return self
 
     def __exit__(
@@ -73,7 +70,7 @@ class ConsoleLog:
 
     def write(self, text: str, shown_on: TextIO | None = None) -> None:
         """Append ``text``, unless ``shown_on``, where it is written too, is the file itself."""
-        if not self._on or (shown_on is not None and self._is(shown_on)):
+        if shown_on is not None and self._is(shown_on):
             return
         with suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             if not self._begun:

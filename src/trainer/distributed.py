@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .errors import RunFailed, UserError, one_line
+from .errors import RunFailed, UserError, one_line, require_at_least
 from .machine import threads_of_process
 from .watch import Watch
 
@@ -32,7 +32,7 @@ FLIGHTS = "flight_recorder_rank_"  # torch appends the rank
 _LATE = ("Timed out waiting", "Application timeout")
 _BROKEN = (*_LATE, "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _CHECKPOINT_SECONDS = 24 * 3600  # of a collective of the checkpoint thread: a slow disk is no reason to end a run
-_CONNECT_SECONDS = 60  # to the launcher, which is there before its workers
+_CONNECT = timedelta(seconds=60)  # to the launcher, which is there before its workers
 _ASK_SECONDS = 0.1
 _ALONE_SECONDS = 30.0  # that rank 0 waits for the others before it says so
 _ATTEMPT = "narrowgauge/attempt"
@@ -56,15 +56,12 @@ class ParallelConfig:
     start_timeout_seconds: int = 7200  # of one before: other processes may be checking files, or arrive late
 
     def validate(self) -> None:
-        """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be kept."""
+        """Raises ValueError for counts below one, words that say nothing, and for gathered codes that would be held."""
         for name in ("reshard_after_forward", "compile", "deterministic"):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise ValueError(f"parallel.{name}={value}: must be auto, true or false")
-        for name in ("replicate", "threads", "timeout_seconds", "start_timeout_seconds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"parallel.{name}={value}: must be at least 1")
+        require_at_least("parallel", self, replicate=1, threads=1, timeout_seconds=1, start_timeout_seconds=1)
         if self.fp8_all_gather and self.reshard_after_forward is False:
             raise ValueError(
                 "parallel.fp8_all_gather=true needs parallel.reshard_after_forward=true: "
@@ -239,7 +236,7 @@ def start(config: ParallelConfig) -> World:
 def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
     """A store for the process group, this rank, the number of ranks, and a connection of its own to that store.
 
-    torchrun's agent keeps one store over restarts, in which the addresses of processes that are gone still stand; so
+    torchrun's agent has one store over restarts, in which the addresses of processes that are gone still stand; so
     the ranks of one attempt agree on a prefix. They cannot take it from the number of restarts, which agents on several
     hosts count each for itself: rank 0 draws one, and a rank is sure of it once rank 0 has read the rank's own token
     under it.
@@ -250,15 +247,12 @@ def _meet(limit: timedelta) -> tuple[dist.Store, int, int, dist.Store | None]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _choose_interface(host, port)
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves, connect = rank == 0 and not of_agent, min(_CONNECT, limit) if of_agent else limit
     try:
-        if of_agent:
-            connect = timedelta(seconds=min(_CONNECT_SECONDS, limit.total_seconds()))
-            store = dist.TCPStore(host, port, is_master=False, timeout=connect, wait_for_workers=False)
-            store.set_timeout(limit)
-        else:
-            store = dist.TCPStore(
-                host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False, multi_tenant=True
-            )
+        store = dist.TCPStore(
+            host, port, is_master=serves, timeout=connect, wait_for_workers=False, multi_tenant=serves
+        )
+        store.set_timeout(limit)
         prefix = _agree(store, rank, size, limit)
     except RuntimeError as error:
         raise RunFailed(f"rank {rank}: no store at {host}:{port}, where ranks meet: {one_line(error)}") from error

@@ -58,7 +58,12 @@ def main() -> int:
             last_words(RunDirectory(Path(config.run.dir)).ending() or f"exit code {code}")
         return code
     except UserError as error:
-        return _complain(error)
+        # Once, not once a rank; the others wait, because torchrun ends them all as soon as one has ended.
+        if int(os.environ.get("RANK", "0")) == 0:
+            last_words(f"error: {error}")
+        else:
+            time.sleep(5)
+        return ExitCode.BAD_INPUT
     except RunFailed as error:  # of this rank: another one may see something else, or nothing any more
         last_words(f"error: {error}", at_once=True)
         return ExitCode.FAILED
@@ -111,15 +116,6 @@ def _require_own_directory(place: Place, overrides: list[str], directory: str) -
             f"{place.file} has run.dir={directory}, which holds a run: run.dir=... says where the new one goes "
             f"(run.dir={directory} goes on with that one)"
         )
-
-
-def _complain(error: UserError) -> int:
-    # Once, not once a rank; the others wait, because torchrun ends them all as soon as one has ended.
-    if int(os.environ.get("RANK", "0")) == 0:
-        last_words(f"error: {error}")
-    else:
-        time.sleep(5)
-    return ExitCode.BAD_INPUT
 
 
 def leave(code: int) -> None:

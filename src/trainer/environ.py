@@ -17,22 +17,22 @@ _NUMBERS = (*_RANKS, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 def check_environment(variables: Mapping[str, str] = os.environ) -> None:
     """Raises UserError if a launcher's variables are there in part, or say what cannot be."""
-    told = {name: variables[name] for name in _NUMBERS if name in variables}
-    shown = ", ".join(f"{name}={value}" for name, value in told.items() if value.isprintable())
+    given = {name: variables[name] for name in _NUMBERS if name in variables}
+    shown = ", ".join(f"{name}={value}" for name, value in given.items() if value.isprintable())
     ways = "unset them, or start with torchrun, which sets them all"
-    launched = any(name in told for name in _RANKS)
-    if launched and (missing := [name for name in _NEEDED if variables.get(name, "") == "" and name not in told]):
+    launched = any(name in given for name in _RANKS)
+    if launched and (missing := [name for name in _NEEDED if variables.get(name, "") == "" and name not in given]):
         raise UserError(f"the environment has {shown}, but no {', no '.join(missing)}: {ways}")
-    for name, value in told.items():
+    for name, value in given.items():
         if (launched or name == "LOCAL_WORLD_SIZE") and re.fullmatch(r"\d{1,9}", value, re.ASCII) is None:
             raise UserError(f"the environment has {name}={value!a}, which is no whole number: {ways}")
     least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
     most: dict[str, int] = {}
     if launched:
-        size = int(told["WORLD_SIZE"])
-        local = int(told.get("LOCAL_WORLD_SIZE", size))
+        size = int(given["WORLD_SIZE"])
+        local = int(given.get("LOCAL_WORLD_SIZE", size))
         most = {"RANK": size - 1, "LOCAL_WORLD_SIZE": size, "LOCAL_RANK": local - 1, "MASTER_PORT": 65535}
-    for name, value in told.items():
+    for name, value in given.items():
         number = int(value) if launched or name == "LOCAL_WORLD_SIZE" else 1
         if not least.get(name, 0) <= number <= most.get(name, number):
             raise UserError(f"the environment has {shown}, where {name}={number} cannot be: {ways}")
@@ -63,10 +63,10 @@ def is_text(text: str) -> bool:
     return True
 
 
-def unquoted(text: str) -> str | None:
-    """What stands between the quotes that ``text`` begins and ends with, as in Hydra's grammar; None without such."""
+def unquoted(text: str) -> str:
+    """``text`` without the quotes that it begins and ends with, if it does, as in Hydra's grammar."""
     if (found := re.fullmatch(r"""(['"])((?:\\.|(?!\1)[^\\])*)\1""", text, re.DOTALL)) is None:
-        return None
+        return text
     quote, content = found.groups()
     return re.sub(rf"(\\*)({quote}|$)", lambda run: run[1][: len(run[1]) // 2] + run[2], content)
 

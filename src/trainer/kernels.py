@@ -1,4 +1,4 @@
-"""The C++ sources of the packages beside this one, found without importing them, as that takes seconds."""
+"""The C++ sources of the packages next to this one, found without importing them, as that takes seconds."""
 
 from pathlib import Path
 

@@ -66,23 +66,20 @@ def last_words(line: str, *, at_once: bool = False) -> None:
     torchrun reads for it, and a small process says it again once torchrun has ended, unless workers are restarted.
     """
     file, agent = os.environ.get("TORCHELASTIC_ERROR_FILE"), Path(f"/proc/{PARENT}/stat")
-    if not launched_by_torchrun() or not file or lost_launcher() or not agent.exists():
+    later = False  # whether it is said again
+    if launched_by_torchrun() and file and not lost_launcher() and agent.exists():
+        message = {"message": line.removeprefix("error: "), "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        later = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if at_once or not later:
         print(line, file=sys.stderr, flush=True)
-        return
-    now = int(time.time())
-    told = {"message": line.removeprefix("error: "), "extraInfo": {"timestamp": now}}
-    with suppress(OSError):
-        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"):
-        print(line, file=sys.stderr, flush=True)
-        return
-    if at_once:
-        print(line, file=sys.stderr, flush=True)
-    command = [sys.executable, "-I", "-S", "-c", _LINGER, str(PARENT), line, str(_LINGER_SECONDS)]
-    try:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    except OSError:
-        print(line, file=sys.stderr, flush=True)
+    if later:
+        command = [sys.executable, "-I", "-S", "-c", _LINGER, str(PARENT), line, str(_LINGER_SECONDS)]
+        try:
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        except OSError:
+            print(line, file=sys.stderr, flush=True)
 
 
 def launcher_pid() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,7 @@ from .checkpointer import Checkpointer
 from .console import Console, megabytes
 from .data.batches import DataSource
 from .distributed import World
-from .errors import ExitCode
+from .errors import ExitCode, as_user_error, require_at_least
 from .metrics import MetricsFile
 from .optim import OptimConfig
 from .sharpness import sharpness
@@ -44,17 +44,13 @@ class LoopConfig:
     spike_limit: int = 10  # spikes that are dealt with; at the next one the run ends as diverged
 
     def validate(self) -> None:
-        """Raises ValueError for counts that are too small, deviations that are not positive, and what is no time."""
-        for name, least in (("steps", 1), ("max_nonfinite_in_a_row", 1), ("spike_window", 2), ("spike_limit", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        """Raises ValueError for a number out of range, and UserError for what is no time."""
+        require_at_least("train", self, steps=1, max_nonfinite_in_a_row=1, spike_window=2, spike_limit=1)
         if not 0 < self.spike_deviations < math.inf:
             raise ValueError(f"train.spike_deviations={self.spike_deviations}: must be positive and finite")
         if self.stop_after is not None:
-            try:
+            with as_user_error(f"train.stop_after={self.stop_after}: ", ValueError):
                 seconds_of(self.stop_after)
-            except ValueError as error:
-                raise ValueError(f"train.stop_after={self.stop_after}: {error}") from error
         size = self.micro_batch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"train.micro_batch_size={size}: must be 'auto' or a whole number from 1")
@@ -72,15 +68,13 @@ class EvalConfig:
     """Validation, always on the same first tokens of the split."""
 
     every: int = 100  # steps; 0 = only at the end
-    tokens: int = 200_000  # rounded up to whole sequences; 0 = no validation at all
+    tokens: int = 200_000  # rounded up to full sequences; 0 = no validation at all
     precision: EvalPrecision = EvalPrecision.recipe
     sharpness: int = 32  # sequences whose last logits' sharpness is measured with it; 0 = not
 
     def validate(self) -> None:
         """Raises ValueError for negative counts."""
-        for name in ("every", "tokens", "sharpness"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"eval.{name}={getattr(self, name)}: must not be negative")
+        require_at_least("eval", self, every=0, tokens=0, sharpness=0)
 
 
 @dataclass(kw_only=True)
@@ -91,11 +85,9 @@ class ProbeConfig:
     layers: str | None = None  # regex of the linears, full match; null = all
 
     def validate(self) -> None:
-        """Raises ValueError for a negative count, and for what is no regular expression."""
-        try:
+        """Raises UserError for a negative count, and for what is no regular expression."""
+        with as_user_error("probe.", ValueError):
             check_settings(self.every, self.layers)
-        except ValueError as error:
-            raise ValueError(f"probe.{error}") from error
 
 
 class Status(Enum):
@@ -108,12 +100,7 @@ class Status(Enum):
 
     @property
     def exit_code(self) -> ExitCode:
-        return {
-            Status.finished: ExitCode.FINISHED,
-            Status.stopped: ExitCode.STOPPED,
-            Status.diverged: ExitCode.DIVERGED,
-            Status.failed: ExitCode.FAILED,
-        }[self]
+        return ExitCode[self.name.upper()]
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,6 @@ class Job:
     config: LoopConfig
     eval_config: EvalConfig
     optim_config: OptimConfig
-    checkpoint_every: int
     checkpointer: Checkpointer
     stop: StopRequest
     metrics: MetricsFile | None = None  # on rank 0
@@ -145,7 +131,7 @@ class Job:
     trackers: Trackers | None = None
     probe: Probe | None = None
     evaluated_step: int = -1  # the newest validation that metrics.jsonl holds
-    last_eval: dict[str, Any] | None = field(default=None)
+    last_eval: dict[str, Any] | None = None
     unlogged: Unlogged | None = None  # the last step, while its numbers are still on the device
     logged_at: float = 0.0  # on the clock, when the last step's numbers were there
     overdue: bool = False  # a checkpoint, by the clock, as of the last step
@@ -194,7 +180,7 @@ def train(job: Job) -> Outcome:
         evaluation = due(job.eval_config.every, state.step) or state.step == total
         careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
         known = not job.world.deferred or result.loss_scale is not None or state.spikes is not None
-        save = job.overdue or due(job.checkpoint_every, state.step)
+        save = job.overdue or due(job.checkpointer.config.every, state.step)
         if known or stop_code or evaluation or careful or save:
             log_last_step(job)
 
@@ -261,7 +247,7 @@ def tell_checkpoints(job: Job) -> None:
 
 def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
     """Write down that the last step was a spike, and go back if so configured. The end of the run, if it ends here."""
-    state, config, every, step = job.state, job.config, job.checkpoint_every, job.state.step
+    state, config, step = job.state, job.config, job.state.step
     assert state.spikes is not None
     assert state.left_out is not None
     ends = int(state.spikes.count) >= config.spike_limit
@@ -280,6 +266,7 @@ def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
         state.spikes.count += 1
     if config.spike is SpikeAction.rollback and not ends:
         # Not the newest there is: a run that was stopped on the way has others than one that was left alone.
+        every = job.checkpointer.config.every
         target = (step - 1) // every * every
         samples = _samples(job, target, step)
         reason = job.checkpointer.roll_back(state, target)

@@ -11,10 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..precision.plan import Plan
-from ..precision.states.moments import STANDARD, Moments
 from ..precision.states.telemetry import step_with_sums
-from ..precision.states.updates import UpdateRule
 from .distributed import World
+from .errors import require_at_least
 
 
 class Schedule(Enum):
@@ -42,16 +41,14 @@ class OptimConfig:
     warmup_max_fraction: float = 0.1  # of the run: a short run is not all warm-up
     min_lr_ratio: float = 0.1  # where linear, cosine and wsd end
     decay_fraction: float = 0.2  # of the run, for wsd
-    moments: Any = None  # how moments and weights are kept; null: as the recipe says
+    moments: Any = None  # how moments and weights are held; null: as the recipe says
     telemetry_every: int = 0  # steps between measurements of what updates do to weights; 0 = none
 
     def validate(self) -> None:
         """Raises ValueError for a hyperparameter outside its range."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr}: must be positive")
-        for field in ("eps", "weight_decay", "clip_norm", "warmup_steps", "telemetry_every"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optim.{field}={getattr(self, field)}: must not be negative")
+        require_at_least("optim", self, eps=0, weight_decay=0, clip_norm=0, warmup_steps=0, telemetry_every=0)
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optim.{field}={getattr(self, field)}: must be at least 0 and below 1")
@@ -83,34 +80,31 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def build_optimizer(
     config: OptimConfig,
     model: nn.Module,
-    update: UpdateRule,
-    moments: Moments = STANDARD,
+    plan: Plan,
     *,
-    seed: int = 0,
-    backend: str = "auto",
-    plan: Plan | None = None,
+    seed: int,
+    backend: str,
 ) -> Optimizer:
-    """The update rule over two groups: matrices and embeddings decay, vectors do not; and a third of the parameters of
-    the hooks of ``plan``, which do not.
+    """The update rule of the plan's recipe over two groups: matrices and embeddings decay, vectors do not; and a third
+    of the parameters of its hooks, which do not.
 
-    ``seed``: of rounding noise. Raises ValueError if the rule cannot keep its states as ``moments`` says, and for hooks
-    that change weights of which a master copy or a residual is kept.
+    ``seed``: of rounding noise. Raises ValueError if the rule cannot hold its states as the recipe's ``moments`` say,
+    and for hooks that change weights of which there is a master copy or a residual.
     """
+    moments = plan.recipe.moments
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if plan is not None:
-        of_hooks = [(f"recipe.{name}", p) for name, p in plan.hook_parameters().items() if p.requires_grad]
-        groups.append({"params": of_hooks, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
+    of_hooks = [(f"recipe.{name}", p) for name, p in plan.hook_parameters().items() if p.requires_grad]
+    groups = [group for group in (*groups, {"params": of_hooks, "weight_decay": 0.0}) if group["params"]]
     betas = (config.beta1, config.beta2)
-    optimizer = update.build(
+    optimizer = plan.recipe.update.build(
         groups, lr=config.lr, betas=betas, eps=config.eps, moments=moments, seed=seed, backend=backend
     )
     masters = any(key.startswith("master") for state in optimizer.state.values() for key in state)
-    if masters and plan is not None and plan.wants("after_update"):
+    if masters and plan.wants("after_update"):
         raise ValueError(f"{moments}: the next update would undo what a hook of the recipe does to weights")
     return optimizer
 
@@ -118,7 +112,7 @@ def build_optimizer(
 def measured_step(optimizer: Optimizer, world: World, num_replicas: int = 1) -> dict[str, float]:
     """``optimizer.step()`` with the same bits, and what it did to the weights of all ranks.
 
-    With w the weights, u the updates as computed in FP32, decay included, and e = new w - old w as they are kept:
+    With w the weights, u the updates as computed in FP32, decay included, and e = new w - old w as they are held:
 
     * ``update_ratio``: ||e|| / ||w||
     * ``lost_updates``: fraction of elements whose weight did not change though their update is not zero

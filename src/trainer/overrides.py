@@ -82,7 +82,7 @@ def _as_typed(text: str, several: bool) -> str:
         return text
     if several:
         return _several_as_typed(key, value)
-    text = value if (content := unquoted(value)) is None else content
+    text = unquoted(value)
     if text == "???":
         raise UserError(f"{key}=???: this is how a config marks what is missing; write another text")
     return f"{key}={_quoted(text)}"

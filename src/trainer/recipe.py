@@ -10,6 +10,7 @@ from ..precision.backends import require_backend
 from ..precision.loading import content_of, files_in, is_file, load, renamed, sha256
 from ..precision.recipe import Recipe, require_apart
 from ..precision.states.moments import Moments, chosen
+from .errors import as_user_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +35,15 @@ class PrecisionConfig:
     def parse(self, moments: Any, total_steps: int) -> Precision:
         """With ``optim.moments``, for a run of ``total_steps``. Runs recipe files.
 
-        Raises ValueError for an unknown recipe, argument, backend or codec, and a schedule that cannot be.
+        Raises ValueError for an unknown recipe, argument or backend, UserError for an unknown codec and a schedule that
+        cannot be.
         """
         recipe = load(self.recipe, self.args, self.schedule)
         require_backend(self.backend)
-        try:
+        with as_user_error("optim.moments: ", ValueError):
             states = chosen(moments, recipe.moments)
-        except ValueError as error:
-            raise ValueError(f"optim.moments: {error}") from error
-        try:
+        with as_user_error("precision.", ValueError):
             require_apart(recipe.schedule, total_steps)
-        except ValueError as error:
-            raise ValueError(f"precision.{error}") from error
         return Precision(recipe=replace(recipe, moments=states), own_moments=recipe.moments, backend=self.backend)
 
     def files(self) -> list[str]:

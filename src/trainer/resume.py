@@ -81,7 +81,7 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says about the run it is of, beside the shapes of its tensors; recipe files by content."""
+    """What a checkpoint says about the run it is of, besides the shapes of its tensors; recipe files by content."""
     fixed = {
         key: renamed(value, content_of) if key.startswith("precision.") else value
         for key, value in config.flat().items()
@@ -125,7 +125,7 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def _require_own_tokenizer(data: DataConfig, directory: RunDirectory) -> None:
-    """Raises UserError if ``data.tokenizer`` is another than the run keeps; one that is gone is not missed."""
+    """Raises UserError if ``data.tokenizer`` is another than the run's own copy; one that is gone is not missed."""
     try:
         own, named = (load_tokenizer(one.tokenizer, one.eot_token) for one in (directory.data_of(data), data))
     except UserError:

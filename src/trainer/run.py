@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..precision.plan import Plan
 from ..precision.probe import Probe
 from . import distributed
 from .build import build_state, num_parameters, resolve_model, sequence_bytes
@@ -21,8 +20,8 @@ from .data.batches import Ahead
 from .data.open import Data, open_data, separate_documents, training_source, validation_source
 from .data.stream import TextStream
 from .distributed import World, say
-from .errors import ExitCode, RunFailed, UserError, one_line
-from .loop import Job, Outcome, ProbeConfig, Status, tell_checkpoints, train
+from .errors import ExitCode, RunFailed, UserError, as_user_error, one_line, reason_of
+from .loop import Job, Outcome, Status, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
 from .resume import find_checkpoint, identity
@@ -46,7 +45,7 @@ def run(config: TrainConfig) -> ExitCode:
         with StopRequest(config.train.stop_after) as stop:
             directory.lock(world, stop)
             try:
-                with ConsoleLog(directory.path / "console.log", on=world.is_main) as log:
+                with ConsoleLog(directory.path / "console.log") if world.is_main else nullcontext() as log:
                     return _run(config, world, directory, stop, log)
             except (RuntimeError, MemoryError, OSError) as error:
                 if distributed.broken_connection(error):
@@ -61,7 +60,9 @@ def run(config: TrainConfig) -> ExitCode:
         distributed.finish()
 
 
-def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog) -> ExitCode:
+def _run(
+    config: TrainConfig, world: World, directory: RunDirectory, stop: StopRequest, log: ConsoleLog | None
+) -> ExitCode:
     world.watch.at("looking for a checkpoint")
     checkpoint = find_checkpoint(config, world, directory)
     if isinstance(checkpoint, Status):
@@ -69,7 +70,7 @@ def _run(config: TrainConfig, world: World, directory: RunDirectory, stop: StopR
     world.watch.at("opening the data")
     own = config.data if checkpoint is None else world.on_main(lambda: directory.data_of(config.data))
     data = open_data(own, config.eval.tokens, world)
-    if checkpoint is not None and checkpoint.meta["data"] not in (data.fingerprint, data.former_fingerprint):
+    if checkpoint is not None and checkpoint.meta["data"] != data.fingerprint:
         require_tokenizer(checkpoint, data.tokenizer)
         raise UserError(
             f"checkpoint {checkpoint.path} was trained on other tokens than {data.place} holds now: "
@@ -111,7 +112,7 @@ def _build(
     data: Data,
     checkpoint: Checkpoint | None,
     stop: StopRequest,
-    log: ConsoleLog,
+    log: ConsoleLog | None,
 ) -> Job:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     precision, wanted = config.values.precision, config.values.micro_batch
@@ -167,6 +168,8 @@ def _build(
         validation, validation_bytes = validation_source(
             data.validation, config.eval.tokens, config.data, data.tokenizer, world, micro_batch
         )
+    with as_user_error("probe.", ValueError):
+        probe = Probe(state.plan, every=config.probe.every, layers=config.probe.layers) if config.probe.every else None
     job = Job(
         world=world,
         state=state,
@@ -178,10 +181,9 @@ def _build(
         config=config.train,
         eval_config=config.eval,
         optim_config=config.optim,
-        checkpoint_every=config.checkpoint.every,
         checkpointer=checkpointer,
         stop=stop,
-        probe=_probe(config.probe, state.plan),
+        probe=probe,
     )
     env = environment(world, state.step) | {
         "parameters": num_parameters(state.model),
@@ -208,13 +210,6 @@ def _build(
         )
         job.trackers = Trackers(config.log, directory.path, config.nested())
     return job
-
-
-def _probe(config: ProbeConfig, plan: Plan) -> Probe | None:
-    try:
-        return Probe(plan, every=config.every, layers=config.layers) if config.every else None
-    except ValueError as error:
-        raise UserError(f"probe.{error}") from error
 
 
 def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, data: Data) -> str:
@@ -275,33 +270,30 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
         if text is not None:
             (directory.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        say(f"warning: {directory.path}: the sample or the picture cannot be written: {error.strerror or error}")
+        say(f"warning: {directory.path}: the sample or the picture cannot be written: {reason_of(error)}")
     if outcome.status is Status.finished:
-        _summary(job, directory, totals, text)
-    else:
-        _say_all(totals)
+        say("")
+        totals += _summary(job, directory, text)
+    for name, value in totals:
+        say(f"{name:18} {value}")
+    if outcome.status is not Status.finished:
         again = {Status.stopped: "the same command goes on", Status.diverged: "try a lower optim.lr"}
         hint = again.get(outcome.status, "mend the cause, then run the same command again")
         say(f"{outcome.status.value} at step {outcome.step}: {outcome.reason}; {hint} ({directory.path})")
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _say_all(rows: Sequence[tuple[str, str]]) -> None:
-    for name, value in rows:
-        say(f"{name:18} {value}")
-
-
-def _summary(job: Job, directory: RunDirectory, totals: Sequence[tuple[str, str]], text: str | None) -> None:
-    say("")
-    _say_all(totals)
-    if job.last_eval is not None:
-        row = job.last_eval
-        say(f"validation loss    {row['loss']:.4f} nats per token, over {row['tokens']:,} tokens")
-        say(f"perplexity         {row['perplexity']:.3f}")
-        say(f"bits per byte      {row['bits_per_byte']:.4f}")
+def _summary(job: Job, directory: RunDirectory, text: str | None) -> list[tuple[str, str]]:
+    """What a finished run came to, besides its totals."""
+    rows = []
+    if (row := job.last_eval) is not None:
+        rows = [
+            ("validation loss", f"{row['loss']:.4f} nats per token, over {row['tokens']:,} tokens"),
+            ("perplexity", f"{row['perplexity']:.3f}"),
+            ("bits per byte", f"{row['bits_per_byte']:.4f}"),
+        ]
     if text is not None:
-        say(f"sample             {text}")
+        rows.append(("sample", text))
     if checkpoints := list_checkpoints(directory.checkpoints):
-        say(f"checkpoint         {checkpoints[-1]}")
-    say(f"loss curve         {directory.path / 'loss.png'}")
-    say(f"run directory      {directory.path}")
+        rows.append(("checkpoint", str(checkpoints[-1])))
+    return [*rows, ("loss curve", str(directory.path / "loss.png")), ("run directory", str(directory.path))]

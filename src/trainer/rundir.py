@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -29,8 +29,8 @@ from .checkpoint import Checkpoint, had_checkpoints
 from .data.config import DataConfig
 from .data.tokenizer import FastTokenizer, TextTokenizer, load_tokenizer
 from .distributed import World, say
-from .errors import UserError
-from .files import lock, read_json, sha256_of, sync_directory, write_bytes, write_json, write_text
+from .errors import UserError, as_user_error, reason_of
+from .files import lock, new_directory, read_json, sha256_of, write_bytes, write_json, write_text
 from .lifeline import launcher_pid
 from .stop import StopRequest
 
@@ -80,11 +80,9 @@ class RunDirectory:
         """
 
         def exclusively() -> int:
-            try:
+            with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
             self._wait_for_lock(self._lock, stop)
             self._lock.seek(0)
             self._lock.truncate()
@@ -103,6 +101,9 @@ class RunDirectory:
 
         main = world.on_main(exclusively)
         world.on_all(shared)  # nobody goes on before everybody holds a share
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return as_user_error(f"run.dir={self.path} cannot be written: ", OSError)
 
     def _share(self) -> None:
         assert self._lock is not None
@@ -163,7 +164,7 @@ class RunDirectory:
 
     def unlock(self) -> None:
         if self._lock is not None:
-            with suppress(OSError):  # a full disk keeps what was written last
+            with suppress(OSError):  # a full disk refuses what was written last
                 self._lock.close()
             self._lock = None
 
@@ -189,7 +190,7 @@ class RunDirectory:
         return target
 
     def data_of(self, data: DataConfig) -> DataConfig:
-        """``data`` with the tokenizer that the run keeps, where it keeps one; its token shards are where they were."""
+        """``data`` with the run's own copy of the tokenizer, if there is one; token shards are where they were."""
         if data.tokenizer == "bytes" or not self.tokenizer.is_dir():
             return data
         sources = data.sources
@@ -200,11 +201,11 @@ class RunDirectory:
         return replace(data, tokenizer=str(self.tokenizer), shards=shards, sources=sources)
 
     def keep_tokenizer(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
-        """Copy ``data.tokenizer``, which was read as ``tokenizer``: whole or not there, and without a model next to it.
+        """Copy ``data.tokenizer``, which was read as ``tokenizer``: complete or not there, without a model next to it.
 
         Raises UserError if it cannot be written.
         """
-        name, partial = Path(data.tokenizer), self.path / "tokenizer.incomplete"
+        name = Path(data.tokenizer)
         if not isinstance(tokenizer, FastTokenizer) or name == self.tokenizer:
             return
 
@@ -214,74 +215,64 @@ class RunDirectory:
             except UserError:
                 return False
 
-        try:
+        with self._writing():
             if self.tokenizer.exists():  # of a start that came to no checkpoint
                 if same(self.tokenizer):
                     return
                 self.tokenizer.rename(self._new_place() / "tokenizer")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for file, copy in _tokenizer_files(name).items():
-                shutil.copyfile(file, partial / copy)
-            if not same(partial):  # it is changed just now, or no directory at all
-                shutil.rmtree(partial)
-                partial.mkdir()
-                for copy, text in tokenizer.files().items():
-                    (partial / copy).write_text(text, encoding="utf-8")
-                if not same(partial):
-                    raise UserError(f"data.tokenizer={data.tokenizer} cannot be written such that it reads back alike")
-            for file in partial.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            partial.rename(self.tokenizer)
-            sync_directory(self.path)
-        except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+            for old in self.path.glob("tokenizer*.incomplete"):  # of a start that was killed
+                shutil.rmtree(old)
+            with new_directory(self.tokenizer, last="tokenizer.json") as partial:
+                for file, copy in _tokenizer_files(name).items():
+                    shutil.copyfile(file, partial / copy)
+                if not same(partial):  # it is changed just now, or no directory at all
+                    for file in partial.iterdir():
+                        file.unlink()
+                    for copy, text in tokenizer.files().items():
+                        (partial / copy).write_text(text, encoding="utf-8")
+                    if not same(partial):
+                        raise UserError(
+                            f"data.tokenizer={data.tokenizer} cannot be written such that it reads back alike"
+                        )
 
     def keep_recipe(self, files: Sequence[str]) -> None:
         """Copy a user's recipe files, for the record, as ``recipe.py`` and so on; copies that differ stay."""
-        try:
+        with self._writing():
             for number, file in enumerate(files):
                 target = self.path / (f"recipe-{number}.py" if number else "recipe.py")
                 content = Path(file).expanduser().read_bytes()
                 if target.exists() and (before := sha256_of(target)) != hashlib.sha256(content).hexdigest():
                     target.rename(target.with_name(f"{target.stem}-{before[:12]}.py"))
                 write_bytes(target, content)
-        except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def finished_step(self) -> int | None:
         """The last step of a run that finished here, or None."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             done = read_json(self.done)
             return int(done["step"]) if done["status"] == "finished" else None
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            return None
+        return None
 
     def ending(self) -> str | None:
         """How the run ended, in one line; None if it does not say."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             done = read_json(self.done)
             return f"{done['status']} at step {done['step']}: {done['reason']} ({self.path})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return None
 
     def write_start(self, config_yaml: str, plan: str, env: dict[str, Any]) -> None:
         """What this attempt is; an earlier attempt's ``done.json`` no longer holds."""
-        try:
+        with self._writing():
             self.done.unlink(missing_ok=True)
             write_text(self.config, config_yaml)
             write_text(self.plan, plan)
             write_json(self.path / "env.json", env)
-        except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def write_done(self, status: str, step: int, reason: str) -> None:
         """``status`` is finished, stopped, diverged or failed."""
         try:
             write_json(self.done, {"status": status, "step": step, "reason": reason})
         except OSError as error:
-            say(f"warning: {self.done} cannot be written: {error.strerror or error}")
+            say(f"warning: {self.done} cannot be written: {reason_of(error)}")
 
 
 def require_tokenizer(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> None:

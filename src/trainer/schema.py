@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -21,7 +21,7 @@ from .console import LogConfig
 from .data.config import DataConfig, home_of
 from .data.tokenizer import tokenizer_place
 from .distributed import ParallelConfig
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error
 from .loop import EvalConfig, LoopConfig, ProbeConfig
 from .optim import OptimConfig
 from .recipe import Precision, PrecisionConfig
@@ -40,7 +40,7 @@ class Values:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The whole config: one field a part, each described where the code that reads it is."""
+    """The complete config: one field a part, each described where the code that reads it is."""
 
     model: Any = MISSING  # one of build.MODEL_SCHEMAS
     data: DataConfig = MISSING
@@ -60,10 +60,8 @@ class TrainConfig:
     @cached_property
     def values(self) -> Values:
         """What the texts and lists of the config stand for, parsed once. Runs recipe files; raises UserError."""
-        try:
+        with as_user_error("", ValueError):
             precision = self.precision.parse(self.optim.moments, self.train.steps)
-        except ValueError as error:
-            raise UserError(one_line(error)) from error
         size = self.train.micro_batch_size
         return Values(precision=precision, micro_batch=None if size == "auto" else size)
 
@@ -77,10 +75,8 @@ class TrainConfig:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
         for part in fields(self):
             if (check := getattr(getattr(self, part.name), "validate", None)) is not None:
-                try:
+                with as_user_error("", ValueError):
                     check()
-                except ValueError as error:
-                    raise UserError(one_line(error)) from error
         if recipe:
             _ = self.values
         if self.train.spike is SpikeAction.rollback and self.checkpoint.every == 0:
@@ -101,7 +97,7 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """The config as YAML, which ``load_run_config`` reads back: no string in it is an interpolation."""
         tree = plain(asdict(self), escaped=True)
-        return yaml.dump(tree, Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False)
+        return yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def plain(value: Any, *, escaped: bool = False) -> Any:
@@ -117,17 +113,15 @@ def plain(value: Any, *, escaped: bool = False) -> Any:
     return value
 
 
-@cache
-def _dumper() -> Any:
-    class Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
-        """OmegaConf's, but what breaks lines (U+0085, which YAML reads as a space) is written as an escape."""
+class _Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
+    """OmegaConf's, but what breaks lines (U+0085, which YAML reads as a space) is written as an escape."""
 
-    def represent(dumper: Any, text: str) -> Any:
-        node = get_omega_conf_dumper().str_representer(dumper, text)
-        return node if text.isprintable() else dumper.represent_scalar(node.tag, text, style='"')
+    def represent_text(self, text: str) -> Any:
+        node = self.str_representer(self, text)
+        return node if text.isprintable() else self.represent_scalar(node.tag, text, style='"')
 
-    Dumper.add_representer(str, represent)
-    return Dumper
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

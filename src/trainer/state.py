@@ -34,7 +34,7 @@ class TrainState:
     num_replicas: int = 1  # copies of every shard (HSDP)
     step: int = 0  # steps done
     nonfinite_in_a_row: int = 0
-    position: Tensor | None = None  # of the data, where it is no function of the step; the source keeps it up to date
+    position: Tensor | None = None  # of the data, where it is no function of the step; the source updates it
     spikes: SpikeWatch | None = None
     left_out: Tensor | None = None  # int64 scalar: steps of data left out; None, which is none, where it is not saved
     unread: Callable[[], object] | None = None  # reads the numbers of the last step, where nothing has waited for them

@@ -147,7 +147,7 @@ def _update_there(
     num_replicas, arriving = state.num_replicas, to_host(totals)
     applied = totals.isfinite().all()
     # The number of this update hangs on whether the last one was applied. That is known by now, unless the device is
-    # a whole step behind: then it has this step's forward and backward pass to do while the host waits.
+    # a full step behind: then it has this step's forward and backward pass to do while the host waits.
     state.settle()
     leave_out = gated_step(state.optimizer, applied, factor)
     state.optimizer.zero_grad(set_to_none=True)

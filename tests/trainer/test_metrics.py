@@ -295,14 +295,6 @@ def test_nothing_is_written_twice_where_the_output_is_the_log(tmp_path: Path) ->
     assert path.read_text() == "once\n"
 
 
-def test_other_ranks_write_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with ConsoleLog(tmp_path / "console.log", on=False) as log:
-        say("seen")
-        log.write("not kept")
-    assert not list(tmp_path.iterdir())
-    assert capsys.readouterr().out == "seen\n"
-
-
 def test_a_closed_terminal_and_a_full_disk_stop_neither_run_nor_log(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     reading, writing = os.pipe()

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_here
+from narrowgauge.precision.apply import apply
+from narrowgauge.precision.loading import load
 from narrowgauge.precision.states.moments import CHOICES
-from narrowgauge.precision.states.updates import AdamW
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig
 from narrowgauge.trainer.errors import ExitCode, UserError
@@ -65,7 +66,9 @@ def test_a_short_run_is_not_all_warm_up() -> None:
 
 def test_decay_falls_on_matrices_alone() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.LayerNorm(3))
-    optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-3, weight_decay=0.3), model, AdamW())
+    plan = apply(load("fp32"), model)
+    config = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.3)
+    optimizer = build_optimizer(config, model, plan, seed=0, backend="auto")
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.3, "1.weight": 0.3, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
