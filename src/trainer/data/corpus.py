@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import sys
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from ..errors import UserError, one_line
+from ..files import new_directory
 from .remote import MIN_BYTES_PER_SECOND, RemoteFile, list_remote, remote_path
 
 SPLITS = ("train", "validation")
@@ -357,15 +357,10 @@ def write_sample(path: Path) -> None:
             rows[split].append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     directory = path / "en"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, (split, index, count) in _sample_names().items():
-            partial = directory / f"{name}.incomplete"
-            with partial.open("wb") as raw:
-                with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
+        with new_directory(directory, "") as partial:
+            for name, (split, index, count) in _sample_names().items():
+                with (partial / name).open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
                     file.writelines(rows[split][index::count])
-                raw.flush()
-                os.fsync(raw.fileno())
-            partial.replace(directory / name)
     except OSError as error:
         raise UserError(f"{directory}: the sample cannot be written: {error.strerror or error}") from error
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,17 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError, one_line
-from ..files import read_json, sha256_of, write_json
+from ..files import new_directory, read_json, sha256_of, write_json
 from ..machine import available_cores
 from .config import DataConfig
 from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
 from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
 from .remote import remote_path
 from .rows import is_rows
-from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
+from .tokenizer import TextTokenizer, holds_vocabulary, load_tokenizer, train_bpe
 from .tokenizer_files import is_on_hub
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
-_ELSEWHERE = "data.out=DIR puts tokenizer and shards elsewhere"
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 # Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
@@ -103,7 +103,8 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
         "splits": {split: [infos[file] for file in split_files] for split, split_files in files.items()},
     }
     if _read_if_there(target / MANIFEST) != manifest:
-        _write_description(target / MANIFEST, manifest)
+        with _writing(str(target / MANIFEST)):
+            write_json(target / MANIFEST, manifest)
     if bad := {file: info["bad_rows"] for file, info in infos.items() if info["bad_rows"]}:
         most = max(bad, key=lambda file: bad[file])
         where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {getattr(most, 'path', most.name)}"
@@ -112,28 +113,16 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
 
 
 def train_tokenizer(config: DataConfig) -> None:
-    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet.
-
-    Half a tokenizer is none: it is moved aside. One that can be read is never replaced.
-    """
+    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet."""
     target = Path(config.tokenizer)
     own = Path(config.home) in target.parents
-    broken = own and is_broken(target)
-    if config.tokenizer == "bytes" or (target.exists() and not broken):
-        return
-    if not own and is_on_hub(config.tokenizer):
+    if config.tokenizer == "bytes" or target.exists() or (not own and is_on_hub(config.tokenizer)):
         return
     if not own:
         raise UserError(
-            f"data.tokenizer={config.tokenizer}: no such file or directory "
-            f"(only a tokenizer inside data.path={config.path} is trained when missing)"
-            if config.home == config.path
-            else f"data.tokenizer={config.tokenizer}: no such file or directory "
-            f"(only one inside {config.home} is trained when missing)"
+            f"data.tokenizer={target}: no such file or directory "
+            f"(only a tokenizer inside {config.home} is trained when missing)"
         )
-    if broken and (file := target / "tokenizer.json").exists():
-        print(f"{file} is cut short: it is kept as {file.name}{DAMAGED}")
-        file.replace(file.with_name(f"{file.name}{DAMAGED}"))
     _require_writable(target.parent, "the directory of data.tokenizer")
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
     texts = texts_of(config.texts(["train"])["train"], config.row_limits)
@@ -142,12 +131,20 @@ def train_tokenizer(config: DataConfig) -> None:
 
 def _require_writable(directory: Path, key: str) -> None:
     """Make ``directory`` if it is not there. Raises UserError if nothing can be written in it."""
-    try:
+    with _writing(f"{key}={directory}:"):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{key}={directory}: cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
+        raise UserError(
+            f"{what} cannot be written: {one_line(error)}; data.out=DIR puts tokenizer and shards elsewhere"
+        ) from error
 
 
 def _read_if_there(file: Path) -> dict[str, Any] | None:
@@ -257,28 +254,15 @@ def _tokenize(
     limits: RowLimits,
     on_bytes: Callable[[int], object],
 ) -> ShardInfo:
-    """Tokenize one file. The shard appears under its name only when whole; its ``.json`` comes last.
+    """Tokenize one file. The shard appears under its name only when complete; its ``.json`` comes last.
 
     Raises UserError for text that cannot be read and a shard that cannot be written.
     """
-    try:
-        return _write_shard(file, target, tokenizer, BadRows(limits), on_bytes)
-    except OSError as error:
-        raise UserError(
-            f"{target}: the shard {_shard_name(file)} cannot be written: {one_line(error)}; {_ELSEWHERE}"
-        ) from error
-
-
-def _write_shard(
-    file: TextFile, target: Path, tokenizer: TextTokenizer, bad: BadRows, on_bytes: Callable[[int], object]
-) -> ShardInfo:
-    name, dtype = _shard_name(file), np.dtype(_dtype(tokenizer))
-    binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
-    partial = binary.with_suffix(f".bin.{os.getpid()}.incomplete")
-    partial_documents = documents.with_suffix(f".npy.{os.getpid()}.incomplete")
+    name, dtype, bad = _shard_name(file), np.dtype(_dtype(tokenizer)), BadRows(limits)
     digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
-    try:
-        with partial.open("wb") as output:
+    with _writing(f"{target}: the shard {name}"), new_directory(target, f"{name}.json") as partial:
+        binary, documents = partial / f"{name}.bin", partial / f"{name}.docs.npy"
+        with binary.open("wb") as output:
             for chunk_of_texts in _chunks(file.texts(on_bytes, bad)):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
@@ -291,43 +275,24 @@ def _write_shard(
                 for text, ids in zip(texts, encoded, strict=True):
                     tokens, size = tokens + len(ids), size + len(text.encode())
                     ends.append((tokens, size))
-            output.flush()
-            os.fsync(output.fileno())
-        with partial_documents.open("wb") as output:
-            np.save(output, np.array(ends, dtype=np.int64).reshape(-1, 2))
-            output.flush()
-            os.fsync(output.fileno())
-        documents_sha256 = sha256_of(partial_documents)
-        # Renamed, never written in place: a run that has the old ones open keeps them.
-        partial_documents.replace(documents)
-        partial.replace(binary)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_documents.unlink(missing_ok=True)
-    info: ShardInfo = {
-        "file": binary.name,
-        "documents_file": documents.name,
-        "source": file.name,
-        "source_identity": file.identity(),
-        "tokenizer": tokenizer.fingerprint,
-        "tokens": tokens,
-        "documents": len(ends),
-        "empty_documents": empty,
-        "bad_rows": bad.count,
-        "max_line_bytes": bad.limits.max_line_bytes,
-        "bytes": size,
-        "sha256": digest.hexdigest(),
-        "documents_sha256": documents_sha256,
-    }
-    write_json(target / f"{name}.json", info)
+        np.save(documents, np.array(ends, dtype=np.int64).reshape(-1, 2))
+        info: ShardInfo = {
+            "file": binary.name,
+            "documents_file": documents.name,
+            "source": file.name,
+            "source_identity": file.identity(),
+            "tokenizer": tokenizer.fingerprint,
+            "tokens": tokens,
+            "documents": len(ends),
+            "empty_documents": empty,
+            "bad_rows": bad.count,
+            "max_line_bytes": limits.max_line_bytes,
+            "bytes": size,
+            "sha256": digest.hexdigest(),
+            "documents_sha256": sha256_of(documents),
+        }
+        write_json(partial / f"{name}.json", info)
     return info
-
-
-def _write_description(path: Path, value: Any) -> None:
-    try:
-        write_json(path, value)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
 
 
 def _report(count: int) -> None:

@@ -18,9 +18,7 @@ from .tokenizer_files import END_OF_TEXT, byte_level, read_settings, read_tokeni
 # A longer text costs the library a hundred times its size in memory, so it is cut where no token can lie across.
 _LONG_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-DAMAGED = ".damaged"
 _ASKED = "asked_vocab_size"  # in tokenizer_config.json
-_SAVED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class TextTokenizer(Protocol):
@@ -123,7 +121,7 @@ def tokenizer_place(home: str, vocab_size: int, default: int) -> str:
     ``default``, it is the one that stands there.
     """
     place, named = Path(home) / "tokenizer", Path(home) / f"tokenizer-{vocab_size}"
-    if vocab_size == default or not place.exists() or is_broken(place):
+    if vocab_size == default or not place.exists():
         return str(place)
     return str(place if not named.exists() and holds_vocabulary(place, vocab_size) else named)
 
@@ -135,25 +133,6 @@ def holds_vocabulary(directory: Path, vocab_size: int) -> bool:
         return asked == vocab_size or load_tokenizer(str(directory)).vocab_size == vocab_size
     except UserError:
         return False
-
-
-def is_broken(directory: Path) -> bool:
-    """Whether ``directory`` holds what an interrupted ``train_bpe`` of an older version left: half a tokenizer or none.
-
-    What is JSON is somebody's tokenizer, even if it cannot be used here.
-    """
-    file = directory / "tokenizer.json"
-    try:
-        if file.is_file():
-            json.loads(file.read_bytes())
-            return False
-        return directory.is_dir() and all(
-            one.name in _SAVED or one.name.endswith((".incomplete", DAMAGED)) for one in directory.iterdir()
-        )
-    except RecursionError:
-        return False
-    except ValueError:
-        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progress: bool = True) -> None:
