@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from ..errors import UserError, one_line
 from ..files import new_directory
-from .remote import MIN_BYTES_PER_SECOND, RemoteFile, list_remote, remote_path
+from .remote import MIN_BYTES_PER_SECOND, Listing, RemoteFile, list_remote, remote_path, say_aside
 
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"c4-(?P<split>train|validation)\.(?P<index>\d{5})-of-(?P<count>\d{5})\.json\.gz")
@@ -108,17 +107,12 @@ def corpus_files(
     url = remote_path(str(path)) if not Path(path).is_dir() else None
     if url is not None:
         listing = list_remote(url, _NAME, _OFFICIAL, attempts, min_bytes_per_second)
-        place, names = listing.directory, listing.names
     else:
-        directory = _local_directory(Path(path))
-        place, names = str(directory), sorted(file.name for file in directory.iterdir())
-    matches = [match for file in names if (match := _NAME.fullmatch(file))]
-    chosen = {split: _first_files(matches, split, path, place, max_files) for split in splits}
-    if url is not None:
-        everything = [match[0] for group in chosen.values() for match in group]
-        found: dict[str, Path | RemoteFile] = dict(zip(everything, listing.describe(everything), strict=True))
-    else:
-        found = {match[0]: directory / match[0] for group in chosen.values() for match in group}
+        listing = _list_local(Path(path))
+    matches = [match for file in listing.names if (match := _NAME.fullmatch(file))]
+    chosen = {split: _first_files(matches, split, path, listing.directory, max_files) for split in splits}
+    names = [match[0] for group in chosen.values() for match in group]
+    found = dict(zip(names, listing.describe(names), strict=True))
     return {
         split: [CorpusFile(found[match[0]], split, int(match["index"]), int(match["count"])) for match in group]
         for split, group in chosen.items()
@@ -130,13 +124,15 @@ def is_c4(directory: Path) -> bool:
     return any(_NAME.fullmatch(file.name) for place in (directory / "en", directory) for file in place.glob("c4-*"))
 
 
-def _local_directory(path: Path) -> Path:
+def _list_local(path: Path) -> Listing:
     if not path.is_dir():
         raise UserError(
             f"data.path={path}: no such directory (python scripts/prepare_data.py data=sample makes one, "
             "data.path=allenai/c4 is the hub's)"
         )
-    return path / "en" if (path / "en").is_dir() else path
+    directory = path / "en" if (path / "en").is_dir() else path
+    names = sorted(file.name for file in directory.iterdir())
+    return Listing(str(directory), names, lambda chosen: [directory / name for name in chosen])
 
 
 def _first_files(
@@ -207,11 +203,6 @@ class BadRows:
         """Say how many there were, at the end of the file."""
         if self.heard and self.count:
             say_aside(f"{path}: {self.count:,} bad row{'s' * (self.count > 1)} left out of the whole file")
-
-
-def say_aside(line: str) -> None:
-    """Not by `say`: every process reads files of its own, and standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_lines(
