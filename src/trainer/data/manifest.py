@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import reprlib
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_type_hints
@@ -31,6 +33,10 @@ class ShardInfo(TypedDict):
     bytes: int
     sha256: str
     documents_sha256: str
+
+
+def fingerprint_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shard_info(value: Any) -> ShardInfo:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,11 +23,12 @@ from .batches import (
 )
 from .config import DataConfig
 from .corpus import CorpusFile
+from .manifest import fingerprint_of
 from .mixture import MixedSource, MixedWindows, Mixture
 from .remote import remote_path
-from .rows import is_elsewhere, is_rows
 from .shards import TokenShards
 from .stream import StreamSource, TextStream, read_head
+from .text_files import is_elsewhere, is_rows
 from .tokenizer import TextTokenizer, load_tokenizer
 from .tokenizer_files import is_on_hub
 
@@ -73,7 +72,7 @@ def _open_prepared(config: DataConfig, eval_tokens: int, *, verify: bool) -> Dat
         return Data(tokenizer, streams[name], validation, part.fingerprint, part.former_fingerprint, place)
     weights = [config.sources[name].weight for name in streams]
     now, former = (
-        _fingerprint([[name, getattr(part, which)] for name, part in shards.items()], weights)
+        fingerprint_of([[[name, getattr(part, which)] for name, part in shards.items()], weights])
         for which in ("fingerprint", "former_fingerprint")
     )
     return Data(tokenizer, Mixture(streams, weights), validation, now, former, place)
@@ -96,7 +95,7 @@ def _open_stream(config: DataConfig, eval_tokens: int, world: World) -> Data:
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
     now, former = (
-        _fingerprint([[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint)
+        fingerprint_of([[[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint])
         for of_files in identities
     )
     return Data(tokenizer, training, validation, now, former, config.path)
@@ -218,7 +217,3 @@ def _preparing(config: DataConfig) -> str:
             arguments.append(setting(f"data.{part.name}", value))
     script = "train_tokenizer" if config.stream else "prepare_data"
     return f"run python scripts/{script}.py {shell(arguments)}"
-
-
-def _fingerprint(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

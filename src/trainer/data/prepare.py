@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,8 @@ from .config import DataConfig
 from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
 from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
 from .remote import remote_path
-from .rows import is_rows
+from .rows import row_parts
+from .text_files import is_rows
 from .tokenizer import TextTokenizer, holds_vocabulary, load_tokenizer, train_bpe
 from .tokenizer_files import is_on_hub
 
@@ -68,7 +69,7 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     if config.name == "sample" and lacks_sample(path):
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = config.texts(splits)
+    files = _texts(config, splits)
     if remote_path(config.path) and not path.is_dir():
         size = sum(file.size for group in files.values() for file in group)
         number = sum(map(len, files.values()))
@@ -125,8 +126,22 @@ def train_tokenizer(config: DataConfig) -> None:
         )
     _require_writable(target.parent, "the directory of data.tokenizer")
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = texts_of(config.texts(["train"])["train"], config.row_limits)
+    texts = texts_of(_texts(config, ["train"])["train"], config.row_limits)
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
+
+
+def _texts(config: DataConfig, splits: Sequence[str]) -> Mapping[str, Sequence[TextFile]]:
+    """What shards are made of, by split. Raises as ``row_parts`` and ``corpus_files``."""
+    if not is_rows(config.path):
+        if config.field != DataConfig.field:
+            raise UserError(f"data.field={config.field}: {config.path} is in C4's layout, whose field is 'text'")
+        return config.files(splits)
+    if config.max_files is not None:
+        raise UserError(
+            f"data.max_files={config.max_files} counts files of C4's layout, which {config.path} is not: "
+            "data.train_split='train[:10%]' takes a part"
+        )
+    return row_parts(config, splits)
 
 
 def _require_writable(directory: Path, key: str) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import reprlib
 import resource
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,14 +16,10 @@ from ..errors import UserError, one_line
 from ..files import read_json
 from .batches import TokenStream
 from .config import DataConfig
-from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, read_manifest
+from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, fingerprint_of, read_manifest
 
 _NPY_HEADER_BYTES = 1 << 14
 _OTHER_OPEN_FILES = 256  # to come, in addition to those that are
-
-
-def _fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _allow_open_files(count: int) -> None:
@@ -72,13 +66,13 @@ class TokenShards:
             split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]
             for split, shards in self.splits.items()
         }
-        self.fingerprint = _fingerprint([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
+        self.fingerprint = fingerprint_of([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
         splits = {
             split: [{key: shard[key] for key in shard if key not in SINCE_VERSION_1} for shard in shards]
             for split, shards in manifest["splits"].items()
         }
         #: What older checkpoints hold: it changed with the compression of the text, too.
-        self.former_fingerprint = _fingerprint(manifest | {"splits": splits})
+        self.former_fingerprint = fingerprint_of(manifest | {"splits": splits})
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
         self._files: dict[str, os.stat_result] = {}

@@ -14,7 +14,6 @@ file up to where it stood.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,14 +66,14 @@ class TextStream:
 
 
 @dataclass
-class _Piece:
+class _Document:
     """A tokenized document and where it lies."""
 
     epoch: int
     place: int
     row: int
     tokens: np.ndarray
-    offset: int = 0  # tokens of it that are used
+    offset: int  # tokens of it that are used
 
 
 class Lane:
@@ -97,9 +96,9 @@ class Lane:
         self._heard = heard
         self._seed = seed
         self._lane, self._num_lanes = lane, num_lanes
-        epoch, place, row, self._offset, self._windows = position
-        self._documents = self._read(epoch, place, row)
-        self._pieces: deque[_Piece] = deque()
+        *start, self._windows = position
+        self._documents = self._read(*start)
+        self._document: _Document | None = None
 
     def windows(self, count: int) -> np.ndarray:
         """The next ``count`` windows, int64 [count, seq_len + 1]; neighbours share one token."""
@@ -111,32 +110,27 @@ class Lane:
     @property
     def position(self) -> tuple[int, ...]:
         """Where the next window starts; only after ``windows``."""
-        piece = self._pieces[0]
-        return piece.epoch, piece.place, piece.row, piece.offset, self._windows
+        document = self._current()
+        return document.epoch, document.place, document.row, document.offset, self._windows
 
     def _take(self, count: int) -> np.ndarray:
         """The next ``count + 1`` tokens, of which the last stays."""
-        have = sum(len(piece.tokens) - piece.offset for piece in self._pieces)
-        while have <= count:
-            piece = next(self._documents)
-            piece.offset, self._offset = self._offset, 0
-            self._pieces.append(piece)
-            have += len(piece.tokens) - piece.offset
-        parts, needed = [], count + 1
-        for piece in self._pieces:
-            parts.append(piece.tokens[piece.offset : piece.offset + needed])
-            needed -= len(parts[-1])
-            if not needed:
-                break
+        parts = []
         while count:
-            piece = self._pieces[0]
-            used = min(count, len(piece.tokens) - piece.offset)
-            piece.offset, count = piece.offset + used, count - used
-            if piece.offset == len(piece.tokens):
-                self._pieces.popleft()
-        return np.concatenate(parts)
+            document = self._current()
+            parts.append(document.tokens[document.offset : document.offset + count])
+            document.offset += len(parts[-1])
+            count -= len(parts[-1])
+        document = self._current()
+        return np.concatenate([*parts, document.tokens[document.offset : document.offset + 1]])
 
-    def _read(self, epoch: int, place: int, row: int) -> Iterator[_Piece]:
+    def _current(self) -> _Document:
+        """The document that the next token is of."""
+        if self._document is None or self._document.offset == len(self._document.tokens):
+            self._document = next(self._documents)
+        return self._document
+
+    def _read(self, epoch: int, place: int, row: int, offset: int) -> Iterator[_Document]:
         files = self._stream.files
         while True:
             complete, found = place == row == 0, False
@@ -146,7 +140,8 @@ class Lane:
             for number in range(place, len(order)):
                 for at, tokens in self._read_file(files[order[number]], epoch, row):
                     found = True
-                    yield _Piece(epoch, number, at, tokens)
+                    yield _Document(epoch, number, at, tokens, offset)
+                    offset = 0
                 row = 0
             if complete and not found:
                 names = ", ".join(str(files[index].path) for index in order[:2])
