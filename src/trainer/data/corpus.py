@@ -9,16 +9,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, cast
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
 from ..errors import UserError, one_line
 from ..files import new_directory
 from .remote import MIN_BYTES_PER_SECOND, Listing, RemoteFile, list_remote, remote_path, say_aside
 
+T = TypeVar("T")
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"c4-(?P<split>train|validation)\.(?P<index>\d{5})-of-(?P<count>\d{5})\.json\.gz")
 _OFFICIAL = [  # where a web server lists nothing: the sets of C4's en and realnewslike
@@ -57,9 +58,21 @@ class CorpusFile:
     def name(self) -> str:
         return self.path.name
 
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
-        """As ``read_texts``."""
-        return read_texts(self.path, on_bytes, bad)
+    def texts(
+        self, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
+    ) -> Iterator[str]:
+        """The texts, in order, without the rows that ``bad`` lets out (None: none may be bad).
+
+        Raises UserError as ``read_lines`` and ``BadRows`` do.
+        """
+        bad = bad or BadRows(DEFAULT_LIMITS)
+        for line in read_lines(self.path, on_bytes, bad.limits):
+            try:
+                text = text_of(line, self.path, bad.limits)
+            except BadRow as error:
+                bad.leave_out(error)
+            else:
+                yield text
 
     def text_identity(self) -> str:
         """Changes with the text, not with its compression, at the cost of a read of its first bytes.
@@ -240,23 +253,6 @@ def read_lines(
         raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or one_line(error)}") from error
 
 
-def read_texts(
-    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
-) -> Iterator[str]:
-    """The texts of one file, in order, without the rows that ``bad`` lets out (None: none may be bad).
-
-    Raises UserError as ``read_lines`` and ``BadRows`` do.
-    """
-    bad = bad or BadRows(DEFAULT_LIMITS)
-    for line in read_lines(path, on_bytes, bad.limits):
-        try:
-            text = text_of(line, path, bad.limits)
-        except BadRow as error:
-            bad.leave_out(error)
-        else:
-            yield text
-
-
 class TextFile(Protocol):
     """What a shard is made of: a file of a corpus, or some of its rows. ``on_bytes`` hears of ``size`` bytes."""
 
@@ -276,11 +272,25 @@ class TextFile(Protocol):
 
 
 def texts_of(files: Sequence[TextFile], limits: RowLimits) -> Iterator[str]:
-    """The texts of several files, in order; says what is left out. Raises UserError as ``read_texts``."""
+    """The texts of several files, in order; says what is left out. Raises UserError as ``CorpusFile.texts``."""
     for file in files:
         bad = BadRows(limits, heard=True)
         yield from file.texts(lambda count: None, bad)
         bad.sum_up(getattr(file, "path", file.name))
+
+
+def grouped(items: Iterable[T], size_of: Callable[[T], int], enough: int, most: int | None = None) -> Iterator[list[T]]:
+    """``items`` in lists that end where their sizes are ``enough`` in all, or with ``most`` items."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= enough or len(group) == most:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def text_of(line: Line, path: Path | RemoteFile | str, limits: RowLimits, field: str = "text") -> str:

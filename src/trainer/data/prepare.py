@@ -26,7 +26,7 @@ from ..errors import UserError, one_line
 from ..files import new_directory, read_json, sha256_of, write_json
 from ..machine import available_cores
 from .config import DataConfig
-from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
+from .corpus import SPLITS, BadRows, RowLimits, TextFile, grouped, lacks_sample, texts_of, write_sample
 from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
 from .remote import remote_path
 from .rows import row_parts
@@ -278,7 +278,7 @@ def _tokenize(
     with _writing(f"{target}: the shard {name}"), new_directory(target, f"{name}.json") as partial:
         binary, documents = partial / f"{name}.bin", partial / f"{name}.docs.npy"
         with binary.open("wb") as output:
-            for chunk_of_texts in _chunks(file.texts(on_bytes, bad)):
+            for chunk_of_texts in grouped(file.texts(on_bytes, bad), len, _CHUNK_CHARACTERS):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
                 encoded = tokenizer.encode_batch(texts)
@@ -313,18 +313,6 @@ def _tokenize(
 def _report(count: int) -> None:
     with _progress.get_lock():
         _progress.value += count
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _dtype(tokenizer: TextTokenizer) -> str:

@@ -52,7 +52,7 @@ class RowPart:
     dataset: Any = field(compare=False, repr=False)
 
     def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
-        """The texts, in order. Raises UserError as ``read_texts`` does."""
+        """The texts, in order. Raises UserError as ``CorpusFile.texts`` does."""
         done = 0
         for number, (row, cell) in enumerate(self._cells(), 1):
             try:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import Batch, TrainingSource, permute
-from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, read_lines, text_of, texts_of
+from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, grouped, read_lines, text_of, texts_of
 from .tokenizer import TextTokenizer
 
 _BLOCK_BYTES = 32 << 20  # a block of rows ends here even if it has fewer rows: it is kept in memory
@@ -156,14 +156,11 @@ class Lane:
         A bad row keeps its place, so that positions do not depend on how many are allowed. Those before ``first`` are
         looked at again where some are, for they count.
         """
-        before = 0
-        limits = self._stream.limits
+        limits, tokenizer = self._stream.limits, self._stream.tokenizer
         bad = BadRows(limits)
-        for number, block in enumerate(_blocks(file, self._stream.shuffle_rows, limits)):
+
+        def texts(block: Sequence[Line], number: int, start: int) -> Iterator[tuple[int, str]]:
             order = permute(np.arange(len(block)), len(block), f"{self._seed}:{epoch}:{file.index}:{number}")
-            ahead: list[tuple[int, str]] = []
-            size = 0
-            start = max(0, first - before)
             for place in range(0 if limits.max_bad_rows else start, len(block)):
                 bad.heard = self._heard and epoch == 0 and place >= start
                 try:
@@ -172,39 +169,24 @@ class Lane:
                     bad.leave_out(error)
                     continue
                 if text and place >= start:
-                    ahead.append((before + place, text))
-                    size += len(text)
-                if size >= _AHEAD_CHARACTERS:
-                    yield from self._tokenize(ahead)
-                    ahead, size = [], 0
-            if ahead:
-                yield from self._tokenize(ahead)
+                    yield place, text
+
+        lines = read_lines(file.path, limits=limits)
+        before = 0
+        # The size of a line is also that of one that is too long, so that the limit changes no block.
+        for number, block in enumerate(grouped(lines, lambda line: line.size, _BLOCK_BYTES, self._stream.shuffle_rows)):
+            rows = texts(block, number, max(0, first - before))
+            for group in grouped(rows, lambda row: len(row[1]), _AHEAD_CHARACTERS):
+                encoded = tokenizer.encode_batch([text for _, text in group])
+                for (place, _), ids in zip(group, encoded, strict=True):
+                    yield before + place, _with_end(ids, tokenizer)
             before += len(block)
         bad.sum_up(file.path)
-
-    def _tokenize(self, rows: Sequence[tuple[int, str]]) -> Iterator[tuple[int, np.ndarray]]:
-        tokenizer = self._stream.tokenizer
-        encoded = tokenizer.encode_batch([text for _, text in rows])
-        for (row, _), ids in zip(rows, encoded, strict=True):
-            yield row, _with_end(ids, tokenizer)
 
 
 def _with_end(ids: list[int], tokenizer: TextTokenizer) -> np.ndarray:
     # Not [*ids, eot]: a list of a long document's tokens is many times its text, and one is enough.
     return np.fromiter(itertools.chain(ids, (tokenizer.eot,)), np.int32, len(ids) + 1)
-
-
-def _blocks(file: CorpusFile, rows: int, limits: RowLimits) -> Iterator[list[Line]]:
-    block: list[Line] = []
-    size = 0
-    for line in read_lines(file.path, limits=limits):
-        block.append(line)
-        size += line.size  # also of one that is too long, so that the limit changes no block
-        if len(block) == rows or size >= _BLOCK_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 class StreamSource(TrainingSource):
