@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..errors import UserError
 from .corpus import SPLITS, CorpusFile, RowLimits, corpus_files
-from .manifest import tokenizer_of
 from .mixture import BLOCK, apportion
 from .remote import MIN_BYTES_PER_SECOND, remote_path
 from .text_files import is_rows
@@ -68,12 +67,6 @@ class DataConfig:
         tokenizer = Path(self.tokenizer)
         name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
         return self.shards or str(Path(self.home) / "shards" / name)
-
-    def shards_of(self, fingerprint: str) -> Path:
-        """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or next to others that stand there."""
-        directory = Path(self.shards_dir)
-        other = tokenizer_of(directory) not in (None, fingerprint)
-        return directory.with_name(f"{directory.name}-{fingerprint[:8]}") if other else directory
 
     @property
     def home(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 from ..errors import UserError, one_line
 from ..files import new_directory
@@ -61,7 +61,7 @@ class CorpusFile:
     def texts(
         self, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
     ) -> Iterator[str]:
-        """The texts, in order, without the rows that ``bad`` lets out (None: none may be bad).
+        """The texts, in order, without the rows that ``bad`` lets out (None: none may be bad), which says how many.
 
         Raises UserError as ``read_lines`` and ``BadRows`` do.
         """
@@ -73,6 +73,7 @@ class CorpusFile:
                 bad.leave_out(error)
             else:
                 yield text
+        bad.sum_up(self.path)
 
     def text_identity(self) -> str:
         """Changes with the text, not with its compression, at the cost of a read of its first bytes.
@@ -251,32 +252,6 @@ def read_lines(
         raise UserError(f"{path}: damaged or truncated gzip after line {number}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or one_line(error)}") from error
-
-
-class TextFile(Protocol):
-    """What a shard is made of: a file of a corpus, or some of its rows. ``on_bytes`` hears of ``size`` bytes."""
-
-    split: str
-    index: int
-    count: int
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def identity(self) -> str: ...
-
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]: ...
-
-
-def texts_of(files: Sequence[TextFile], limits: RowLimits) -> Iterator[str]:
-    """The texts of several files, in order; says what is left out. Raises UserError as ``CorpusFile.texts``."""
-    for file in files:
-        bad = BadRows(limits, heard=True)
-        yield from file.texts(lambda count: None, bad)
-        bad.sum_up(getattr(file, "path", file.name))
 
 
 def grouped(items: Iterable[T], size_of: Callable[[T], int], enough: int, most: int | None = None) -> Iterator[list[T]]:

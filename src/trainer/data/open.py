@@ -23,12 +23,11 @@ from .batches import (
 )
 from .config import DataConfig
 from .corpus import CorpusFile
-from .manifest import fingerprint_of
 from .mixture import MixedSource, MixedWindows, Mixture
 from .remote import remote_path
-from .shards import TokenShards
+from .shards import TokenShards, fingerprint_of, shards_place
 from .stream import StreamSource, TextStream, read_head
-from .text_files import is_elsewhere, is_rows
+from .text_files import is_rows
 from .tokenizer import TextTokenizer, load_tokenizer
 from .tokenizer_files import is_on_hub
 
@@ -179,7 +178,9 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
     """By the name of the source."""
     shards, advice = {}, _preparing(_with_shards_of(config, tokenizer.fingerprint))
     for name, part in config.parts().items():
-        if not (Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or is_elsewhere(part.path)):
+        if not (
+            Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) or is_rows(part.path)
+        ):
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
         shards[name] = TokenShards(part, tokenizer.fingerprint, advice)
@@ -188,7 +189,7 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
 
 def _with_shards_of(config: DataConfig, fingerprint: str) -> DataConfig:
     """With the shards of that tokenizer where preparing may write them: not over others, which runs go on with."""
-    places = {name: (part.shards_dir, str(part.shards_of(fingerprint))) for name, part in config.parts().items()}
+    places = {name: (part.shards_dir, str(shards_place(part, fingerprint))) for name, part in config.parts().items()}
     moved = {name: target for name, (standing, target) in places.items() if target != standing}
     if config.sources is None:
         return replace(config, shards=next(iter(moved.values()), config.shards))

@@ -26,16 +26,19 @@ from ..errors import UserError, one_line
 from ..files import new_directory, read_json, sha256_of, write_json
 from ..machine import available_cores
 from .config import DataConfig
-from .corpus import SPLITS, BadRows, RowLimits, TextFile, grouped, lacks_sample, texts_of, write_sample
-from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
+from .corpus import SPLITS, BadRows, CorpusFile, RowLimits, grouped, lacks_sample, write_sample
 from .remote import remote_path
-from .rows import row_parts
+from .rows import RowPart, row_parts
+from .shards import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, shards_place, tokenizer_of
 from .text_files import is_rows
 from .tokenizer import TextTokenizer, holds_vocabulary, load_tokenizer, train_bpe
 from .tokenizer_files import is_on_hub
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+
+#: What a shard is made of.
+TextFile = CorpusFile | RowPart
 
 # Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
 _progress: Any = None
@@ -81,7 +84,7 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     if place == own and not holds_vocabulary(place, config.vocab_size):
         other = f"data.tokenizer={own}-{config.vocab_size}"
         print(f"{place} has {tokenizer.vocab_size} entries, not data.vocab_size={config.vocab_size}; {other} would")
-    target = config.shards_of(tokenizer.fingerprint)
+    target = shards_place(config, tokenizer.fingerprint)
     if config.shards is not None and target != Path(config.shards):
         raise UserError(
             f"data.shards={config.shards} holds shards of another tokenizer ({tokenizer_of(Path(config.shards))}), "
@@ -126,7 +129,8 @@ def train_tokenizer(config: DataConfig) -> None:
         )
     _require_writable(target.parent, "the directory of data.tokenizer")
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = texts_of(_texts(config, ["train"])["train"], config.row_limits)
+    files = _texts(config, ["train"])["train"]
+    texts = (text for file in files for text in file.texts(bad=BadRows(config.row_limits, heard=True)))
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from ...precision.suggest import close
 from ..errors import UserError, one_line
 from .config import DataConfig
-from .corpus import SPLITS, BadRow, BadRows, Line, RowLimits, text_of
+from .corpus import DEFAULT_LIMITS, SPLITS, BadRow, BadRows, Line, RowLimits, text_of
 from .text_files import KINDS, dataset_of_lines, is_lines, is_pattern, is_saved, kind_of, text_files
 from .tokenizer_files import is_on_hub, quiet
 
@@ -51,9 +51,11 @@ class RowPart:
     batch: int  # rows that are in memory at a time
     dataset: Any = field(compare=False, repr=False)
 
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
+    def texts(
+        self, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
+    ) -> Iterator[str]:
         """The texts, in order. Raises UserError as ``CorpusFile.texts`` does."""
-        done = 0
+        bad, done = bad or BadRows(DEFAULT_LIMITS), 0
         for number, (row, cell) in enumerate(self._cells(), 1):
             try:
                 if self.kind != "line" or (cell and not cell.isspace()):
@@ -65,6 +67,7 @@ class RowPart:
                 on_bytes(now - done)
                 done = now
         on_bytes(self.size - done)
+        bad.sum_up(self.name)
 
     def identity(self) -> str:
         """Changes with the text, at the cost of reading it."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import Batch, TrainingSource, permute
-from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, grouped, read_lines, text_of, texts_of
+from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, grouped, read_lines, text_of
 from .tokenizer import TextTokenizer
 
 _BLOCK_BYTES = 32 << 20  # a block of rows ends here even if it has fewer rows: it is kept in memory
@@ -276,7 +276,7 @@ def read_head(
     Gives the tokens, int32, and the tokens and UTF-8 bytes up to each document's end, int64 [documents, 2].
     """
     parts, ends, tokens, size = [], [], 0, 0
-    for text in texts_of(files, limits):
+    for text in (text for file in files for text in file.texts(bad=BadRows(limits, heard=True))):
         if not text:
             continue
         if num_tokens is not None and tokens >= num_tokens:

@@ -47,11 +47,6 @@ def is_rows(path: str) -> bool:
     return place.exists() or is_pattern(path) or ("/" in path and is_on_hub(path)) or kind_of(place) is not None
 
 
-def is_elsewhere(path: str) -> bool:
-    """Whether ``path`` is no directory's: on a server, or of rows."""
-    return remote_path(path) is not None or is_rows(path)
-
-
 def is_pattern(path: str) -> bool:
     return glob.has_magic(path) and not Path(path).exists()
 

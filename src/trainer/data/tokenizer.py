@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -19,18 +19,6 @@ from .tokenizer_files import END_OF_TEXT, byte_level, read_settings, read_tokeni
 _LONG_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _ASKED = "asked_vocab_size"  # in tokenizer_config.json
-
-
-class TextTokenizer(Protocol):
-    """Text to token ids and back. ``eot`` is put after every document."""
-
-    vocab_size: int
-    eot: int
-    fingerprint: str
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -80,6 +68,10 @@ class FastTokenizer:
         """What a directory has to hold for ``load_tokenizer`` to find the same tokenizer in it, by name."""
         settings = json.dumps({"eos_token": self._tokenizer.id_to_token(self.eot)})
         return {"tokenizer.json": self._tokenizer.to_str(), "tokenizer_config.json": settings}
+
+
+#: Text to token ids and back. ``eot`` is put after every document.
+TextTokenizer = ByteTokenizer | FastTokenizer
 
 
 def _cuts_before_words(tokenizer: Tokenizer) -> bool:
@@ -187,11 +179,9 @@ def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] 
 
 def _bytes_as_bpe() -> Tokenizer:
     """``ByteTokenizer`` as a byte-level BPE without merges."""
-    # GPT-2's names for bytes: the printable ones are themselves, the others follow from U+0100 on.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    names = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-    tokenizer = byte_level(models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[]))
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, as in `_save`
+
+    tokenizer = byte_level(models.BPE(vocab={name: byte for byte, name in bytes_to_unicode().items()}, merges=[]))
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
