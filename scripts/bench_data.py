@@ -13,7 +13,7 @@ from pathlib import Path
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.batches import ShuffledSource
-from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.data.corpus import corpus_files
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.shards import TokenShards
 from narrowgauge.trainer.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def main(
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; --help shows the ones there are")
     data = replace(load_config(["data=c4"]).data, path=path, tokenizer=tokenizer)
-    texts = [text for group in corpus_files(Path(path)).values() for file in group for text in read_texts(file.path)]
+    texts = [text for group in corpus_files(Path(path)).values() for file in group for text in file.texts()]
     size = sum(len(text.encode()) for text in texts)
     loaded = load_tokenizer(tokenizer)
     alone, prepared = [], []

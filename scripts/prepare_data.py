@@ -10,6 +10,7 @@ Interrupted, the same command goes on; shards that stand are checked and kept.
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.prepare import prepare
+from narrowgauge.trainer.data.shards import shards_place
 
 
 def main(overrides: list[str], *, workers: int = 0) -> None:
@@ -20,7 +21,7 @@ def main(overrides: list[str], *, workers: int = 0) -> None:
             tokens, documents, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
             counts = f"{documents:>12,} documents  {size:>15,} bytes  {tokens:>15,} tokens"
             print(f"{split:10} {counts}  {len(shards)} shards")
-        print(f"token shards in {part.shards_of(manifest['tokenizer']['fingerprint'])}")
+        print(f"token shards in {shards_place(part, manifest['tokenizer']['fingerprint'])}")
 
 
 if __name__ == "__main__":

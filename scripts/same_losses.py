@@ -28,7 +28,7 @@ from pathlib import Path
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.command import command
 from narrowgauge.trainer.config import groups, load_config
-from narrowgauge.trainer.data.manifest import MANIFEST
+from narrowgauge.trainer.data.shards import MANIFEST
 from narrowgauge.trainer.errors import ExitCode, UserError
 from whole_runs import check_out, compare_runs
 

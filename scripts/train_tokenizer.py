@@ -13,7 +13,7 @@ from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data.corpus import write_sample
 from narrowgauge.trainer.data.prepare import train_tokenizer
-from narrowgauge.trainer.data.tokenizer import holds_vocabulary, is_broken, load_tokenizer
+from narrowgauge.trainer.data.tokenizer import holds_vocabulary, load_tokenizer
 from narrowgauge.trainer.errors import UserError
 
 
@@ -24,7 +24,7 @@ def main(overrides: list[str]) -> None:
     if config.name == "sample" and not (Path(config.path) / "en").is_dir():
         write_sample(Path(config.path))
     place = Path(config.tokenizer)
-    stands = place.exists() and not is_broken(place)
+    stands = place.exists()
     if not stands:
         train_tokenizer(config)
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)

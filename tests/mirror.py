@@ -123,16 +123,6 @@ class _Handler(BaseHTTPRequestHandler):
                 json.dumps({"id": "allenai/c4", "sha": REVISION, "siblings": []}).encode(), kind="application/json"
             )
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.mirror.requests.append(f"POST {self.path}")
-        files = [f for f in sorted((self.mirror.root / "en").iterdir()) if f.name in body]
-        entries = [
-            {"type": "file", "path": f"en/{file.name}", "size": file.stat().st_size, "oid": f"blob-{file.name}"}
-            for file in files
-        ]
-        self.answer(json.dumps(entries).encode(), kind="application/json")
-
     def answer(self, content: bytes, status: int = 200, kind: str = "text/html") -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": str(len(content))}

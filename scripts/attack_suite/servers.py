@@ -18,7 +18,7 @@ from typing import Any
 
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data import remote
-from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.data.corpus import corpus_files
 from narrowgauge.trainer.errors import UserError
 from narrowgauge.trainer.metrics import read_metrics
 from narrowgauge.trainer.run import run
@@ -348,7 +348,7 @@ def serving(kind: Kind, root: Path) -> Iterator[str]:
 
 def _texts(path: str) -> list[list[str]]:
     files = corpus_files(path, ["train"], max_files=2, attempts=4)["train"]
-    return [list(read_texts(file.path)) for file in files]
+    return [list(file.texts()) for file in files]
 
 
 def attempt(scene: Scene, name: str) -> Ended:

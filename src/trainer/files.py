@@ -61,6 +61,7 @@ def new_directory(target: Path, last: str) -> Iterator[Path]:
     exists = target.is_dir()
     name = f"{target.name}.{os.getpid()}.incomplete"
     partial = target / name if exists else target.with_name(name)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -21,7 +21,7 @@ from mirror import REVISION, Mirror, serving
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data import remote
 from narrowgauge.trainer.data.config import DataConfig, home_of
-from narrowgauge.trainer.data.corpus import corpus_files, read_texts
+from narrowgauge.trainer.data.corpus import CorpusFile, corpus_files
 from narrowgauge.trainer.data.prepare import prepare
 from narrowgauge.trainer.data.remote import RemoteFile
 from narrowgauge.trainer.errors import UserError
@@ -49,9 +49,7 @@ def hub(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> Mirror:
 
 
 def texts(path: str, attempts: int = 4, **options: int) -> list[list[str]]:
-    return [
-        list(read_texts(file.path)) for file in corpus_files(path, ["train"], attempts=attempts, **options)["train"]
-    ]
+    return [list(file.texts()) for file in corpus_files(path, ["train"], attempts=attempts, **options)["train"]]
 
 
 def refusal(path: str, attempts: int = 3) -> str:
@@ -99,7 +97,7 @@ def test_a_file_that_is_gone_is_not_asked_for_again(mirror: Mirror) -> None:
     files = corpus_files(mirror.address, ["train"], attempts=3)["train"]
     (mirror.root / "en" / files[0].path.name).unlink()
     with pytest.raises(UserError, match="after line 0: HTTP Error 404"):
-        list(read_texts(files[0].path))
+        list(files[0].texts())
     assert sum(line.startswith("GET /en/c4-train.00000") for line in mirror.requests) == 1
 
 
@@ -109,7 +107,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(mirror: Mirror) -> None
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(UserError, match="the file changed on the server"):
-        list(read_texts(file.path))
+        list(file.texts())
 
 
 def test_a_file_that_is_cut_on_the_server_is_not_taken_as_whole(mirror: Mirror) -> None:
@@ -136,7 +134,7 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
     file = corpus_files(mirror.address, ["train"], attempts=3, min_bytes_per_second=10_000)["train"][0]
     mirror.pause, mirror.pause_from, mirror.ranges = 0.002, slow_from, ranges
     with pytest.raises(UserError) as caught:
-        list(read_texts(file.path))
+        list(file.texts())
     assert str(caught.value).startswith(f"{mirror.address}/en/c4-train.00000-of-00002.json.gz: cannot be read after")
     assert SLOW.search(str(caught.value))
     lines = capfd.readouterr().err.splitlines()
@@ -147,7 +145,7 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
 def test_any_rate_will_do_if_asked_and_a_slow_reader_is_no_slow_server(mirror: Mirror) -> None:
     mirror.pause, mirror.pause_from = 0.0005, 900
     (file, _) = corpus_files(mirror.address, ["train"], attempts=1, min_bytes_per_second=0)["train"]
-    assert list(read_texts(file.path)) == TRAIN[0]
+    assert list(file.texts()) == TRAIN[0]
     mirror.pause = 0.0
     (file, _) = corpus_files(mirror.address, ["train"], attempts=1, min_bytes_per_second=10_000)["train"]
     assert isinstance(file.path, RemoteFile)
@@ -161,7 +159,7 @@ def test_a_server_that_cuts_after_every_few_bytes_is_given_up(mirror: Mirror) ->
     file = corpus_files(mirror.address, ["train"], attempts=3, min_bytes_per_second=10_000)["train"][0]
     mirror.always = 10
     with pytest.raises(UserError, match=r"less than data.min_bytes_per_second=10000; gave up after 3 attempts"):
-        list(read_texts(file.path))
+        list(file.texts())
 
 
 @pytest.mark.usefixtures("hasty")
@@ -187,7 +185,7 @@ def test_an_answer_whose_head_never_ends_is_given_up(mirror: Mirror, monkeypatch
 def test_a_server_may_ask_for_nonsense_before_the_next_attempt(mirror: Mirror, value: str) -> None:
     mirror.headers, mirror.faults = {"Retry-After": value.encode().decode("latin-1")}, [503, 429]
     file = corpus_files(mirror.address, ["train"], attempts=3)["train"][0]
-    assert list(read_texts(file.path)) == TRAIN[0]
+    assert list(file.texts()) == TRAIN[0]
 
 
 def test_a_server_is_left_alone_for_as_long_as_it_asks(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +194,7 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(mirror: Mirror, monkeypat
     file = corpus_files(mirror.address, ["train"], attempts=4)["train"][0]
     for value in ("7", "Wed, 21 Oct 2015 07:28:00 GMT", "99999"):
         mirror.headers, mirror.faults = {"Retry-After": value}, [503]
-        list(read_texts(file.path))
+        list(file.texts())
         mirror.headers = {}
     assert waits == [7.0, 20.0, 60.0]
 
@@ -226,7 +224,7 @@ def test_headers_that_are_nonsense_are_one_line(mirror: Mirror, name: str, value
         assert "the server does not say how long" in refusal(mirror.address)
     if ranges == (name == "Content-Range"):  # the header that the answer is read by
         with pytest.raises(UserError, match="cannot be read after line 0: ") as caught:
-            list(read_texts(files[0].path))
+            list(files[0].texts())
         assert "\n" not in str(caught.value)
 
 
@@ -244,7 +242,7 @@ def test_redirects_that_lead_nowhere(mirror: Mirror, target: str, words: str) ->
     mirror.redirect = target
     mirror.requests.clear()
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        list(read_texts(file.path))
+        list(file.texts())
     assert "\n" not in str(caught.value)
     assert len(mirror.requests) <= 11  # not asked again
 
@@ -267,7 +265,7 @@ def test_a_token_is_not_sent_on_to_another_server(mirror: Mirror, tmp_path: Path
         mirror.redirect = f"{store.address}/en/{file.name}"
         secret = replace(file, headers=(("authorization", "Bearer secret"), ("x-other", "1")))
         mirror.tokens.clear()
-        assert list(read_texts(secret)) == TRAIN[0]
+        assert list(CorpusFile(secret, "train", 0, 1).texts()) == TRAIN[0]
         assert (mirror.tokens, store.tokens) == (["Bearer secret"], [None])
 
 

@@ -147,6 +147,16 @@ def test_splits_by_name_and_in_part(tmp_path: Path, kind: str) -> None:
     )
 
 
+def test_a_saved_dataset_in_part(tmp_path: Path) -> None:
+    WRITERS["saved"](tmp_path / "saved", TEXTS)
+    config = data(
+        tmp_path / "saved", "data.train_split='train[:10]'", "data.validation_split='train[10:12]+train[-1:]'"
+    )
+    prepare(config, 1)
+    assert (documents(config), documents(config, "validation")) == (TEXTS[:10], [*TEXTS[10:12], TEXTS[-1]])
+    assert 'Unknown split "tset"' in refusal(tmp_path / "saved", "data.train_split='tset[:1]'")
+
+
 def test_directories_and_patterns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "corpus"
     place.mkdir()

@@ -19,7 +19,7 @@ from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.data import remote
 from narrowgauge.trainer.data.batches import TokenStream
-from narrowgauge.trainer.data.corpus import CorpusFile, RowLimits, corpus_files, read_texts
+from narrowgauge.trainer.data.corpus import CorpusFile, RowLimits, corpus_files
 from narrowgauge.trainer.data.stream import StreamSource, TextStream, read_head
 from narrowgauge.trainer.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
 from narrowgauge.trainer.errors import ExitCode, UserError
@@ -98,7 +98,7 @@ def test_ranks_that_divide_the_lanes_open_no_others_files(texts: Path) -> None:
 
 def test_an_epoch_reads_every_document_once(texts: Path) -> None:
     of = stream(texts, lanes=1)
-    documents = [text for file in of.files for text in read_texts(file.path) if text]
+    documents = [text for file in of.files for text in file.texts() if text]
     total = sum(len(text.encode()) + 1 for text in documents)
     one = source(of, batch=1)
     steps = total // 32

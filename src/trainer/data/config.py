@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .corpus import SPLITS, CorpusFile, RowLimits, TextFile, corpus_files
-from .manifest import tokenizer_of
+from .corpus import SPLITS, CorpusFile, RowLimits, corpus_files
 from .mixture import BLOCK, apportion
 from .remote import MIN_BYTES_PER_SECOND, remote_path
-from .rows import SAMPLE_BY, Source, is_rows, row_parts
+from .text_files import is_rows
 from .tokenizer_files import is_on_hub
+
+_SAMPLE_BY = ("line", "paragraph", "document")
+#: The keys that say which part of rows is which text.
+ROW_KEYS = ("field", "subset", "train_split", "validation_split", "validation_fraction", "sample_by")
 
 
 @dataclass(kw_only=True)
@@ -37,12 +40,12 @@ class DataConfig:
     eot_token: str | None = None  # end of text; null finds the tokenizer's own
     shards: str | None = None  # token shards; null is a directory in the corpus's home named after the tokenizer
     out: str | None = None  # where tokenizer and shards are kept; null is the corpus's home
-    field: str = Source.field  # of a row, the one that holds its text
-    subset: str | None = Source.subset  # of a dataset that has several: its config's name
-    train_split: str = Source.train_split
-    validation_split: str | None = Source.validation_split  # where there is none, or with null, a part of the training
-    validation_fraction: float | None = Source.validation_fraction  # split is held out: this part of its documents
-    sample_by: str = Source.sample_by  # a document of a .txt file: line, paragraph, or document, the whole file
+    field: str = "text"  # of a row, the one that holds its text
+    subset: str | None = None  # of a dataset that has several: its config's name
+    train_split: str = "train"
+    validation_split: str | None = "validation"  # where there is none, or with null, a part of the training
+    validation_fraction: float | None = None  # split is held out: this part of its documents
+    sample_by: str = "line"  # a document of a .txt file: line, paragraph, or document, the whole file
     verify: bool = True  # compare the shards' checksums at every start (sizes are always compared)
     max_files: int | None = None  # the first ones of each split; null is all
     attempts: int = 8  # at reading from a server, the waits between them doubling from half a second to a minute
@@ -65,12 +68,6 @@ class DataConfig:
         name = tokenizer.name if is_on_hub(self.tokenizer) else tokenizer.stem
         return self.shards or str(Path(self.home) / "shards" / name)
 
-    def shards_of(self, fingerprint: str) -> Path:
-        """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or next to others that stand there."""
-        directory = Path(self.shards_dir)
-        other = tokenizer_of(directory) not in (None, fingerprint)
-        return directory.with_name(f"{directory.name}-{fingerprint[:8]}") if other else directory
-
     @property
     def home(self) -> str:
         """Where the corpus keeps its tokenizer and token shards."""
@@ -79,19 +76,6 @@ class DataConfig:
     @property
     def row_limits(self) -> RowLimits:
         return RowLimits(self.max_line_bytes, self.max_bad_rows)
-
-    def texts(self, splits: Sequence[str] = SPLITS) -> Mapping[str, Sequence[TextFile]]:
-        """What shards are made of, by split. Raises as ``row_parts`` and ``corpus_files``."""
-        if not is_rows(self.path):
-            if self.field != Source.field:
-                raise UserError(f"data.field={self.field}: {self.path} is in C4's layout, whose field is 'text'")
-            return self.files(splits)
-        if self.max_files is not None:
-            raise UserError(
-                f"data.max_files={self.max_files} counts files of C4's layout, which {self.path} is not: "
-                "data.train_split='train[:10%]' takes a part"
-            )
-        return row_parts(Source(**{part.name: getattr(self, part.name) for part in fields(Source)}), splits)
 
     def files(self, splits: Sequence[str] = SPLITS) -> dict[str, list[CorpusFile]]:
         """The files of a corpus in C4's layout by split. Raises as ``corpus_files``."""
@@ -144,8 +128,8 @@ class DataConfig:
             raise ValueError(f"data.max_files={self.max_files}: must be at least 1, or null for all")
         if self.validation_fraction is not None and not 0 <= self.validation_fraction <= 0.5:
             raise ValueError(f"data.validation_fraction={self.validation_fraction}: must be from 0 to 0.5, or null")
-        if self.sample_by not in SAMPLE_BY:
-            raise ValueError(f"data.sample_by={self.sample_by}: must be one of {', '.join(SAMPLE_BY)}")
+        if self.sample_by not in _SAMPLE_BY:
+            raise ValueError(f"data.sample_by={self.sample_by}: must be one of {', '.join(_SAMPLE_BY)}")
         if self.vocab_size < 257:
             raise ValueError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has at least 257 entries")
         if self.sources is not None and self.stream:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 from ..errors import UserError, one_line
-from .remote import MIN_BYTES_PER_SECOND, RemoteFile, list_remote, remote_path
+from ..files import new_directory
+from .remote import MIN_BYTES_PER_SECOND, Listing, RemoteFile, list_remote, remote_path, say_aside
 
+T = TypeVar("T")
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"c4-(?P<split>train|validation)\.(?P<index>\d{5})-of-(?P<count>\d{5})\.json\.gz")
 _OFFICIAL = [  # where a web server lists nothing: the sets of C4's en and realnewslike
@@ -58,9 +58,22 @@ class CorpusFile:
     def name(self) -> str:
         return self.path.name
 
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
-        """As ``read_texts``."""
-        return read_texts(self.path, on_bytes, bad)
+    def texts(
+        self, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
+    ) -> Iterator[str]:
+        """The texts, in order, without the rows that ``bad`` lets out (None: none may be bad), which says how many.
+
+        Raises UserError as ``read_lines`` and ``BadRows`` do.
+        """
+        bad = bad or BadRows(DEFAULT_LIMITS)
+        for line in read_lines(self.path, on_bytes, bad.limits):
+            try:
+                text = text_of(line, self.path, bad.limits)
+            except BadRow as error:
+                bad.leave_out(error)
+            else:
+                yield text
+        bad.sum_up(self.path)
 
     def text_identity(self) -> str:
         """Changes with the text, not with its compression, at the cost of a read of its first bytes.
@@ -108,17 +121,12 @@ def corpus_files(
     url = remote_path(str(path)) if not Path(path).is_dir() else None
     if url is not None:
         listing = list_remote(url, _NAME, _OFFICIAL, attempts, min_bytes_per_second)
-        place, names = listing.directory, listing.names
     else:
-        directory = _local_directory(Path(path))
-        place, names = str(directory), sorted(file.name for file in directory.iterdir())
-    matches = [match for file in names if (match := _NAME.fullmatch(file))]
-    chosen = {split: _first_files(matches, split, path, place, max_files) for split in splits}
-    if url is not None:
-        everything = [match[0] for group in chosen.values() for match in group]
-        found: dict[str, Path | RemoteFile] = dict(zip(everything, listing.describe(everything), strict=True))
-    else:
-        found = {match[0]: directory / match[0] for group in chosen.values() for match in group}
+        listing = _list_local(Path(path))
+    matches = [match for file in listing.names if (match := _NAME.fullmatch(file))]
+    chosen = {split: _first_files(matches, split, path, listing.directory, max_files) for split in splits}
+    names = [match[0] for group in chosen.values() for match in group]
+    found = dict(zip(names, listing.describe(names), strict=True))
     return {
         split: [CorpusFile(found[match[0]], split, int(match["index"]), int(match["count"])) for match in group]
         for split, group in chosen.items()
@@ -130,13 +138,15 @@ def is_c4(directory: Path) -> bool:
     return any(_NAME.fullmatch(file.name) for place in (directory / "en", directory) for file in place.glob("c4-*"))
 
 
-def _local_directory(path: Path) -> Path:
+def _list_local(path: Path) -> Listing:
     if not path.is_dir():
         raise UserError(
             f"data.path={path}: no such directory (python scripts/prepare_data.py data=sample makes one, "
             "data.path=allenai/c4 is the hub's)"
         )
-    return path / "en" if (path / "en").is_dir() else path
+    directory = path / "en" if (path / "en").is_dir() else path
+    names = sorted(file.name for file in directory.iterdir())
+    return Listing(str(directory), names, lambda chosen: [directory / name for name in chosen])
 
 
 def _first_files(
@@ -209,11 +219,6 @@ class BadRows:
             say_aside(f"{path}: {self.count:,} bad row{'s' * (self.count > 1)} left out of the whole file")
 
 
-def say_aside(line: str) -> None:
-    """Not by `say`: every process reads files of its own, and standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def read_lines(
     path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None, limits: RowLimits = DEFAULT_LIMITS
 ) -> Iterator[Line]:
@@ -249,47 +254,18 @@ def read_lines(
         raise UserError(f"{path}: cannot be read after line {number}: {error.strerror or one_line(error)}") from error
 
 
-def read_texts(
-    path: Path | RemoteFile, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
-) -> Iterator[str]:
-    """The texts of one file, in order, without the rows that ``bad`` lets out (None: none may be bad).
-
-    Raises UserError as ``read_lines`` and ``BadRows`` do.
-    """
-    bad = bad or BadRows(DEFAULT_LIMITS)
-    for line in read_lines(path, on_bytes, bad.limits):
-        try:
-            text = text_of(line, path, bad.limits)
-        except BadRow as error:
-            bad.leave_out(error)
-        else:
-            yield text
-
-
-class TextFile(Protocol):
-    """What a shard is made of: a file of a corpus, or some of its rows. ``on_bytes`` hears of ``size`` bytes."""
-
-    split: str
-    index: int
-    count: int
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def identity(self) -> str: ...
-
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]: ...
-
-
-def texts_of(files: Sequence[TextFile], limits: RowLimits) -> Iterator[str]:
-    """The texts of several files, in order; says what is left out. Raises UserError as ``read_texts``."""
-    for file in files:
-        bad = BadRows(limits, heard=True)
-        yield from file.texts(lambda count: None, bad)
-        bad.sum_up(getattr(file, "path", file.name))
+def grouped(items: Iterable[T], size_of: Callable[[T], int], enough: int, most: int | None = None) -> Iterator[list[T]]:
+    """``items`` in lists that end where their sizes are ``enough`` in all, or with ``most`` items."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= enough or len(group) == most:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def text_of(line: Line, path: Path | RemoteFile | str, limits: RowLimits, field: str = "text") -> str:
@@ -357,15 +333,10 @@ def write_sample(path: Path) -> None:
             rows[split].append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     directory = path / "en"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, (split, index, count) in _sample_names().items():
-            partial = directory / f"{name}.incomplete"
-            with partial.open("wb") as raw:
-                with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
+        with new_directory(directory, "") as partial:
+            for name, (split, index, count) in _sample_names().items():
+                with (partial / name).open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
                     file.writelines(rows[split][index::count])
-                raw.flush()
-                os.fsync(raw.fileno())
-            partial.replace(directory / name)
     except OSError as error:
         raise UserError(f"{directory}: the sample cannot be written: {error.strerror or error}") from error
 

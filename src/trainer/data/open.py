@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,9 +25,9 @@ from .config import DataConfig
 from .corpus import CorpusFile
 from .mixture import MixedSource, MixedWindows, Mixture
 from .remote import remote_path
-from .rows import is_elsewhere, is_rows
-from .shards import TokenShards
+from .shards import TokenShards, fingerprint_of, shards_place
 from .stream import StreamSource, TextStream, read_head
+from .text_files import is_rows
 from .tokenizer import TextTokenizer, load_tokenizer
 from .tokenizer_files import is_on_hub
 
@@ -73,7 +71,7 @@ def _open_prepared(config: DataConfig, eval_tokens: int, *, verify: bool) -> Dat
         return Data(tokenizer, streams[name], validation, part.fingerprint, part.former_fingerprint, place)
     weights = [config.sources[name].weight for name in streams]
     now, former = (
-        _fingerprint([[name, getattr(part, which)] for name, part in shards.items()], weights)
+        fingerprint_of([[[name, getattr(part, which)] for name, part in shards.items()], weights])
         for which in ("fingerprint", "former_fingerprint")
     )
     return Data(tokenizer, Mixture(streams, weights), validation, now, former, place)
@@ -96,7 +94,7 @@ def _open_stream(config: DataConfig, eval_tokens: int, world: World) -> Data:
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
     now, former = (
-        _fingerprint([[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint)
+        fingerprint_of([[[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint])
         for of_files in identities
     )
     return Data(tokenizer, training, validation, now, former, config.path)
@@ -180,7 +178,9 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
     """By the name of the source."""
     shards, advice = {}, _preparing(_with_shards_of(config, tokenizer.fingerprint))
     for name, part in config.parts().items():
-        if not (Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or is_elsewhere(part.path)):
+        if not (
+            Path(part.path).is_dir() or Path(part.shards_dir).is_dir() or remote_path(part.path) or is_rows(part.path)
+        ):
             key = "data.path" if config.sources is None else f"data.sources.{name}.path"
             raise UserError(f"{key}={part.path}: no such directory; {_preparing(config)}")
         shards[name] = TokenShards(part, tokenizer.fingerprint, advice)
@@ -189,7 +189,7 @@ def _open_shards(config: DataConfig, tokenizer: TextTokenizer) -> dict[str, Toke
 
 def _with_shards_of(config: DataConfig, fingerprint: str) -> DataConfig:
     """With the shards of that tokenizer where preparing may write them: not over others, which runs go on with."""
-    places = {name: (part.shards_dir, str(part.shards_of(fingerprint))) for name, part in config.parts().items()}
+    places = {name: (part.shards_dir, str(shards_place(part, fingerprint))) for name, part in config.parts().items()}
     moved = {name: target for name, (standing, target) in places.items() if target != standing}
     if config.sources is None:
         return replace(config, shards=next(iter(moved.values()), config.shards))
@@ -218,7 +218,3 @@ def _preparing(config: DataConfig) -> str:
             arguments.append(setting(f"data.{part.name}", value))
     script = "train_tokenizer" if config.stream else "prepare_data"
     return f"run python scripts/{script}.py {shell(arguments)}"
-
-
-def _fingerprint(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,22 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError, one_line
-from ..files import read_json, sha256_of, write_json
+from ..files import new_directory, read_json, sha256_of, write_json
 from ..machine import available_cores
 from .config import DataConfig
-from .corpus import SPLITS, BadRows, RowLimits, TextFile, lacks_sample, texts_of, write_sample
-from .manifest import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, tokenizer_of
+from .corpus import SPLITS, BadRows, CorpusFile, RowLimits, grouped, lacks_sample, write_sample
 from .remote import remote_path
-from .rows import is_rows
-from .tokenizer import DAMAGED, TextTokenizer, holds_vocabulary, is_broken, load_tokenizer, train_bpe
+from .rows import RowPart, row_parts
+from .shards import MANIFEST, MANIFEST_VERSION, ShardInfo, shard_info, shards_place, tokenizer_of
+from .text_files import is_rows
+from .tokenizer import TextTokenizer, holds_vocabulary, load_tokenizer, train_bpe
 from .tokenizer_files import is_on_hub
 
 _WORTH_PROCESSES_BYTES = 64 << 20  # compressed; below, starting processes costs more than the threads of one lack
-_ELSEWHERE = "data.out=DIR puts tokenizer and shards elsewhere"
 _CHUNK_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+
+#: What a shard is made of.
+TextFile = CorpusFile | RowPart
 
 # Set in a worker by _start_worker: the shared count of compressed bytes read, and the tokenizer.
 _progress: Any = None
@@ -68,7 +72,7 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     if config.name == "sample" and lacks_sample(path):
         print(f"writing the sample corpus to {path}")
         write_sample(path)
-    files = config.texts(splits)
+    files = _texts(config, splits)
     if remote_path(config.path) and not path.is_dir():
         size = sum(file.size for group in files.values() for file in group)
         number = sum(map(len, files.values()))
@@ -80,7 +84,7 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
     if place == own and not holds_vocabulary(place, config.vocab_size):
         other = f"data.tokenizer={own}-{config.vocab_size}"
         print(f"{place} has {tokenizer.vocab_size} entries, not data.vocab_size={config.vocab_size}; {other} would")
-    target = config.shards_of(tokenizer.fingerprint)
+    target = shards_place(config, tokenizer.fingerprint)
     if config.shards is not None and target != Path(config.shards):
         raise UserError(
             f"data.shards={config.shards} holds shards of another tokenizer ({tokenizer_of(Path(config.shards))}), "
@@ -103,7 +107,8 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
         "splits": {split: [infos[file] for file in split_files] for split, split_files in files.items()},
     }
     if _read_if_there(target / MANIFEST) != manifest:
-        _write_description(target / MANIFEST, manifest)
+        with _writing(str(target / MANIFEST)):
+            write_json(target / MANIFEST, manifest)
     if bad := {file: info["bad_rows"] for file, info in infos.items() if info["bad_rows"]}:
         most = max(bad, key=lambda file: bad[file])
         where = f"{len(bad)} of {len(infos)} files, {bad[most]:,} of them in {getattr(most, 'path', most.name)}"
@@ -112,42 +117,53 @@ def _prepare(config: DataConfig, workers: int | None, splits: Sequence[str]) -> 
 
 
 def train_tokenizer(config: DataConfig) -> None:
-    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet.
-
-    Half a tokenizer is none: it is moved aside. One that can be read is never replaced.
-    """
+    """Train the corpus's own tokenizer if ``data.tokenizer`` names one in its directory and it is not there yet."""
     target = Path(config.tokenizer)
     own = Path(config.home) in target.parents
-    broken = own and is_broken(target)
-    if config.tokenizer == "bytes" or (target.exists() and not broken):
-        return
-    if not own and is_on_hub(config.tokenizer):
+    if config.tokenizer == "bytes" or target.exists() or (not own and is_on_hub(config.tokenizer)):
         return
     if not own:
         raise UserError(
-            f"data.tokenizer={config.tokenizer}: no such file or directory "
-            f"(only a tokenizer inside data.path={config.path} is trained when missing)"
-            if config.home == config.path
-            else f"data.tokenizer={config.tokenizer}: no such file or directory "
-            f"(only one inside {config.home} is trained when missing)"
+            f"data.tokenizer={target}: no such file or directory "
+            f"(only a tokenizer inside {config.home} is trained when missing)"
         )
-    if broken and (file := target / "tokenizer.json").exists():
-        print(f"{file} is cut short: it is kept as {file.name}{DAMAGED}")
-        file.replace(file.with_name(f"{file.name}{DAMAGED}"))
     _require_writable(target.parent, "the directory of data.tokenizer")
     print(f"training a byte-level BPE of {config.vocab_size} entries: {target}")
-    texts = texts_of(config.texts(["train"])["train"], config.row_limits)
+    files = _texts(config, ["train"])["train"]
+    texts = (text for file in files for text in file.texts(bad=BadRows(config.row_limits, heard=True)))
     train_bpe(_first_bytes(texts, config.tokenizer_train_bytes), config.vocab_size, target)
+
+
+def _texts(config: DataConfig, splits: Sequence[str]) -> Mapping[str, Sequence[TextFile]]:
+    """What shards are made of, by split. Raises as ``row_parts`` and ``corpus_files``."""
+    if not is_rows(config.path):
+        if config.field != DataConfig.field:
+            raise UserError(f"data.field={config.field}: {config.path} is in C4's layout, whose field is 'text'")
+        return config.files(splits)
+    if config.max_files is not None:
+        raise UserError(
+            f"data.max_files={config.max_files} counts files of C4's layout, which {config.path} is not: "
+            "data.train_split='train[:10%]' takes a part"
+        )
+    return row_parts(config, splits)
 
 
 def _require_writable(directory: Path, key: str) -> None:
     """Make ``directory`` if it is not there. Raises UserError if nothing can be written in it."""
-    try:
+    with _writing(f"{key}={directory}:"):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{key}={directory}: cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
+        raise UserError(
+            f"{what} cannot be written: {one_line(error)}; data.out=DIR puts tokenizer and shards elsewhere"
+        ) from error
 
 
 def _read_if_there(file: Path) -> dict[str, Any] | None:
@@ -257,29 +273,16 @@ def _tokenize(
     limits: RowLimits,
     on_bytes: Callable[[int], object],
 ) -> ShardInfo:
-    """Tokenize one file. The shard appears under its name only when whole; its ``.json`` comes last.
+    """Tokenize one file. The shard appears under its name only when complete; its ``.json`` comes last.
 
     Raises UserError for text that cannot be read and a shard that cannot be written.
     """
-    try:
-        return _write_shard(file, target, tokenizer, BadRows(limits), on_bytes)
-    except OSError as error:
-        raise UserError(
-            f"{target}: the shard {_shard_name(file)} cannot be written: {one_line(error)}; {_ELSEWHERE}"
-        ) from error
-
-
-def _write_shard(
-    file: TextFile, target: Path, tokenizer: TextTokenizer, bad: BadRows, on_bytes: Callable[[int], object]
-) -> ShardInfo:
-    name, dtype = _shard_name(file), np.dtype(_dtype(tokenizer))
-    binary, documents = target / f"{name}.bin", target / f"{name}.docs.npy"
-    partial = binary.with_suffix(f".bin.{os.getpid()}.incomplete")
-    partial_documents = documents.with_suffix(f".npy.{os.getpid()}.incomplete")
+    name, dtype, bad = _shard_name(file), np.dtype(_dtype(tokenizer)), BadRows(limits)
     digest, ends, tokens, size, empty = hashlib.sha256(), [], 0, 0, 0
-    try:
-        with partial.open("wb") as output:
-            for chunk_of_texts in _chunks(file.texts(on_bytes, bad)):
+    with _writing(f"{target}: the shard {name}"), new_directory(target, f"{name}.json") as partial:
+        binary, documents = partial / f"{name}.bin", partial / f"{name}.docs.npy"
+        with binary.open("wb") as output:
+            for chunk_of_texts in grouped(file.texts(on_bytes, bad), len, _CHUNK_CHARACTERS):
                 texts = [text for text in chunk_of_texts if text]
                 empty += len(chunk_of_texts) - len(texts)
                 encoded = tokenizer.encode_batch(texts)
@@ -291,60 +294,29 @@ def _write_shard(
                 for text, ids in zip(texts, encoded, strict=True):
                     tokens, size = tokens + len(ids), size + len(text.encode())
                     ends.append((tokens, size))
-            output.flush()
-            os.fsync(output.fileno())
-        with partial_documents.open("wb") as output:
-            np.save(output, np.array(ends, dtype=np.int64).reshape(-1, 2))
-            output.flush()
-            os.fsync(output.fileno())
-        documents_sha256 = sha256_of(partial_documents)
-        # Renamed, never written in place: a run that has the old ones open keeps them.
-        partial_documents.replace(documents)
-        partial.replace(binary)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_documents.unlink(missing_ok=True)
-    info: ShardInfo = {
-        "file": binary.name,
-        "documents_file": documents.name,
-        "source": file.name,
-        "source_identity": file.identity(),
-        "tokenizer": tokenizer.fingerprint,
-        "tokens": tokens,
-        "documents": len(ends),
-        "empty_documents": empty,
-        "bad_rows": bad.count,
-        "max_line_bytes": bad.limits.max_line_bytes,
-        "bytes": size,
-        "sha256": digest.hexdigest(),
-        "documents_sha256": documents_sha256,
-    }
-    write_json(target / f"{name}.json", info)
+        np.save(documents, np.array(ends, dtype=np.int64).reshape(-1, 2))
+        info: ShardInfo = {
+            "file": binary.name,
+            "documents_file": documents.name,
+            "source": file.name,
+            "source_identity": file.identity(),
+            "tokenizer": tokenizer.fingerprint,
+            "tokens": tokens,
+            "documents": len(ends),
+            "empty_documents": empty,
+            "bad_rows": bad.count,
+            "max_line_bytes": limits.max_line_bytes,
+            "bytes": size,
+            "sha256": digest.hexdigest(),
+            "documents_sha256": sha256_of(documents),
+        }
+        write_json(partial / f"{name}.json", info)
     return info
-
-
-def _write_description(path: Path, value: Any) -> None:
-    try:
-        write_json(path, value)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}; {_ELSEWHERE}") from error
 
 
 def _report(count: int) -> None:
     with _progress.get_lock():
         _progress.value += count
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _dtype(tokenizer: TextTokenizer) -> str:

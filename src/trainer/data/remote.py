@@ -1,9 +1,9 @@
 """Files on a web server or on the Hugging Face hub, read as if they were here: ranges, retries, never a part as whole.
 
-`datasets` finds the files of a hub repository (HF_ENDPOINT and HF_TOKEN count), pinned to one revision. They are read
-by plain HTTP, as those of any server are: a connection that breaks is taken up at the byte it broke at, if the server
-still holds the file it held at the start. The readers of `huggingface_hub` and `fsspec` promise less (docs/log.md,
-2026-11-26), so this one stays.
+`huggingface_hub` lists the files of a hub repository (HF_ENDPOINT and HF_TOKEN count), pinned to one revision. They are
+read by plain HTTP, as those of any server are: a connection that breaks is taken up at the byte it broke at, if the
+server still has the file that it had at the start. The readers of `huggingface_hub` and `fsspec` promise less
+(docs/log.md, 2026-11-26), so this one stays.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse, InvalidURL
-from types import TracebackType
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -35,7 +36,6 @@ _LONGEST_WAIT_SECONDS = 60.0
 _HUB_SECONDS = 300.0  # for one question to the hub, whose library asks it in several
 _CHUNK_BYTES = 1 << 20
 _INDEX_BYTES = 16 << 20
-_PATHS_AT_ONCE = 500  # of one question to the hub
 _TRANSIENT = (408, 425, 429)  # and every 5xx
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")
@@ -108,9 +108,7 @@ class RemoteReader:
     def __enter__(self) -> RemoteReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def tell(self) -> int:
@@ -211,12 +209,15 @@ def retried(function: Callable[..., T], what: str, attempts: int, *arguments: An
             if attempt >= attempts:
                 plural = "s" if attempts > 1 else ""
                 raise OSError(f"{reason}; gave up after {attempts} attempt{plural}") from error
-            wait = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _retry_after(error)))
-            # Not by `say`: every rank reads files of its own, and standard output is for results.
-            line = f"{what}: {reason}; attempt {attempt + 1} of {attempts} in {wait:.1f} s"
-            print(line, file=sys.stderr, flush=True)
-            time.sleep(wait)
+            pause = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _retry_after(error)))
+            say_aside(f"{what}: {reason}; attempt {attempt + 1} of {attempts} in {pause:.1f} s")
+            time.sleep(pause)
     raise AssertionError("attempts is at least 1")
+
+
+def say_aside(line: str) -> None:
+    """Not by `say`: every process reads files of its own, and standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -269,28 +270,23 @@ def _request(url: str, method: str, headers: dict[str, str]) -> HTTPResponse:
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
     """``function()`` in a thread that is left behind if it takes longer: a socket's timeout ends at every byte."""
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-    late = threading.Event()
+    outcome: Future[T] = Future()
 
     def call() -> None:
         try:
-            answer = function()
-            outcome.append(answer)
-            if late.is_set() and isinstance(answer, HTTPResponse):
-                answer.close()
+            outcome.set_result(function())
         except BaseException as error:
-            failure.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        late.set()
+    def close(late: Future[T]) -> None:
+        if late.exception() is None and isinstance(answer := late.result(), HTTPResponse):
+            answer.close()
+
+    threading.Thread(target=call, daemon=True).start()
+    if not wait([outcome], seconds).done:
+        outcome.add_done_callback(close)
         raise TimeoutError(f"no answer in {seconds:.3g} s")
-    return outcome[0]
+    return outcome.result()
 
 
 def _length(response: HTTPResponse) -> int:
@@ -304,11 +300,13 @@ def _tag(response: HTTPResponse) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one remote directory."""
+    """The files of one directory, here or on a server."""
 
     directory: str
     names: list[str]
-    describe: Callable[[Sequence[str]], list[RemoteFile]]  # sizes and tags are asked for the chosen ones only
+    describe: Callable[
+        [Sequence[str]], Sequence[Path | RemoteFile]
+    ]  # sizes and tags are asked for the chosen ones only
 
 
 def list_remote(url: str, name: re.Pattern[str], known: Sequence[str], attempts: int, least_rate: int) -> Listing:
@@ -379,50 +377,40 @@ def _whole_set(first: str, name: re.Pattern[str]) -> list[str]:
 
 
 def _list_hub(url: str, name: re.Pattern[str], attempts: int, least_rate: int) -> Listing:
-    # Imported here: it costs every process two seconds, and only the hub needs it.
-    from datasets.data_files import resolve_pattern
-    from huggingface_hub import HfApi, hf_hub_url
+    # Imported here: it costs every process a second, and only the hub needs it.
+    from huggingface_hub import HfApi, RepoFile, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers
 
     match = _HUB.fullmatch(url)
     if match is None:
         raise UserError(f"data.path={url}: write hf://datasets/OWNER/NAME, or OWNER/NAME@REVISION")
-    repo, api = match["repo"], HfApi()
+    repo, inside, api = match["repo"], match["inside"] or "", HfApi()
 
-    def once(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        def asked() -> T:
-            return _within(_HUB_SECONDS, lambda: _as_os_error(lambda: function(*arguments, **options)))
+    def asked(function: Callable[[], T]) -> T:
+        return retried(lambda: _within(_HUB_SECONDS, lambda: _as_os_error(function)), url, attempts)
 
-        return retried(asked, url, attempts)
+    def entries_of(directory: str) -> list[Any]:
+        return list(api.list_repo_tree(repo, directory, revision=revision, repo_type="dataset"))
 
-    revision = once(api.dataset_info, repo, revision=match["revision"]).sha
+    revision = asked(lambda: api.dataset_info(repo, revision=match["revision"])).sha
     headers = tuple((key, value) for key, value in build_hf_headers().items() if isinstance(value, str))
-
-    def describe(directory: str, chosen: Sequence[str]) -> list[RemoteFile]:
-        paths = [f"{directory}/{file}".lstrip("/") for file in chosen]
-        infos = {}
-        for start in range(0, len(paths), _PATHS_AT_ONCE):
-            part = paths[start : start + _PATHS_AT_ONCE]
-            found = once(api.get_paths_info, repo, part, revision=revision, repo_type="dataset")
-            infos |= {info.path: info for info in found}
-        files = []
-        for path in paths:
-            url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-            if (info := infos.get(path)) is None:
-                raise UserError(f"data.path={place}: the hub does not describe {path}")
-            content = info.lfs.sha256 if info.lfs else info.blob_id
-            files.append(RemoteFile(url, info.size, content, attempts, least_rate, pinned=True, headers=headers))
-        return files
-
-    inside = match["inside"] or ""
     for directory in (f"{inside}/en".lstrip("/"), inside):
-        place = f"hf://datasets/{repo}@{revision}/{directory}".rstrip("/")
-        try:
-            paths = once(resolve_pattern, f"{place}/c4-*.json.gz", base_path="")
-        except FileNotFoundError:
-            continue
-        names = sorted(file for path in paths if name.fullmatch(file := path.rsplit("/", 1)[1]))
-        return Listing(place, names, lambda chosen, at=directory: describe(at, chosen))
+        files = {}
+        with suppress(EntryNotFoundError):
+            for entry in asked(lambda at=directory: entries_of(at)):
+                file = entry.path.rsplit("/", 1)[-1]
+                if isinstance(entry, RepoFile) and name.fullmatch(file):
+                    address = hf_hub_url(
+                        repo, entry.path, repo_type="dataset", revision=revision, endpoint=api.endpoint
+                    )
+                    tag = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                    files[file] = RemoteFile(
+                        address, entry.size, tag, attempts, least_rate, pinned=True, headers=headers
+                    )
+        if files:
+            place = f"hf://datasets/{repo}@{revision}/{directory}".rstrip("/")
+            return Listing(place, sorted(files), lambda chosen, files=files: [files[file] for file in chosen])
     return Listing(url, [], lambda chosen: [])
 
 

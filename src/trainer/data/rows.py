@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,11 @@ from typing import Any
 
 from ...precision.suggest import close
 from ..errors import UserError, one_line
-from .corpus import SPLITS, BadRow, BadRows, Line, RowLimits, is_c4, text_of
-from .remote import remote_path
-from .text_files import KINDS, dataset_of_lines, is_lines, kind_of, text_files
+from .config import DataConfig
+from .corpus import DEFAULT_LIMITS, SPLITS, BadRow, BadRows, Line, RowLimits, text_of
+from .text_files import KINDS, dataset_of_lines, is_lines, is_pattern, is_saved, kind_of, text_files
 from .tokenizer_files import is_on_hub, quiet
 
-SAMPLE_BY = ("line", "paragraph", "document")
-_PART = re.compile(r"([^\[]+)\[((?:-?\d+%?)?):((?:-?\d+%?)?)\]")
 _PART_BYTES = 256 << 20  # of text in a shard
 _BATCH_BYTES, _BATCH_ROWS = 16 << 20, 1000  # of rows that are in memory at a time
 _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
@@ -54,9 +51,11 @@ class RowPart:
     batch: int  # rows that are in memory at a time
     dataset: Any = field(compare=False, repr=False)
 
-    def texts(self, on_bytes: Callable[[int], object], bad: BadRows) -> Iterator[str]:
-        """The texts, in order. Raises UserError as ``read_texts`` does."""
-        done = 0
+    def texts(
+        self, on_bytes: Callable[[int], object] = lambda count: None, bad: BadRows | None = None
+    ) -> Iterator[str]:
+        """The texts, in order. Raises UserError as ``CorpusFile.texts`` does."""
+        bad, done = bad or BadRows(DEFAULT_LIMITS), 0
         for number, (row, cell) in enumerate(self._cells(), 1):
             try:
                 if self.kind != "line" or (cell and not cell.isspace()):
@@ -68,6 +67,7 @@ class RowPart:
                 on_bytes(now - done)
                 done = now
         on_bytes(self.size - done)
+        bad.sum_up(self.name)
 
     def identity(self) -> str:
         """Changes with the text, at the cost of reading it."""
@@ -117,58 +117,17 @@ def _is_held_out(row: int, every: int) -> bool:
     return row % every == every // 2
 
 
-def is_rows(path: str) -> bool:
-    """Whether ``path`` is for `datasets`: a file, a pattern, a name on the hub, or a directory of text that is not in
-    C4's layout."""
-    if remote_path(path) is not None:
-        return False
-    place = Path(path)
-    if place.is_dir():
-        return not is_c4(place) and (_is_saved(place) or next(text_files(place), None) is not None)
-    return place.exists() or _is_pattern(path) or ("/" in path and is_on_hub(path)) or kind_of(place) is not None
-
-
-def is_elsewhere(path: str) -> bool:
-    """Whether ``path`` is no directory's: on a server, or of rows."""
-    return remote_path(path) is not None or is_rows(path)
-
-
-def _is_pattern(path: str) -> bool:
-    return glob.has_magic(path) and not Path(path).exists()
-
-
-def _is_saved(directory: Path) -> bool:
-    """By ``save_to_disk``."""
-    return (directory / "dataset_dict.json").exists() or all(
-        (directory / name).exists() for name in ("state.json", "dataset_info.json")
-    )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to ask `datasets` for."""
-
-    path: str
-    field: str = "text"
-    subset: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = "validation"
-    validation_fraction: float | None = None
-    sample_by: str = "line"
-
-
-def row_parts(source: Source, splits: Sequence[str] = SPLITS) -> dict[str, list[RowPart]]:
+def row_parts(source: DataConfig, splits: Sequence[str] = SPLITS) -> dict[str, list[RowPart]]:
     """The parts of each of ``splits``. Where there is no validation split, some rows of the training split are it.
 
     Raises UserError for what is not there, cannot be read, has no such field, or is a program.
     """
-    load, kind = _opened(source)
-    everything = load(None)
-    names = [str(name) for name in everything]
+    everything, kind = _opened(source)
+    names = list(everything)
 
     def of(name: str, key: str) -> Any:
         if "[" in name or "+" in name:
-            return load(name)
+            return _asked(source, lambda: _part(everything, name))
         if name not in names:
             raise UserError(
                 f"data.path={source.path}: no split {name!r} (data.{key}){close(name, names)}; there are: "
@@ -178,7 +137,7 @@ def row_parts(source: Source, splits: Sequence[str] = SPLITS) -> dict[str, list[
 
     training, wanted = source.train_split, source.validation_split
     # The default name need not be there; one that somebody wrote has to.
-    given = wanted is not None and (wanted in names or wanted != Source.validation_split)
+    given = wanted is not None and (wanted in names or wanted != DataConfig.validation_split)
     parts = {}
     for split in splits:
         if split == "validation" and given:
@@ -202,13 +161,13 @@ def _every(num_rows: int, fraction: float | None) -> int:
     return min(max(2, round(1 / fraction)) if fraction else min(200, max(10, num_rows // 20)), num_rows)
 
 
-def _say_held_out(source: Source, rows: range, every: int, total: int) -> None:
+def _say_held_out(source: DataConfig, rows: range, every: int, total: int) -> None:
     fraction = "null" if source.validation_fraction is None else f"{source.validation_fraction:g}"
     held = f"one of {every:,} documents is held out, {len(rows):,} of {total:,}" if rows else "none is held out"
     print(f"{source.path} has no validation split: {held} (data.validation_fraction={fraction})", flush=True)
 
 
-def _parts(dataset: Any, split: str, rows: range | None, every: int, kind: str, source: Source) -> list[RowPart]:
+def _parts(dataset: Any, split: str, rows: range | None, every: int, kind: str, source: DataConfig) -> list[RowPart]:
     import pyarrow as pa
     from pyarrow import compute
 
@@ -243,7 +202,7 @@ def _parts(dataset: Any, split: str, rows: range | None, every: int, kind: str, 
     ]
 
 
-def _require_field(dataset: Any, source: Source) -> None:
+def _require_field(dataset: Any, source: DataConfig) -> None:
     """Raises UserError if the first line of JSON that is an object lacks the field."""
     for text in dataset[:_BATCH_ROWS]["text"]:
         try:
@@ -256,44 +215,43 @@ def _require_field(dataset: Any, source: Source) -> None:
             return
 
 
-def _no_field(source: Source, names: Sequence[str]) -> UserError:
+def _no_field(source: DataConfig, names: Sequence[str]) -> UserError:
     shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
     near = close(source.field, names)
     return UserError(f"data.path={source.path}: no field {source.field!r}{near}; there are: {shown} (data.field)")
 
 
-def _opened(source: Source) -> tuple[Callable[[str | None], Any], str]:
-    """What loads all splits by name, or one part of a split, and the kind of its cells."""
+def _part(splits: Mapping[str, Any], spec: str) -> Any:
+    """Rows of one or more splits, as `datasets` writes them: ``train[:10%]+test``."""
+    import datasets
+
+    wanted = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[one.splitname].select(range(one.from_, one.to)) for one in wanted])
+
+
+def _opened(source: DataConfig) -> tuple[Mapping[str, Any], str]:
+    """All splits by name, and the kind of their cells."""
     import datasets  # two seconds, which only such text waits for
     import pandas
 
     path, place = source.path, Path(source.path)
 
-    def loading(*arguments: Any, **options: Any) -> Callable[[str | None], Any]:
-        def load(split: str | None) -> Any:
-            return _asked(source, lambda: datasets.load_dataset(*arguments, split=split, **options))
+    def loaded(*arguments: Any, **options: Any) -> Mapping[str, Any]:
+        splits = _asked(source, lambda: datasets.load_dataset(*arguments, **options))
+        return {str(name): rows for name, rows in splits.items()}
 
-        return load
-
-    if place.is_dir() and _is_saved(place):
+    if place.is_dir() and is_saved(place):
         saved = _asked(source, lambda: datasets.load_from_disk(path))
-        by_name = saved if isinstance(saved, dict) else {"train": saved}
-
-        def from_disk(split: str | None) -> Any:
-            if split is None:
-                return by_name
-            raise UserError(f"data.path={path}: a saved dataset has whole splits, {', '.join(by_name)}, not {split!r}")
-
-        return from_disk, "text"
+        return saved if isinstance(saved, dict) else {"train": saved}, "text"
     if place.is_dir():
         builder = _asked(source, lambda: datasets.load_dataset_builder(path, source.subset))
         files = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
         _say_unread(place, files)
         kinds = {kind_of(Path(file)) for group in files.values() for file in group}
         if kinds not in ({"json"}, {"text"}, {"csv"}):
-            return loading(path, source.subset), "text"
-    elif place.exists() or _is_pattern(path):
-        found = sorted(glob.glob(path, recursive=True)) if _is_pattern(path) else [path]
+            return loaded(path, source.subset), "text"
+    elif place.exists() or is_pattern(path):
+        found = sorted(glob.glob(path, recursive=True)) if is_pattern(path) else [path]
         if not found:
             raise UserError(f"data.path={path}: no file has such a name")
         files = {"train": found}
@@ -309,24 +267,12 @@ def _opened(source: Source) -> tuple[Callable[[str | None], Any], str]:
         raise UserError(f"data.path={path}: no such file")
     else:
         print(f"asking the hub for the dataset {path}", flush=True)
-        return loading(path, source.subset), "text"
+        return loaded(path, source.subset), "text"
     (kind,) = kinds
     if kind == "text" or (kind == "json" and all(is_lines(Path(file)) for group in files.values() for file in group)):
         by = "line" if kind == "json" else source.sample_by
-
-        def from_lines(split: str | None) -> Any:
-            if split is None:
-                return {
-                    name: _asked(source, lambda name=name: dataset_of_lines(name, files[name], by)) for name in files
-                }
-            part = _PART.fullmatch(split)
-            if part is None or part[1] not in files:
-                raise UserError(f"data.path={path}: {split!r} is no part of {', '.join(files)}, as 'train[:10%]' is")
-            rows = from_lines(None)[part[1]]
-            begin, end = (_place(border, len(rows)) for border in part.group(2, 3))
-            return rows.select(range(len(rows))[begin:end])
-
-        return from_lines, "line" if kind == "json" else "plain"
+        lines = _asked(source, lambda: {name: dataset_of_lines(name, group, by) for name, group in files.items()})
+        return lines, "line" if kind == "json" else "plain"
     options: dict[str, Any] = {}
     if kind == "csv":  # what looks like a number, or like nothing, is text all the same
         tabs = all(".tsv" in Path(file).name.lower() for group in files.values() for file in group)
@@ -337,14 +283,7 @@ def _opened(source: Source) -> tuple[Callable[[str | None], Any], str]:
         if source.field not in names:
             raise _no_field(source, names)
     escaped = {split: [glob.escape(os.path.abspath(file)) for file in group] for split, group in files.items()}
-    return loading(kind, data_files=escaped, **options), "text"
-
-
-def _place(border: str, total: int) -> int | None:
-    """Of a split's part, as `datasets` has it: a row, or a percentage of all, rounded."""
-    if border.endswith("%"):
-        return round(int(border[:-1]) / 100 * total)
-    return int(border) if border else None
+    return loaded(kind, data_files=escaped, **options), "text"
 
 
 def _say_unread(directory: Path, files: Mapping[str, Sequence[str]]) -> None:
@@ -353,7 +292,7 @@ def _say_unread(directory: Path, files: Mapping[str, Sequence[str]]) -> None:
         print(f"{directory}: {len(rest):,} files are of another kind or split and are not read, such as {rest[0]}")
 
 
-def _asked(source: Source, function: Callable[[], Any]) -> Any:
+def _asked(source: DataConfig, function: Callable[[], Any]) -> Any:
     """What `datasets` gives. Raises UserError, one line, for whatever it raises."""
     import datasets
     from huggingface_hub.utils import logging

@@ -1,4 +1,4 @@
-"""Prepared token shards, memory-mapped and compared with their manifest."""
+"""Prepared token shards, memory-mapped and compared with their manifest, which says whose tokens they hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import reprlib
 import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast, get_type_hints
 
 import numpy as np
 
@@ -18,14 +18,80 @@ from ..errors import UserError, one_line
 from ..files import read_json
 from .batches import TokenStream
 from .config import DataConfig
-from .manifest import MANIFEST, MANIFEST_VERSION, SINCE_VERSION_1, ShardInfo, read_manifest
 
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+SINCE_VERSION_1 = {"bad_rows": 0, "max_line_bytes": 0}  # no part of the fingerprint: tokens say it all
 _NPY_HEADER_BYTES = 1 << 14
 _OTHER_OPEN_FILES = 256  # to come, in addition to those that are
 
 
-def _fingerprint(content: Any) -> str:
+class ShardInfo(TypedDict):
+    """One shard in the manifest."""
+
+    file: str
+    documents_file: str
+    source: str
+    source_identity: str
+    tokenizer: str
+    tokens: int
+    documents: int
+    empty_documents: int
+    bad_rows: int  # left out
+    max_line_bytes: int  # beyond which they were bad; 0: no such limit, as in shards of older versions
+    bytes: int
+    sha256: str
+    documents_sha256: str
+
+
+def fingerprint_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shard_info(value: Any) -> ShardInfo:
+    """``value`` out of a JSON file, once it is what it has to be. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a shard is {reprlib.repr(value)}, not an object")
+    info = SINCE_VERSION_1 | value
+    for key, kind in get_type_hints(ShardInfo).items():
+        if type(info.get(key)) is not kind or (kind is int and info[key] < 0):
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info.get(key))}")
+    for key in ("file", "documents_file"):
+        if info[key] != Path(info[key]).name:
+            raise ValueError(f"{key} of a shard is {reprlib.repr(info[key])}, not a name in its directory")
+    return cast(ShardInfo, info)
+
+
+def read_manifest(manifest: dict[str, Any]) -> tuple[np.dtype, str, int, dict[str, list[ShardInfo]]]:
+    """Type of the tokens, fingerprint and vocabulary of the tokenizer, shards by split. Raises ValueError."""
+    tokenizer, splits, dtype = (manifest.get(key) for key in ("tokenizer", "splits", "dtype"))
+    if dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype is {reprlib.repr(dtype)}, not '<u2' or '<u4'")
+    if not isinstance(tokenizer, dict) or not isinstance(splits, dict):
+        raise ValueError("tokenizer and splits are not objects")
+    fingerprint, vocab_size = tokenizer.get("fingerprint"), tokenizer.get("vocab_size")
+    if type(fingerprint) is not str or type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(
+            f"a tokenizer of fingerprint {reprlib.repr(fingerprint)} and vocab_size {reprlib.repr(vocab_size)}"
+        )
+    if wrong := [name for name, shards in splits.items() if not isinstance(shards, list)]:
+        raise ValueError(f"the split {reprlib.repr(wrong[0])} is not a list")
+    return np.dtype(dtype), fingerprint, vocab_size, {name: [*map(shard_info, splits[name])] for name in splits}
+
+
+def tokenizer_of(directory: Path) -> str | None:
+    """The fingerprint of the tokenizer whose token shards stand in a directory; None if that cannot be told."""
+    try:
+        return str(read_json(directory / MANIFEST)["tokenizer"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def shards_place(config: DataConfig, tokenizer: str) -> Path:
+    """Where a tokenizer's shards are, by its fingerprint: in ``shards_dir``, or next to others that stand there."""
+    directory = Path(config.shards_dir)
+    other = tokenizer_of(directory) not in (None, tokenizer)
+    return directory.with_name(f"{directory.name}-{tokenizer[:8]}") if other else directory
 
 
 def _allow_open_files(count: int) -> None:
@@ -49,7 +115,7 @@ class TokenShards:
         tokenizer_fingerprint: str,
         advice: str = "run python scripts/prepare_data.py with the same data options",
     ) -> None:
-        own = config.shards_of(tokenizer_fingerprint)
+        own = shards_place(config, tokenizer_fingerprint)
         self.directory = own if (own / MANIFEST).exists() else Path(config.shards_dir)
         self._again = again = advice
         file = self.directory / MANIFEST
@@ -72,13 +138,13 @@ class TokenShards:
             split: [[shard[key] for key in ("tokens", "sha256", "documents_sha256")] for shard in shards]
             for split, shards in self.splits.items()
         }
-        self.fingerprint = _fingerprint([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
+        self.fingerprint = fingerprint_of([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
         splits = {
             split: [{key: shard[key] for key in shard if key not in SINCE_VERSION_1} for shard in shards]
             for split, shards in manifest["splits"].items()
         }
         #: What older checkpoints hold: it changed with the compression of the text, too.
-        self.former_fingerprint = _fingerprint(manifest | {"splits": splits})
+        self.former_fingerprint = fingerprint_of(manifest | {"splits": splits})
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
         self._files: dict[str, os.stat_result] = {}

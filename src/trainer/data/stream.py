@@ -14,7 +14,6 @@ file up to where it stood.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import Batch, TrainingSource, permute
-from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, read_lines, text_of, texts_of
+from .corpus import DEFAULT_LIMITS, BadRow, BadRows, CorpusFile, Line, RowLimits, grouped, read_lines, text_of
 from .tokenizer import TextTokenizer
 
 _BLOCK_BYTES = 32 << 20  # a block of rows ends here even if it has fewer rows: it is kept in memory
@@ -67,14 +66,14 @@ class TextStream:
 
 
 @dataclass
-class _Piece:
+class _Document:
     """A tokenized document and where it lies."""
 
     epoch: int
     place: int
     row: int
     tokens: np.ndarray
-    offset: int = 0  # tokens of it that are used
+    offset: int  # tokens of it that are used
 
 
 class Lane:
@@ -97,9 +96,9 @@ class Lane:
         self._heard = heard
         self._seed = seed
         self._lane, self._num_lanes = lane, num_lanes
-        epoch, place, row, self._offset, self._windows = position
-        self._documents = self._read(epoch, place, row)
-        self._pieces: deque[_Piece] = deque()
+        *start, self._windows = position
+        self._documents = self._read(*start)
+        self._document: _Document | None = None
 
     def windows(self, count: int) -> np.ndarray:
         """The next ``count`` windows, int64 [count, seq_len + 1]; neighbours share one token."""
@@ -111,32 +110,27 @@ class Lane:
     @property
     def position(self) -> tuple[int, ...]:
         """Where the next window starts; only after ``windows``."""
-        piece = self._pieces[0]
-        return piece.epoch, piece.place, piece.row, piece.offset, self._windows
+        document = self._current()
+        return document.epoch, document.place, document.row, document.offset, self._windows
 
     def _take(self, count: int) -> np.ndarray:
         """The next ``count + 1`` tokens, of which the last stays."""
-        have = sum(len(piece.tokens) - piece.offset for piece in self._pieces)
-        while have <= count:
-            piece = next(self._documents)
-            piece.offset, self._offset = self._offset, 0
-            self._pieces.append(piece)
-            have += len(piece.tokens) - piece.offset
-        parts, needed = [], count + 1
-        for piece in self._pieces:
-            parts.append(piece.tokens[piece.offset : piece.offset + needed])
-            needed -= len(parts[-1])
-            if not needed:
-                break
+        parts = []
         while count:
-            piece = self._pieces[0]
-            used = min(count, len(piece.tokens) - piece.offset)
-            piece.offset, count = piece.offset + used, count - used
-            if piece.offset == len(piece.tokens):
-                self._pieces.popleft()
-        return np.concatenate(parts)
+            document = self._current()
+            parts.append(document.tokens[document.offset : document.offset + count])
+            document.offset += len(parts[-1])
+            count -= len(parts[-1])
+        document = self._current()
+        return np.concatenate([*parts, document.tokens[document.offset : document.offset + 1]])
 
-    def _read(self, epoch: int, place: int, row: int) -> Iterator[_Piece]:
+    def _current(self) -> _Document:
+        """The document that the next token is of."""
+        if self._document is None or self._document.offset == len(self._document.tokens):
+            self._document = next(self._documents)
+        return self._document
+
+    def _read(self, epoch: int, place: int, row: int, offset: int) -> Iterator[_Document]:
         files = self._stream.files
         while True:
             complete, found = place == row == 0, False
@@ -146,7 +140,8 @@ class Lane:
             for number in range(place, len(order)):
                 for at, tokens in self._read_file(files[order[number]], epoch, row):
                     found = True
-                    yield _Piece(epoch, number, at, tokens)
+                    yield _Document(epoch, number, at, tokens, offset)
+                    offset = 0
                 row = 0
             if complete and not found:
                 names = ", ".join(str(files[index].path) for index in order[:2])
@@ -161,14 +156,11 @@ class Lane:
         A bad row keeps its place, so that positions do not depend on how many are allowed. Those before ``first`` are
         looked at again where some are, for they count.
         """
-        before = 0
-        limits = self._stream.limits
+        limits, tokenizer = self._stream.limits, self._stream.tokenizer
         bad = BadRows(limits)
-        for number, block in enumerate(_blocks(file, self._stream.shuffle_rows, limits)):
+
+        def texts(block: Sequence[Line], number: int, start: int) -> Iterator[tuple[int, str]]:
             order = permute(np.arange(len(block)), len(block), f"{self._seed}:{epoch}:{file.index}:{number}")
-            ahead: list[tuple[int, str]] = []
-            size = 0
-            start = max(0, first - before)
             for place in range(0 if limits.max_bad_rows else start, len(block)):
                 bad.heard = self._heard and epoch == 0 and place >= start
                 try:
@@ -177,39 +169,24 @@ class Lane:
                     bad.leave_out(error)
                     continue
                 if text and place >= start:
-                    ahead.append((before + place, text))
-                    size += len(text)
-                if size >= _AHEAD_CHARACTERS:
-                    yield from self._tokenize(ahead)
-                    ahead, size = [], 0
-            if ahead:
-                yield from self._tokenize(ahead)
+                    yield place, text
+
+        lines = read_lines(file.path, limits=limits)
+        before = 0
+        # The size of a line is also that of one that is too long, so that the limit changes no block.
+        for number, block in enumerate(grouped(lines, lambda line: line.size, _BLOCK_BYTES, self._stream.shuffle_rows)):
+            rows = texts(block, number, max(0, first - before))
+            for group in grouped(rows, lambda row: len(row[1]), _AHEAD_CHARACTERS):
+                encoded = tokenizer.encode_batch([text for _, text in group])
+                for (place, _), ids in zip(group, encoded, strict=True):
+                    yield before + place, _with_end(ids, tokenizer)
             before += len(block)
         bad.sum_up(file.path)
-
-    def _tokenize(self, rows: Sequence[tuple[int, str]]) -> Iterator[tuple[int, np.ndarray]]:
-        tokenizer = self._stream.tokenizer
-        encoded = tokenizer.encode_batch([text for _, text in rows])
-        for (row, _), ids in zip(rows, encoded, strict=True):
-            yield row, _with_end(ids, tokenizer)
 
 
 def _with_end(ids: list[int], tokenizer: TextTokenizer) -> np.ndarray:
     # Not [*ids, eot]: a list of a long document's tokens is many times its text, and one is enough.
     return np.fromiter(itertools.chain(ids, (tokenizer.eot,)), np.int32, len(ids) + 1)
-
-
-def _blocks(file: CorpusFile, rows: int, limits: RowLimits) -> Iterator[list[Line]]:
-    block: list[Line] = []
-    size = 0
-    for line in read_lines(file.path, limits=limits):
-        block.append(line)
-        size += line.size  # also of one that is too long, so that the limit changes no block
-        if len(block) == rows or size >= _BLOCK_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 class StreamSource(TrainingSource):
@@ -299,7 +276,7 @@ def read_head(
     Gives the tokens, int32, and the tokens and UTF-8 bytes up to each document's end, int64 [documents, 2].
     """
     parts, ends, tokens, size = [], [], 0, 0
-    for text in texts_of(files, limits):
+    for text in (text for file in files for text in file.texts(bad=BadRows(limits, heard=True))):
         if not text:
             continue
         if num_tokens is not None and tokens >= num_tokens:

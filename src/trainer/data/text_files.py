@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import glob
 import gzip
 import lzma
 import os
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line
-from .corpus import RowLimits
+from .corpus import RowLimits, is_c4
+from .remote import remote_path
+from .tokenizer_files import is_on_hub
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -31,6 +34,28 @@ def kind_of(file: Path) -> str | None:
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def is_rows(path: str) -> bool:
+    """Whether ``path`` is for `datasets`: a file, a pattern, a name on the hub, or a directory of text that is not in
+    C4's layout."""
+    if remote_path(path) is not None:
+        return False
+    place = Path(path)
+    if place.is_dir():
+        return not is_c4(place) and (is_saved(place) or next(text_files(place), None) is not None)
+    return place.exists() or is_pattern(path) or ("/" in path and is_on_hub(path)) or kind_of(place) is not None
+
+
+def is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not Path(path).exists()
+
+
+def is_saved(directory: Path) -> bool:
+    """By ``save_to_disk``."""
+    return (directory / "dataset_dict.json").exists() or all(
+        (directory / name).exists() for name in ("state.json", "dataset_info.json")
+    )
 
 
 def text_files(directory: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -18,21 +18,7 @@ from .tokenizer_files import END_OF_TEXT, byte_level, read_settings, read_tokeni
 # A longer text costs the library a hundred times its size in memory, so it is cut where no token can lie across.
 _LONG_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-DAMAGED = ".damaged"
 _ASKED = "asked_vocab_size"  # in tokenizer_config.json
-_SAVED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-class TextTokenizer(Protocol):
-    """Text to token ids and back. ``eot`` is put after every document."""
-
-    vocab_size: int
-    eot: int
-    fingerprint: str
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -84,6 +70,10 @@ class FastTokenizer:
         return {"tokenizer.json": self._tokenizer.to_str(), "tokenizer_config.json": settings}
 
 
+#: Text to token ids and back. ``eot`` is put after every document.
+TextTokenizer = ByteTokenizer | FastTokenizer
+
+
 def _cuts_before_words(tokenizer: Tokenizer) -> bool:
     """Whether GPT-2's pattern splits the text first: then a space between two letters always begins a new piece."""
     first = tokenizer.pre_tokenizer
@@ -123,7 +113,7 @@ def tokenizer_place(home: str, vocab_size: int, default: int) -> str:
     ``default``, it is the one that stands there.
     """
     place, named = Path(home) / "tokenizer", Path(home) / f"tokenizer-{vocab_size}"
-    if vocab_size == default or not place.exists() or is_broken(place):
+    if vocab_size == default or not place.exists():
         return str(place)
     return str(place if not named.exists() and holds_vocabulary(place, vocab_size) else named)
 
@@ -135,25 +125,6 @@ def holds_vocabulary(directory: Path, vocab_size: int) -> bool:
         return asked == vocab_size or load_tokenizer(str(directory)).vocab_size == vocab_size
     except UserError:
         return False
-
-
-def is_broken(directory: Path) -> bool:
-    """Whether ``directory`` holds what an interrupted ``train_bpe`` of an older version left: half a tokenizer or none.
-
-    What is JSON is somebody's tokenizer, even if it cannot be used here.
-    """
-    file = directory / "tokenizer.json"
-    try:
-        if file.is_file():
-            json.loads(file.read_bytes())
-            return False
-        return directory.is_dir() and all(
-            one.name in _SAVED or one.name.endswith((".incomplete", DAMAGED)) for one in directory.iterdir()
-        )
-    except RecursionError:
-        return False
-    except ValueError:
-        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progress: bool = True) -> None:
@@ -208,11 +179,9 @@ def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] 
 
 def _bytes_as_bpe() -> Tokenizer:
     """``ByteTokenizer`` as a byte-level BPE without merges."""
-    # GPT-2's names for bytes: the printable ones are themselves, the others follow from U+0100 on.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    names = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-    tokenizer = byte_level(models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[]))
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, as in `_save`
+
+    tokenizer = byte_level(models.BPE(vocab={name: byte for byte, name in bytes_to_unicode().items()}, merges=[]))
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 

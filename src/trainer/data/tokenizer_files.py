@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,8 @@ def _is_ranks(file: Path) -> bool:
         return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content.read(4096)) is not None
 
 
-_said: set[str] = set()
-
-
+@cache
 def _say_once(line: str) -> None:
     """On standard error, by the first process of a run alone."""
-    if line not in _said and os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
         print(line, file=sys.stderr, flush=True)
-    _said.add(line)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .. import distributed
 from ..build import build_state, pretrained_config
 from ..config import load_config
-from ..data.config import DataConfig
+from ..data.config import ROW_KEYS, DataConfig
 from ..data.open import open_windows, validation_source
 from ..data.prepare import prepare
-from ..data.rows import Source, is_rows
+from ..data.text_files import is_rows
 from ..data.tokenizer import load_tokenizer
 from ..distributed import World, say
 from ..errors import UserError
@@ -102,7 +102,7 @@ def evaluate_on(subject: Subject, path: str | None, split: str, tokens: int, mic
     with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch, StopRequest() as stop:
         if path is not None:
             if path != data.path:  # parts of the other are none of this one; rows may have their text in the same field
-                rows = {part.name: part.default for part in fields(Source) if part.default is not MISSING}
+                rows = {part.name: part.default for part in fields(DataConfig) if part.name in ROW_KEYS}
                 data = replace(data, path=path, **rows | ({"field": data.field} if is_rows(path) else {}))
             data = replace(data, name="c4", shards=scratch, out=None, sources=None, stream=False, max_files=None)
             prepare(data, splits=(split,))
