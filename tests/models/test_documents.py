@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
-from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, gpt, layers, llama
+from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, layers
 from narrowgauge.models.kernels import attention, documents, pointwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -34,8 +34,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (attention, pointwise):
         monkeypatch.setattr(module, "native_serves", lambda *_: False)
     monkeypatch.setattr(layers, "BLOCK_ATTENTION_MAX_POSITIONS", 0)
-    for module in (llama, gpt):
-        monkeypatch.setattr(module, "key_blocks", blocks_anywhere)
+    monkeypatch.setattr(layers, "key_blocks", blocks_anywhere)
     torch._dynamo.reset()
     counters.clear()
     yield
