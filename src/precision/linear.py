@@ -222,14 +222,16 @@ class QuantLinear(QuantizedModule):
             self.amax_held.fill_(value)
         self.amaxes.ask_again()
 
-    # What ``precision.traced`` calls.
+    # What ``precision.traced`` calls. Lists of tensors are flat; how they are read is known by shape (``_LAYOUTS``).
 
     def computes_by(self, kind: int, device: torch.device) -> bool:
+        """Whether this kind is what it computes by now, on such a device."""
         held = self.amax_held
         there = self.weight.device.type == device.type and not (held is not None and held.is_meta)
         return there and kind in (self.plan.kind, self.plan.kind_of_inputs)
 
     def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
+        """Operands of x [..., in_features] that depend on nothing but x and the kind."""
         rows = x.reshape(-1, self.in_features)
         call = self.call(x, {})
         if differentiated:
@@ -245,6 +247,7 @@ class QuantLinear(QuantizedModule):
     def traced_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, given: list[Tensor], differentiated: bool
     ) -> tuple[list[Tensor], tuple[int, ...] | None]:
+        """[y, what is saved for backward], and which of ``given`` are saved instead; if neither, x itself is."""
         rows, shared = x.reshape(-1, self.in_features), {}
         if given:
             keys, layouts = _LAYOUTS["shared", self.plan.kind_of_inputs, tuple(x.shape), differentiated]
@@ -264,6 +267,7 @@ class QuantLinear(QuantizedModule):
     def traced_backward(
         self, dy: Tensor, weight: Tensor, pieces: list[Tensor], needed: tuple[bool, bool, bool]
     ) -> list[Tensor | None]:
+        """dx, dw and dbias [..., features], those that are needed."""
         rows = dy.reshape(-1, self.out_features)
         saved: Operand = pieces[0] if pieces else rows
         if needed[1] and self.plan.slots[WGRAD_X].spec is None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .linear import quantized
 from .loss_scale import LossScaler
 from .scaling import Current
 from .schedule import Span
-from .spec import GEMMS
+from .spec import GEMMS, LinearSpec
 from .states.moments import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
 from .suggest import close
@@ -121,6 +122,11 @@ class Rule:
     siblings: tuple[str, ...] = ()
     children: tuple[str, ...] = ()
     optional: bool = False
+
+
+def block_linears(spec: LinearSpec, keep: tuple[Keep, ...] = ()) -> Rule:
+    """The rule that gives the linears of the blocks this spec, but for those to keep in high precision."""
+    return Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep)
 
 
 class Hook(Protocol):

@@ -22,11 +22,8 @@ Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E2M1
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Phase, Recipe, Rule, current, one_of
+from ..recipe import Keep, Phase, Recipe, block_linears, current, one_of
 from ..scaling import Current, Error, Tile, TwoLevel
 from ..schedule import Span
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
@@ -101,7 +98,7 @@ def recipe(
         wgrad=GemmSpec(a=dy, b=x_columns, transform=transform),
     )
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),),
+        rules=(block_linears(spec, keep),),
         schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
         one_micro_batch=amax == "step",
     )
