@@ -39,16 +39,6 @@ class Init(NamedTuple):
         return torch.empty(shape).normal_(self.mean, self.std, generator=generator)
 
 
-def init_of(name: str, *, std: float, num_layers: int) -> Init:
-    """The GPT-2 rule: normal(0, std), residual outputs by 1/sqrt(2 x layers) less, norms one, biases zero."""
-    if name.endswith("bias"):
-        return Init(0.0, 0.0)
-    if "norm" in name.split(".")[-2]:
-        return Init(1.0, 0.0)
-    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return Init(0.0, std / math.sqrt(2 * num_layers) if residual else std)
-
-
 def require_shape(config: Any, arch: str, *, counts: tuple[str, ...], positive: tuple[str, ...]) -> None:
     """Raises ValueError for a field of a model's config that no model can have."""
     for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", *counts):
@@ -61,11 +51,6 @@ def require_shape(config: Any, arch: str, *, counts: tuple[str, ...], positive: 
             raise ValueError(f"model.{field}={getattr(config, field)}: must be positive")
     if not config.init_std >= 0:
         raise ValueError(f"model.init_std={config.init_std}: must not be negative")
-
-
-def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Rotary frequencies (float32, [D/2]) in radians per position (RoFormer, arXiv 2104.09864, eq. 15)."""
-    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
 # Beyond this length the probabilities that block attention keeps outweigh what it saves (scripts/bench_attention.py).
@@ -217,8 +202,15 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_of(self, name: str) -> Init:
-        """How the parameter ``name`` starts."""
-        return init_of(name, std=self.config.init_std, num_layers=self.config.num_layers)
+        """How the parameter ``name`` starts, as in GPT-2: normal(0, std), residual outputs by 1/sqrt(2 x layers) less,
+        norms one, biases zero."""
+        std = self.config.init_std
+        if name.endswith("bias"):
+            return Init(0.0, 0.0)
+        if "norm" in name.split(".")[-2]:
+            return Init(1.0, 0.0)
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return Init(0.0, std / math.sqrt(2 * self.config.num_layers) if residual else std)
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.attention import Rope
-from .layers import Attention, Block, Decoder, RMSNorm, require_shape, rope_frequencies, swiglu
+from .layers import Attention, Block, Decoder, RMSNorm, require_shape, swiglu
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,9 @@ class LlamaConfig:
 
 def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) -> Rope:
     """The angles of every position. Computed on the fly: a buffer would be state to reset."""
-    inv_freq = rope_frequencies(config.head_size, config.rope_theta, device)
+    # Radians per position, float32 [D/2] (RoFormer, arXiv 2104.09864, eq. 15).
+    pairs = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    inv_freq = config.rope_theta ** -(pairs / config.head_size)
     if (scaling := config.rope_scaling) is not None:
         wavelength = 2 * math.pi / inv_freq
         low = scaling.original_max_seq_len / scaling.low_freq_factor

@@ -124,7 +124,7 @@ def require_steps(model: nn.Module, context: StepContext, why: str) -> None:
     """From now on training passes of ``model`` belong to a step of ``context``; ``why``: what depends on the step."""
     _watch_optimizers()
     _WATCHED.add(context)
-    model.register_forward_pre_hook(RequireStep(context, why))
+    model.register_forward_pre_hook(functools.partial(_require_step, context, why))  # which a copy of the model copies
 
 
 @functools.cache
@@ -138,13 +138,7 @@ def _record_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             context.record_update(optimizer)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RequireStep:
-    """A forward pre-hook of a whole model: training passes belong to a step. ``why``: what depends on the step."""
-
-    context: StepContext
-    why: str
-
-    def __call__(self, model: nn.Module, inputs: Any) -> None:
-        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-            self.context.require_step(model, self.why)
+def _require_step(context: StepContext, why: str, model: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook of a complete model: training passes belong to a step."""
+    if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+        context.require_step(model, why)

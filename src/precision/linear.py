@@ -8,7 +8,7 @@ dgrad quantizes. A slot without a spec stays in high precision, and a linear who
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from .amax import Amaxes
 from .assign import assign_backends
 from .backends import REFERENCE, Operand
 from .context import StepContext
-from .module import PlanRow, QuantizedModule, Site
-from .operands import Call, Gathered, Observer
+from .module import QuantizedModule, Site
+from .operands import Call, Gathered
 from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
 from .scaling import Delayed
@@ -38,6 +38,9 @@ from .slots import (
     resolve,
 )
 from .spec import GEMMS, LinearSpec, OperandSpec
+
+if TYPE_CHECKING:
+    from .probe import Probe
 
 
 class QuantLinear(QuantizedModule):
@@ -65,7 +68,7 @@ class QuantLinear(QuantizedModule):
         self.path = path
         self.statistics: Callable[[Tensor], Tensor] | None = None
         self.context = StepContext()
-        self.observer: Observer | None = None
+        self.observer: Probe | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
         self.base_keys: dict[int, Tensor] = {}  # of rounding noise, by slot
         self.token = traced.register(self)
@@ -122,9 +125,9 @@ class QuantLinear(QuantizedModule):
                 kind = type(phase.module).__name__
                 raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
             phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
-        self._row = assign_backends(self, site.tokens, site.device, site.backend, phases)
+        self._row = assign_backends(self, site, phases)
 
-    def plan_rows(self) -> tuple[PlanRow]:
+    def plan_rows(self) -> tuple[str]:
         return (self._row,)
 
     def coverage(self) -> tuple[tuple[str, int, bool], ...] | None:
@@ -142,7 +145,7 @@ class QuantLinear(QuantizedModule):
     def reads_weight(self) -> OperandSpec | str:
         return self.plan_of((0, 0, 0)).weight_once
 
-    def observe(self, observer: Observer | None) -> None:
+    def observe(self, observer: Probe | None) -> None:
         self.observer = observer
 
     def ask_again(self) -> None:

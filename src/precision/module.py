@@ -109,7 +109,7 @@ class QuantizedModule(nn.Module):
         return f"{type(self).__name__} does not say how it reads its weight"
 
     def observe(self, observer: Any) -> None:
-        """Have ``observer`` (``precision.operands.Observer``) look on at training steps; None for nobody."""
+        """Have ``observer`` (``precision.probe.Probe``) look on at training steps; None for nobody."""
 
     def reset_state(self, value: float = 0.0) -> None:
         """Set its buffers to their start. ``value``: of an amax that is held, ``UNKNOWN`` to measure a step anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,24 +34,7 @@ from .transforms import Composed
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
-
-
-class Observer(Protocol):
-    """Watches the GEMMs of a training step, and changes nothing (``precision.probe``)."""
-
-    def measure(
-        self,
-        call: Call,
-        gemm: int,
-        given: tuple[Tensor, Tensor],
-        used: tuple[Operand, Operand],
-        y: Tensor,
-        bias: Tensor | None,
-    ) -> Any:
-        """Figures of GEMM 0, 1 or 2: its operands before and after transform and rounding, its output."""
-
-    def add(self, figures: Any) -> None:
-        """Count what ``measure`` gave."""
+    from .probe import Probe
 
 
 class Gathered(NamedTuple):
@@ -74,7 +57,7 @@ class Call:
         rows_per_sample: rows of x that a sample takes.
         shared: operands of x, those of sibling linears included; None in the backward pass.
         stats: what transforms read.
-        observer: who watches.
+        observer: who watches the GEMMs of training steps, and changes nothing.
     """
 
     linear: QuantLinear
@@ -83,7 +66,7 @@ class Call:
     rows_per_sample: int
     shared: dict[Hashable, Operand] | None
     stats: Tensor | None = None
-    observer: Observer | None = None
+    observer: Probe | None = None
 
     def with_stats(self, stats: Tensor | None) -> Call:
         return self if stats is self.stats else replace(self, stats=stats)

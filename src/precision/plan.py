@@ -220,10 +220,9 @@ class Plan:
             self.context.high_precision = before
 
     def __str__(self) -> str:
-        dtypes = self.recipe.dtypes
-        names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
-        names["param"] = str(self.recipe.param_dtype).removeprefix("torch.")
-        head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
+        dtypes = self.recipe.param_dtype, self.recipe.dtypes.compute, self.recipe.dtypes.reduce
+        param, compute, reduce = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        head = f"parameters {param}, compute {compute}, gradient reduction {reduce}"
         update = [f"update {self.recipe.update}", f"moments {self.update_note or self.recipe.moments}"]
         scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]

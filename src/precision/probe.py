@@ -167,7 +167,7 @@ class Probe:
         self._extremes = torch.full((*shape, 3), -math.inf, dtype=torch.float64, device=self._device)
         self._formats: list[dict[int, str]] = [{} for _ in self._linears]
 
-    # The observer of quantized linears (precision.operands.Observer).
+    # The observer of quantized linears (precision.operands.Call).
 
     @torch.no_grad()
     def measure(

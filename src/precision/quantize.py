@@ -115,12 +115,14 @@ class Passes(Protocol):
         else:
             values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
         if spec.format.bits <= 8:
-            return _pack(spec, spec.format.encode(values)).contiguous()
+            codes = spec.format.encode(values)
+            return (pack4(codes) if spec.format.bits == 4 else codes).contiguous()
         return values.to(spec.format.dtype or torch.float32).contiguous()
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Code value * factor of its tile (FP32 [rows, columns]; None for 1) in ``dtype``, [outer, inner]."""
-        wide = q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
+        codes = unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
+        wide = q.spec.format.decode(codes) if q.spec.format.bits <= 8 else codes.float()
         if factors is not None:
             wide = _scaled(wide, factors, q.spec.tile)
         # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
@@ -362,14 +364,6 @@ def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
     row = torch.arange(outer, device=x.device).div(tall, rounding_mode="trunc")
     column = torch.arange(inner, device=x.device).div(wide, rounding_mode="trunc")
     return x * scales[row[:, None], column]
-
-
-def _pack(spec: OperandSpec, codes: Tensor) -> Tensor:
-    return pack4(codes) if spec.format.bits == 4 else codes
-
-
-def _unpack(q: Quantized) -> Tensor:
-    return unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
 
 
 def _decoded(spec: OperandSpec, stored: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-// Fused CPU kernels of the models, BF16 in and out, float32 inside. The plain-torch definition of each stands in the
-// Python module that calls it. Plain C symbols, called through ctypes; every shape is checked by the caller.
+// Fused CPU kernels of the models, BF16 in and out, float32 inside. What each computes stands in plain torch in the
+// Python module that calls it, or in its test. Plain C symbols, called through ctypes; every shape is checked by the
+// caller.
 //
 // No result depends on the number of threads: a row, a head or a fixed chunk of rows is one thread's work.
 

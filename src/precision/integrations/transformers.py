@@ -70,7 +70,8 @@ class PrecisionCallback(TrainerCallback):
             self._plan.forget()
             return
         saved = load_file(file)
-        if wrong := sorted(name for name in tensors.keys() | saved.keys() if not _fits(tensors, saved, name)):
+        ours, found = ({name: tensor.shape for name, tensor in some.items()} for some in (tensors, saved))
+        if wrong := sorted(name for name in ours.keys() | found.keys() if ours.get(name) != found.get(name)):
             raise ValueError(f"{file} is of another recipe or model: {wrong[0]} differs, one of {len(wrong)}")
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -115,7 +116,3 @@ def _state(plan: Plan) -> dict[str, Tensor]:
     """What the recipe remembers on this rank, alive."""
     tensors = plan.state_tensors()
     return {name: tensor.to_local()[0] if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
-
-
-def _fits(tensors: dict[str, Tensor], saved: dict[str, Tensor], name: str) -> bool:
-    return name in tensors and name in saved and tensors[name].shape == saved[name].shape

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from ...linear import QuantLinear
 from ...scaling import Current
-from ...spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
+from ...slots import operands
+from ...spec import GemmSpec, LinearSpec, Source, Transform
 from ...swiglu import DOWN, UP, scales_of
 from ...transforms import Along, Composed, Rescale
 
@@ -125,19 +126,16 @@ def smoothed(spec: LinearSpec, form: Form) -> LinearSpec:
     """
     if spec.fprop.a is None:
         raise ValueError(f"Smooth-SwiGLU rescales the quantized input of {DOWN}: in {spec} it is not quantized")
-    operands = [operand for gemm in (spec.fprop, spec.dgrad, spec.wgrad) for operand in (gemm.a, gemm.b)]
-    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands):
+    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands(spec)):
         raise ValueError(f"Smooth-SwiGLU takes no base that quantizes codes again: {spec}")
-    fprop = replace(spec.fprop, b=_of_this_step(spec.fprop.b)) if form.folds else spec.fprop
+    fprop = spec.fprop
+    if form.folds and fprop.b is not None:
+        fprop = replace(fprop, b=replace(fprop.b, amax=Current()))
     return LinearSpec(
         fprop=_rescaled(fprop, form.fprop),
         dgrad=_rescaled(spec.dgrad, form.dgrad),
         wgrad=_rescaled(spec.wgrad, form.wgrad),
     )
-
-
-def _of_this_step(operand: OperandSpec | None) -> OperandSpec | None:
-    return None if operand is None else replace(operand, amax=Current())
 
 
 def _rescaled(gemm: GemmSpec, rescale: Rescale | None) -> GemmSpec:
