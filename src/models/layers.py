@@ -27,7 +27,7 @@ class Init(NamedTuple):
     std: float
 
     def draw(self, seed: int, name: str, shape: torch.Size) -> Tensor:
-        """The whole parameter, float32 on the CPU: a pure function of (seed, name, shape).
+        """The full parameter, float32 on the CPU: a pure function of (seed, name, shape).
 
         Keyed by the name and not by a running generator, so that neither the world size, nor the order of modules,
         nor a layer more or less changes what another parameter gets.
@@ -53,7 +53,7 @@ def require_shape(config: Any, arch: str, *, counts: tuple[str, ...], positive: 
         raise ValueError(f"model.init_std={config.init_std}: must not be negative")
 
 
-# Beyond this length the probabilities that block attention keeps outweigh what it saves (scripts/bench_attention.py).
+# Beyond this length the probabilities that block attention stores outweigh what it saves (scripts/bench_attention.py).
 BLOCK_ATTENTION_MAX_POSITIONS = 1024
 
 

@@ -245,7 +245,7 @@ class _Scene:
         if rule.optional and not matched:
             return []
         kinds = sorted(path for path, _ in of_kind)
-        # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
+        # By name: `transformers` is not imported for an error. Its GPT-2 stores weights the other way round.
         other = sum(type(module).__name__ == "Conv1D" for module in self.model.modules())
         in_blocks = rule.path is Where.BLOCKS
         if not matched or (in_blocks and not self.paths and other and not self.blocks.stacks):
@@ -262,9 +262,9 @@ class _Scene:
         self._check_selectors(rule, matched, of_kind)
         chosen = []
         for path, module in matched:
-            keeps = [selector for selector in rule.keep if selector.matches(path, module, self.blocks.of(path))]
-            if keeps:
-                self.selected.setdefault(path, str(keeps[0]))
+            selecting = [selector for selector in rule.keep if selector.matches(path, module, self.blocks.of(path))]
+            if selecting:
+                self.selected.setdefault(path, str(selecting[0]))
             else:
                 chosen.append((path, module))
         if not chosen:

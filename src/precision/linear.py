@@ -1,8 +1,8 @@
 """The quantized linear: one autograd function over six operand slots (``slots.py``).
 
 Forward saves for backward what the plan says of x (``LinearPlan.saved``): as a rule the codes and scales that wgrad
-reads, made in the forward pass. It saves nothing of the weight but the parameter itself, which FSDP gathers anew and
-dgrad quantizes. A slot without a spec stays in high precision, and a linear whose spec is empty is ``F.linear``.
+reads, computed in the forward pass. It saves nothing of the weight but the parameter itself, which FSDP gathers anew
+and dgrad quantizes. A slot without a spec stays in high precision, and a linear whose spec is empty is ``F.linear``.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class QuantLinear(QuantizedModule):
         places = {id(tensor): place for place, tensor in enumerate(given)}
         which = tuple(places[id(tensor)] for tensor in tensors if id(tensor) in places)
         if which:
-            assert len(which) == len(tensors), "what is saved is made in one place"
+            assert len(which) == len(tensors), "what is saved is computed in one place"
             return outputs, which
         return [*outputs, *tensors], None
 

@@ -14,7 +14,7 @@ The hash (murmur3's 32-bit finalizer), in arithmetic modulo 2^32, ``>>`` logical
     noise       = (element >> 8) * 2^-24                              in [0, 1), exact in FP32
 
 Here ``uint32`` lives in int32 tensors: torch's additions, products and left shifts wrap modulo 2^32, and right shifts
-are made logical by a mask. In C and Triton the same is plain uint32 arithmetic.
+become logical by a mask. In C and Triton the same is plain uint32 arithmetic.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Quantized:
         scales: [rows, columns] of the grid of tiles: FP32 decode scales, or codes (uint8) of the rule's scale format.
         tensor_scale: FP32 scalar of a two-level rule, or [outer, 1] of one that scales rows; else None.
         shape: outer, inner.
-        spec: how it was made.
+        spec: how it was quantized.
         transposed: whether codes and scales are those of the matrix [inner, outer].
     """
 
@@ -166,8 +166,8 @@ def quantize(
     """Codes and scales of x [outer, inner]; any float dtype, any strides, ragged and empty shapes included.
 
     Args:
-        amax: what the scale is made from: FP32, one per tile, or one in all for a two-level rule (its tensor level; the
-            tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
+        amax: what the scale is computed from: FP32, one per tile, or one in all for a two-level rule (its tensor level;
+            the tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
         noise: for stochastic rounding, which needs it; refused otherwise.
         passes: who reads and writes the matrix.
 
@@ -229,7 +229,7 @@ def _better_scales(
 
     Per element, in FP32: back = ((code value * d) * A) / (max * top); e = |back - x|, or its square. Per tile: the sum
     of e along each row, from its first element on; then of the upper half of the rows and the lower half, and again.
-    A tile with a NaN in its errors keeps the first candidate.
+    A tile with a NaN in its errors takes the first candidate.
     """
     rule = spec.scale
     assert isinstance(rule, TwoLevel)
@@ -271,7 +271,7 @@ def operand(q: Quantized, *, passes: Passes = TORCH) -> tuple[Tensor, Tensor | N
     * two levels: code value * tile scale; the factor is the tensor's scale (of rows: all of it in FP32).
     * powers of two per tile: code value * 2^(k - c), with 2^k the tile's scale and the factor 2^c; c is the largest k
       of the tensor that is not NaN's, but at least -126. Tiles whose smallest positive value would fall below 2^-126
-      are flushed to zeros, signs kept: for E4M3 those with k < c - 117.
+      are flushed to zeros, but for their signs: for E4M3 those with k < c - 117.
 
     Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
     """

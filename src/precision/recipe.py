@@ -30,7 +30,7 @@ from .suggest import close
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dtypes:
-    """What parameters are kept in, computed in, and what gradients are summed in over ranks."""
+    """What parameters are stored in, computed in, and what gradients are summed in over ranks."""
 
     param: torch.dtype = torch.float32
     compute: torch.dtype = torch.bfloat16
@@ -44,7 +44,7 @@ class Where(Enum):
 
 
 BLOCK_LINEARS = Where.BLOCKS
-"""The linears of the blocks that ``precision.blocks`` finds, not the head; or those that ``apply`` is told by path."""
+"""The linears of the blocks that ``precision.blocks`` finds, not the head; or those that ``apply`` is given by path."""
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -207,7 +207,7 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
 class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
-    ``one_micro_batch``: scales are of the tensors of a whole step, which must be one micro-batch on every rank.
+    ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
 
     Raises ValueError for a schedule whose phases meet.
     """
@@ -226,7 +226,7 @@ class Recipe:
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are kept."""
+        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are stored."""
         return self.moments.param_dtype(self.dtypes.param, self.dtypes.compute)
 
 

@@ -8,7 +8,7 @@ linear_backward(dy, weight, saved, token, kind, ...)   [dx, dw, dbias]
 
 ``kind`` is a number that blocks share: one compiled block serves all. What differs between two linears of a kind, that
 is amax histories and the keys of noise, is found by ``token``, an int64 on the CPU that the linear owns. The compiler
-sees that siblings (q, k, v) call ``inputs`` with the same arguments and keeps one call. A linear's amax history is
+sees that siblings (q, k, v) call ``inputs`` with the same arguments and leaves one call. A linear's amax history is
 written inside; nothing else in a graph reads it.
 """
 

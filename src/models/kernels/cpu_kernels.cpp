@@ -55,7 +55,7 @@ inline float fast_exp(float x) {
 extern "C" {
 
 // ---------------------------------------------------------------------------------------------- cross-entropy
-// losses[i] = log sum exp(logits[i]) - logits[i][targets[i]]; log_sums is kept for backward.
+// losses[i] = log sum exp(logits[i]) - logits[i][targets[i]]; log_sums is saved for backward.
 void cross_entropy_forward(const bf16* logits, const int64_t* targets, float* losses, float* log_sums, int64_t rows,
                            int64_t vocab) {
 #pragma omp parallel for schedule(static)

@@ -3,8 +3,8 @@
 >>> plan = apply("nvfp4", model)
 >>> Trainer(model, arguments, train_dataset=data, callbacks=[PrecisionCallback(plan)]).train()
 
-What is saved is a plain model: what a recipe remembers from step to step (``fp8_delayed``) lies beside it, in a file of
-its own in every ``checkpoint-N``.
+What is saved is a plain model: what a recipe remembers from step to step (``fp8_delayed``) is saved with it, in a file
+of its own in every ``checkpoint-N``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PrecisionCallback(TrainerCallback):
     Args:
         plan: of ``precision.apply``, on the model that the Trainer gets.
         resume_from: the checkpoint directory that ``train(resume_from_checkpoint=...)`` is given, where it is not
-            ``args.resume_from_checkpoint`` or ``output_dir/checkpoint-N``: a callback is not told. Where nothing is
-            found there, the amaxes are measured anew for a step, with a warning.
+            ``args.resume_from_checkpoint`` or ``output_dir/checkpoint-N``: a callback does not learn it. Where nothing
+            is found there, the amaxes are measured anew for a step, with a warning.
     """
 
     FILE = "precision_state.safetensors"

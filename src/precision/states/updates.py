@@ -259,7 +259,7 @@ class CodecAdamW(Optimizer):
         """
         place = self.places[parameter]
         assert parameter.grad is not None
-        # A checkpoint loads in place, and FSDP keeps its shards: the views of __init__ still hold.
+        # A checkpoint loads in place, and FSDP reuses its shards: the views of __init__ still hold.
         weight = local(parameter).view(place.rows, place.cols)
         w_parts = place.parts[2] if place.has_master else place.parts[2] | {"": weight}
         m, v, w = (
@@ -407,12 +407,12 @@ def _sharded_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _row_offset(parameter: Tensor) -> int:
-    """The first row of this rank's part in the whole parameter."""
+    """The first row of this rank's part in the full parameter."""
     if not isinstance(parameter, DTensor):
         return 0
     offset = 0
     for dim, placement in enumerate(parameter.placements):
-        assert isinstance(placement, (Shard, Replicate)), "gradients must be whole before an update"
+        assert isinstance(placement, (Shard, Replicate)), "gradients must be complete before an update"
         if isinstance(placement, Shard):
             assert placement.dim == 0, "states follow parameters sharded by rows"
             rows, ranks = parameter.shape[0], parameter.device_mesh.size(dim)

@@ -1,7 +1,7 @@
 """Smooth-SwiGLU (arXiv 2409.12517): the input of a SwiGLU's down-projection, rescaled before it is quantized.
 
 h = silu(gate) * up is a product of two numbers, so where the weights of a channel align it grows with their square, and
-one scale for the whole of h then serves that channel alone. Both forms divide h by scales d of this forward pass, on
+one scale for all of h then serves that channel alone. Both forms divide h by scales d of this forward pass, on
 this rank: detached, and 1 where a maximum is zero, below 2^-126 or not finite (``precision.swiglu.scales_of``).
 
 ``channel`` is the paper's: d_i is the maximum of channel i over the tokens of the micro-batch.
