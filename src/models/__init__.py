@@ -4,9 +4,11 @@ A model never hears the word "precision": narrow formats are put in from outside
 computes down_proj(f(gate_proj(x)) * up_proj(x)) says so by an attribute: ``gated_activation``, the name of f.
 """
 
-from .gpt import GPT, GPTConfig
-from .layers import Init
-from .llama import Llama, LlamaConfig, RopeScaling
+from .gpt import GPT as GPT
+from .gpt import GPTConfig as GPTConfig
+from .llama import Llama as Llama
+from .llama import LlamaConfig as LlamaConfig
+from .llama import RopeScaling as RopeScaling
 
 ModelConfig = LlamaConfig | GPTConfig
 Model = Llama | GPT
@@ -18,17 +20,3 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt": GPTC
 def create(config: ModelConfig) -> Model:
     """The model that ``config`` describes, on the current default device (use ``torch.device("meta")``)."""
     return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)
-
-
-__all__ = [
-    "ARCHITECTURES",
-    "GPT",
-    "GPTConfig",
-    "Init",
-    "Llama",
-    "LlamaConfig",
-    "Model",
-    "ModelConfig",
-    "RopeScaling",
-    "create",
-]

@@ -1,4 +1,4 @@
-"""What Llama and GPT share: attention, rotary positions, the loss, how a parameter is drawn.
+"""What Llama and GPT share: attention, blocks, the loss, how a parameter is drawn.
 
 Shape suffixes: B sequences, T positions, C hidden, H heads, K key-value heads, D head size, V vocabulary.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .kernels import attention, cross_entropy, documents, pointwise
 from .kernels.attention import Rope
@@ -25,7 +27,7 @@ class Init(NamedTuple):
     std: float
 
     def draw(self, seed: int, name: str, shape: torch.Size) -> Tensor:
-        """The whole parameter, float32 on the CPU: a pure function of (seed, name, shape).
+        """The full parameter, float32 on the CPU: a pure function of (seed, name, shape).
 
         Keyed by the name and not by a running generator, so that neither the world size, nor the order of modules,
         nor a layer more or less changes what another parameter gets.
@@ -37,22 +39,21 @@ class Init(NamedTuple):
         return torch.empty(shape).normal_(self.mean, self.std, generator=generator)
 
 
-def init_of(name: str, *, std: float, num_layers: int) -> Init:
-    """The GPT-2 rule: normal(0, std), residual outputs by 1/sqrt(2 x layers) less, norms one, biases zero."""
-    if name.endswith("bias"):
-        return Init(0.0, 0.0)
-    if "norm" in name.split(".")[-2]:
-        return Init(1.0, 0.0)
-    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return Init(0.0, std / math.sqrt(2 * num_layers) if residual else std)
+def require_shape(config: Any, arch: str, *, counts: tuple[str, ...], positive: tuple[str, ...]) -> None:
+    """Raises ValueError for a field of a model's config that no model can have."""
+    for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", *counts):
+        if getattr(config, field) < 1:
+            raise ValueError(f"model.{field}={getattr(config, field)}: must be at least 1")
+    if config.arch != arch:
+        raise ValueError(f"model.arch={config.arch}: {config.name} is a {arch}; choose another model instead")
+    for field in positive:
+        if not getattr(config, field) > 0:
+            raise ValueError(f"model.{field}={getattr(config, field)}: must be positive")
+    if not config.init_std >= 0:
+        raise ValueError(f"model.init_std={config.init_std}: must not be negative")
 
 
-def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Rotary frequencies (float32, [D/2]) in radians per position (RoFormer, arXiv 2104.09864, eq. 15)."""
-    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-
-
-# Beyond this length the probabilities that block attention keeps outweigh what it saves (scripts/bench_attention.py).
+# Beyond this length the probabilities that block attention stores outweigh what it saves (scripts/bench_attention.py).
 BLOCK_ATTENTION_MAX_POSITIONS = 1024
 
 
@@ -143,6 +144,83 @@ class Attention(nn.Module):
         k_BTKD = self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         v_BTKD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         return self.o_proj(causal_attention(q_BTHD, k_BTKD, v_BTKD, rope, positions_BT, blocks).flatten(-2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, norm: Callable[[], nn.Module], self_attn: Attention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.recompute = False  # activation checkpointing
+        self.input_layernorm = norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm = norm()
+        self.mlp = mlp
+
+    def forward(
+        self, x_BTC: Tensor, rope: Rope | None, positions_BT: Tensor | None, blocks: KeyBlocks | None
+    ) -> Tensor:
+        context = (rope, positions_BT, blocks)
+        if self.recompute and self.training:
+            return checkpoint(self._forward, x_BTC, *context, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTC, *context)
+
+    def _forward(self, x_BTC: Tensor, *context: Any) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), *context)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class Decoder(nn.Module):
+    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32.
+
+    With ``positions_BT``, every token's place in its document, documents of a row neither see nor follow one another.
+    """
+
+    config: Any
+
+    def __init__(
+        self, config: Any, norm: Callable[[], nn.Module], block: Callable[[], Block], *, learned_positions: int = 0
+    ) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the vocabulary is known once the data is open"
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if learned_positions:
+            self.embed_positions = nn.Embedding(learned_positions, config.hidden_size)
+        self.layers = nn.ModuleList(block() for _ in range(config.num_layers))
+        self.norm = norm()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Rope | None]:
+        """What the first block reads, [B, T, C], and the angles by which attention rotates."""
+        raise NotImplementedError
+
+    def tie_weights(self) -> None:
+        """Let head and embedding share one parameter, if the config says so (materializing a meta model parts them)."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_of(self, name: str) -> Init:
+        """How the parameter ``name`` starts, as in GPT-2: normal(0, std), residual outputs by 1/sqrt(2 x layers) less,
+        norms one, biases zero."""
+        std = self.config.init_std
+        if name.endswith("bias"):
+            return Init(0.0, 0.0)
+        if "norm" in name.split(".")[-2]:
+            return Init(1.0, 0.0)
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return Init(0.0, std / math.sqrt(2 * self.config.num_layers) if residual else std)
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        x_BTC, rope = self.embed(tokens_BT, positions_BT)
+        blocks = key_blocks(positions_BT, tokens_BT)
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, rope, positions_BT, blocks)
+        logits_BTV = self.lm_head(self.norm(x_BTC))
+        return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import Rope
-from .kernels.documents import KeyBlocks
-from .layers import Attention, Init, RMSNorm, init_of, key_blocks, rope_frequencies, swiglu, token_losses
+from .layers import Attention, Block, Decoder, RMSNorm, require_shape, swiglu
 
 
 @dataclass(kw_only=True)
@@ -59,18 +58,9 @@ class LlamaConfig:
 
     def validate(self) -> None:
         """Raises ValueError for a shape no Llama can have."""
-        for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
-        if self.arch != "llama":
-            raise ValueError(f"model.arch={self.arch}: {self.name} is a llama; choose another model instead")
+        require_shape(self, "llama", counts=("num_kv_heads",), positive=("rope_theta", "norm_eps"))
         if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"model.head_dim={self.head_dim}: must be at least 1, or null")
-        for field in ("rope_theta", "norm_eps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"model.{field}={getattr(self, field)}: must be positive")
-        if not self.init_std >= 0:
-            raise ValueError(f"model.init_std={self.init_std}: must not be negative")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}: "
@@ -83,8 +73,10 @@ class LlamaConfig:
 
 
 def rope_table(config: LlamaConfig, num_positions: int, device: torch.device) -> Rope:
-    """The angles of every position. Made on the fly: a buffer would be state to reset."""
-    inv_freq = rope_frequencies(config.head_size, config.rope_theta, device)
+    """The angles of every position. Computed on the fly: a buffer would be state to reset."""
+    # Radians per position, float32 [D/2] (RoFormer, arXiv 2104.09864, eq. 15).
+    pairs = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    inv_freq = config.rope_theta ** -(pairs / config.head_size)
     if (scaling := config.rope_scaling) is not None:
         wavelength = 2 * math.pi / inv_freq
         low = scaling.original_max_seq_len / scaling.low_freq_factor
@@ -111,60 +103,20 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
 
 
-class LlamaBlock(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.recompute = False  # activation checkpointing
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size, bias=False
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+class Llama(Decoder):
+    """A Llama."""
 
-    def forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
-        context = (rope, positions_BT, blocks)
-        if self.recompute and self.training:
-            return checkpoint(self._forward, x_BTC, *context, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTC, *context)
-
-    def _forward(self, x_BTC: Tensor, rope: Rope, positions_BT: Tensor | None, blocks: KeyBlocks | None) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, positions_BT, blocks)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
-
-
-class Llama(nn.Module):
-    """Tokens [B, T] -> logits [B, T, V]; with targets [B, T] -> losses [B, T] in nats, float32.
-
-    With ``positions_BT``, every token's place in its document, documents of a row neither see nor follow one another.
-    """
+    config: LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        assert config.vocab_size is not None, "the vocabulary is known once the data is open"
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie_weights()
+        norm = partial(RMSNorm, config.hidden_size, eps=config.norm_eps)
+        heads = config.num_heads, config.num_kv_heads, config.head_size
 
-    def tie_weights(self) -> None:
-        """Let head and embedding share one parameter, if the config says so (materializing a meta model parts them)."""
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        def block() -> Block:
+            return Block(norm, Attention(config.hidden_size, *heads, bias=False), SwiGLU(config))
 
-    def init_of(self, name: str) -> Init:
-        """How the parameter ``name`` starts."""
-        return init_of(name, std=self.config.init_std, num_layers=self.config.num_layers)
+        super().__init__(config, norm, block)
 
-    def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Rope]:
         x_BTC = self.embed_tokens(tokens_BT)
-        rope = rope_table(self.config, tokens_BT.shape[1], x_BTC.device)
-        blocks = key_blocks(positions_BT, tokens_BT)
-        for layer in self.layers:
-            x_BTC = layer(x_BTC, rope, positions_BT, blocks)
-        logits_BTV = self.lm_head(self.norm(x_BTC))
-        return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)
+        return x_BTC, rope_table(self.config, tokens_BT.shape[1], x_BTC.device)

@@ -1,4 +1,4 @@
-"""How much memory a model takes in training, beside its parameters and their states."""
+"""How much memory a model takes in training, apart from its parameters and their states."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Amaxes:
         now = slot.quantizer.amax(x, TENSOR).reshape(()) if now is None else now
         held = linear.amax_held[column]
         if linear.training:
-            # maximum passes a NaN on: the rule then keeps what it held.
+            # maximum passes a NaN on: the rule then leaves what it held.
             linear.amax_history[0, column] = torch.maximum(linear.amax_history[0, column], now)
         return torch.where(held == UNKNOWN, now, held)
 

@@ -24,20 +24,6 @@ from .spec import LinearSpec
 from .suggest import close
 
 
-@dataclass(frozen=True, slots=True)
-class NativeLinear:
-    """A linear left to torch, in the recipe's compute dtype."""
-
-    path: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        out_features, in_features = self.shape
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.path:44} {in_features:>6} -> {out_features:<6}  fprop, dgrad, wgrad: {dtype} (torch)"
-
-
 def apply(
     recipe: Recipe | str,
     model: nn.Module,
@@ -113,8 +99,9 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
             module.bind(context, Site(path=path, device=device, tokens=tokens, backend=backend, phases=phases))
             rows += module.plan_rows()
         elif type(module) is nn.Linear:
-            shape = (module.out_features, module.in_features)
-            rows.append(NativeLinear(path, shape, recipe.dtypes.compute))
+            dtype = str(recipe.dtypes.compute).removeprefix("torch.")
+            shape = f"{module.in_features:>6} -> {module.out_features:<6}"
+            rows.append(f"{path:44} {shape}  fprop, dgrad, wgrad: {dtype} (torch)")
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
     coverage = replace(covered(model, scene.selected, scene.reasons), scheduled=bool(recipe.schedule))
@@ -251,12 +238,14 @@ class _Scene:
         matched = [
             (path, module)
             for path, module in of_kind
-            if self._matches(rule, path) and self._has_siblings(rule, path) and _has_all(rule.children, module)
+            if self._matches(rule, path)
+            and _has_all(rule.siblings, self.model.get_submodule(path.rpartition(".")[0]))
+            and _has_all(rule.children, module)
         ]
         if rule.optional and not matched:
             return []
         kinds = sorted(path for path, _ in of_kind)
-        # By name: `transformers` is not imported for an error. Its GPT-2 keeps weights the other way round.
+        # By name: `transformers` is not imported for an error. Its GPT-2 stores weights the other way round.
         other = sum(type(module).__name__ == "Conv1D" for module in self.model.modules())
         in_blocks = rule.path is Where.BLOCKS
         if not matched or (in_blocks and not self.paths and other and not self.blocks.stacks):
@@ -273,9 +262,9 @@ class _Scene:
         self._check_selectors(rule, matched, of_kind)
         chosen = []
         for path, module in matched:
-            keeps = [selector for selector in rule.keep if selector.matches(path, module, self.blocks.of(path))]
-            if keeps:
-                self.selected.setdefault(path, str(keeps[0]))
+            selecting = [selector for selector in rule.keep if selector.matches(path, module, self.blocks.of(path))]
+            if selecting:
+                self.selected.setdefault(path, str(selecting[0]))
             else:
                 chosen.append((path, module))
         if not chosen:
@@ -315,9 +304,6 @@ class _Scene:
         if self.paths:
             return any(re.fullmatch(pattern, path) for pattern in self.paths)
         return self.blocks.of(path) is not None
-
-    def _has_siblings(self, rule: Rule, path: str) -> bool:
-        return _has_all(rule.siblings, self.model.get_submodule(path.rpartition(".")[0]))
 
 
 def _there(paths: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def _stacks(module: nn.Module, path: str) -> list[tuple[str, list[str]]]:
     children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
     holders = [(at, child) for at, child in children if _linears_in(child)]
     members = _members(module, holders)
-    if members and (path or len(holders) > 1):  # a wrapper of one whole model is no stack
+    if members and (path or len(holders) > 1):  # a wrapper of one complete model is no stack
         deeper = _deeper(holders) if isinstance(module, nn.Sequential) and len(members) == 1 else []
         return deeper or [(path, [at for at, _ in members])]
     return _deeper(holders)

@@ -20,7 +20,7 @@ from .backends import Operand
 
 
 class SharedInput:
-    """Operands made of the newest input: sibling linears (q, k, v; gate, up) read one tensor and share its codes.
+    """Operands of the newest input: sibling linears (q, k, v; gate, up) read one tensor and share its codes.
 
     The tensor is known by its object and its version, so that neither another tensor at the same place nor one that was
     written to is taken for it.
@@ -32,7 +32,7 @@ class SharedInput:
         self._operands: dict[Hashable, Operand] = {}
 
     def operands_of(self, x: Tensor) -> dict[Hashable, Operand] | None:
-        """The operands of ``x`` by how they were made, to be added to; None for a tensor that counts no writes."""
+        """The operands of ``x`` by how they were computed, to be added to; None for a tensor that counts no writes."""
         if x.is_inference():
             return None
         if self._input() is not x or self._version != x._version:
@@ -45,7 +45,7 @@ class StepContext:
     """Seed, step and place in the data.
 
     The step and the first sample are tensors on the model's device, where kernels read them, and new ones at every
-    ``set``: a forward pass keeps those it started with for its backward pass, nothing is compiled anew at every step,
+    ``set``: a forward pass holds those it started with for its backward pass, nothing is compiled anew at every step,
     and no step waits for a copy.
 
     Args:
@@ -70,7 +70,7 @@ class StepContext:
         self.set(0, 0, None)
 
     def set(self, step: int, first_sample: int, samples: int | None) -> None:
-        # On a GPU a kernel writes them; a tensor made of a number would be a copy that the host waits for.
+        # On a GPU a kernel writes them; a tensor built from a number would be a copy that the host waits for.
         self.step, self.first_sample = (
             torch.full((), value, dtype=torch.int64, device=self.device or "cpu") for value in (step, first_sample)
         )
@@ -124,7 +124,7 @@ def require_steps(model: nn.Module, context: StepContext, why: str) -> None:
     """From now on training passes of ``model`` belong to a step of ``context``; ``why``: what depends on the step."""
     _watch_optimizers()
     _WATCHED.add(context)
-    model.register_forward_pre_hook(RequireStep(context, why))
+    model.register_forward_pre_hook(functools.partial(_require_step, context, why))  # which a copy of the model copies
 
 
 @functools.cache
@@ -138,13 +138,7 @@ def _record_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             context.record_update(optimizer)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RequireStep:
-    """A forward pre-hook of a whole model: training passes belong to a step. ``why``: what depends on the step."""
-
-    context: StepContext
-    why: str
-
-    def __call__(self, model: nn.Module, inputs: Any) -> None:
-        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-            self.context.require_step(model, self.why)
+def _require_step(context: StepContext, why: str, model: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook of a complete model: training passes belong to a step."""
+    if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+        context.require_step(model, why)

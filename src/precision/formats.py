@@ -19,13 +19,14 @@ How the bits are defined (every operation below is one FP32 operation rounded to
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .suggest import close
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,77 +211,46 @@ def unpack4(packed: Tensor, size: int) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)[..., :size]
 
 
+def _float(
+    name: str,
+    exponent_bits: int,
+    mantissa_bits: int,
+    max: float,
+    *,
+    dtype: torch.dtype | None = None,
+    nan: int | None = None,
+    inf: bool = False,
+) -> NumberFormat:
+    """The signed format with the bias 2^(exponent_bits - 1) - 1."""
+    return NumberFormat(
+        name=name,
+        bits=1 + exponent_bits + mantissa_bits,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=2 - (1 << (exponent_bits - 1)),
+        max=max,
+        dtype=dtype,
+        nan=nan,
+        inf=inf,
+    )
+
+
 # OCP FP8 (E4M3 has no infinity and one NaN), and E4M3 as on Gaudi 2: an IEEE-like top exponent, so the maximum is 240.
-E4M3 = NumberFormat(
-    name="e4m3",
-    bits=8,
-    exponent_bits=4,
-    mantissa_bits=3,
-    min_exponent=-6,
-    max=448.0,
-    dtype=torch.float8_e4m3fn,
-    nan=0x7F,
-)
-E4M3_240 = NumberFormat(
-    name="e4m3_240", bits=8, exponent_bits=4, mantissa_bits=3, min_exponent=-6, max=240.0, nan=0x7C, inf=True
-)
-E5M2 = NumberFormat(
-    name="e5m2",
-    bits=8,
-    exponent_bits=5,
-    mantissa_bits=2,
-    min_exponent=-14,
-    max=57344.0,
-    dtype=torch.float8_e5m2,
-    nan=0x7E,
-    inf=True,
-)
+E4M3 = _float("e4m3", 4, 3, 448.0, dtype=torch.float8_e4m3fn, nan=0x7F)
+E4M3_240 = _float("e4m3_240", 4, 3, 240.0, nan=0x7C, inf=True)
+E5M2 = _float("e5m2", 5, 2, 57344.0, dtype=torch.float8_e5m2, nan=0x7E, inf=True)
 # OCP FP4 and FP6: neither infinities nor NaN.
-E2M1 = NumberFormat(
-    name="e2m1",
-    bits=4,
-    exponent_bits=2,
-    mantissa_bits=1,
-    min_exponent=0,
-    max=6.0,
-    dtype=torch.float4_e2m1fn_x2,
-)
-E3M2 = NumberFormat(name="e3m2", bits=6, exponent_bits=3, mantissa_bits=2, min_exponent=-2, max=28.0)
-E2M3 = NumberFormat(name="e2m3", bits=6, exponent_bits=2, mantissa_bits=3, min_exponent=0, max=7.5)
+E2M1 = _float("e2m1", 2, 1, 6.0, dtype=torch.float4_e2m1fn_x2)
+E3M2 = _float("e3m2", 3, 2, 28.0)
+E2M3 = _float("e2m3", 2, 3, 7.5)
+BF16 = _float("bf16", 8, 7, torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, nan=0x7FC0, inf=True)
+FP16 = _float("fp16", 5, 10, 65504.0, dtype=torch.float16, nan=0x7E00, inf=True)
 # OCP's scale format: powers of two from 2^-127 to 2^127, no sign, no zero.
 E8M0 = NumberFormat(
-    name="e8m0",
-    bits=8,
-    exponent_bits=8,
-    mantissa_bits=0,
-    min_exponent=-127,
-    max=2.0**127,
+    name="e8m0", bits=8, exponent_bits=8, mantissa_bits=0, min_exponent=-127, max=2.0**127, nan=0xFF,
     dtype=torch.float8_e8m0fnu,
-    nan=0xFF,
-)
-BF16 = NumberFormat(
-    name="bf16",
-    bits=16,
-    exponent_bits=8,
-    mantissa_bits=7,
-    min_exponent=-126,
-    max=torch.finfo(torch.bfloat16).max,
-    dtype=torch.bfloat16,
-    nan=0x7FC0,
-    inf=True,
-)
-FP16 = NumberFormat(
-    name="fp16",
-    bits=16,
-    exponent_bits=5,
-    mantissa_bits=10,
-    min_exponent=-14,
-    max=65504.0,
-    dtype=torch.float16,
-    nan=0x7E00,
-    inf=True,
-)
-# Symmetric grids: the most negative code is decoded and never format.
+)  # fmt: skip
+# Symmetric grids: the most negative code is decoded and never encoded.
 INT8 = NumberFormat(name="int8", bits=8, exponent_bits=0, mantissa_bits=7, min_exponent=7, max=127.0, dtype=torch.int8)
 INT4 = NumberFormat(name="int4", bits=4, exponent_bits=0, mantissa_bits=3, min_exponent=3, max=7.0)
 
@@ -293,8 +263,8 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> Number
     """The signed format with these field widths and the bias 2^(exponent_bits - 1) - 1.
 
     Args:
-        ieee: whether the top exponent is kept for infinity and NaN, as in E5M2 and BF16; else it holds numbers, as in
-            E2M1. E4M3 with its one NaN is neither.
+        ieee: whether the top exponent is reserved for infinity and NaN, as in E5M2 and BF16; else it holds numbers, as
+            in E2M1. E4M3 with its one NaN is neither.
 
     Gives the constant of this module where one has the same grid; else one named ``eXmY_ieee`` or ``eXmY_finite``.
     Raises ValueError unless 2 <= exponent_bits <= 8 and 1 <= mantissa_bits and all fit in 16 bits, and for 8 exponent
@@ -306,15 +276,12 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> Number
             f"no format e{exponent_bits}m{mantissa_bits}{'' if ieee else '_finite'}: exponents have 2 to 8 bits "
             "(8 only with IEEE specials), mantissas at least 1, and all of it fits in 16 bits"
         )
-    bias = (1 << (exponent_bits - 1)) - 1
-    top = bias if ieee else bias + 1
-    format = NumberFormat(
-        name=f"e{exponent_bits}m{mantissa_bits}_{'ieee' if ieee else 'finite'}",
-        bits=bits,
-        exponent_bits=exponent_bits,
-        mantissa_bits=mantissa_bits,
-        min_exponent=1 - bias,
-        max=(2.0 - 2.0**-mantissa_bits) * 2.0**top,
+    top = (1 << (exponent_bits - 1)) - 1 if ieee else 1 << (exponent_bits - 1)
+    format = _float(
+        f"e{exponent_bits}m{mantissa_bits}_{'ieee' if ieee else 'finite'}",
+        exponent_bits,
+        mantissa_bits,
+        (2.0 - 2.0**-mantissa_bits) * 2.0**top,
         nan=(((1 << exponent_bits) - 1) << mantissa_bits) | (1 << (mantissa_bits - 1)) if ieee else None,
         inf=ieee,
     )
@@ -332,6 +299,5 @@ def by_name(name: str) -> NumberFormat:
         return FORMATS[name]
     if match := re.fullmatch(r"e(\d)m(\d+)(_ieee|_finite)?", name):
         return exmy(int(match[1]), int(match[2]), ieee=match[3] != "_finite")
-    near = difflib.get_close_matches(name, FORMATS, n=3)
-    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-    raise ValueError(f"no number format named {name!r}{hint}; there are: {', '.join(FORMATS)}, and any eXmY")
+    near, known = close(name, FORMATS), ", ".join(FORMATS)
+    raise ValueError(f"no number format named {name!r}{near}; there are: {known}, and any eXmY")

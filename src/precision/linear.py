@@ -1,8 +1,8 @@
 """The quantized linear: one autograd function over six operand slots (``slots.py``).
 
 Forward saves for backward what the plan says of x (``LinearPlan.saved``): as a rule the codes and scales that wgrad
-reads, made in the forward pass. It saves nothing of the weight but the parameter itself, which FSDP gathers anew and
-dgrad quantizes. A slot without a spec stays in high precision, and a linear whose spec is empty is ``F.linear``.
+reads, computed in the forward pass. It saves nothing of the weight but the parameter itself, which FSDP gathers anew
+and dgrad quantizes. A slot without a spec stays in high precision, and a linear whose spec is empty is ``F.linear``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .amax import Amaxes
 from .assign import assign_backends
 from .backends import REFERENCE, Operand
 from .context import StepContext
-from .module import Observer, PlanRow, QuantizedModule, Site
+from .module import Observer, QuantizedModule, Site
 from .operands import Call, Gathered
 from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
@@ -124,9 +124,9 @@ class QuantLinear(QuantizedModule):
                 kind = type(phase.module).__name__
                 raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
             phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
-        self._row = assign_backends(self, site.tokens, site.device, site.backend, phases)
+        self._row = assign_backends(self, site, phases)
 
-    def plan_rows(self) -> tuple[PlanRow]:
+    def plan_rows(self) -> tuple[str]:
         return (self._row,)
 
     def coverage(self) -> tuple[tuple[str, int, bool], ...] | None:
@@ -232,14 +232,16 @@ class QuantLinear(QuantizedModule):
             self.amax_held.fill_(value)
         self.amaxes.ask_again()
 
-    # What ``precision.traced`` calls.
+    # What ``precision.traced`` calls. Lists of tensors are flat; how they are read is known by shape (``_LAYOUTS``).
 
     def computes_by(self, kind: int, device: torch.device) -> bool:
+        """Whether this kind is what it computes by now, on such a device."""
         held = self.amax_held
         there = self.weight.device.type == device.type and not (held is not None and held.is_meta)
         return there and kind in (self.plan.kind, self.plan.kind_of_inputs)
 
     def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
+        """Operands of x [..., in_features] that depend on nothing but x and the kind."""
         rows = x.reshape(-1, self.in_features)
         call = self.call(x, {})
         if differentiated:
@@ -255,6 +257,7 @@ class QuantLinear(QuantizedModule):
     def traced_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, given: list[Tensor], differentiated: bool
     ) -> tuple[list[Tensor], tuple[int, ...] | None]:
+        """[y, what is saved for backward], and which of ``given`` are saved instead; if neither, x itself is."""
         rows, shared = x.reshape(-1, self.in_features), {}
         if given:
             keys, layouts = _LAYOUTS["shared", self.plan.kind_of_inputs, tuple(x.shape), differentiated]
@@ -267,13 +270,14 @@ class QuantLinear(QuantizedModule):
         places = {id(tensor): place for place, tensor in enumerate(given)}
         which = tuple(places[id(tensor)] for tensor in tensors if id(tensor) in places)
         if which:
-            assert len(which) == len(tensors), "what is saved is made in one place"
+            assert len(which) == len(tensors), "what is saved is computed in one place"
             return outputs, which
         return [*outputs, *tensors], None
 
     def traced_backward(
         self, dy: Tensor, weight: Tensor, pieces: list[Tensor], needed: tuple[bool, bool, bool]
     ) -> list[Tensor | None]:
+        """dx, dw and dbias [..., features], those that are needed."""
         rows = dy.reshape(-1, self.out_features)
         saved: Operand = pieces[0] if pieces else rows
         if needed[1] and self.plan.slots[WGRAD_X].spec is None:

@@ -160,7 +160,7 @@ def load(name: str, args: Mapping[str, Any] = NO_ARGUMENTS, schedule: Sequence[A
 
     ``name``: one of ``available``, or the path of a file, which ends in ``.py`` and has a function ``recipe``: it is
     run.
-    ``schedule``: phases beside the recipe's own, as ``scheduled`` reads them.
+    ``schedule``: phases in addition to the recipe's own, as ``scheduled`` reads them.
     Raises ValueError for an unknown recipe or argument (with the close matches), for a missing one, and for a schedule
     that cannot be.
     """
@@ -174,7 +174,7 @@ def scheduled(recipe: Recipe, entries: Sequence[Any]) -> Recipe:
       the run's.
     * gemms: of fprop, dgrad, wgrad; all, if left out.
     * recipe, args: another recipe, whose specs hold there. High precision, if left out. Only what it says of GEMMs
-      counts, and it must compute in the same dtypes; what it remembers is kept throughout the run.
+      counts, and it must compute in the same dtypes; what it remembers is held throughout the run.
 
     Raises ValueError naming the entry and what is wrong with it.
     """
@@ -234,13 +234,13 @@ _ENDS = ("first", "last")
 class _Signature:
     """A recipe's arguments as users spell them: a ``tuple[Keep, ...]`` called x is x_first, x_last and x_paths.
 
-    By name: the types, and the defaults of those that have one. ``keeps``: by parameter.
+    By name: the types, and the defaults of those that have one. ``selectors``: by parameter.
     """
 
     make: Callable[..., Any]
     hints: dict[str, Any]
     defaults: dict[str, Any]
-    keeps: dict[str, tuple[Keep, ...]]
+    selectors: dict[str, tuple[Keep, ...]]
 
     @classmethod
     def of(cls, make: Callable[..., Any]) -> _Signature:
@@ -250,7 +250,7 @@ class _Signature:
         for name, parameter in inspect.signature(make).parameters.items():
             default = parameter.default
             if annotations.get(name) == tuple[Keep, ...]:
-                found.keeps[name] = default = () if default is parameter.empty else default
+                found.selectors[name] = default = () if default is parameter.empty else default
                 ends = {f"{name}_{end}": max((getattr(part, end) for part in default), default=0) for end in _ENDS}
                 found.hints.update(dict.fromkeys(ends, float) | {f"{name}_paths": Sequence[str]})
                 found.defaults.update(ends)
@@ -264,7 +264,7 @@ class _Signature:
     def call(self, args: Mapping[str, Any]) -> Any:
         """The recipe. Raises ValueError for what selects no modules, and what the recipe raises."""
         given = dict(args)
-        for name, default in self.keeps.items():
+        for name, default in self.selectors.items():
             parts = {part: given.pop(f"{name}_{part}", self.defaults[f"{name}_{part}"]) for part in (*_ENDS, "paths")}
             given[name] = (*keep(**parts), *(part for part in default if part.kind is not None))
         return self.make(**given)

@@ -14,7 +14,7 @@ The hash (murmur3's 32-bit finalizer), in arithmetic modulo 2^32, ``>>`` logical
     noise       = (element >> 8) * 2^-24                              in [0, 1), exact in FP32
 
 Here ``uint32`` lives in int32 tensors: torch's additions, products and left shifts wrap modulo 2^32, and right shifts
-are made logical by a mask. In C and Triton the same is plain uint32 arithmetic.
+become logical by a mask. In C and Triton the same is plain uint32 arithmetic.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def step_key(base: Tensor, step: Tensor | int) -> Tensor:
 
 
 class Noise:
-    """The noise of one tensor, either by its key and the global index of its first row, or by what both are made of.
+    """The noise of one tensor, by its key and the global index of its first row, or by what both are computed from.
 
     The second way (``Noise.of``) computes nothing: a kernel reads the parts where they lie, on its device.
 
@@ -65,15 +65,10 @@ class Noise:
 
     __slots__ = ("base", "first_sample", "rows_of_a_sample", "step", "transposed")
 
-    base: Tensor
-    step: Tensor | int | None
-    first_sample: Tensor | int
-    rows_of_a_sample: int
-    transposed: bool
-
     def __init__(self, *, key: Tensor, row_offset: Tensor | int = 0, transposed: bool = False) -> None:
-        self.base, self.step = key, None
-        self.first_sample, self.rows_of_a_sample, self.transposed = row_offset, 1, transposed
+        self.base, self.first_sample, self.transposed = key, row_offset, transposed
+        self.step: Tensor | int | None = None
+        self.rows_of_a_sample = 1
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""One forward pass of a linear and its backward pass: operands are made, and multiplied, as its ``LinearPlan`` says."""
+"""A forward pass of a linear and its backward pass: operands are computed, and multiplied, as its plan says."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Gathered(NamedTuple):
     """How to read a weight that holds the values of its codes, unscaled (``precision.comm``).
 
-    ``scales`` and ``tensor_scale`` are those of the whole weight, as in ``Quantized``.
+    ``scales`` and ``tensor_scale`` are those of the full weight, as in ``Quantized``.
     """
 
     scales: Tensor
@@ -59,7 +59,7 @@ class Call:
         rows_per_sample: rows of x that a sample takes.
         shared: operands of x, those of sibling linears included; None in the backward pass.
         stats: what transforms read.
-        observer: who watches.
+        observer: who watches the GEMMs of training steps, and changes nothing.
     """
 
     linear: QuantLinear
@@ -195,7 +195,7 @@ class Call:
                 return x
             case Saved.FPROP:
                 columns = self._columns(x)
-                assert isinstance(a, Quantized), "made as codes, as the plan says"
+                assert isinstance(a, Quantized), "codes, as the plan says"
                 return a.t() if columns is None else columns
             case Saved.REQUANTIZED:
                 return self._requantized(WGRAD_X, a, codes=True)
@@ -274,7 +274,7 @@ class Call:
         return operand.t() if own_rows else operand
 
     def _amax(self, slot: SlotPlan, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the slot's scale is made from, None for the tensor's own amax; and where that is recorded meanwhile."""
+        """What the slot's scale is computed from, None for the tensor's own amax; and where that is recorded."""
         if slot.column is not None:
             return self.linear.amaxes.held_and_note(slot, x)
         return (self.linear.amaxes.of_all_ranks(slot, x) if slot.all_ranks else None), None
@@ -292,7 +292,7 @@ class Call:
         return self.operand(number, dequantize(earlier).mT, codes=codes)
 
     def _columns(self, x: Tensor) -> Operand | None:
-        """The codes of x.mT for wgrad, if one read made them with those of x."""
+        """The codes of x.mT for wgrad, if one read gave them with those of x."""
         if self.shared is None or not self.plan.slots[X].reads_rows:
             return None
         return self.shared.get((self._key(self.plan.slots[WGRAD_X], x), True))

@@ -34,7 +34,7 @@ class Plan:
     recipe: Recipe
     model: nn.Module
     rows: Sequence[PlanRow]
-    update_note: str = ""  # how optimizer states are kept and updated, once that is known
+    update_note: str = ""  # how optimizer states are stored and updated, once that is known
     coverage: Coverage = field(default_factory=Coverage)
     notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
     context: StepContext = field(default_factory=StepContext)
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def wants_loss(self) -> bool:
-        """Whether a hook is to be told the loss of a step."""
+        """Whether a hook wants the loss of a step."""
         return any(takes_loss for _, takes_loss in self._end_steps)
 
     def loss_terms(self) -> Tensor:
@@ -147,7 +147,7 @@ class Plan:
         """What the recipe remembers from step to step, by name: the model's persistent buffers, the tensors of hooks,
         the loss scale. They are alive, to be written in place.
 
-        Buffers that every rank keeps for itself appear as one tensor with a first dimension of ranks.
+        Buffers that every rank has for itself appear as one tensor with a first dimension of ranks.
         """
         for _, module in quantized_modules(self.model):
             module.ask_again()
@@ -220,10 +220,9 @@ class Plan:
             self.context.high_precision = before
 
     def __str__(self) -> str:
-        dtypes = self.recipe.dtypes
-        names = {key: str(getattr(dtypes, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
-        names["param"] = str(self.recipe.param_dtype).removeprefix("torch.")
-        head = "parameters {param}, compute {compute}, gradient reduction {reduce}".format(**names)
+        dtypes = self.recipe.param_dtype, self.recipe.dtypes.compute, self.recipe.dtypes.reduce
+        param, compute, reduce = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        head = f"parameters {param}, compute {compute}, gradient reduction {reduce}"
         update = [f"update {self.recipe.update}", f"moments {self.update_note or self.recipe.moments}"]
         scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]

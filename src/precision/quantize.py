@@ -40,7 +40,7 @@ class Quantized:
         scales: [rows, columns] of the grid of tiles: FP32 decode scales, or codes (uint8) of the rule's scale format.
         tensor_scale: FP32 scalar of a two-level rule, or [outer, 1] of one that scales rows; else None.
         shape: outer, inner.
-        spec: how it was made.
+        spec: how it was quantized.
         transposed: whether codes and scales are those of the matrix [inner, outer].
     """
 
@@ -87,19 +87,47 @@ class Prepared:
 
 
 class Passes(Protocol):
-    """The passes over memory that quantization consists of; what is left is arithmetic on scales."""
+    """The passes over memory that quantization consists of; what is left is arithmetic on scales.
+
+    In plain torch: that is their definition, whoever computes them.
+    """
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:
         """As ``amax`` below."""
+        return amax(x, tile)
 
     def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
         """Factors of tiles relative to the largest power of two, from E8M0 codes, and that power (see ``operand``)."""
+        code = codes.int()
+        nan = code == 255
+        centre = pad(torch.where(nan, 0, code).flatten(), (0, 1), value=1).amax()
+        # 127 + k - c as an E8M0 code; what lies too far below is multiplied by zero.
+        shifted = 127 + code - centre
+        factor = encode_power(254 - shifted.clamp(min=1))
+        factor = torch.where(shifted + tiny_exponent < 1, 0.0, factor)
+        return torch.where(nan, torch.nan, factor), encode_power(254 - centre)
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         """``Quantized.codes`` of x [outer, inner], given FP32 encode scales [rows, columns]."""
+        y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
+        if spec.rounding is Rounding.TRUNCATE:
+            values = spec.format.truncate(y)
+        else:
+            values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
+        if spec.format.bits <= 8:
+            codes = spec.format.encode(values)
+            return (pack4(codes) if spec.format.bits == 4 else codes).contiguous()
+        return values.to(spec.format.dtype or torch.float32).contiguous()
 
     def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Code value * factor of its tile (FP32 [rows, columns]; None for 1) in ``dtype``, [outer, inner]."""
+        codes = unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
+        wide = q.spec.format.decode(codes) if q.spec.format.bits <= 8 else codes.float()
+        if factors is not None:
+            wide = _scaled(wide, factors, q.spec.tile)
+        # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
+        narrow = wide.to(dtype).contiguous()
+        return narrow.mT if q.transposed else narrow
 
     def rounded(
         self,
@@ -111,6 +139,16 @@ class Passes(Protocol):
         dtype: torch.dtype,
     ) -> Tensor:
         """``values`` of what ``encode`` would give."""
+        codes = self.encode(x, scales, spec, noise)
+        q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+        return self.values(q, factors, dtype)
+
+
+class TorchPasses(Passes):
+    """Those of the definition."""
+
+
+TORCH = TorchPasses()
 
 
 def amax(x: Tensor, tile: Tile) -> Tensor:
@@ -123,25 +161,19 @@ def amax(x: Tensor, tile: Tile) -> Tensor:
 
 
 def quantize(
-    x: Tensor,
-    spec: OperandSpec,
-    *,
-    amax: Tensor | None = None,
-    noise: Noise | None = None,
-    passes: Passes | None = None,
+    x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None, passes: Passes = TORCH
 ) -> Quantized:
     """Codes and scales of x [outer, inner]; any float dtype, any strides, ragged and empty shapes included.
 
     Args:
-        amax: what the scale is made from: FP32, one per tile, or one in all for a two-level rule (its tensor level; the
-            tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
+        amax: what the scale is computed from: FP32, one per tile, or one in all for a two-level rule (its tensor level;
+            the tiles' own amaxes are always current). None: that of ``x``. Delayed scaling needs it.
         noise: for stochastic rounding, which needs it; refused otherwise.
-        passes: who reads and writes the matrix; None for plain torch.
+        passes: who reads and writes the matrix.
 
     Raises ValueError for a tensor that is not a float matrix, for an amax of the wrong size, and for amax or noise that
     is missing or of no use.
     """
-    passes = passes or TORCH
     scales = _scales(x, spec, amax, noise, passes)
     return Quantized(
         codes=passes.encode(x.detach(), scales.encode, spec, noise),
@@ -153,15 +185,9 @@ def quantize(
 
 
 def prepare(
-    x: Tensor,
-    spec: OperandSpec,
-    *,
-    amax: Tensor | None = None,
-    noise: Noise | None = None,
-    passes: Passes | None = None,
+    x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None, passes: Passes = TORCH
 ) -> Prepared:
     """``operand(quantize(x, ...))``, bit for bit, without the codes in between. Raises as ``quantize``."""
-    passes = passes or TORCH
     if isinstance(spec.scale, TwoLevel) and spec.scale.rows:
         matrix, factor = operand(quantize(x, spec, amax=amax, noise=noise, passes=passes), passes=passes)
         return Prepared(matrix=matrix, factor=factor)
@@ -188,7 +214,7 @@ def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | No
             tensor_amax = _largest(tile_amax, 1) if by_row else _largest(tile_amax.reshape(1, -1), 1)
         tensor_amax = tensor_amax.reshape((grid[0], 1) if by_row else ())
         if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
-            return _better_scales(x, spec, rule, rule.four_over_six, tile_amax, tensor_amax, noise, passes)
+            return _better_scales(x, spec, tile_amax, tensor_amax, noise, passes)
     return rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
 
 
@@ -197,21 +223,16 @@ def _largest(amaxes: Tensor, dim: int) -> Tensor:
 
 
 def _better_scales(
-    x: Tensor,
-    spec: OperandSpec,
-    rule: TwoLevel,
-    kind: Error,
-    tile_amax: Tensor,
-    tensor_amax: Tensor,
-    noise: Noise | None,
-    passes: Passes,
+    x: Tensor, spec: OperandSpec, tile_amax: Tensor, tensor_amax: Tensor, noise: Noise | None, passes: Passes
 ) -> Scales:
     """Four over six: of both candidates the scales with which a tile comes out closer to x.
 
     Per element, in FP32: back = ((code value * d) * A) / (max * top); e = |back - x|, or its square. Per tile: the sum
     of e along each row, from its first element on; then of the upper half of the rows and the lower half, and again.
-    A tile with a NaN in its errors keeps the first candidate.
+    A tile with a NaN in its errors takes the first candidate.
     """
+    rule = spec.scale
+    assert isinstance(rule, TwoLevel)
     six, four = rule.candidates(tile_amax, spec.format, tensor_amax)
     errors = []
     for scales in (six, four):
@@ -219,7 +240,7 @@ def _better_scales(
         q = Quantized(codes=codes, scales=scales.stored, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
         back = passes.values(q, _decoded(q.spec, q.scales), torch.float32) * tensor_amax
         difference = back / torch.full_like(back, rule.top(spec.format)) - x.float()
-        e = _tiled(difference.abs() if kind is Error.MAE else difference * difference, spec.tile)
+        e = _tiled(difference.abs() if rule.four_over_six is Error.MAE else difference * difference, spec.tile)
         total = e[..., 0]
         for column in range(1, e.shape[-1]):
             total = total + e[..., column]
@@ -232,15 +253,15 @@ def _better_scales(
     return Scales(encode, stored, six.tensor)
 
 
-def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes | None = None) -> Tensor:
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes = TORCH) -> Tensor:
     """The values [outer, inner] that ``q`` stands for: FP32, then rounded to ``dtype``."""
     scales = _decoded(q.spec, q.scales) if q.spec.scale.levels else None
     if q.tensor_scale is None:
-        return (passes or TORCH).values(q, scales, dtype)
-    return ((passes or TORCH).values(q, scales, torch.float32) * q.tensor_scale).to(dtype)
+        return passes.values(q, scales, dtype)
+    return (passes.values(q, scales, torch.float32) * q.tensor_scale).to(dtype)
 
 
-def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tensor | None]:
+def operand(q: Quantized, *, passes: Passes = TORCH) -> tuple[Tensor, Tensor | None]:
     """What goes into an emulated GEMM: a matrix [outer, inner], and a factor (FP32 scalar) for its output, or None.
 
     ``matrix * factor`` is ``dequantize(q)`` but for what is flushed, and for the rounding of that last product. The
@@ -250,11 +271,10 @@ def operand(q: Quantized, *, passes: Passes | None = None) -> tuple[Tensor, Tens
     * two levels: code value * tile scale; the factor is the tensor's scale (of rows: all of it in FP32).
     * powers of two per tile: code value * 2^(k - c), with 2^k the tile's scale and the factor 2^c; c is the largest k
       of the tensor that is not NaN's, but at least -126. Tiles whose smallest positive value would fall below 2^-126
-      are flushed to zeros, signs kept: for E4M3 those with k < c - 117.
+      are flushed to zeros, but for their signs: for E4M3 those with k < c - 117.
 
     Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
     """
-    passes = passes or TORCH
     if isinstance(q.spec.scale, TwoLevel) and q.spec.scale.rows:
         return dequantize(q, passes=passes), None
     factors, factor, dtype = _factors(q.spec, q.scales, q.tensor_scale, passes)
@@ -302,57 +322,6 @@ def operand_dtype(spec: OperandSpec) -> torch.dtype:
     return torch.bfloat16 if exact and bits <= 8 else torch.float32
 
 
-class TorchPasses:
-    """The passes in plain torch: their definition."""
-
-    def amax(self, x: Tensor, tile: Tile) -> Tensor:
-        return amax(x, tile)
-
-    def centred(self, codes: Tensor, tiny_exponent: int) -> tuple[Tensor, Tensor]:
-        code = codes.int()
-        nan = code == 255
-        centre = pad(torch.where(nan, 0, code).flatten(), (0, 1), value=1).amax()
-        # 127 + k - c as an E8M0 code; what lies too far below is multiplied by zero.
-        shifted = 127 + code - centre
-        factor = encode_power(254 - shifted.clamp(min=1))
-        factor = torch.where(shifted + tiny_exponent < 1, 0.0, factor)
-        return torch.where(nan, torch.nan, factor), encode_power(254 - centre)
-
-    def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
-        y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
-        if spec.rounding is Rounding.TRUNCATE:
-            values = spec.format.truncate(y)
-        else:
-            values = spec.format.round(y, noise.uniform(*x.shape) if noise is not None else None)
-        if spec.format.bits <= 8:
-            return _pack(spec, spec.format.encode(values)).contiguous()
-        return values.to(spec.format.dtype or torch.float32).contiguous()
-
-    def values(self, q: Quantized, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-        wide = q.spec.format.decode(_unpack(q)) if q.spec.format.bits <= 8 else q.codes.float()
-        if factors is not None:
-            wide = _scaled(wide, factors, q.spec.tile)
-        # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
-        narrow = wide.to(dtype).contiguous()
-        return narrow.mT if q.transposed else narrow
-
-    def rounded(
-        self,
-        x: Tensor,
-        scales: Tensor,
-        factors: Tensor | None,
-        spec: OperandSpec,
-        noise: Noise | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        codes = self.encode(x, scales, spec, noise)
-        q = Quantized(codes=codes, scales=scales, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
-        return self.values(q, factors, dtype)
-
-
-TORCH = TorchPasses()
-
-
 def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:
     """Raises ValueError for what ``quantize`` does not take."""
     if x.dim() != 2 or not x.is_floating_point():
@@ -395,14 +364,6 @@ def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
     row = torch.arange(outer, device=x.device).div(tall, rounding_mode="trunc")
     column = torch.arange(inner, device=x.device).div(wide, rounding_mode="trunc")
     return x * scales[row[:, None], column]
-
-
-def _pack(spec: OperandSpec, codes: Tensor) -> Tensor:
-    return pack4(codes) if spec.format.bits == 4 else codes
-
-
-def _unpack(q: Quantized) -> Tensor:
-    return unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
 
 
 def _decoded(spec: OperandSpec, stored: Tensor) -> Tensor:

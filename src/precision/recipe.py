@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .linear import quantized
 from .loss_scale import LossScaler
 from .scaling import Current
 from .schedule import Span
-from .spec import GEMMS
+from .spec import GEMMS, LinearSpec
 from .states.moments import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
 from .suggest import close
@@ -29,7 +30,7 @@ from .suggest import close
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dtypes:
-    """What parameters are kept in, computed in, and what gradients are summed in over ranks."""
+    """What parameters are stored in, computed in, and what gradients are summed in over ranks."""
 
     param: torch.dtype = torch.float32
     compute: torch.dtype = torch.bfloat16
@@ -43,7 +44,7 @@ class Where(Enum):
 
 
 BLOCK_LINEARS = Where.BLOCKS
-"""The linears of the blocks that ``precision.blocks`` finds, not the head; or those that ``apply`` is told by path."""
+"""The linears of the blocks that ``precision.blocks`` finds, not the head; or those that ``apply`` is given by path."""
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -121,6 +122,11 @@ class Rule:
     siblings: tuple[str, ...] = ()
     children: tuple[str, ...] = ()
     optional: bool = False
+
+
+def block_linears(spec: LinearSpec, keep: tuple[Keep, ...] = ()) -> Rule:
+    """The rule that gives the linears of the blocks this spec, but for those to keep in high precision."""
+    return Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep)
 
 
 class Hook(Protocol):
@@ -201,7 +207,7 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
 class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
-    ``one_micro_batch``: scales are of the tensors of a whole step, which must be one micro-batch on every rank.
+    ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
 
     Raises ValueError for a schedule whose phases meet.
     """
@@ -220,7 +226,7 @@ class Recipe:
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are kept."""
+        """Of the model's parameters: ``dtypes.param``, unless ``moments.master`` says where weights are stored."""
         return self.moments.param_dtype(self.dtypes.param, self.dtypes.compute)
 
 

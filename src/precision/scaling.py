@@ -2,8 +2,8 @@
 
 A rule turns the absolute maxima (amax) of tiles into ``Scales``: ``encode``, the FP32 factor that values are multiplied
 by before they are rounded, and what is stored to get them back. Divisions and products are single FP32 operations
-rounded to nearest even; powers of two are made from bits, never by ``exp2`` or ``log2``. The order of operations is
-part of a rule: two rules that are equal on paper differ in the last bit, and then in codes. Equations stand beside
+rounded to nearest even; powers of two are built from bits, never by ``exp2`` or ``log2``. The order of operations is
+part of a rule: two rules that are equal on paper differ in the last bit, and then in codes. Equations stand with
 each rule, which is why this file is long.
 
 Non-finite amax (an amax over values with a NaN is NaN):
@@ -20,7 +20,7 @@ TwoLevel         of the tensor: global encode scale 1; of    of the tensor: all 
                  a block: its scale saturates                NaN
 ===============  ==========================================  ====================================================
 
-``Delayed.update`` keeps the amax in use when the new one is zero or not finite.
+``Delayed.update`` leaves the amax in use when the new one is zero or not finite.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FP32_TINY = torch.finfo(torch.float32).tiny
 
 
 class Tile(NamedTuple):
-    """How far one scale extends over a matrix [outer, inner] whose contraction is last; -1 is the whole extent.
+    """How far one scale extends over a matrix [outer, inner] whose contraction is last; -1 is the full extent.
 
     ``(-1, -1)`` is the tensor, ``(1, -1)`` a row, ``(1, 16)`` a block, ``(128, 128)`` a square.
     """
@@ -54,7 +54,7 @@ class Tile(NamedTuple):
         return names.get((self.outer, self.inner), f"{outer}x{inner}")
 
     def grid(self, outer: int, inner: int) -> tuple[int, int]:
-        """How many tiles cover a matrix of this shape: the last ones may be ragged, a whole extent is one tile."""
+        """How many tiles cover a matrix of this shape: the last ones may be ragged, a full extent is one tile."""
         tall, wide = self.extent(outer, inner)
         return (
             1 if self.outer < 0 else -(-outer // tall),
@@ -192,7 +192,7 @@ class Fp32Decode:
     """An FP32 scale derived from its decode side (DeepSeek-V3, DeepGEMM).
 
     1. d = max(amax, floor) / max, correctly rounded
-    2. with ``ceil_pow2``: d goes up to a power of two: exponent field + (mantissa is not 0), kept in [1, 254]
+    2. with ``ceil_pow2``: d goes up to a power of two: exponent field + (mantissa is not 0), clamped to [1, 254]
     3. decode = d, encode = 1 / d, correctly rounded
 
     DeepGEMM does not saturate the product x * encode; ours saturates as every quantizer here does.
@@ -253,7 +253,7 @@ class PowerOfTwo:
     With F and M the exponent field and mantissa bits of an FP32 number (so a subnormal has F = 0):
 
     * FLOOR: code = F(amax) - E. CEIL: one more where M(amax) is not 0. EVEN: F of the bits of amax plus half a unit of
-      the element's last mantissa bit. All three are kept in [0, 255]; 255 also where amax is NaN.
+      the element's last mantissa bit. All three are clamped to [0, 255]; 255 also where amax is NaN.
     * RCEIL: v = amax * r, with r = 1 / max rounded to FP32; code = F(v), plus 1 where M(v) is not 0, but F = 254
       stays and F = 0 goes up only where M(v) > 0x400000, that is v > 2^-127. NaN: 255, infinity: 254.
 
@@ -317,7 +317,7 @@ class TwoLevel:
     3. encode = min(1 / (d * (1 / S)), FLT_MAX)
     4. decode = d * T with T = A / (max * top); T = 1 / S where S was set to 1 or to FLT_MAX
 
-    Any tile but the whole tensor may carry such scales; native kernels take 1x16 and 16x16 of E2M1 only.
+    Any tile but the tensor itself may carry such scales; native kernels take 1x16 and 16x16 of E2M1 only.
 
     ``rows``: A, S and T are of each row of the quantized matrix instead of the tensor (TransformerEngine's row-scaled
     activations: tokens in fprop, channels in wgrad).
@@ -328,7 +328,7 @@ class TwoLevel:
     2'. d = block.round(min((a / max) * S, block.max)), and block.round(min((a / max) * S * 1.5, block.max))
 
     Rounded stochastically, both candidates see the same noise and are compared as they come out, so the codes that are
-    kept are those that were compared (the authors' code draws anew for each).
+    used are those that were compared (the authors' code draws anew for each).
     """
 
     levels: ClassVar[int] = 2
@@ -394,7 +394,7 @@ class Current:
 
     Args:
         step: of that tensor on all ranks, in training: one all-reduce(MAX). Where a step is one micro-batch this is the
-            tensor of the whole step, whatever the number of ranks.
+            tensor of the full step, whatever the number of ranks.
     """
 
     step: bool = False
@@ -445,8 +445,8 @@ class Delayed:
         2. held' = a where a is finite and above 0, else as it was
         3. history' = history moved one slot down, with slot 0 moved to the end and a new slot 0 of 0
 
-        Where slot 0 is 0, nothing of this happens: a module that did not run keeps its history. Under MAX an amax that
-        is not finite keeps ``held`` as it was until it leaves the history.
+        Where slot 0 is 0, nothing of this happens: the history of a module that did not run stays. Under MAX an amax
+        that is not finite leaves ``held`` as it was until it leaves the history.
         """
         newest = history[0]
         a = history.amax(0) if self.reduce is Reduce.MAX else newest

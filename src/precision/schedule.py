@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +24,14 @@ class Span:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        for bound in (self.start, self.end):
-            if bound is not None and not (_is_number(bound) and bound >= 0):
-                raise ValueError(f"steps={self.bounds()}: {bound!r} is no step and no part of the run")
+        bounds = [self.start, self.end]
+        for bound in bounds if self.end is not None else bounds[:1]:
+            if not _is_number(bound) or bound < 0:
+                raise ValueError(f"steps={bounds}: {bound!r} is no step and no part of the run")
         if not self.of_run and any(bound != int(bound) for bound in (self.start, self.end or 0)):
-            raise ValueError(f"steps={self.bounds()}: either whole steps, or parts of the run from 0 to 1")
+            raise ValueError(f"steps={bounds}: either whole steps, or parts of the run from 0 to 1")
         if self.end is not None and self.start >= self.end:
-            raise ValueError(f"steps={self.bounds()}: the range is empty")
+            raise ValueError(f"steps={bounds}: the range is empty")
 
     @property
     def of_run(self) -> bool:
@@ -56,9 +57,6 @@ class Span:
         a, b = self.steps(total_steps), other.steps(total_steps)
         return max(a.start, b.start) < min(a.stop, b.stop)
 
-    def bounds(self) -> list[float | None]:
-        return [self.start, self.end]
-
     def __str__(self) -> str:
         if self.of_run:
             return f"from {self.start:g} to {1.0 if self.end is None else self.end:g} of the run"
@@ -69,10 +67,8 @@ def parse_span(value: Any) -> Span:
     """``[start, end]`` of a yaml. Raises ValueError for anything else."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise ValueError(f"steps={value!r}: a list of two bounds, as [0, 100], [0.8, 1.0] or [100, null]")
-    if not _is_number(value[0]):
-        raise ValueError(f"steps={value!r}: {value[0]!r} is no step and no part of the run")
     return Span(start=value[0], end=value[1])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,7 +4,7 @@ fprop  y  = x  @ w.mT        slots 0 (x) and 1 (w)
 dgrad  dx = dy @ w           slots 2 (dy) and 3 (w.mT)
 wgrad  dw = dy.mT @ x        slots 4 (dy.mT) and 5 (x.mT)
 
-``LinearPlan`` says of each slot which tensor or earlier slot it is made from, transposed or not, through which
+``LinearPlan`` says of each slot which tensor or earlier slot it is computed from, transposed or not, through which
 transform, by which spec, with which noise and amax, and with which other slot in one read; and what of x is saved for
 backward. Passes over a linear (``operands.py``), the weight gather, the fused MLP and the probe read it.
 """
@@ -38,7 +38,7 @@ Backends = tuple[Backend, Backend, Backend]
 
 
 class Origin(Enum):
-    """What a slot's operand is made from."""
+    """What a slot's operand is computed from."""
 
     TENSOR = "the tensor, in high precision"
     TRANSPOSED = "the codes of the earlier slot of this tensor, transposed"
@@ -64,15 +64,15 @@ class SlotPlan:
         transform: of its GEMM's operands, or None.
         left: side of its product.
         transposed: it is the transpose of what the linear reads.
-        origin: what it is made from.
+        origin: what it is computed from.
         stochastic: its rounding needs noise.
         column: of the amax history that scales it (delayed scaling), or None.
         all_ranks: scaled by the amax of all ranks' tensors.
         own_rows: the codes of the transpose are the codes of the tensor, transposed.
-        one_read: its operand and that of the later slot of the same tensor may be made in one read.
+        one_read: its operand and that of the later slot of the same tensor may be computed in one read.
         quantizer: who makes it.
         reads_rows: its product reads codes along the contraction: it needs codes, and would copy those of a transpose.
-        key: equal where equal tensors are made into equal codes, but for amaxes and statistics.
+        key: equal where equal tensors become equal codes, but for amaxes and statistics.
     """
 
     number: int
@@ -122,12 +122,12 @@ class LinearPlan:
         slots: the six operands.
         saved: what of x is saved for backward.
         weight_once: the one quantization of the weight that fprop and dgrad read, or why there is none. It depends on
-            the weight alone, so that it may be made before the weight is gathered.
+            the weight alone, so that it may be computed before the weight is gathered.
         unmeasured: columns of the history whose amaxes are measured apart.
         kind: equal where linears differ in histories and in noise alone.
         kind_of_inputs: equal where linears make the same of one x.
         empty: nothing is quantized.
-        all_ranks: a scale is made of all ranks' tensors.
+        all_ranks: a scale is computed from all ranks' tensors.
         shares_inputs: every linear of this kind makes the same of one x.
     """
 
@@ -275,7 +275,7 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
         return False
     if square and not (by.product.reads_rows and by_later.product.reads_rows):
         return False  # one is the other, transposed
-    # With one scale per row made of all ranks' rows: rows of the one are not rows of the other.
+    # With one scale per row, computed from all ranks' rows: rows of the one are not rows of the other.
     return not (first.amax == Current(step=True) and first.tile != TENSOR and first.scale.levels == 1)
 
 

@@ -8,7 +8,7 @@ linear_backward(dy, weight, saved, token, kind, ...)   [dx, dw, dbias]
 
 ``kind`` is a number that blocks share: one compiled block serves all. What differs between two linears of a kind, that
 is amax histories and the keys of noise, is found by ``token``, an int64 on the CPU that the linear owns. The compiler
-sees that siblings (q, k, v) call ``inputs`` with the same arguments and keeps one call. A linear's amax history is
+sees that siblings (q, k, v) call ``inputs`` with the same arguments and leaves one call. A linear's amax history is
 written inside; nothing else in a graph reads it.
 """
 
@@ -16,48 +16,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-
-class Traced(Protocol):
-    """A module whose passes are operators. Lists of tensors are flat; how they are read, the module knows by shape."""
-
-    def computes_by(self, kind: int, device: torch.device) -> bool:
-        """Whether this kind is what it computes by now, on such a device."""
-
-    def traced_inputs(self, x: Tensor, differentiated: bool) -> list[Tensor]:
-        """Operands of x [..., in_features] that depend on nothing but x and the kind."""
-
-    def traced_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, shared: list[Tensor], differentiated: bool
-    ) -> tuple[list[Tensor], tuple[int, ...] | None]:
-        """[y, what is saved for backward], and which of ``shared`` are saved instead; if neither, x itself is."""
-
-    def traced_backward(
-        self, dy: Tensor, weight: Tensor, saved: list[Tensor], needed: tuple[bool, bool, bool]
-    ) -> list[Tensor | None]:
-        """dx, dw and dbias [..., features], those that are needed."""
+if TYPE_CHECKING:
+    from .linear import QuantLinear
 
 
-_modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_of_kind: dict[int, weakref.WeakSet[Any]] = {}
+_modules: weakref.WeakValueDictionary[int, QuantLinear] = weakref.WeakValueDictionary()
+_of_kind: dict[int, weakref.WeakSet[QuantLinear]] = {}
 _next = 0
 
 
-def register(module: Traced) -> Tensor:
-    """A token for this module."""
+def register(module: QuantLinear) -> Tensor:
+    """A token for this linear."""
     global _next
     _next += 1
     _modules[_next] = module
     return torch.tensor(_next, dtype=torch.int64, device="cpu")
 
 
-def join(module: Traced, *kinds: int) -> None:
-    """This module may compute by these kinds."""
+def join(module: QuantLinear, *kinds: int) -> None:
+    """This linear may compute by these kinds."""
     for kind in kinds:
         _of_kind.setdefault(kind, weakref.WeakSet()).add(module)
 
@@ -93,10 +76,9 @@ _saved_of: dict[tuple[Any, ...], tuple[int, ...] | None] = {}
 _outputs: dict[tuple[Any, ...], list[_Like]] = {}
 
 
-def _some(kind: int, device: torch.device) -> Traced:
-    """A module that computes by this kind now: a schedule may have had others join it and leave."""
-    module: Traced = next(module for module in _of_kind[kind] if module.computes_by(kind, device))
-    return module
+def _some(kind: int, device: torch.device) -> QuantLinear:
+    """A linear that computes by this kind now: a schedule may have had others join it and leave."""
+    return next(module for module in _of_kind[kind] if module.computes_by(kind, device))
 
 
 def _inputs(x: Tensor, kind: int, differentiated: bool) -> list[Tensor]:
@@ -112,16 +94,14 @@ def _linear(
     kind: int,
     differentiated: bool,
 ) -> list[Tensor]:
-    module: Traced = _modules[int(token)]
-    return module.traced_forward(x, weight, bias, list(shared), differentiated)[0]
+    return _modules[int(token)].traced_forward(x, weight, bias, list(shared), differentiated)[0]
 
 
 def _backward(
     dy: Tensor, weight: Tensor, saved: Sequence[Tensor], token: Tensor, kind: int, needed: Sequence[bool]
 ) -> list[Tensor]:
-    module: Traced = _modules[int(token)]
     wants_x, wants_w, wants_bias = needed
-    results = module.traced_backward(dy, weight, list(saved), (wants_x, wants_w, wants_bias))
+    results = _modules[int(token)].traced_backward(dy, weight, list(saved), (wants_x, wants_w, wants_bias))
     return [dy.new_empty(0) if result is None else result for result in results]
 
 

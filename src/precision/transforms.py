@@ -129,7 +129,7 @@ def _rescaled(x: Tensor, along: Along | None, stats: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composed:
-    """``first``, then ``second``, of what ``first`` made; undone in reverse order. ``first`` alone reads statistics."""
+    """``first``, then ``second``, of what ``first`` gave; undone in reverse order. ``first`` alone reads statistics."""
 
     first: Transform
     second: Transform

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
-from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, gpt, layers, llama
+from definitions import attention_definition
+from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, layers
 from narrowgauge.models.kernels import attention, documents, pointwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -34,8 +35,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (attention, pointwise):
         monkeypatch.setattr(module, "native_serves", lambda *_: False)
     monkeypatch.setattr(layers, "BLOCK_ATTENTION_MAX_POSITIONS", 0)
-    for module in (llama, gpt):
-        monkeypatch.setattr(module, "key_blocks", blocks_anywhere)
+    monkeypatch.setattr(layers, "key_blocks", blocks_anywhere)
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_the_definitions() -> None:
     y = documents.document_attention(q, k, v, documents.key_blocks(starts_BT))
     wide = (x.repeat_interleave(2, dim=1) for x in (k, v))
     starts_NT = starts_BT.repeat_interleave(4, dim=0)
-    exact = attention.attention_definition(*(x.flatten(0, 1) for x in (q, *wide)), starts_NT).view_as(y)
+    exact = attention_definition(*(x.flatten(0, 1) for x in (q, *wide)), starts_NT).view_as(y)
     for ours, theirs in zip(
         (y, *torch.autograd.grad(y, (q, k, v), dy)), (exact, *torch.autograd.grad(exact, (q, k, v), dy)), strict=True
     ):

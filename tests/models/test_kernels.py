@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from definitions import attention_definition, cross_entropy_definition
 from narrowgauge.models.kernels import compiled, cross_entropy, pointwise
 from narrowgauge.models.kernels.attention import (
     QUERY_BLOCK,
     Rope,
-    attention_definition,
     block_attention,
     native_attention,
     rotate,
@@ -22,7 +22,6 @@ from narrowgauge.models.kernels.attention import (
 )
 from narrowgauge.models.kernels.cross_entropy import (
     chunked_cross_entropy,
-    cross_entropy_definition,
     native_cross_entropy,
     overwriting_cross_entropy,
 )

@@ -43,7 +43,7 @@ def test_a_rule_replaces_what_it_matches_in_full() -> None:
     plan = apply(Recipe(rules=(Rule(kind=nn.Linear, path=r".*\.up_proj", make=doubled),)), model)
     assert type(model.get_submodule("b.up_proj")) is Doubled
     assert type(model.get_submodule("a")) is nn.Linear
-    assert [row.path for row in plan.rows] == ["a"]  # type: ignore[attr-defined]
+    assert [str(row).split()[0] for row in plan.rows] == ["a"]
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from narrowgauge.precision.formats import E4M3, NumberFormat
-from narrowgauge.precision.states.choose import ORDER, choose
 from narrowgauge.precision.states.codecs import Codec, Scaled
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
 from narrowgauge.precision.states.telemetry import step_with_sums
-from narrowgauge.precision.states.updates import AdamW, CodecAdamW, can_gate, gated_step, multiply
+from narrowgauge.precision.states.updates import ORDER, AdamW, CodecAdamW, can_gate, choose, gated_step, multiply
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")

@@ -1,1 +1,1 @@
-"""Operations that plain autograd makes slow on a CPU, each with a backward pass of its own beside its definition."""
+"""Operations that plain autograd makes slow on a CPU, each with a backward pass of its own."""

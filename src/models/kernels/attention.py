@@ -1,8 +1,8 @@
 """Causal attention for CPUs, where torch's fused kernel spends most of its time in backward.
 
-Three forms of one function, softmax(rotate(q) rotate(k)^T / sqrt(D), causal, within a document) v:
-``attention_definition`` is what it means; ``block_attention`` is batched matrix products over blocks of queries, for
-any dtype; ``native_attention`` is the compiled BF16 kernel, which rotates, transposes and never stores probabilities.
+Two forms of one function, softmax(rotate(q) rotate(k)^T / sqrt(D), causal, within a document) v: ``block_attention``
+is batched matrix products over blocks of queries, for any dtype; ``native_attention`` is the compiled BF16 kernel,
+which rotates, transposes and never stores probabilities.
 """
 
 from __future__ import annotations
@@ -47,15 +47,8 @@ def visible_keys(num_positions: int, starts_NT: Tensor | None, device: torch.dev
     return visible_TT if starts_NT is None else visible_TT & (places >= starts_NT[..., None])
 
 
-def attention_definition(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor, starts_NT: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D), masked) v of N independent heads."""
-    scores_NTT = (q_NTD * q_NTD.shape[-1] ** -0.5) @ k_NTD.mT
-    hidden = ~visible_keys(q_NTD.shape[1], starts_NT, q_NTD.device)
-    return scores_NTT.masked_fill(hidden, -torch.inf).softmax(-1) @ v_NTD
-
-
 def block_attention(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor, starts_NT: Tensor | None = None) -> Tensor:
-    """The same. Keeps the probabilities for backward: N*T*T/2 values."""
+    """softmax(q k^T / sqrt(D), masked) v of N heads. Saves the probabilities for backward: N*T*T/2 values."""
     return _BlockAttention.apply(q_NTD, k_NTD, v_NTD, starts_NT)
 
 

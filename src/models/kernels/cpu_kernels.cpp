@@ -1,5 +1,6 @@
-// Fused CPU kernels of the models, BF16 in and out, float32 inside. The plain-torch definition of each stands in the
-// Python module that calls it. Plain C symbols, called through ctypes; every shape is checked by the caller.
+// Fused CPU kernels of the models, BF16 in and out, float32 inside. What each computes stands in plain torch in the
+// Python module that calls it, or in its test. Plain C symbols, called through ctypes; every shape is checked by the
+// caller.
 //
 // No result depends on the number of threads: a row, a head or a fixed chunk of rows is one thread's work.
 
@@ -54,7 +55,7 @@ inline float fast_exp(float x) {
 extern "C" {
 
 // ---------------------------------------------------------------------------------------------- cross-entropy
-// losses[i] = log sum exp(logits[i]) - logits[i][targets[i]]; log_sums is kept for backward.
+// losses[i] = log sum exp(logits[i]) - logits[i][targets[i]]; log_sums is saved for backward.
 void cross_entropy_forward(const bf16* logits, const int64_t* targets, float* losses, float* log_sums, int64_t rows,
                            int64_t vocab) {
 #pragma omp parallel for schedule(static)

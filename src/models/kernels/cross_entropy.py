@@ -1,6 +1,6 @@
-"""Cross-entropy over a vocabulary: ``cross_entropy_definition``, in chunks of rows, and compiled for BF16 on a CPU.
+"""Cross-entropy over a vocabulary: in chunks of rows, and compiled for BF16 on a CPU.
 
-The definition makes three float32 tensors of the logits' size: memory that a CPU has to fault in and write through, and
+torch's own makes three float32 tensors of the logits' size: memory that a CPU has to fault in and write through, and
 that a GPU may not have (25 GB at 16,384 tokens of 128,256).
 """
 
@@ -13,22 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 
 from ... import native
 from . import compiled
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB in float32: stays in a core's cache
-_GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GB in float32, if a chunk is ever held so; offsets fit into 32 bits
-
-
-def cross_entropy_definition(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """-log softmax(logits)[target], in nats, float32 [N]: what the others compute."""
-    return cross_entropy(logits_NV.float(), targets_N, reduction="none")
+_GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GB in float32, if a chunk is ever stored so; offsets fit into 32 bits
 
 
 def chunked_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """The same, with float32 inside whatever the logits are: a chunk is turned into float32, reduced, forgotten."""
+    """-log softmax(logits)[target], in nats, float32 [N]: a chunk is turned into float32, reduced, forgotten."""
     return _ChunkedCrossEntropy.apply(logits_NV, targets_N)
 
 

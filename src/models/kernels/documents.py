@@ -1,7 +1,7 @@
-"""Attention within documents for GPUs: torch's block-sparse kernel (FlexAttention), so that no T x T mask is made.
+"""Attention within documents for GPUs: torch's block-sparse kernel (FlexAttention), so that no T x T mask is built.
 
-What is kept of a mask are the 128 x 128 blocks that hold something to see, made from positions on the device without a
-read by the host, once a batch for all layers.
+What is stored of a mask are the 128 x 128 blocks that hold something to see, found from positions on the device without
+a read by the host, once a batch for all layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class KeyBlocks(NamedTuple):
     """Which blocks of keys a block of queries meets, and the other way round, for backward.
 
     N blocks a row, every field int32 [B, 1, N] (how many) or [B, 1, N, N] (which, the rest is padding), but ``starts``,
-    int32 [B, T]: where in its row the document of a token begins. Full blocks are seen whole, by every query.
+    int32 [B, T]: where in its row the document of a token begins. Full blocks are seen completely, by every query.
     """
 
     starts: Tensor

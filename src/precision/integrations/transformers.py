@@ -3,8 +3,8 @@
 >>> plan = apply("nvfp4", model)
 >>> Trainer(model, arguments, train_dataset=data, callbacks=[PrecisionCallback(plan)]).train()
 
-What is saved is a plain model: what a recipe remembers from step to step (``fp8_delayed``) lies beside it, in a file of
-its own in every ``checkpoint-N``.
+What is saved is a plain model: what a recipe remembers from step to step (``fp8_delayed``) is saved with it, in a file
+of its own in every ``checkpoint-N``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PrecisionCallback(TrainerCallback):
     Args:
         plan: of ``precision.apply``, on the model that the Trainer gets.
         resume_from: the checkpoint directory that ``train(resume_from_checkpoint=...)`` is given, where it is not
-            ``args.resume_from_checkpoint`` or ``output_dir/checkpoint-N``: a callback is not told. Where nothing is
-            found there, the amaxes are measured anew for a step, with a warning.
+            ``args.resume_from_checkpoint`` or ``output_dir/checkpoint-N``: a callback does not learn it. Where nothing
+            is found there, the amaxes are measured anew for a step, with a warning.
     """
 
     FILE = "precision_state.safetensors"
@@ -70,7 +70,8 @@ class PrecisionCallback(TrainerCallback):
             self._plan.forget()
             return
         saved = load_file(file)
-        if wrong := sorted(name for name in tensors.keys() | saved.keys() if not _fits(tensors, saved, name)):
+        ours, found = ({name: tensor.shape for name, tensor in some.items()} for some in (tensors, saved))
+        if wrong := sorted(name for name in ours.keys() | found.keys() if ours.get(name) != found.get(name)):
             raise ValueError(f"{file} is of another recipe or model: {wrong[0]} differs, one of {len(wrong)}")
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -115,7 +116,3 @@ def _state(plan: Plan) -> dict[str, Tensor]:
     """What the recipe remembers on this rank, alive."""
     tensors = plan.state_tensors()
     return {name: tensor.to_local()[0] if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
-
-
-def _fits(tensors: dict[str, Tensor], saved: dict[str, Tensor], name: str) -> bool:
-    return name in tensors and name in saved and tensors[name].shape == saved[name].shape

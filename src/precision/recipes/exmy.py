@@ -11,11 +11,8 @@ small ones go on as subnormals, then as zeros. With 8 exponent bits truncation i
 Not finite: an infinity becomes the largest value of its sign; NaN stays NaN.
 """
 
-from torch import nn
-
 from ..formats import exmy
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
+from ..recipe import Keep, Recipe, block_linears, one_of
 from ..scaling import Unit
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 
@@ -49,4 +46,4 @@ def recipe(
     )
     gemm = GemmSpec(a=operand, b=operand)
     spec = LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm)
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))
+    return Recipe(rules=(block_linears(spec, keep),))

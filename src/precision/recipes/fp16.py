@@ -9,7 +9,7 @@ are those of `torch.amp.GradScaler`; beyond them the scale has a floor.
 Not finite: an overflow in the backward pass is the scale's business. One in the forward pass makes the loss infinite,
 which no scale mends: that step is skipped and counts towards divergence, as do overflows at the floor.
 
-On a CPU matrix products are made in float32 and rounded once to FP16: torch multiplies FP16 there in a scalar loop.
+On a CPU matrix products are computed in float32 and rounded once to FP16: torch multiplies FP16 there in a scalar loop.
 """
 
 import torch

@@ -14,11 +14,8 @@ Not finite: an infinite amax gives its block scale 1 and infinities saturate; Na
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E4M3, E5M2
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
+from ..recipe import Keep, Recipe, block_linears, one_of
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -44,4 +41,4 @@ def recipe(
     w = replace(x, tile=Tile(block, block))
     dy = replace(x, format=one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2}))
     spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))
+    return Recipe(rules=(block_linears(spec, keep),))

@@ -17,11 +17,8 @@ Not finite: an infinite amax gives scale 1 and infinities saturate; NaN stays Na
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E4M3, E5M2
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, current, fast_sums, one_of
+from ..recipe import Keep, Recipe, block_linears, current, fast_sums, one_of
 from ..scaling import Fp32
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -59,5 +56,4 @@ def recipe(
         dgrad=GemmSpec(a=dy, b=w),
         wgrad=GemmSpec(a=dy, b=x),
     )
-    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),)
-    return Recipe(rules=rules, one_micro_batch=amax == "step")
+    return Recipe(rules=(block_linears(spec, keep),), one_micro_batch=amax == "step")

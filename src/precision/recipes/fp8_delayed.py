@@ -18,12 +18,9 @@ Not finite: an infinity saturates, NaN stays NaN, so that loss and gradient show
 amax that is not finite is not remembered (TransformerEngine's would hold the scale until it left the history).
 """
 
-from torch import nn
-
 from ..formats import E4M3, E5M2
 from ..hooks import RollAmax
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, fast_sums, one_of
+from ..recipe import Keep, Recipe, block_linears, fast_sums, one_of
 from ..scaling import Delayed, Fp32, Reduce
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -64,6 +61,6 @@ def recipe(
         wgrad=GemmSpec(a=dy, b=forward),
     )
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),),
+        rules=(block_linears(spec, keep),),
         hooks=(RollAmax(reduce=reduce_amax, micro=one_of("roll", roll, {"step": False, "micro": True})),),
     )

@@ -1,7 +1,7 @@
 """All of "Scaling FP8 training to trillion-token LLMs" (arXiv 2409.12517): products, states and weights are narrow.
 
 Matrix products in FP8 with delayed scaling, Smooth-SwiGLU at the input of every down-projection (``smooth_swiglu``),
-Adam's first moment in E4M3, whose precision it needs, its second in E5M2, whose range it needs, and weights kept in
+Adam's first moment in E4M3, whose precision it needs, its second in E5M2, whose range it needs, and weights stored in
 FP16: each with one scale for the tensor. Weight and states take 4 bytes a parameter instead of 12, and the BF16 values
 that products read 2 more; gradients aside.
 
@@ -35,7 +35,7 @@ def recipe(
         form: of Smooth-SwiGLU: channel (the paper's) or token (the released code's).
         pow2: the scales of Smooth-SwiGLU are powers of two.
         fuse: silu(gate) * up inside the kernels that quantize it, as ``smooth_swiglu`` has it.
-        moments: how optimizer states and weights are kept, as optim.moments names it.
+        moments: how optimizer states and weights are stored, as optim.moments names it.
     """
     smoothed = smooth_swiglu.recipe(base=base, base_args=base_args, form=form, pow2=pow2, fuse=fuse)
     return replace(smoothed, moments=chosen(moments, STANDARD))

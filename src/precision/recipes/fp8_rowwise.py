@@ -20,11 +20,8 @@ Not finite: an infinite amax gives its row scale 1 and infinities saturate; NaN 
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E4M3
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, current, fast_sums
+from ..recipe import Keep, Recipe, block_linears, current, fast_sums
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -60,5 +57,4 @@ def recipe(
     spec = LinearSpec(fprop=fprop, dgrad=dgrad, wgrad=GemmSpec(a=channel, b=channel))
     if wgrad_high_precision:
         spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
-    rules = (Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),)
-    return Recipe(rules=rules, one_micro_batch=amax == "step" and not wgrad_high_precision)
+    return Recipe(rules=(block_linears(spec, keep),), one_micro_batch=amax == "step" and not wgrad_high_precision)

@@ -15,11 +15,8 @@ Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E2M1
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
+from ..recipe import Keep, Recipe, block_linears, one_of
 from ..scaling import Power, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from ..transforms import Hadamard
@@ -52,4 +49,4 @@ def recipe(
     spec = LinearSpec(
         fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x, transform=transform)
     )
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))
+    return Recipe(rules=(block_linears(spec, keep),))

@@ -11,11 +11,8 @@ and then has scales of its own: ``plan.txt`` says so.
 Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 """
 
-from torch import nn
-
 from ..formats import E4M3, E5M2
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Recipe, Rule, one_of
+from ..recipe import Keep, Recipe, block_linears, one_of
 from ..scaling import Power, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -43,4 +40,4 @@ def recipe(
     gradient = one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2})
     dy = OperandSpec(format=gradient, tile=Tile(1, block), scale=rule)
     spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
-    return Recipe(rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),))
+    return Recipe(rules=(block_linears(spec, keep),))

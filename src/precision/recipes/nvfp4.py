@@ -13,8 +13,8 @@ alone; ``amax: step`` makes it one of the whole step. Blocks along tokens (wgrad
 its tokens are a multiple of 16.
 
 Four over six (arXiv 2512.02010) has two published forms. TransformerEngine's is for x and weights, never for gradients,
-and it takes no Hadamard transform beside it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The authors'
-code has it for gradients too, rounded stochastically, and beside the transform: ``everything``. The better of two
+and it takes no Hadamard transform with it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The authors'
+code has it for gradients too, rounded stochastically, and with the transform: ``everything``. The better of two
 unbiased candidates is biased (arXiv 2601.22813 measures it): a reason to leave gradients out.
 
 Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and saturates.
@@ -22,11 +22,8 @@ Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and
 
 from dataclasses import replace
 
-from torch import nn
-
 from ..formats import E2M1
-from ..linear import quantized
-from ..recipe import BLOCK_LINEARS, Keep, Phase, Recipe, Rule, current, one_of
+from ..recipe import Keep, Phase, Recipe, block_linears, current, one_of
 from ..scaling import Current, Error, Tile, TwoLevel
 from ..schedule import Span
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
@@ -89,7 +86,7 @@ def recipe(
     chosen = TwoLevel(four_over_six=error, block_max=256.0 if four_over_six_256 else None)
     of_x, of_w, of_dy = (chosen if tensor in scope else TwoLevel() for tensor in ("x", "w", "dy"))
     block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), amax=current(amax))
-    # A row of fprop is a token, whole in every micro-batch.
+    # A row of fprop is a token, complete in every micro-batch.
     x = replace(block, scale=replace(of_x, rows=True), amax=Current()) if by_row else replace(block, scale=of_x)
     x_columns = replace(block, scale=replace(of_x, rows=by_row is True))
     weight = replace(block, tile=Tile(16 if weights_2d else 1, 16), scale=of_w, amax=Current())
@@ -101,7 +98,7 @@ def recipe(
         wgrad=GemmSpec(a=dy, b=x_columns, transform=transform),
     )
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep),),
+        rules=(block_linears(spec, keep),),
         schedule=(Phase(span=Span(start=1 - bf16_forward, end=1), gemms=("fprop",)),) if bf16_forward else (),
         one_micro_batch=amax == "step",
     )

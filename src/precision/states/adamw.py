@@ -9,7 +9,7 @@ For one parameter, with the step's scalars computed in float64 and rounded once 
     w = w + (-lr / (1 - beta1^t)) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 as ``torch.optim.AdamW(foreach=False, fused=False)`` does; bit for bit where all three are plain FP32. Elsewhere square
-roots are rounded correctly, as torch's on a CPU are not (MKL's are slow beside that, too). m, v and w are what their
+roots are rounded correctly, as torch's on a CPU are not (nor are MKL's fast). m, v and w are what their
 codecs stand for; the new w comes from the new moments before they are rounded.
 
 A per-tensor scale needs the amax of the new values, on all ranks, before the first of them is encoded. So there are two
@@ -47,7 +47,7 @@ class Update:
         grad: [rows, cols], FP32 or BF16, contiguous.
         m, v, w: the moments and the weights.
         weight: the parameter [rows, cols], if ``w`` are separate master weights; else None: it is ``w``'s plain part.
-        row_offset: index of the first row in the whole parameter.
+        row_offset: index of the first row in the full parameter.
         lr, betas, eps, decay: as in torch; ``decay`` is the coefficient.
         t: number of this update, from 1.
         gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.

@@ -126,7 +126,7 @@ def _array(updates: Sequence[Update], amaxes: Tensor | None) -> ctypes.Array[CUp
     rows_of_amaxes = amaxes.tolist() if amaxes is not None else [(0.0, 0.0, 0.0)] * len(updates)
     codecs: dict[int, CCodec] = {}
     for target, u, amaxes_of_states in zip(array, updates, rows_of_amaxes, strict=True):
-        # A vector is one row: what rounds by rows keeps its own shape.
+        # A vector is one row: what rounds by rows has its own shape.
         rows, cols = u.grad.shape
         if cols == 1 and all(isinstance(state.codec, (Plain, Kahan)) and state.key is None for state in u.states):
             rows, cols = 1, rows

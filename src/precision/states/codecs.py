@@ -218,7 +218,7 @@ class Dynamic:
         return {"codes": ((rows, cols), torch.uint8), "scales": scales}
 
     def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
-        top = amax_of_blocks(x, self.block)
+        top = amax_of(x, Tile(1, self.block))
         _, middles = dynamic_map(self.signed)
         codes = torch.bucketize(_shares(x, top, self.block), middles.to(x.device))
         return {"codes": codes.to(torch.uint8), "scales": top}
@@ -272,7 +272,7 @@ class Expanded:
         return 255 - torch.bucketize(ratio, expansion_limits().to(x.device)).clamp(max=255)
 
     def encode(self, x: Tensor, *, amax: Tensor | None = None, noise: Noise | None = None) -> Parts:
-        top = amax_of_blocks(x, self.block)
+        top = amax_of(x, Tile(1, self.block))
         powers = self.powers(x, top)
         share = _shares(x, top, self.block)
         _, middles = expanded_maps()
@@ -333,11 +333,6 @@ def expansion_limits() -> Tensor:
 def _check_block(block: int | None) -> None:
     if block is not None and not 1 <= block <= 4096:
         raise ValueError(f"a block of a state has 1 to 4096 elements, not {block}")
-
-
-def amax_of_blocks(x: Tensor, block: int) -> Tensor:
-    """max |x| of every block of a row: FP32 [rows, blocks]; NaN where there is one."""
-    return amax_of(x, Tile(1, block))
 
 
 def _spread(of_blocks: Tensor, cols: int, block: int) -> Tensor:

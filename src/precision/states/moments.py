@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ..formats import by_name
 from ..spec import Rounding
+from ..suggest import close
 from .codecs import FP32, Codec, Dynamic, Expanded, Kahan, Plain, Scaled
 
 # By name. Keys that a choice leaves out stay those of the recipe.
@@ -81,7 +81,7 @@ def chosen(choice: str | Mapping[str, Any] | None, base: Moments) -> Moments:
     if choice is None:
         return base
     if isinstance(choice, str):
-        near = _near(choice, CHOICES)
+        near = close(choice, CHOICES)
         if choice not in CHOICES:
             try:
                 return replace(base, m=codec(choice), v=codec(choice, signed=False))
@@ -94,7 +94,7 @@ def chosen(choice: str | Mapping[str, Any] | None, base: Moments) -> Moments:
     keys = [part.name for part in fields(Moments)]
     for key in choice:
         if key not in (*keys, "block"):
-            raise ValueError(f"no key {key!r}{_near(str(key), (*keys, 'block'))}; there are: m, v, master, block")
+            raise ValueError(f"no key {key!r}{close(str(key), (*keys, 'block'))}; there are: m, v, master, block")
     block = choice.get("block")
     if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
         raise ValueError(f"block={block!r}: a number of elements")
@@ -134,10 +134,5 @@ def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:
     try:
         format = by_name(name)
     except ValueError as error:
-        raise ValueError(f"no codec named {text!r}{_near(name, known)}; {_SPELLED}") from error
+        raise ValueError(f"no codec named {text!r}{close(name, known)}; {_SPELLED}") from error
     return Scaled(format=format, block=None if sizes == ["tensor"] else usual, rounding=rounding)
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=3)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -19,7 +19,7 @@ def step_with_sums(optimizer: Optimizer) -> tuple[float, float, float, float, fl
 
     With w the old weights, e the change of the stored ones, u the update as computed in FP32: the number of elements;
     that of those with e = 0 and u != 0; the sums of w^2, e^2, u^2 and e u. Those with u are NaN for an optimizer that
-    is neither ``CodecAdamW`` nor torch's AdamW. FP32 copies of one parameter at a time are made.
+    is neither ``CodecAdamW`` nor torch's AdamW. FP32 copies of one parameter at a time are allocated.
     """
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [parameter.grad for parameter, _ in parameters]

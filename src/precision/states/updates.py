@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from ..noise import base_key, step_key
 from ..spec import Rounding
-from .adamw import AdamBackend, Encoded, Update
-from .choose import choose
+from .adamw import REFERENCE, AdamBackend, Encoded, Update
+from .adamw_cpu import CpuAdam
+from .adamw_triton import TritonAdam
 from .codecs import FP32, Codec, Kahan, Parts, Plain, Scaled
 from .moments import STANDARD, Moments
 
@@ -70,28 +71,21 @@ class AdamW:
         backend: str = "auto",
     ) -> Optimizer:
         groups = list(groups)
-        if not self.native(moments, {_dtype_of(group) for group in groups}):
+        codecs = moments.m, moments.v, moments.master or FP32
+        if any(codec != FP32 for codec in codecs) or any(_dtype_of(group) != torch.float32 for group in groups):
             return CodecAdamW(groups, lr=lr, betas=betas, eps=eps, moments=moments, seed=seed, backend=backend)
         optimizer = torch.optim.AdamW(
             groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=self.fused, foreach=False
         )
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter] = self._fresh(parameter)
+                # What torch's AdamW would create at its first step; a fused update has its step counter on the device.
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if self.fused else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         return optimizer
-
-    def native(self, moments: Moments, dtypes: Iterable[torch.dtype]) -> bool:
-        """Whether ``torch.optim`` does it."""
-        codecs = (moments.m, moments.v, moments.master or FP32)
-        return all(codec == FP32 for codec in codecs) and set(dtypes) <= {torch.float32}
-
-    def _fresh(self, parameter: Tensor) -> dict[str, Tensor]:
-        # What torch's AdamW would make at its first step; a fused update has its step counter on the device.
-        return {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if self.fused else "cpu"),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
 
 
 def _dtype_of(group: dict[str, Any]) -> torch.dtype:
@@ -265,7 +259,7 @@ class CodecAdamW(Optimizer):
         """
         place = self.places[parameter]
         assert parameter.grad is not None
-        # A checkpoint loads in place, and FSDP keeps its shards: the views of __init__ still hold.
+        # A checkpoint loads in place, and FSDP reuses its shards: the views of __init__ still hold.
         weight = local(parameter).view(place.rows, place.cols)
         w_parts = place.parts[2] if place.has_master else place.parts[2] | {"": weight}
         m, v, w = (
@@ -309,6 +303,36 @@ class CodecAdamW(Optimizer):
                 if isinstance(placement, Shard) and one.device_mesh.size(dim) > 1:
                     dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=one.device_mesh.get_group(dim))
         return amaxes
+
+
+ORDER: tuple[AdamBackend, ...] = (CpuAdam(), TritonAdam(), REFERENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend of updates, and why those before it refused."""
+
+    backend: AdamBackend
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
+
+
+def choose(device: torch.device, wanted: str = "auto", *, codecs: Collection[Codec] = (), beta1: float = 0.9) -> Choice:
+    """The backend of updates on ``device``: the one of that name if it can, else the first that can.
+
+    A name that only matrix products know means nothing here.
+    """
+    reasons = {backend.name: backend.why_not(device, codecs, beta1) for backend in ORDER}
+    if wanted in reasons and reasons[wanted] is None:
+        return Choice(next(backend for backend in ORDER if backend.name == wanted))
+    first = next(index for index, backend in enumerate(ORDER) if reasons[backend.name] is None)
+    asked = {wanted, *(backend.name for backend in ORDER[:first])}
+    refused = {name: reason for name, reason in reasons.items() if name in asked and reason is not None}
+    obvious = f"the parameters are on {device.type}"  # unless it was asked for by name
+    said = [f"not {name}: {reason}" for name, reason in refused.items() if name == wanted or reason != obvious]
+    return Choice(ORDER[first], tuple(said))
 
 
 def can_gate(optimizer: Optimizer) -> bool:
@@ -383,12 +407,12 @@ def _sharded_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _row_offset(parameter: Tensor) -> int:
-    """The first row of this rank's part in the whole parameter."""
+    """The first row of this rank's part in the full parameter."""
     if not isinstance(parameter, DTensor):
         return 0
     offset = 0
     for dim, placement in enumerate(parameter.placements):
-        assert isinstance(placement, (Shard, Replicate)), "gradients must be whole before an update"
+        assert isinstance(placement, (Shard, Replicate)), "gradients must be complete before an update"
         if isinstance(placement, Shard):
             assert placement.dim == 0, "states follow parameters sharded by rows"
             rows, ranks = parameter.shape[0], parameter.device_mesh.size(dim)

@@ -1,7 +1,7 @@
 """Smooth-SwiGLU over any recipe that quantizes linears (arXiv 2409.12517, trillion-token FP8 training).
 
 In long runs weight decay aligns the gate and up weights of some channels of a SwiGLU. Their product then grows with the
-square of the weights, one channel sets the scale of the whole input of the down-projection, and FP8 training diverges.
+square of the weights, one channel sets the scale of all inputs of the down-projection, and FP8 training diverges.
 The scales here even that input out before it is quantized and are undone exactly (``scales``): by channel, as the paper
 writes, or by token, as its released code does. The rest of the model is the base recipe's.
 
@@ -9,7 +9,7 @@ What is lost: by channel, the down-projection's weight takes over the spread of 
 dgrad, and is measured in every pass. Scales are those of a rank's micro-batch, so losses depend a little on world size
 and micro-batch size. A model whose MLPs are no SwiGLU is refused.
 
-A module says that it computes down_proj(silu(gate_proj(x)) * up_proj(x)) by a class attribute beside its forward pass,
+A module says that it computes down_proj(silu(gate_proj(x)) * up_proj(x)) by a class attribute next to its forward pass,
 ``gated_activation = "silu"``; kernels then compute the product (``fused``). Those of `transformers` that are known to
 do so need not say it. Any other module keeps its own forward pass, and ``plan.txt`` says why.
 """

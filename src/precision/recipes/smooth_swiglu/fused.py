@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...backends import Backend, Operand
+from ...backends import Operand
 from ...backends.interface import knows_transform
 from ...backends.triton.amax import tile_amax
 from ...backends.triton.both import quantize_both
@@ -137,7 +137,7 @@ class FusedSwiGLU:
         if not _is_smoothed(children[DOWN]):
             return f"{DOWN} is no longer smoothed"
         for name, child in children.items():
-            if name not in PROJECTIONS and child is not None and any(map(_has_hooks, child.modules())):
+            if name not in PROJECTIONS and child is not None and _has_hooks(child):
                 return f"hooks of its {name} are to be called"
         return None
 
@@ -187,8 +187,8 @@ def _is_smoothed(down: nn.Module | None) -> bool:
     return isinstance(down, QuantLinear) and isinstance(down.statistics, ChannelScales | TokenScales)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+def _has_hooks(child: nn.Module) -> bool:
+    return any(getattr(module, hooks) for module in child.modules() for hooks in _HOOKS)
 
 
 def _why_unfit(
@@ -200,8 +200,9 @@ def _why_unfit(
 ) -> str | None:
     """Why the kernels do not compute what the three linears do by these specs and backends."""
     for name, (_, backends) in zip(PROJECTIONS, (gate, up, down), strict=True):
-        if (other := next(filter(None, map(_other_quantizer, backends)), None)) is not None:
-            return f"{other} quantizes for {name}"
+        for backend in backends:
+            if not isinstance(backend.quantizer, Triton):
+                return f"{backend.quantizer.name} quantizes for {name}"
     if gate != up:
         return "gate_proj and up_proj are quantized differently"
     if biased:
@@ -219,11 +220,6 @@ def _why_unfit(
             if (transform := _unscaled(gemm.transform)) is not None and not knows_transform(transform):
                 return f"no kernel for {gemm.transform}"
     return None
-
-
-def _other_quantizer(backend: Backend) -> str | None:
-    """Who quantizes for a GEMM, if it is not Triton."""
-    return None if isinstance(backend.quantizer, Triton) else backend.quantizer.name
 
 
 class _Fused(torch.autograd.Function):

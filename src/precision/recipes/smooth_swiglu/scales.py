@@ -1,7 +1,7 @@
 """Smooth-SwiGLU (arXiv 2409.12517): the input of a SwiGLU's down-projection, rescaled before it is quantized.
 
 h = silu(gate) * up is a product of two numbers, so where the weights of a channel align it grows with their square, and
-one scale for the whole of h then serves that channel alone. Both forms divide h by scales d of this forward pass, on
+one scale for all of h then serves that channel alone. Both forms divide h by scales d of this forward pass, on
 this rank: detached, and 1 where a maximum is zero, below 2^-126 or not finite (``precision.swiglu.scales_of``).
 
 ``channel`` is the paper's: d_i is the maximum of channel i over the tokens of the micro-batch.
@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from ...linear import QuantLinear
 from ...scaling import Current
-from ...spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform
+from ...slots import operands
+from ...spec import GemmSpec, LinearSpec, Source, Transform
 from ...swiglu import DOWN, UP, scales_of
 from ...transforms import Along, Composed, Rescale
 
@@ -125,19 +126,16 @@ def smoothed(spec: LinearSpec, form: Form) -> LinearSpec:
     """
     if spec.fprop.a is None:
         raise ValueError(f"Smooth-SwiGLU rescales the quantized input of {DOWN}: in {spec} it is not quantized")
-    operands = [operand for gemm in (spec.fprop, spec.dgrad, spec.wgrad) for operand in (gemm.a, gemm.b)]
-    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands):
+    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands(spec)):
         raise ValueError(f"Smooth-SwiGLU takes no base that quantizes codes again: {spec}")
-    fprop = replace(spec.fprop, b=_of_this_step(spec.fprop.b)) if form.folds else spec.fprop
+    fprop = spec.fprop
+    if form.folds and fprop.b is not None:
+        fprop = replace(fprop, b=replace(fprop.b, amax=Current()))
     return LinearSpec(
         fprop=_rescaled(fprop, form.fprop),
         dgrad=_rescaled(spec.dgrad, form.dgrad),
         wgrad=_rescaled(spec.wgrad, form.wgrad),
     )
-
-
-def _of_this_step(operand: OperandSpec | None) -> OperandSpec | None:
-    return None if operand is None else replace(operand, amax=Current())
 
 
 def _rescaled(gemm: GemmSpec, rescale: Rescale | None) -> GemmSpec:
