@@ -43,7 +43,6 @@ class Data:
     training: TokenStream | Mixture | TextStream
     validation: Windows | None  # None if `eval.tokens` is 0
     fingerprint: str  # of all that the order and the content of batches follow from, beside the seed
-    former_fingerprint: str  # the same as older checkpoints have it, which changed with the text's compression, too
     place: str
 
 
@@ -68,13 +67,10 @@ def _open_prepared(config: DataConfig, eval_tokens: int, *, verify: bool) -> Dat
     place = ", ".join(str(part.directory) for part in shards.values())
     if config.sources is None:
         ((name, part),) = shards.items()
-        return Data(tokenizer, streams[name], validation, part.fingerprint, part.former_fingerprint, place)
+        return Data(tokenizer, streams[name], validation, part.fingerprint, place)
     weights = [config.sources[name].weight for name in streams]
-    now, former = (
-        fingerprint_of([[[name, getattr(part, which)] for name, part in shards.items()], weights])
-        for which in ("fingerprint", "former_fingerprint")
-    )
-    return Data(tokenizer, Mixture(streams, weights), validation, now, former, place)
+    fingerprint = fingerprint_of([[[name, part.fingerprint] for name, part in shards.items()], weights])
+    return Data(tokenizer, Mixture(streams, weights), validation, fingerprint, place)
 
 
 def _open_stream(config: DataConfig, eval_tokens: int, world: World) -> Data:
@@ -86,18 +82,14 @@ def _open_stream(config: DataConfig, eval_tokens: int, world: World) -> Data:
         if eval_tokens:
             validation = _text_windows(files["validation"], config, tokenizer, "validation", eval_tokens)
         train = files["train"]
-        return train, [file.text_identity() for file in train], [file.identity() for file in train], validation
+        return train, [[file.index, file.text_identity()] for file in train], validation
 
-    files, *identities, validation = world.on_main(read)
+    files, identities, validation = world.on_main(read)
     tokenizer = world.on_all(lambda: _open_tokenizer(config))
     training = TextStream(files, tokenizer, config.seq_len, config.lanes, config.shuffle_rows, config.row_limits)
     if world.is_main and (line := training.sharing(config.global_batch_size, world.size)) is not None:
         say(f"warning: {line}")
-    now, former = (
-        fingerprint_of([[[file.index, one] for file, one in zip(files, of_files, strict=True)], tokenizer.fingerprint])
-        for of_files in identities
-    )
-    return Data(tokenizer, training, validation, now, former, config.path)
+    return Data(tokenizer, training, validation, fingerprint_of([identities, tokenizer.fingerprint]), config.path)
 
 
 def open_windows(config: DataConfig, tokenizer: TextTokenizer, split: str, tokens: int) -> Windows:

@@ -139,12 +139,6 @@ class TokenShards:
             for split, shards in self.splits.items()
         }
         self.fingerprint = fingerprint_of([self.dtype.str, manifest["tokenizer"].get("eot"), tokens])
-        splits = {
-            split: [{key: shard[key] for key in shard if key not in SINCE_VERSION_1} for shard in shards]
-            for split, shards in manifest["splits"].items()
-        }
-        #: What older checkpoints hold: it changed with the compression of the text, too.
-        self.former_fingerprint = fingerprint_of(manifest | {"splits": splits})
         every = [shard for shards in self.splits.values() for shard in shards]
         _allow_open_files(2 * len(every))
         self._files: dict[str, os.stat_result] = {}
