@@ -566,7 +566,9 @@ def updated(grad: Tensor, before: list[Tensor], step: Step) -> tuple[Tensor, Ten
     return m, v, w * s["decay"] + (s["step"] * m) / root
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=() if d == torch.bfloat16 else pytest.mark.long) for d in DTYPES], ids=str
+)
 def test_swiglu_in_front_of_a_cast(dtype: torch.dtype) -> None:
     """h / d and the gradients of gate and up, in both directions, as if they had been written: NaN and all."""
     generator = torch.Generator().manual_seed(1)
@@ -673,7 +675,11 @@ FUSED: list[tuple[str, str, str, dict[str, Any], torch.dtype]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "base", "form", "more", "dtype"), FUSED, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "base", "form", "more", "dtype"),
+    [pytest.param(*case, marks=pytest.mark.long if case in FUSED[1:3] + FUSED[5:] else ()) for case in FUSED],
+    ids=str,
+)
 def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str, Any], dtype: torch.dtype) -> None:
     """Bit for bit what plain torch computes between plain linears; and near to the model's own SwiGLU."""
     args = {"base": base, "base_args": more, "form": form}
@@ -687,6 +693,7 @@ def test_smooth_swiglu_is_fused(kind: str, base: str, form: str, more: dict[str,
     assert (ours[0] - own[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * own[0].norm()
 
 
+@pytest.mark.long
 def test_a_fused_mlp_writes_scales_as_native_products_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales of h, dgate and dup in blocks are copied by nobody; outputs and gradients are those of the reference."""
     blocks = scaled_mm_operands._block_scales
@@ -820,7 +827,9 @@ def test_siblings_share_what_delayed_scaling_makes_of_x(monkeypatch: pytest.Monk
     assert all(map(torch.equal, run("triton"), run("reference")))
 
 
-@pytest.mark.parametrize("name", ["fp8_current", "fp8_delayed", "fp8_rowwise", "fp8_block"])
+@pytest.mark.parametrize(
+    "name", ["fp8_current", "fp8_delayed", pytest.param("fp8_rowwise", marks=pytest.mark.long), "fp8_block"]
+)
 def test_native_linears_read_what_kernels_make(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Outputs and gradients of native products are those of the reference's codes, in the layout that hardware takes;
     nothing is padded that needs none, and no codes or scales are transposed afterwards."""

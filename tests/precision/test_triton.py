@@ -47,8 +47,9 @@ def python(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_every_kernel_gives_the_bits_of_the_reference() -> None:
-    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", "-x")
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_every_kernel_gives_the_bits_of_the_reference(which: str) -> None:
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", "-x", "-m", which)
     assert "passed" in python("-m", "pytest", *options, str(HERE / "interpreted.py"))
 
 

@@ -51,10 +51,10 @@ STEPS = {
 }
 
 # A vocabulary of 257 does not divide into two shards.
-TRAIN = ("precision=fp32", "train.steps=12", "checkpoint.every=1", "checkpoint.keep_last=12", "eval.every=4")
+TRAIN = ("precision=fp32", "train.steps=8", "checkpoint.every=1", "checkpoint.keep_last=8", "eval.every=4")
 # A rate too small to move a float32 weight: what is saved is what was drawn.
 STILL = ("train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "eval.tokens=0", "sample.tokens=0")
-KILLED = ("train.steps=40", "checkpoint.every=3", "eval.every=7", "train.micro_batch_size=2")
+KILLED = ("train.steps=32", "checkpoint.every=3", "eval.every=7", "train.micro_batch_size=2")
 
 
 # Numbers that jump, and a learning rate that does not depend on where a run ends.
@@ -229,9 +229,9 @@ def test_a_run_goes_on_from_what_one_process_saved_and_from_what_two_did(
     two = cut(runs / "llama-1", tmp_path / "two", 4)
     run_to_end(tiny_overrides(corpus, two, *TRAIN), 2)
     assert json.loads((two / "env.json").read_text())["started_at_step"] == 4
-    one = cut(two, tmp_path / "one", 7)
+    one = cut(two, tmp_path / "one", 6)
     assert train_here(load_config(tiny_overrides(corpus, one, *TRAIN))) is ExitCode.FINISHED
-    assert json.loads((one / "env.json").read_text())["started_at_step"] == 7
+    assert json.loads((one / "env.json").read_text())["started_at_step"] == 6
     for run_dir in (two, one):
         assert losses(run_dir) == pytest.approx(losses(runs / "llama-1"), rel=0, abs=1e-5)
 
@@ -289,15 +289,14 @@ def test_orphans_checkpoint_and_leave(corpus: Path, tmp_path: Path) -> None:
 def test_ranks_that_are_killed_come_back_by_themselves(runs: Path, corpus: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(corpus, tmp_path / "run", *KILLED)
     process = start(overrides, 2, "--max-restarts", "3")
-    for step, victims in ((8, (1,)), (18, (0,)), (28, (0, 1))):
+    for step, victim in ((8, 1), (18, 0)):
         wait_for_step(tmp_path / "run", step, process)
         there = workers(process)
-        for rank in victims:
-            there[rank].kill()
+        there[victim].kill()
         psutil.wait_procs(there.values(), timeout=60)
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 0, out
-    assert out.count("resuming ") == 3  # at the first restart, each time
+    assert out.count("resuming ") == 2  # at the first restart, each time
     assert "Traceback" not in out
     assert compare_runs(runs / "alone-2", tmp_path / "run") == []
 
