@@ -33,7 +33,7 @@ def assign_backends(linear: QuantLinear, site: Site, phases: Sequence[tuple[str,
 
     specs = [linear.spec, *(spec for _, _, spec in phases)]
     choices = [chosen(spec) for spec in specs]
-    linear.schedule(specs, [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices])
+    linear.set_specs(specs, [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices])
     lines = [f"{linear.path:44} {k:>6} -> {n:<6}"]
     for number, name in enumerate(GEMMS):
         lines.append(f"    {name}: {_line(number, specs[0], choices[0], tokens)}")

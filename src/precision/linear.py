@@ -71,7 +71,7 @@ class QuantLinear(QuantizedModule):
         self.gathered: Gathered | None = None  # while the weight is one of codes
         self.base_keys: dict[int, Tensor] = {}  # of rounding noise, by slot
         self.token = traced.register(self)
-        self.schedule((spec,))
+        self.set_specs((spec,))
 
     @property
     def spec(self) -> LinearSpec:
@@ -88,7 +88,7 @@ class QuantLinear(QuantizedModule):
         """Of the GEMMs of this step."""
         return self.plan.backends
 
-    def schedule(self, specs: Sequence[LinearSpec], backends: Sequence[Backends] = ()) -> None:
+    def set_specs(self, specs: Sequence[LinearSpec], backends: Sequence[Backends] = ()) -> None:
         """Give it these specs, its own first, with the backends of their GEMMs (default: the reference)."""
         self.specs = tuple(specs)
         self.backends_of = tuple(backends) or ((REFERENCE, REFERENCE, REFERENCE),) * len(self.specs)

@@ -1,6 +1,6 @@
 """The training loop. ``train`` is the run from first step to last, ``step.update_from`` is the step; nothing is hidden.
 
-No callbacks, no autocast, no global configuration: a job is a value, built in ``build.py``.
+No callbacks, no autocast, no global configuration: a ``Training`` is a value, built in ``run.py``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Outcome:
 
 
 @dataclass
-class Job:
+class Training:
     """All that a run consists of."""
 
     world: World
@@ -157,34 +157,36 @@ class Unlogged:
     ended: float
 
 
-def train(job: Job) -> Outcome:
-    """Train from ``job.state.step`` to the last step, validating and checkpointing on the way.
+def train(training: Training) -> Outcome:
+    """Train from ``training.state.step`` to the last step, validating and checkpointing on the way.
 
-    Where ``job.world`` defers, a step is logged once the next one is on its way. It is waited for where something hangs
-    on it: a validation, a checkpoint, a probe, a stop, the end, and while steps are being skipped, so that a run ends
-    as diverged at the step at which it would anyway.
+    Where ``training.world`` defers, a step is logged once the next one is on its way. It is waited for where something
+    hangs on it: a validation, a checkpoint, a probe, a stop, the end, and while steps are being skipped, so that a run
+    ends as diverged at the step at which it would anyway.
     """
-    state, total = job.state, job.config.steps
-    job.world.begin_training()
+    state, total = training.state, training.config.steps
+    training.world.begin_training()
     # A run stopped before or in a validation that was due makes up for it.
-    missed = 0 < state.step < total and due(job.eval_config.every, state.step) and job.evaluated_step < state.step
-    if missed and (stop_code := evaluate(job)):
-        return _stopped(job, stop_code)
+    missed = (
+        0 < state.step < total and due(training.eval_config.every, state.step) and training.evaluated_step < state.step
+    )
+    if missed and (stop_code := evaluate(training)):
+        return _stopped(training, stop_code)
     while state.step < total:
         started = time.monotonic()
-        result, stop_code = train_step(job, state.step)
+        result, stop_code = train_step(training, state.step)
         state.step += 1
         ended = time.monotonic()
-        log_last_step(job)
-        job.unlogged = Unlogged(state.step, result, started, ended)
-        evaluation = due(job.eval_config.every, state.step) or state.step == total
-        careful = state.nonfinite_in_a_row > 0 or job.config.max_nonfinite_in_a_row == 1
-        known = not job.world.deferred or result.loss_scale is not None or state.spikes is not None
-        save = job.overdue or due(job.checkpointer.config.every, state.step)
+        log_last_step(training)
+        training.unlogged = Unlogged(state.step, result, started, ended)
+        evaluation = due(training.eval_config.every, state.step) or state.step == total
+        careful = state.nonfinite_in_a_row > 0 or training.config.max_nonfinite_in_a_row == 1
+        known = not training.world.deferred or result.loss_scale is not None or state.spikes is not None
+        save = training.overdue or due(training.checkpointer.config.every, state.step)
         if known or stop_code or evaluation or careful or save:
-            log_last_step(job)
+            log_last_step(training)
 
-        if state.nonfinite_in_a_row >= job.config.max_nonfinite_in_a_row:
+        if state.nonfinite_in_a_row >= training.config.max_nonfinite_in_a_row:
             return Outcome(
                 Status.diverged,
                 state.step,
@@ -192,62 +194,64 @@ def train(job: Job) -> Outcome:
             )
         if result.spike is not None:
             done = state.step
-            if outcome := _after_spike(job, result, result.spike):
+            if outcome := _after_spike(training, result, result.spike):
                 return outcome
             if state.step < done:  # rolled back
                 if stop_code:
-                    return _stopped(job, stop_code)
+                    return _stopped(training, stop_code)
                 continue
-        if not stop_code and due(job.eval_config.every, state.step) and state.step < total:
-            stop_code = evaluate(job)
+        if not stop_code and due(training.eval_config.every, state.step) and state.step < total:
+            stop_code = evaluate(training)
         # In the middle of skipped steps the weights may be past saving: such a checkpoint replaces no other.
         sound = state.nonfinite_in_a_row == 0
         if stop_code:
-            job.checkpointer.save(state, prune=sound)
-            return _stopped(job, stop_code)
+            training.checkpointer.save(state, prune=sound)
+            return _stopped(training, stop_code)
         if state.step == total or (sound and save):
-            job.checkpointer.save(state, prune=sound)
-        if job.checkpointer.given_up:
-            reason = f"{job.checkpointer.failures} checkpoints in a row failed: {job.checkpointer.last_error}"
+            training.checkpointer.save(state, prune=sound)
+        if training.checkpointer.given_up:
+            reason = f"{training.checkpointer.failures} checkpoints in a row failed: {training.checkpointer.last_error}"
             return Outcome(Status.failed, state.step, reason)
 
-    if stop_code := evaluate(job):
-        return _stopped(job, stop_code)
-    job.checkpointer.wait()
+    if stop_code := evaluate(training):
+        return _stopped(training, stop_code)
+    training.checkpointer.wait()
     if state.nonfinite_in_a_row:
         reason = f"the run ends with {state.nonfinite_in_a_row} skipped steps: non-finite loss or gradient"
         return Outcome(Status.diverged, state.step, reason)
-    if job.checkpointer.saved_step != state.step:
-        return Outcome(Status.failed, state.step, job.checkpointer.last_error or "the last checkpoint was not written")
+    if training.checkpointer.saved_step != state.step:
+        return Outcome(
+            Status.failed, state.step, training.checkpointer.last_error or "the last checkpoint was not written"
+        )
     return Outcome(Status.finished, state.step, f"all {total} steps done")
 
 
-def log_last_step(job: Job) -> None:
+def log_last_step(training: Training) -> None:
     """Wait for the numbers of the last step, if that is not done yet: count it and log it."""
-    if job.unlogged is None:
+    if training.unlogged is None:
         return
-    last, job.unlogged = job.unlogged, None
+    last, training.unlogged = training.unlogged, None
     if last.result.finite:
-        job.state.nonfinite_in_a_row = 0
+        training.state.nonfinite_in_a_row = 0
     elif not last.result.caught:
-        job.state.nonfinite_in_a_row += 1
+        training.state.nonfinite_in_a_row += 1
     # Steps that overlap took the time since the numbers of the one before were there, or what this process took.
-    before, job.logged_at = job.logged_at, time.monotonic()
-    seconds = max(job.logged_at - max(last.started, before), last.ended - last.started)
-    _log_step(job, last.step, last.result, seconds)
-    tell_checkpoints(job)
+    before, training.logged_at = training.logged_at, time.monotonic()
+    seconds = max(training.logged_at - max(last.started, before), last.ended - last.started)
+    _log_step(training, last.step, last.result, seconds)
+    tell_checkpoints(training)
 
 
-def tell_checkpoints(job: Job) -> None:
+def tell_checkpoints(training: Training) -> None:
     """Say which checkpoints have been written since the last time."""
-    while not job.checkpointer.written.empty():
-        step, size, seconds = job.checkpointer.written.get()
-        job.say(f"checkpoint of step {step} written: {megabytes(size)} in {seconds:.1f} s")
+    while not training.checkpointer.written.empty():
+        step, size, seconds = training.checkpointer.written.get()
+        training.say(f"checkpoint of step {step} written: {megabytes(size)} in {seconds:.1f} s")
 
 
-def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
+def _after_spike(training: Training, result: StepResult, spike: Spike) -> Outcome | None:
     """Write down that the last step was a spike, and go back if so configured. The end of the run, if it ends here."""
-    state, config, step = job.state, job.config, job.state.step
+    state, config, step = training.state, training.config, training.state.step
     assert state.spikes is not None
     assert state.left_out is not None
     ends = int(state.spikes.count) >= config.spike_limit
@@ -258,7 +262,7 @@ def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
         "grad_norm": result.grad_norm,
         "deviations": spike.deviations,
         "action": "end" if ends else "skip",
-        "samples": _samples(job, step - 1, step),
+        "samples": _samples(training, step - 1, step),
         "back_to": None,
         "time": time.time(),
     }
@@ -266,67 +270,71 @@ def _after_spike(job: Job, result: StepResult, spike: Spike) -> Outcome | None:
         state.spikes.count += 1
     if config.spike is SpikeAction.rollback and not ends:
         # Not the newest there is: a run that was stopped on the way has others than one that was left alone.
-        every = job.checkpointer.config.every
+        every = training.checkpointer.config.every
         target = (step - 1) // every * every
-        samples = _samples(job, target, step)
-        reason = job.checkpointer.roll_back(state, target)
+        samples = _samples(training, target, step)
+        reason = training.checkpointer.roll_back(state, target)
         if reason is None:
             state.left_out += step - target
             state.plan.resume(target, config.steps)
             row |= {"action": "rollback", "samples": samples, "back_to": target}
-            job.say(f"back to step {target}: samples {samples[0]} to {samples[1]} of the run are left out")
+            training.say(f"back to step {target}: samples {samples[0]} to {samples[1]} of the run are left out")
         else:
-            job.say(f"warning: not back to step {target}: {reason}; the run goes on without the update of step {step}")
-    job.log(row)
+            training.say(
+                f"warning: not back to step {target}: {reason}; the run goes on without the update of step {step}"
+            )
+    training.log(row)
     if not ends:
         return None
     reason = f"more than train.spike_limit={config.spike_limit} spikes: at step {step} {spike}"
     return Outcome(Status.diverged, step, reason)
 
 
-def train_step(job: Job, step: int) -> tuple[StepResult, int]:
+def train_step(training: Training, step: int) -> tuple[StepResult, int]:
     """Step ``step`` (from 0), and the code of a stop that some rank was asked for (0 = none)."""
-    watched = job.probe is not None and job.probe.due(step + 1)
+    watched = training.probe is not None and training.probe.due(step + 1)
     if watched:
-        log_last_step(job)  # its rows come after those of the step before
-    with job.probe.watching() if job.probe is not None and watched else nullcontext():
-        result = update_from(job.state, job.source, job.world, job.optim_config, step, job.config.steps)
-    if job.probe is not None and watched:
-        _log_probe(job, job.probe, step + 1)
-    overdue = job.world.is_main and job.checkpointer.overdue  # one clock decides for all
-    stop_code, job.overdue = job.world.max(job.stop.code, overdue)
+        log_last_step(training)  # its rows come after those of the step before
+    with training.probe.watching() if training.probe is not None and watched else nullcontext():
+        result = update_from(
+            training.state, training.source, training.world, training.optim_config, step, training.config.steps
+        )
+    if training.probe is not None and watched:
+        _log_probe(training, training.probe, step + 1)
+    overdue = training.world.is_main and training.checkpointer.overdue  # one clock decides for all
+    stop_code, training.overdue = training.world.max(training.stop.code, overdue)
     return result, int(stop_code)
 
 
-def evaluate(job: Job) -> int:
+def evaluate(training: Training) -> int:
     """Validate and log; the same tokens in the same order at every world size.
 
     Returns 0, or, if a rank was asked to stop meanwhile, that code: nothing is logged then.
     """
-    if job.validation is None:
+    if training.validation is None:
         return 0
-    config = job.eval_config
-    job.world.watch.at(f"the validation at step {job.state.step}")
-    result = validate(job.state, job.validation, job.world, job.stop, config.precision)
+    config = training.eval_config
+    training.world.watch.at(f"the validation at step {training.state.step}")
+    result = validate(training.state, training.validation, training.world, training.stop, config.precision)
     if isinstance(result, int):
         return result
     loss_sum, weight_sum = result
     loss = loss_sum / weight_sum
     row = {
         "kind": "eval",
-        "step": job.state.step,
+        "step": training.state.step,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss_sum / math.log(2) / job.validation_bytes,
+        "bits_per_byte": loss_sum / math.log(2) / training.validation_bytes,
         "tokens": int(weight_sum),
         "time": time.time(),
     }
     if config.sharpness:
-        with _products(job.state, config.precision):
-            row["sharpness"] = sharpness(job.state, job.validation, job.world, config.sharpness)
-    job.last_eval = row
-    job.log(row)
-    job.say(
+        with _products(training.state, config.precision):
+            row["sharpness"] = sharpness(training.state, training.validation, training.world, config.sharpness)
+    training.last_eval = row
+    training.log(row)
+    training.say(
         f"validation at step {row['step']}: loss {loss:.4f}, perplexity {row['perplexity']:.2f}, "
         f"{row['bits_per_byte']:.4f} bits per byte"
     )
@@ -359,56 +367,56 @@ def _products(state: TrainState, precision: EvalPrecision) -> AbstractContextMan
     return state.plan.high_precision() if precision is EvalPrecision.high else nullcontext()
 
 
-def _log_step(job: Job, step: int, result: StepResult, seconds: float) -> None:
+def _log_step(training: Training, step: int, result: StepResult, seconds: float) -> None:
     row: dict[str, Any] = {
         "kind": "train",
         "step": step,
-        "tokens": step * job.tokens_per_step,
+        "tokens": step * training.tokens_per_step,
         "loss": result.loss,
         "lr": result.lr,
         "grad_norm": result.grad_norm,
-        "tokens_per_second": job.tokens_per_step / seconds,
+        "tokens_per_second": training.tokens_per_step / seconds,
         "time": time.time(),
     } | result.telemetry
     if result.loss_scale is not None:
         row["loss_scale"] = result.loss_scale
     if not result.applied:
-        row["samples"] = first, last = _samples(job, step - 1, step)
+        row["samples"] = first, last = _samples(training, step - 1, step)
         row["skipped"] = f"loss {result.loss}, grad norm {result.grad_norm}"
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
         if result.spike is not None:
             row["skipped"] = reason = f"spike: {result.spike}"
         if result.caught:
             row["skipped"] = f"gradient overflow at loss scale {result.loss_scale:g}"
-            reason = f"{row['skipped']}, now {job.state.plan.loss_scale:g}"
-        job.say(
+            reason = f"{row['skipped']}, now {training.state.plan.loss_scale:g}"
+        training.say(
             f"{'' if result.caught else 'warning: '}step {step} skipped on all ranks: {reason}; "
             f"its batch is samples {first} to {last} of the run"
         )
-    job.log(row)
-    if job.console is not None:
-        job.console.train(row, seconds)
+    training.log(row)
+    if training.console is not None:
+        training.console.train(row, seconds)
 
 
-def _log_probe(job: Job, probe: Probe, step: int) -> None:
+def _log_probe(training: Training, probe: Probe, step: int) -> None:
     rows = probe.rows()
-    if job.metrics is not None:
-        job.metrics.write(*({"kind": "probe", "step": step, **asdict(row)} for row in rows))
-    if job.trackers is not None:
+    if training.metrics is not None:
+        training.metrics.write(*({"kind": "probe", "step": step, **asdict(row)} for row in rows))
+    if training.trackers is not None:
         curves = ("sqnr_db", "underflow_percent", "saturation_percent", "relative_error")
         values = {f"{row.module}/{row.slot}/{name}": getattr(row, name) for row in rows for name in curves}
-        job.trackers.log({"kind": "probe", "step": step} | values)
+        training.trackers.log({"kind": "probe", "step": step} | values)
 
 
-def _samples(job: Job, begin: int, end: int) -> list[int]:
+def _samples(training: Training, begin: int, end: int) -> list[int]:
     """The first and the last sample, over all ranks, of steps ``begin`` (from 0) to before ``end``; of rank 0 alone."""
-    first, after = (job.source.first_sample(job.state.data_step(step)) for step in (begin, end))
+    first, after = (training.source.first_sample(training.state.data_step(step)) for step in (begin, end))
     return [first, after - 1]
 
 
-def _stopped(job: Job, code: int) -> Outcome:
-    job.checkpointer.wait()
-    reason = f"stopped by {job.stop.describe(code)}"
-    if job.checkpointer.saved_step != job.state.step:
-        return Outcome(Status.failed, job.state.step, f"{reason}; {job.checkpointer.last_error}")
-    return Outcome(Status.stopped, job.state.step, reason)
+def _stopped(training: Training, code: int) -> Outcome:
+    training.checkpointer.wait()
+    reason = f"stopped by {training.stop.describe(code)}"
+    if training.checkpointer.saved_step != training.state.step:
+        return Outcome(Status.failed, training.state.step, f"{reason}; {training.checkpointer.last_error}")
+    return Outcome(Status.stopped, training.state.step, reason)

@@ -21,7 +21,7 @@ from .data.open import Data, open_data, separate_documents, training_source, val
 from .data.stream import TextStream
 from .distributed import World, say
 from .errors import ExitCode, RunFailed, UserError, as_user_error, one_line, reason_of
-from .loop import Job, Outcome, Status, tell_checkpoints, train
+from .loop import Outcome, Status, Training, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
 from .resume import find_checkpoint, identity
@@ -77,26 +77,27 @@ def _run(
             "prepare the same data again, or choose another run.dir"
         )
     world.watch.at("building the model")
-    job = _build(config, world, directory, data, checkpoint, stop, log)
+    training = _build(config, world, directory, data, checkpoint, stop, log)
     broken = False
     try:
-        outcome = train(job)
+        outcome = train(training)
         world.watch.at("the sample and the summary")
-        _finish(config, job, directory, data, outcome)
+        _finish(config, training, directory, data, outcome)
         return outcome.status.exit_code
     except (Exception, KeyboardInterrupt) as error:
         broken = distributed.broken_connection(error) or isinstance(error, KeyboardInterrupt)
         # An error of one rank ends the others through a broken connection; each says what it saw.
-        line = out_of_memory_line(error, job.micro_batch)
+        line = out_of_memory_line(error, training.micro_batch)
         if world.is_main:
             reason = line or f"{type(error).__name__}: {one_line(error)}"
-            directory.write_done(Status.failed.value, job.state.step, reason)
+            directory.write_done(Status.failed.value, training.state.step, reason)
         if line is not None:
             raise RunFailed(_of_rank(world, line)) from error
         raise
     finally:
-        job.checkpointer.close(wait=not broken)  # the lock is given back only when nothing is being written any more
-        for output in (job.console, job.metrics, job.trackers):
+        # The lock is given back only when nothing is being written any more.
+        training.checkpointer.close(wait=not broken)
+        for output in (training.console, training.metrics, training.trackers):
             if output is not None:
                 output.close()
 
@@ -113,7 +114,7 @@ def _build(
     checkpoint: Checkpoint | None,
     stop: StopRequest,
     log: ConsoleLog | None,
-) -> Job:
+) -> Training:
     model_config = resolve_model(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     precision, wanted = config.values.precision, config.values.micro_batch
     batch, seq_len = config.data.global_batch_size, config.data.seq_len
@@ -170,7 +171,7 @@ def _build(
         )
     with as_user_error("probe.", ValueError):
         probe = Probe(state.plan, every=config.probe.every, layers=config.probe.layers) if config.probe.every else None
-    job = Job(
+    training = Training(
         world=world,
         state=state,
         source=batches,
@@ -195,11 +196,11 @@ def _build(
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
     world.on_main(lambda: directory.keep_recipe(config.precision.files()))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
-    job.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
-    job.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)
+    training.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
+    training.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)
     if world.is_main:
         peak = _peak(world)
-        job.console = Console(
+        training.console = Console(
             config.log,
             config.train.steps,
             state.step,
@@ -208,8 +209,8 @@ def _build(
             peak=peak and world.size * peak,
             log=log,
         )
-        job.trackers = Trackers(config.log, directory.path, config.nested())
-    return job
+        training.trackers = Trackers(config.log, directory.path, config.nested())
+    return training
 
 
 def _describe(config: TrainConfig, world: World, model: Any, micro_batch: int, data: Data) -> str:
@@ -242,27 +243,27 @@ def _peak(world: World) -> float | None:
     return peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
 
 
-def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, outcome: Outcome) -> None:
+def _finish(config: TrainConfig, training: Training, directory: RunDirectory, data: Data, outcome: Outcome) -> None:
     """The last lines on the console, the sample, the picture; ``done.json`` comes last."""
-    job.checkpointer.wait()
+    training.checkpointer.wait()
     text = None
     if outcome.status is Status.finished and config.sample.tokens:
-        limit = job.state.model.config.position_limit or config.data.seq_len
+        limit = training.state.model.config.position_limit or config.data.seq_len
         text = generate(
-            job.state.model,
+            training.state.model,
             data.tokenizer,
             config.sample,
             context=min(limit, config.data.seq_len),
-            device=job.world.device,
+            device=training.world.device,
         )
-    if not job.world.is_main:
+    if not training.world.is_main:
         return
-    tell_checkpoints(job)
+    tell_checkpoints(training)
     totals = []
-    if job.console is not None:
-        job.console.close()
-        totals = job.console.totals()
-        job.console = None
+    if training.console is not None:
+        training.console.close()
+        totals = training.console.totals()
+        training.console = None
     from .reporting.figures import plot_losses  # matplotlib: not before the first step
 
     try:
@@ -273,7 +274,7 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
         say(f"warning: {directory.path}: the sample or the picture cannot be written: {reason_of(error)}")
     if outcome.status is Status.finished:
         say("")
-        totals += _summary(job, directory, text)
+        totals += _summary(training, directory, text)
     for name, value in totals:
         say(f"{name:18} {value}")
     if outcome.status is not Status.finished:
@@ -283,10 +284,10 @@ def _finish(config: TrainConfig, job: Job, directory: RunDirectory, data: Data, 
     directory.write_done(outcome.status.value, outcome.step, outcome.reason)
 
 
-def _summary(job: Job, directory: RunDirectory, text: str | None) -> list[tuple[str, str]]:
+def _summary(training: Training, directory: RunDirectory, text: str | None) -> list[tuple[str, str]]:
     """What a finished run came to, besides its totals."""
     rows = []
-    if (row := job.last_eval) is not None:
+    if (row := training.last_eval) is not None:
         rows = [
             ("validation loss", f"{row['loss']:.4f} nats per token, over {row['tokens']:,} tokens"),
             ("perplexity", f"{row['perplexity']:.3f}"),

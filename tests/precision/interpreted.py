@@ -34,7 +34,7 @@ from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize
 from narrowgauge.precision.backends.triton.both import BothPlan, quantize_both
 from narrowgauge.precision.backends.triton.device import recording, version
 from narrowgauge.precision.backends.triton.fused import (
-    State,
+    StateMatrix,
     Step,
     adamw,
     adamw_amaxes,
@@ -489,7 +489,7 @@ def test_adamw_over_narrow_states() -> None:
             if weight is not None:
                 assert equal(weight, decoded(states[2]).to(weight.dtype))
     with pytest.raises(ValueError, match="no kernel for states"):
-        State(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).storage()
+        StateMatrix(values=grad, spec=replace(e4m3, tile=Tile(1, 48))).storage()
 
 
 UPDATED: list[tuple[object, torch.dtype]] = [
@@ -532,21 +532,23 @@ def test_updates_that_the_kernel_lacks() -> None:
     assert "triton" not in str(choose_update(CPU))
 
 
-def made(value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0) -> State:
+def made(
+    value: Tensor, spec: OperandSpec | torch.dtype, rounding: Rounding, slot: int, row_offset: int = 0
+) -> StateMatrix:
     """A state that holds ``value``."""
     source = noise(slot, row_offset=row_offset) if rounding is Rounding.STOCHASTIC else None
     key = source.key if source is not None else None
     if isinstance(spec, OperandSpec):
         spec = replace(spec, rounding=rounding)
         q = quantize(value, spec, noise=source)
-        return State(values=q.codes, scales=q.scales, spec=spec, key=key)
+        return StateMatrix(values=q.codes, scales=q.scales, spec=spec, key=key)
     if spec == torch.float32:
-        return State(values=value.clone())
+        return StateMatrix(values=value.clone())
     rounded = BF16.round(value, source.uniform(*value.shape) if source is not None else None)
-    return State(values=rounded.to(spec), rounding=rounding, key=key)
+    return StateMatrix(values=rounded.to(spec), rounding=rounding, key=key)
 
 
-def decoded(state: State) -> Tensor:
+def decoded(state: StateMatrix) -> Tensor:
     if state.spec is None:
         return state.values.float()
     assert state.scales is not None

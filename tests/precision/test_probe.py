@@ -272,7 +272,7 @@ def test_a_quantized_linear_is_plain_where_its_spec_is_empty() -> None:
     plan = plan_of(LinearSpec(fprop=GemmSpec(a=MX8)))
     module = plan.model.get_submodule(PATH)
     assert isinstance(module, QuantLinear)
-    module.schedule((module.spec, LinearSpec()))
+    module.set_specs((module.spec, LinearSpec()))
     module.use((1, 1, 1))
     rows = seen(plan, (samples(64, INS), samples(64, OUTS)))
     assert (rows["fprop.x"].format, rows["fprop.x"].elements, rows["fprop.x"].mse) == ("bfloat16", 64 * INS, 0.0)

@@ -386,7 +386,7 @@ def test_a_gemm_left_alone_for_a_while_is_plain(monkeypatch: pytest.MonkeyPatch)
         apply(load("nvfp4", {"keep_last": 0}), model)
         linear = model.layers[0]["proj"]  # type: ignore[index]
         assert isinstance(linear, QuantLinear)
-        linear.schedule((linear.spec, LinearSpec()), (linear.backends, linear.backends))
+        linear.set_specs((linear.spec, LinearSpec()), (linear.backends, linear.backends))
         linear.use((1, 0, 0))
         x = torch.randn(32, 64)
         y, *_ = step(model, x, torch.randn(32, 32))

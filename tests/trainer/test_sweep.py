@@ -32,7 +32,7 @@ from narrowgauge.trainer.own import NOWHERE, setting
 from narrowgauge.trainer.reporting.report import Settings, write_report
 from narrowgauge.trainer.sweep import launch
 from narrowgauge.trainer.sweep.grid import expand, expand_named, job_name
-from narrowgauge.trainer.sweep.jobs import Display, Job, State, SweepStopped, run_jobs
+from narrowgauge.trainer.sweep.jobs import Display, Job, JobState, SweepStopped, run_jobs
 from narrowgauge.trainer.sweep.launch import sweep
 from omegaconf import OmegaConf
 
@@ -198,7 +198,7 @@ def test_a_job_that_says_nothing_has_failed_whatever_an_earlier_one_left(tmp_pat
     (tmp_path / "a" / "done.json").write_text(json.dumps({"status": "stopped", "step": 2, "reason": "a signal"}))
     jobs = jobs_in(tmp_path, "a")
     run_jobs(jobs, processes=1, concurrent=1, make_command=shell(a="sh:echo error: no such corpus >&2; exit 2"))
-    assert (jobs[0].state, jobs[0].reason) == (State.failed, "no such corpus")
+    assert (jobs[0].state, jobs[0].reason) == (JobState.failed, "no such corpus")
 
 
 def test_a_directory_in_use_is_waited_for(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_directory_in_use_is_waited_for(tmp_path: Path) -> None:
     start = time.monotonic()
     run_jobs(jobs, processes=1, concurrent=2, make_command=shell())
     assert time.monotonic() - start >= 1.0
-    assert [job.state for job in jobs] == [State.finished, State.finished]
+    assert [job.state for job in jobs] == [JobState.finished, JobState.finished]
 
 
 def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path) ->
         run_jobs(jobs, processes=1, concurrent=1, make_command=shell(a=waiting))
     again = jobs_in(tmp_path, "a", "b")
     run_jobs(again, processes=1, concurrent=1, make_command=shell())
-    assert [job.state for job in again] == [State.finished, State.finished]
+    assert [job.state for job in again] == [JobState.finished, JobState.finished]
     assert attempts(tmp_path, "a") == 2
 
 
@@ -337,7 +337,7 @@ def test_the_table_has_every_job(tmp_path: Path) -> None:
     jobs = jobs_in(tmp_path, "a", "b")
     assert Display(jobs).table().row_count == 2
     many = jobs_in(tmp_path, *map(str, range(100)))
-    many[3].state = State.failed
+    many[3].state = JobState.failed
     assert Display(many).table().row_count == 1
 
 
@@ -415,7 +415,7 @@ def test_a_search_asks_for_runs_one_after_another_and_skips_what_is_done(tmp_pat
         for job in jobs:
             lr = float(next(text for text in job.overrides if text.startswith("optim.lr=")).partition("=")[2])
             asked.append(lr)
-            job.state, job.loss = State.finished, abs(math.log10(lr) + 2)  # best at 1e-2
+            job.state, job.loss = JobState.finished, abs(math.log10(lr) + 2)  # best at 1e-2
 
     monkeypatch.setattr(launch, "run_jobs", pretend)
     (tmp_path / "search").mkdir()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton.device import installed, runs_on
-from ..backends.triton.fused import State, Step, adamw, adamw_amaxes
+from ..backends.triton.fused import StateMatrix, Step, adamw, adamw_amaxes
 from ..formats import NumberFormat
 from ..spec import OperandSpec
 from .adamw import REFERENCE, Encoded, Update
@@ -69,14 +69,14 @@ def _serves(codec: Codec) -> bool:
     return type(codec) is Plain
 
 
-def _state(encoded: Encoded) -> State:
+def _state(encoded: Encoded) -> StateMatrix:
     """The codec's parts as the kernel knows them."""
     codec, device = encoded.codec, next(iter(encoded.parts.values())).device
     key = encoded.key.to(device) if encoded.key is not None else None
     if isinstance(codec, Scaled):
-        return State(values=encoded.parts["codes"], scales=encoded.parts["scales"], spec=_spec(codec), key=key)
+        return StateMatrix(values=encoded.parts["codes"], scales=encoded.parts["scales"], spec=_spec(codec), key=key)
     assert isinstance(codec, Plain)
-    return State(values=encoded.parts[""], rounding=codec.rounding, key=key)
+    return StateMatrix(values=encoded.parts[""], rounding=codec.rounding, key=key)
 
 
 @functools.cache

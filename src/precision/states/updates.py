@@ -309,7 +309,7 @@ ORDER: tuple[AdamBackend, ...] = (CpuAdam(), TritonAdam(), REFERENCE)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class UpdateChoice:
     """The backend of updates, and why those before it refused."""
 
     backend: AdamBackend
@@ -319,20 +319,22 @@ class Choice:
         return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
 
 
-def choose(device: torch.device, wanted: str = "auto", *, codecs: Collection[Codec] = (), beta1: float = 0.9) -> Choice:
+def choose(
+    device: torch.device, wanted: str = "auto", *, codecs: Collection[Codec] = (), beta1: float = 0.9
+) -> UpdateChoice:
     """The backend of updates on ``device``: the one of that name if it can, else the first that can.
 
     A name that only matrix products know means nothing here.
     """
     reasons = {backend.name: backend.why_not(device, codecs, beta1) for backend in ORDER}
     if wanted in reasons and reasons[wanted] is None:
-        return Choice(next(backend for backend in ORDER if backend.name == wanted))
+        return UpdateChoice(next(backend for backend in ORDER if backend.name == wanted))
     first = next(index for index, backend in enumerate(ORDER) if reasons[backend.name] is None)
     asked = {wanted, *(backend.name for backend in ORDER[:first])}
     refused = {name: reason for name, reason in reasons.items() if name in asked and reason is not None}
     obvious = f"the parameters are on {device.type}"  # unless it was asked for by name
     said = [f"not {name}: {reason}" for name, reason in refused.items() if name == wanted or reason != obvious]
-    return Choice(ORDER[first], tuple(said))
+    return UpdateChoice(ORDER[first], tuple(said))
 
 
 def can_gate(optimizer: Optimizer) -> bool:

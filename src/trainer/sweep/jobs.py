@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.2
 _SHOW_ROWS = 40
 
 
-class State(Enum):
+class JobState(Enum):
     """Where a job stands."""
 
     waiting = "waiting"
@@ -57,7 +57,7 @@ class Job:
     steps: int
     flags: list[str] = field(default_factory=list)  # before the overrides
     data: DataConfig | None = None
-    state: State = State.waiting
+    state: JobState = JobState.waiting
     step: int = 0
     loss: float | None = None  # the newest there is: of training while it runs, of validation at its end
     reason: str = ""
@@ -73,14 +73,14 @@ class Job:
 
     @property
     def over(self) -> bool:
-        return self.state not in (State.waiting, State.running)
+        return self.state not in (JobState.waiting, JobState.running)
 
     def take_over(self) -> bool:
         """Take over what an earlier sweep finished here. A diverged run is a result: it is not tried again."""
         done = _done(self.directory)
         status, step = done.get("status"), int(done.get("step", 0))
         if (status == "finished" and step >= self.steps) or status == "diverged":
-            self.state, self.step, self.skipped = State(status), step, True
+            self.state, self.step, self.skipped = JobState(status), step, True
             self.reason = str(done.get("reason", ""))
             self.loss = final_loss(self.directory)
         return self.over
@@ -100,7 +100,7 @@ class Job:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here; a job then writes a checkpoint and stops
             )
-        self.state, self._started = State.running, time.monotonic()
+        self.state, self._started = JobState.running, time.monotonic()
 
     def poll(self) -> bool:
         """Look at the process and the metrics; True once the job has ended."""
@@ -113,10 +113,10 @@ class Job:
         done = _done(self.directory) if _bytes(self.directory / "done.json") != self._done_before else {}
         if code == 0:
             done = done or _done(self.directory)
-        self.state = State(done["status"]) if done.get("status") in State.__members__ else State.failed
+        self.state = JobState(done["status"]) if done.get("status") in JobState.__members__ else JobState.failed
         self.step = int(done.get("step", self.step))
         self.reason = str(done.get("reason") or "") or (_last_error(self.directory, code) if code else "")
-        self.loss = final_loss(self.directory) if self.state is State.finished else self.loss
+        self.loss = final_loss(self.directory) if self.state is JobState.finished else self.loss
         return True
 
 
@@ -139,7 +139,7 @@ def run_jobs(
         require_data_of(job.data for job in jobs if not job.over)
         asked = 0
         while not all(job.over for job in jobs):
-            running = [job for job in jobs if job.state is State.running]
+            running = [job for job in jobs if job.state is JobState.running]
             for job in running:
                 if job.poll():
                     shown.say(job, _ending(job))
@@ -155,7 +155,7 @@ def run_jobs(
                 continue
             shown.update()
             time.sleep(_POLL_SECONDS)
-    counts = {state: sum(job.state is state for job in jobs) for state in State}
+    counts = {state: sum(job.state is state for job in jobs) for state in JobState}
     summary = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
     if received:
         raise SweepStopped(f"stopped: {summary}; the same command goes on")
@@ -172,7 +172,7 @@ def require_data_of(configs: Iterable[DataConfig | None]) -> None:
 def _next(jobs: Sequence[Job], shown: Display) -> Job | None:
     """The first waiting job whose directory is free: workers of a killed sweep may still be leaving one."""
     for job in jobs:
-        if job.state is State.waiting and not _in_use(job.directory):
+        if job.state is JobState.waiting and not _in_use(job.directory):
             if job.take_over():  # whoever held it may have finished it
                 shown.say(job, f"{job.state.value} meanwhile at step {job.step}")
             else:
@@ -260,8 +260,8 @@ def _last_error(directory: Path, code: int) -> str:
 
 
 def _ending(job: Job) -> str:
-    loss = f", validation loss {job.loss:.4f}" if job.state is State.finished and job.loss is not None else ""
-    reason = f": {job.reason}" if job.reason and job.state is not State.finished else ""
+    loss = f", validation loss {job.loss:.4f}" if job.state is JobState.finished and job.loss is not None else ""
+    reason = f": {job.reason}" if job.reason and job.state is not JobState.finished else ""
     return f"{job.state.value} at step {job.step}{loss}, {job.seconds:.0f} s{reason}"
 
 
@@ -299,7 +299,7 @@ class Display:
         table = Table(box=None, pad_edge=False)
         for name in ("job", "state", "step", "loss", "time"):
             table.add_column(name, overflow="fold", justify="left" if name in ("job", "state") else "right")
-        quiet = (State.finished, State.waiting) if len(self._jobs) > _SHOW_ROWS else ()
+        quiet = (JobState.finished, JobState.waiting) if len(self._jobs) > _SHOW_ROWS else ()
         for job in self._jobs:
             if job.state not in quiet:
                 loss = "" if job.loss is None else f"{job.loss:.4f}"

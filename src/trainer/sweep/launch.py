@@ -39,7 +39,7 @@ from .grid import (
     make_jobs,
     without_hydra,
 )
-from .jobs import Job, State, SweepStopped, require_data_of, run_jobs
+from .jobs import Job, JobState, SweepStopped, require_data_of, run_jobs
 
 try:
     from submitit.slurm.slurm import SlurmExecutor
@@ -160,14 +160,14 @@ def _share_cores(jobs: Sequence[Job], options: LauncherConfig) -> None:
 
 def _returned(job: Job, jobs: Sequence[Job]) -> JobReturn:
     result = JobReturn(overrides=job.overrides, working_dir=str(job.directory), status=JobStatus.COMPLETED)
-    if job.state is State.failed:
-        failed = [other.name for other in jobs if other.state is State.failed]
+    if job.state is JobState.failed:
+        failed = [other.name for other in jobs if other.state is JobState.failed]
         result.status = JobStatus.FAILED
         result.return_value = JobsFailed(
             f"{len(failed)} of {len(jobs)} jobs failed ({job.name}: {job.reason}); the same command tries them again"
         )
     else:
-        result.return_value = job.loss if job.state is State.finished and job.loss is not None else math.inf
+        result.return_value = job.loss if job.state is JobState.finished and job.loss is not None else math.inf
     return result
 
 

@@ -22,7 +22,7 @@ from .blocks import Blocks, blocks_of
 from .device import hardware, runs_on
 from .launch import launch
 from .quantize import Output, noise_parts
-from .specs import ROUNDINGS, Grid, Rule, format_fits, grid_of, lacking, rule_of
+from .specs import ROUNDINGS, Grid, ScaleConstants, format_fits, grid_of, lacking, rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Storage:
     rounding: int = 0
     block: int = 0
     grid: Grid | None = None
-    rule: Rule | None = None
+    rule: ScaleConstants | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class State:
+class StateMatrix:
     """An optimizer's state of one parameter: FP32 or BF16 [rows, cols], or codes (uint8) under FP32 scales.
 
     Args:
@@ -113,7 +113,9 @@ class Step:
         return {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in exact.items()}
 
 
-def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate: Tensor | None = None) -> Tensor:
+def adamw_amaxes(
+    grad: Tensor, m: StateMatrix, v: StateMatrix, w: StateMatrix, step: Step, *, gate: Tensor | None = None
+) -> Tensor:
     """FP32 [3]: the amaxes of the new m, v and w on this rank where one scale serves the tensor, else 0."""
     amaxes = torch.zeros(3, dtype=torch.int32, device=grad.device)
     adamw(grad, m, v, w, step, amaxes=amaxes, gate=gate, amax_only=True)
@@ -122,9 +124,9 @@ def adamw_amaxes(grad: Tensor, m: State, v: State, w: State, step: Step, *, gate
 
 def adamw(
     grad: Tensor,
-    m: State,
-    v: State,
-    w: State,
+    m: StateMatrix,
+    v: StateMatrix,
+    w: StateMatrix,
     step: Step,
     *,
     weight: Tensor | None = None,

@@ -6,7 +6,7 @@ Triton's interpreter (whose narrow casts are wrong) gives the same bits as a GPU
 conversion instructions do what they provably do alike: to round a finite value of at most the format's maximum to the
 nearest, ties to even, has one answer; NaN and saturation are dealt with before.
 
-``F`` is a ``specs.Grid`` and ``R`` a ``specs.Rule``.
+``F`` is a ``specs.Grid`` and ``R`` a ``specs.ScaleConstants``.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def grid_of(format: NumberFormat) -> Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class ScaleConstants:
     """A scale rule as constants of a kernel; every real number is one of FP32."""
 
     kind: int
@@ -121,15 +121,15 @@ class Rule:
     block: Grid | None = None
 
 
-def rule_of(spec: OperandSpec, dtype: torch.dtype) -> Rule:
+def rule_of(spec: OperandSpec, dtype: torch.dtype) -> ScaleConstants:
     """The spec's scale rule as constants of a kernel; ``dtype`` is that of the input. Raises KeyError for others."""
     element, rule = spec.format, spec.scale
     kind = KINDS[type(rule)]
     inverse = float(1.0 / torch.tensor(element.max, dtype=torch.float32))
     if isinstance(rule, Unit):
-        return Rule(kind)
+        return ScaleConstants(kind)
     if isinstance(rule, Fp32):
-        return Rule(
+        return ScaleConstants(
             kind,
             top=_fp32(element.max * 2.0**-rule.margin),
             floor=_fp32(rule.eps),
@@ -138,9 +138,9 @@ def rule_of(spec: OperandSpec, dtype: torch.dtype) -> Rule:
             element_has_nan=element.nan is not None,
         )
     if isinstance(rule, Fp32Decode):
-        return Rule(kind, top=element.max, floor=_fp32(rule.floor), pow2=rule.ceil_pow2)
+        return ScaleConstants(kind, top=element.max, floor=_fp32(rule.floor), pow2=rule.ceil_pow2)
     if isinstance(rule, PowerOfTwo):
-        return Rule(
+        return ScaleConstants(
             kind,
             mode=MODES[rule.mode],
             inverse_max=inverse,
@@ -149,7 +149,7 @@ def rule_of(spec: OperandSpec, dtype: torch.dtype) -> Rule:
         )
     assert isinstance(rule, TwoLevel)
     top = _fp32(element.max * (rule.block_max or rule.block.max))
-    return Rule(kind, top=top, limit=FP32_MAX, inverse_max=inverse, block=grid_of(rule.block))
+    return ScaleConstants(kind, top=top, limit=FP32_MAX, inverse_max=inverse, block=grid_of(rule.block))
 
 
 def _fp32(value: float) -> float:
@@ -168,7 +168,7 @@ class Quantization:
     """
 
     element: Grid
-    rule: Rule
+    rule: ScaleConstants
     rounding: int
     given: bool
     parts: int
