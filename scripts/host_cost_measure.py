@@ -465,11 +465,11 @@ def measure(name: str, num_linears: int, steps: int) -> dict[str, Any]:
             for _ in range(steps):
                 step()
             best = min(best, (time.process_time() - start) / steps)
-    choices = getattr(plan.rows[0], "choices", ())
+    backends = [backend.name for backend in next(m for m in model.modules() if hasattr(m, "backends")).backends]
     return {
         "recipe": name,
         "linears": num_linears,
-        "backends": "/".join(choice.backend.name for choice in choices),
+        "backends": "/".join(backends),
         "launches": launches / num_linears,
         **{kind: counts.get(kind, 0) / num_linears for kind in ("products", "kernels", "copies")},
         "at_end": at_end / num_linears,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import launch, make_texts, sign, tiny_overrides, train_here, write_corpus
+from conftest import launch, make_texts, tiny_overrides, train_here, write_corpus
 from mirror import serving
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
@@ -391,19 +390,6 @@ def test_a_run_goes_on_over_the_same_text_compressed_again(texts: Path, tmp_path
     file = tmp_path / "texts" / "en" / f"c4-train.00000-of-{FILES:05}.json.gz"
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"the", b"teh", 1)))
     assert "was trained on other tokens" in refusal(run_of(tmp_path / "texts", tmp_path / "run", "train.steps=12"))
-
-
-def test_a_checkpoint_of_an_older_version_goes_on_over_its_text(texts: Path, tmp_path: Path) -> None:
-    run_of(texts, tmp_path / "run")()
-    checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    config = load_config(streamed(texts, tmp_path / "run"))
-    files = config.data.files()["train"]
-    content = [[[file.index, file.identity()] for file in files], "bytes"]
-    meta = json.loads((checkpoint / "meta.json").read_text())
-    meta["data"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    (checkpoint / "meta.json").write_text(json.dumps(meta))
-    sign(checkpoint)
-    assert run_of(texts, tmp_path / "run", "train.steps=9")() is ExitCode.FINISHED
 
 
 def test_text_of_several_gzip_members_is_known_by_its_file(tmp_path: Path) -> None:
