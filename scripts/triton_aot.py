@@ -22,7 +22,7 @@ import triton
 from narrowgauge.precision.backends.triton.amax import tile_amax
 from narrowgauge.precision.backends.triton.both import quantize_both
 from narrowgauge.precision.backends.triton.device import Launch
-from narrowgauge.precision.backends.triton.fused import State, Step, adamw, adamw_amaxes, quantize_gradients
+from narrowgauge.precision.backends.triton.fused import StateMatrix, Step, adamw, adamw_amaxes, quantize_gradients
 from narrowgauge.precision.backends.triton.quantize import prepare_fused, quantize_fused
 from narrowgauge.precision.backends.triton.quantizer import Triton, hadamard, scaled_output, swizzled
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
@@ -215,14 +215,14 @@ def _adamw(tile: Tile | None) -> None:
     """FP32 weights and a BF16 gradient; moments in E4M3 under a gate, or FP32."""
     step = Step(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, t=1)
     grad = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
-    w = State(values=torch.empty(8192, 8192, device="meta"))
+    w = StateMatrix(values=torch.empty(8192, 8192, device="meta"))
     if tile is None:
         adamw(
             grad, replace(w, values=torch.empty_like(w.values)), replace(w, values=torch.empty_like(w.values)), w, step
         )
         return
     spec = OperandSpec(format=E4M3, tile=tile, scale=Fp32Decode(floor=1e-30))
-    m, v = (State(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
+    m, v = (StateMatrix(values=_codes(spec).codes, scales=_factors(spec), spec=spec) for _ in range(2))
     gate = torch.empty(2, device="meta")
     adamw(grad, m, v, w, step, amaxes=adamw_amaxes(grad, m, v, w, step, gate=gate) if m.per_tensor else None, gate=gate)
 

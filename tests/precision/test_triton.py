@@ -19,7 +19,7 @@ from narrowgauge.precision.backends import Cast, choose, quantize_by
 from narrowgauge.precision.backends.triton import blocks, both, device, fused_kernels, kernels, launch, quantize
 from narrowgauge.precision.backends.triton.blocks import CANDIDATES, BlockSize, fastest
 from narrowgauge.precision.backends.triton.device import recording
-from narrowgauge.precision.backends.triton.fused import State, quantize_gradients
+from narrowgauge.precision.backends.triton.fused import StateMatrix, quantize_gradients
 from narrowgauge.precision.backends.triton.launch import Launcher, start
 from narrowgauge.precision.backends.triton.quantizer import Triton
 from narrowgauge.precision.backends.triton.specs import grid_of
@@ -128,7 +128,7 @@ def test_instructions_are_those_of_a_format_not_of_its_name() -> None:
     assert [grid_of(format).hardware for format in (E4M3, E2M1, replace(E4M3, max=240.0), OTHER_E2M1)] == [1, 3, 0, 0]
     scaled = OperandSpec(format=OTHER_E4M3, tile=Tile(1, 32), scale=Fp32Decode())
     with pytest.raises(ValueError, match="no kernel for states stored as e4m3"):
-        State(values=torch.zeros(4, 32, dtype=torch.uint8), scales=torch.ones(4, 1), spec=scaled).storage()
+        StateMatrix(values=torch.zeros(4, 32, dtype=torch.uint8), scales=torch.ones(4, 1), spec=scaled).storage()
 
 
 @dataclass(frozen=True)
