@@ -28,9 +28,9 @@ from .scaling import Delayed
 from .slots import (
     OUTPUTS,
     SLOTS,
-    WGRAD_X,
     Backends,
     LinearPlan,
+    Saved,
     X,
     columns_of,
     gemms,
@@ -280,7 +280,7 @@ class QuantLinear(QuantizedModule):
         """dx, dw and dbias [..., features], those that are needed."""
         rows = dy.reshape(-1, self.out_features)
         saved: Operand = pieces[0] if pieces else rows
-        if needed[1] and self.plan.slots[WGRAD_X].spec is None:
+        if needed[1] and self.plan.saved is Saved.INPUT:
             saved = pieces[0].reshape(-1, self.in_features)
         elif needed[1]:
             (saved,) = pack_all(pieces, _LAYOUTS["saved", self.plan.kind, tuple(dy.shape[:-1])])

@@ -50,7 +50,7 @@ from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize, operand, quantize
 from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
-from narrowgauge.precision.states.updates import choose as choose_update
+from narrowgauge.precision.states.updates import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes

@@ -162,7 +162,7 @@ class CodecAdamW(Optimizer):
         self._counted: list[Tensor] = []  # the parameters of the last update
         codecs = dict.fromkeys(codec for place in self.places.values() for codec in place.codecs)
         beta1 = min(float(group["betas"][0]) for group in self.param_groups)
-        self.choice = choose(device, backend, codecs=codecs, beta1=beta1)
+        self.choice = choose_update(device, backend, codecs=codecs, beta1=beta1)
         self.backend: AdamBackend = self.choice.backend
         with torch.no_grad():
             self._encode_masters()
@@ -319,7 +319,7 @@ class UpdateChoice:
         return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
 
 
-def choose(
+def choose_update(
     device: torch.device, wanted: str = "auto", *, codecs: Collection[Codec] = (), beta1: float = 0.9
 ) -> UpdateChoice:
     """The backend of updates on ``device``: the one of that name if it can, else the first that can.
