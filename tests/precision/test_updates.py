@@ -14,7 +14,7 @@ from narrowgauge.precision.formats import E4M3, NumberFormat
 from narrowgauge.precision.states.codecs import Codec, Scaled
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
 from narrowgauge.precision.states.telemetry import step_with_sums
-from narrowgauge.precision.states.updates import ORDER, AdamW, CodecAdamW, can_gate, choose, gated_step, multiply
+from narrowgauge.precision.states.updates import ORDER, AdamW, CodecAdamW, can_gate, choose_update, gated_step, multiply
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -229,7 +229,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
     before = state_of(optimizer)
     optimizer.step()  # nobody has a gradient: as in a step that the trainer skips
     assert same(before, state_of(optimizer)) == []
-    assert str(choose(CPU, "reference")) == "reference"
+    assert str(choose_update(CPU, "reference")) == "reference"
     with pytest.raises(ValueError, match="its noise goes by the parameter's name"):
         CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
 
