@@ -109,24 +109,25 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def hub(self, rest: str) -> None:
-        files = sorted((self.mirror.root / "en").iterdir())
-        entries = [
-            {"type": "file", "path": f"en/{file.name}", "size": file.stat().st_size, "oid": f"blob-{file.name}"}
-            for file in files
-        ]
-        if rest.startswith(f"/tree/{REVISION}/en"):
+        if rest.startswith(f"/tree/{REVISION}"):
+            directory = rest.split("?")[0].removeprefix(f"/tree/{REVISION}").strip("/")
+            if not (self.mirror.root / directory).is_dir():
+                return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
+            entries: list[dict[str, Any]] = []
+            for place in sorted((self.mirror.root / directory).iterdir()):
+                entry = {"path": f"{directory}/{place.name}".strip("/"), "oid": f"blob-{place.name}"}
+                kind = {"type": "file", "size": place.stat().st_size} if place.is_file() else {"type": "directory"}
+                entries.append(entry | kind)
             self.answer(json.dumps(entries).encode(), kind="application/json")
-        elif rest.startswith(f"/tree/{REVISION}"):
-            self.answer(json.dumps([{"type": "directory", "path": "en", "oid": "t"}]).encode(), kind="application/json")
         else:
             self.answer(
                 json.dumps({"id": "allenai/c4", "sha": REVISION, "siblings": []}).encode(), kind="application/json"
             )
 
-    def answer(self, content: bytes, status: int = 200, kind: str = "text/html") -> None:
+    def answer(self, content: bytes, status: int = 200, kind: str = "text/html", **more: str) -> None:
         self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(content))}
-        for name, value in (headers | (self.mirror.headers if status >= 400 else {})).items():
+        sent = {"Content-Type": kind, "Content-Length": str(len(content)), **more}
+        for name, value in (sent | (self.mirror.headers if status >= 400 else {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -63,8 +63,10 @@ def _launcher_ends() -> bool:
     """Whether torchrun has begun to end: while its other threads still do, it is the parent of this process."""
     try:
         return launched_by_torchrun() and psutil.Process(launcher_pid()).status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return True
+    except psutil.Error:  # not ours to see: a signal is a signal
+        return False
 
 
 def seconds_of(text: str) -> float:

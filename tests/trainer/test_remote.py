@@ -350,6 +350,13 @@ def test_the_hub_is_read_at_one_revision(hub: Mirror, tmp_path: Path) -> None:
     assert json.loads(json.dumps(prepare(data, 1)))["splits"]["train"][0]["documents"] == 60
 
 
+def test_the_hubs_files_need_no_directory_en(hub: Mirror) -> None:
+    for file in (hub.root / "en").iterdir():
+        file.rename(hub.root / file.name)
+    (hub.root / "en").rmdir()
+    assert texts("allenai/c4") == TRAIN
+
+
 def test_a_hub_that_is_away_or_lacks_the_repository(hub: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be reached" in refusal("hf://datasets/nobody/nothing")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

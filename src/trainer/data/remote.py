@@ -304,9 +304,8 @@ class Listing:
 
     directory: str
     names: list[str]
-    describe: Callable[
-        [Sequence[str]], Sequence[Path | RemoteFile]
-    ]  # sizes and tags are asked for the chosen ones only
+    #: Sizes and tags are asked for the chosen ones only.
+    describe: Callable[[Sequence[str]], Sequence[Path | RemoteFile]]
 
 
 def list_remote(url: str, name: re.Pattern[str], known: Sequence[str], attempts: int, least_rate: int) -> Listing:
