@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .backends import Choice, choose
-from .slots import WGRAD, gemms
-from .spec import GEMMS, GemmSpec, LinearSpec
+from .slots import TENSORS, WGRAD, gemms
+from .spec import GEMMS, GemmSpec, LinearSpec, Split, specs_of
 from .transforms import Composed, Hadamard
 
 if TYPE_CHECKING:
@@ -50,13 +50,17 @@ def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None) -
     cut = [block for block in _along_tokens(gemm, wgrad=number == WGRAD) if tokens is not None and tokens % block]
     notes = [choice.backend.note(gemm)]
     notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
-    return f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
+    line = f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
+    sides = zip(TENSORS[2 * number :], (gemm.a, gemm.b), strict=False)
+    parts = [(name, part) for name, side in sides if isinstance(side, Split) for part in side.parts]
+    lines = [f"            {name}, {part.name}: {part.spec or 'high precision'}" for name, part in parts]
+    return "\n".join([line, *lines])
 
 
 def _along_tokens(gemm: GemmSpec, *, wgrad: bool) -> list[int]:
     """How many tokens a tile of x or dy holds, or a block of a transform; not those that hold all there are."""
     if not wgrad:
-        return [gemm.a.tile.outer] if gemm.a is not None and gemm.a.tile.outer > 0 else []
-    sizes = [operand.tile.inner for operand in (gemm.a, gemm.b) if operand is not None and operand.tile.inner > 0]
+        return [spec.tile.outer for spec in specs_of(gemm.a) if spec.tile.outer > 0]
+    sizes = [spec.tile.inner for spec in specs_of(gemm.a, gemm.b) if spec.tile.inner > 0]
     transform = gemm.transform.second if isinstance(gemm.transform, Composed) else gemm.transform
     return [*sizes, transform.size] if isinstance(transform, Hadamard) else sizes

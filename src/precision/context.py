@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .backends import Operand
-
 
 class SharedInput:
     """Operands of the newest input: sibling linears (q, k, v; gate, up) read one tensor and share its codes.
@@ -29,9 +27,9 @@ class SharedInput:
     def __init__(self) -> None:
         self._input: Callable[[], Tensor | None] = lambda: None
         self._version = -1
-        self._operands: dict[Hashable, Operand] = {}
+        self._operands: dict[Hashable, Any] = {}
 
-    def operands_of(self, x: Tensor) -> dict[Hashable, Operand] | None:
+    def operands_of(self, x: Tensor) -> dict[Hashable, Any] | None:
         """The operands of ``x`` by how they were computed, to be added to; None for a tensor that counts no writes."""
         if x.is_inference():
             return None

@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 from . import traced
 from .amax import Amaxes
 from .assign import assign_backends
-from .backends import REFERENCE, Operand
+from .backends import REFERENCE
 from .context import StepContext
 from .module import Observer, QuantizedModule, Site
-from .operands import Call, Gathered
+from .operands import AnyOperand, Call, Gathered, Saving
 from .packing import pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
 from .scaling import Delayed
@@ -39,7 +39,7 @@ from .slots import (
     plain,
     resolve,
 )
-from .spec import GEMMS, LinearSpec, OperandSpec
+from .spec import GEMMS, LinearSpec, OperandSpec, Split, draws
 
 
 class QuantLinear(QuantizedModule):
@@ -138,7 +138,8 @@ class QuantLinear(QuantizedModule):
     @property
     def goes_by_step(self) -> str:
         random = any(is_stochastic(operand) for spec in self.specs for operand in operands(spec))
-        return "rounding noise" if random else ""
+        drawn = any(draws(gemm.transform) for spec in self.specs for gemm in gemms(spec))
+        return "rounding noise" if random else "a random transform" if drawn else ""
 
     @property
     def reads_weight(self) -> OperandSpec | str:
@@ -146,7 +147,14 @@ class QuantLinear(QuantizedModule):
 
     @property
     def observed(self) -> tuple[str, ...]:
-        return SLOTS + OUTPUTS
+        parts = {
+            f"{SLOTS[slot]}.{part.name}": None
+            for spec in self.specs
+            for slot, operand in enumerate(operands(spec))
+            if isinstance(operand, Split)
+            for part in operand.parts
+        }
+        return (*SLOTS, *parts, *OUTPUTS)
 
     @property
     def is_plain_linear(self) -> bool:
@@ -198,7 +206,7 @@ class QuantLinear(QuantizedModule):
 
     def _traceable(self, x: Tensor) -> bool:
         """Whether what this call computes follows from its tensors, its token and its plan."""
-        usual = self.observer is None and self.gathered is None and self.statistics is None
+        usual = self.plan.traceable and self.observer is None and self.gathered is None and self.statistics is None
         # An operator is also run to see what it gives: not by all ranks at once, as a collective has to be.
         usual = usual and not (self.plan.all_ranks and self.amaxes.meets_ranks())
         return usual and not torch.is_autocast_enabled(x.device.type)
@@ -279,7 +287,7 @@ class QuantLinear(QuantizedModule):
     ) -> list[Tensor | None]:
         """dx, dw and dbias [..., features], those that are needed."""
         rows = dy.reshape(-1, self.out_features)
-        saved: Operand = pieces[0] if pieces else rows
+        saved: Saving = pieces[0] if pieces else rows
         if needed[1] and self.plan.saved is Saved.INPUT:
             saved = pieces[0].reshape(-1, self.in_features)
         elif needed[1]:
@@ -288,7 +296,7 @@ class QuantLinear(QuantizedModule):
         dx = None if dx is None else dx.view(*dy.shape[:-1], self.in_features)
         return [dx, dw, rows.sum(0) if needed[2] else None]
 
-    def call(self, x: Tensor, shared: dict[Hashable, Operand] | None, stats: Tensor | None = None) -> Call:
+    def call(self, x: Tensor, shared: dict[Hashable, AnyOperand] | None, stats: Tensor | None = None) -> Call:
         """A pass by the plan in use. ``x``: the input or the gradient of the output, with the dimensions they share."""
         rows, context = x.numel() // x.shape[-1] if x.shape[-1] else 0, self.context
         return Call(self, self.plan, context.first_sample, context.rows_per_sample(x, rows), shared, stats)
@@ -326,7 +334,7 @@ class _Linear(torch.autograd.Function):
         linear: QuantLinear,
         plan: LinearPlan,
         rows_per_sample: int,
-        shared: dict[Hashable, Operand] | None,
+        shared: dict[Hashable, AnyOperand] | None,
         differentiated: bool,
     ) -> Tensor:
         rows = _rows(x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from .backends import Cast, Operand, quantize_by
-from .noise import Noise, base_key
-from .quantize import Prepared, Quantized, dequantize
+from .estimator import multiplied, pack_bits, unpack_bits
+from .noise import Noise, base_key, step_key
+from .quantize import Prepared, Quantized, dequantize, scaled
 from .scaling import Unit
 from .slots import (
     DGRAD,
     DGRAD_DY,
     DGRAD_W,
+    EARLIER,
     FPROP,
     OUTPUTS,
-    SLOTS,
+    SIGNS,
     TENSORS,
     WGRAD,
     WGRAD_DY,
@@ -31,8 +34,8 @@ from .slots import (
     W,
     X,
 )
-from .spec import OperandSpec, Source, Transform
-from .transforms import Composed
+from .spec import Estimator, OperandSpec, Transform
+from .transforms import Composed, back, drawn
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
@@ -47,6 +50,23 @@ class Gathered(NamedTuple):
 
     scales: Tensor
     tensor_scale: Tensor | None
+
+
+class Parts(NamedTuple):
+    """An operand that is a sum (``spec.Split``)."""
+
+    operands: tuple[Operand, ...]
+
+
+class WithDerivative(NamedTuple):
+    """What is saved of x, and what the factors of dx are computed from: their bits (uint8), or x."""
+
+    saved: Operand | Parts
+    source: Tensor
+
+
+AnyOperand = Operand | Parts
+Saving = AnyOperand | WithDerivative
 
 
 @dataclass(slots=True)  # a frozen one takes several times as long to make
@@ -66,7 +86,7 @@ class Call:
     plan: LinearPlan
     first_sample: Tensor
     rows_per_sample: int
-    shared: dict[Hashable, Operand] | None
+    shared: dict[Hashable, AnyOperand] | None
     stats: Tensor | None = None
     observer: Observer | None = None
 
@@ -79,7 +99,7 @@ class Call:
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
-    ) -> tuple[Tensor, Operand | None, Any]:
+    ) -> tuple[Tensor, Saving | None, Any]:
         """y of x [rows, in_features]; what is saved of x, if it will be differentiated; an observer's figures of
         fprop."""
         self.linear.amaxes.measure_rest(self.stats, x=x, w=weight)
@@ -98,7 +118,7 @@ class Call:
         self,
         dy: Tensor,
         weight: Tensor,
-        saved: Operand,
+        saved: Saving,
         needed: tuple[bool, bool],
         watched: tuple[Any, Tensor] | None,
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -107,23 +127,32 @@ class Call:
         ``watched``: the observer's figures of fprop, and x, if there is an observer.
         """
         dx = dw = None
+        derivative = None
+        if isinstance(saved, WithDerivative):
+            saved, derivative = saved
         self.linear.amaxes.measure_rest(self.stats, dy=dy)
         pair = self.pair(DGRAD_DY, dy, codes=False) if all(needed) else None
-        first: Operand = dy
+        first: AnyOperand = dy
         if needed[0]:
-            requantized = self.plan.slots[WGRAD_DY].origin is Origin.REQUANTIZED
-            first = self.operand(DGRAD_DY, dy, codes=requantized) if pair is None else pair[0]
+            read_again = self.plan.slots[WGRAD_DY].origin in (Origin.REQUANTIZED, Origin.VALUES)
+            first = self.operand(DGRAD_DY, dy, codes=read_again) if pair is None else pair[0]
             w_t = self.weight(DGRAD_W, weight)
             dx = self.product(DGRAD, first, w_t, dtype=dy.dtype)
             if self.observer is not None:
-                self.observer.add(self._measured(self.observer, DGRAD, (dy, weight.mT), (first, w_t), dx))
+                given = dy, self._rounded_from(W, weight).mT
+                self.observer.add(self._measured(self.observer, DGRAD, given, (first, w_t), dx))
+            if self.plan.spec.dx is not None or self.plan.rotated[0] is not None:
+                dx = self._derived(X, dx, self.plan.spec.dx, derivative)
         if needed[1]:
             x_t = self.saved_operand(saved)
             dy_t = self.dy_for_wgrad(dy, first) if pair is None else pair[1]
             dw = self.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
             if self.observer is not None and watched is not None:
                 self.observer.add(watched[0])
-                self.observer.add(self._measured(self.observer, WGRAD, (dy.mT, watched[1].mT), (dy_t, x_t), dw))
+                given = dy.mT, self._rounded_from(X, watched[1]).mT
+                self.observer.add(self._measured(self.observer, WGRAD, given, (dy_t, x_t), dw))
+            if self.plan.spec.dw is not None or self.plan.rotated[1] is not None:
+                dw = self._derived(W, dw, self.plan.spec.dw, weight)
         return dx, dw
 
     def _measured(
@@ -131,41 +160,62 @@ class Call:
         observer: Observer,
         gemm: int,
         given: tuple[Tensor, Tensor],
-        used: tuple[Operand, Operand],
+        used: tuple[AnyOperand, AnyOperand],
         y: Tensor,
         bias: Tensor | None = None,
     ) -> list[Any]:
         """An observer's figures of a GEMM's operands, each as it was and as it was read, and of its output."""
-        slots = self.plan.slots[2 * gemm : 2 * gemm + 2]
+        rows: list[tuple[SlotPlan, Tensor, Operand]] = []
+        for slot, x, q in zip(self.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
+            if isinstance(q, Parts):
+                rows += [(slot, x, _sum(q)), *zip(slot.parts, self._split(slot, x), q.operands, strict=True)]
+            else:
+                rows.append((slot, x, q))
         figures = [
-            observer.operand(self.linear, SLOTS[slot.number], slot.described(x.dtype), self.transformed(slot, x), q)
-            for slot, x, q in zip(slots, given, used, strict=True)
+            observer.operand(self.linear, slot.row, slot.described(x.dtype), self.transformed(slot, x), q)
+            for slot, x, q in rows
         ]
         return [*figures, observer.output(self.linear, OUTPUTS[gemm], *given, y, bias)]
+
+    def _rounded_from(self, number: int, x: Tensor) -> Tensor:
+        """x, or w, as codes of it that a backward GEMM reads stand for it: transformed, if fprop transforms it."""
+        rotated = self.plan.rotated[0 if number == W else 1]
+        return x if rotated is None else self.transformed(self.plan.slots[number], x)
 
     def noise(self, slot: SlotPlan) -> Noise:
         """Of the slot's tensor at this place in the data; that of a weight is the same everywhere."""
         linear = self.linear
-        base = linear.base_keys.get(slot.number)
-        if base is None:
-            base = base_key(linear.context.seed, linear.path, slot.number, device=linear.weight.device)
-            linear.base_keys[slot.number] = base
         return Noise.of(
-            base=base,
+            base=self._base_key(slot.noise),
             step=linear.context.step,
             first_sample=self.first_sample,
             rows_of_a_sample=0 if TENSORS[slot.number] == "w" else self.rows_per_sample,
             transposed=slot.transposed,
         )
 
-    def operand(self, number: int, x: Tensor, *, codes: bool = False) -> Operand:
+    def _base_key(self, noise: int) -> Tensor:
+        linear = self.linear
+        base = linear.base_keys.get(noise)
+        if base is None:
+            base = base_key(linear.context.seed, linear.path, noise, device=linear.weight.device)
+            linear.base_keys[noise] = base
+        return base
+
+    def transform(self, slot: SlotPlan) -> Transform | None:
+        """The slot's transform, at this step."""
+        if slot.transform is None or not slot.draws:
+            return slot.transform
+        key = step_key(self._base_key(SIGNS + slot.number // 2), self.linear.context.step)
+        return drawn(slot.transform, key)
+
+    def operand(self, number: int, x: Tensor, *, codes: bool = False) -> AnyOperand:
         """The slot's operand of ``x``, which is transposed already where the slot is.
 
         ``codes``: as codes and scales, and not as the values that a product reads.
         """
         slot = self.plan.slots[number]
         codes = codes or self.observer is not None  # which reads them
-        if self.shared is None or slot.spec is None or number not in (X, WGRAD_X) or slot.stochastic:
+        if self.shared is None or not slot.quantized or number not in (X, WGRAD_X) or slot.stochastic:
             return self._cast(slot, x, codes)
         key = self._key(slot, x)
         if key is None:
@@ -174,7 +224,7 @@ class Call:
             self.shared[key, codes] = self._cast(slot, x, codes)
         return self.shared[key, codes]
 
-    def weight(self, number: int, weight: Tensor) -> Operand:
+    def weight(self, number: int, weight: Tensor) -> AnyOperand:
         """The operand of slot W or DGRAD_W."""
         slot = self.plan.slots[number]
         if self.linear.gathered is not None:
@@ -182,14 +232,18 @@ class Call:
             return codes if number == W else codes.t()
         if number == W:
             return self.operand(W, weight)
-        if slot.spec is not None and slot.spec.source is Source.QUANTIZED:
-            first = self.operand(W, weight, codes=True)
-            assert isinstance(first, Quantized), "the spec says that W is quantized"
-            return first.t() if slot.origin is Origin.TRANSPOSED else self._requantized(DGRAD_W, first)
+        if slot.rereads:
+            return self._read_again(DGRAD_W, self.operand(W, weight, codes=True))
         return self.operand(DGRAD_W, weight.mT)
 
-    def saved(self, x: Tensor, a: Operand) -> Operand:
+    def saved(self, x: Tensor, a: AnyOperand) -> Saving:
         """What is saved of x for backward; ``a``: the operand of fprop."""
+        saved, estimator = self._saved(x, a), self.plan.spec.dx
+        if estimator is None:
+            return saved
+        return WithDerivative(saved, pack_bits(self._factor(X, x, estimator)) if estimator.mask else x)
+
+    def _saved(self, x: Tensor, a: AnyOperand) -> AnyOperand:
         match self.plan.saved:
             case Saved.INPUT:
                 return x
@@ -197,35 +251,49 @@ class Call:
                 columns = self._columns(x)
                 assert isinstance(a, Quantized), "codes, as the plan says"
                 return a.t() if columns is None else columns
+            case Saved.VALUES:
+                return a
             case Saved.REQUANTIZED:
                 return self._requantized(WGRAD_X, a, codes=True)
             case Saved.WGRAD:
                 return self.operand(WGRAD_X, x.mT, codes=True)
 
-    def saved_operand(self, saved: Operand) -> Operand:
+    def saved_operand(self, saved: AnyOperand) -> AnyOperand:
         """The operand of slot WGRAD_X, from what was saved of x."""
+        if self.plan.saved is Saved.VALUES:
+            return self._read_again(WGRAD_X, saved)
         return self.operand(WGRAD_X, saved.mT) if isinstance(saved, Tensor) else saved
 
-    def dy_for_wgrad(self, dy: Tensor, first: Operand) -> Operand:
+    def dy_for_wgrad(self, dy: Tensor, first: AnyOperand) -> AnyOperand:
         """The operand of slot WGRAD_DY; ``first``: that of DGRAD_DY, or dy where no dx is needed."""
-        origin = self.plan.slots[WGRAD_DY].origin
-        if origin is Origin.TRANSPOSED and not isinstance(first, Tensor):
-            return first.t()
-        if origin is Origin.REQUANTIZED and isinstance(first, Quantized):
-            return self._requantized(WGRAD_DY, first)
-        return self.operand(WGRAD_DY, dy.mT)
+        slot = self.plan.slots[WGRAD_DY]
+        if slot.origin is Origin.VALUES and first is dy:
+            first = self.operand(DGRAD_DY, dy, codes=True)
+        if slot.origin is Origin.TENSOR or isinstance(first, Tensor):
+            return self.operand(WGRAD_DY, dy.mT)
+        return self._read_again(WGRAD_DY, first)
 
-    def product(self, gemm: int, a: Operand, b: Operand, *, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    def product(
+        self, gemm: int, a: AnyOperand, b: AnyOperand, *, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> Tensor:
         """The output of GEMM 0, 1 or 2."""
-        transform, by = self.plan.slots[2 * gemm].transform, self.plan.backends[gemm].product
-        if transform is None:
+        slot, by = self.plan.slots[2 * gemm], self.plan.backends[gemm].product
+        if isinstance(a, Parts) or isinstance(b, Parts):
+            wide = torch.promote_types(dtype, torch.float32)
+            pairs = [(p, q) for p in _parts(a) for q in _parts(b)]
+            y = functools.reduce(torch.add, (by.gemm(p, q, bias=None, dtype=wide) for p, q in pairs))
+        elif slot.transform is None:
             return by.gemm(a, b, bias=bias, dtype=dtype)
-        y = transform.output(by.gemm(a, b, bias=None, dtype=dtype), self.stats)
-        return y if bias is None else y + bias
+        else:
+            y = by.gemm(a, b, bias=None, dtype=dtype)
+        transform = self.transform(slot)
+        y = y if transform is None else transform.output(y, self.stats)
+        return (y if bias is None else y + bias).to(dtype)
 
     def transformed(self, slot: SlotPlan, x: Tensor) -> Tensor:
         """The tensor that is quantized in place of x."""
-        return x if slot.transform is None else self._transformed(slot, slot.transform, x, self.stats)
+        transform = self.transform(slot)
+        return x if transform is None else self._transformed(slot, transform, x, self.stats)
 
     def pair(
         self, number: int, x: Tensor, *, codes: bool = True
@@ -253,9 +321,32 @@ class Call:
         if keys[0] not in self.shared and (pair := self.pair(X, x)) is not None:
             self.shared.update(zip(keys, pair, strict=True))
 
-    def _cast(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
+    def _cast(self, slot: SlotPlan, x: Tensor, codes: bool) -> AnyOperand:
         """x, transformed and quantized as the slot says."""
-        spec, transform = slot.spec, slot.transform
+        if slot.split is None:
+            return self._quantized(slot, x, codes)
+        parts = zip(slot.parts, self._split(slot, x), strict=True)
+        return Parts(tuple(self._quantized(part, tensor, codes) for part, tensor in parts))
+
+    def _split(self, slot: SlotPlan, x: Tensor) -> list[Tensor]:
+        """The parts of x, which is transposed where the slot is; so are they.
+
+        Raises ValueError for another number of parts than the spec names, and for parts of another shape.
+        """
+        assert slot.split is not None
+        tensor = x.mT if slot.transposed else x
+        parts, named = slot.split.by.split(tensor), slot.split.parts
+        fitting = len(parts) == len(named) and all(part.shape in (tensor.shape, (1, tensor.shape[1])) for part in parts)
+        if not fitting:
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            raise ValueError(
+                f"{self.linear.path}: {slot.split.by} split {list(tensor.shape)} into {shapes}: {len(named)} parts of "
+                f"that shape, or of one row, are wanted"
+            )
+        return [part.expand_as(tensor).mT for part in parts] if slot.transposed else list(parts)
+
+    def _quantized(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
+        spec, transform = slot.spec, self.transform(slot)
         # A remembered amax, or that of all ranks, is of the transformed tensor; else one pass may do both.
         apart = spec is None or (slot.column is not None and not slot.quantizer.notes)
         if transform is not None and (apart or slot.all_ranks or self.stats is not None):
@@ -286,12 +377,60 @@ class Call:
             return self._transformed(slot, transform.second, self._transformed(slot, transform.first, x, stats), None)
         return transform.left(x, stats) if slot.left else transform.right(x, stats)
 
-    def _requantized(self, number: int, earlier: Operand, *, codes: bool = False) -> Operand:
+    def _read_again(self, number: int, earlier: AnyOperand) -> AnyOperand:
+        """The slot's operand from the codes of the earlier slot of the tensor."""
+        slot = self.plan.slots[number]
+        if slot.origin is Origin.REQUANTIZED:
+            return self._requantized(number, earlier)
+        if isinstance(earlier, Tensor):
+            return earlier.mT
+        if isinstance(earlier, Parts):
+            return _sum(earlier, self._reread(number)).mT
+        if slot.origin is Origin.VALUES and isinstance(earlier, Quantized):
+            matrix, factor = slot.quantizer.operand(earlier)
+            return Prepared(matrix=matrix.mT, factor=factor)
+        return earlier.t()
+
+    def _requantized(self, number: int, earlier: AnyOperand, *, codes: bool = False) -> AnyOperand:
         """The slot's operand from the codes of an earlier slot of the transposed tensor."""
+        if isinstance(earlier, Parts):
+            return self.operand(number, _sum(earlier, self._reread(number)).mT, codes=codes)
         assert isinstance(earlier, Quantized)
         return self.operand(number, dequantize(earlier).mT, codes=codes)
 
-    def _columns(self, x: Tensor) -> Operand | None:
+    def _reread(self, number: int) -> tuple[int, ...]:
+        """The parts of the earlier slot that this one reads."""
+        split = self.plan.slots[EARLIER[number]].split
+        assert split is not None
+        return split.read_again
+
+    def _factor(self, number: int, x: Tensor, estimator: Estimator) -> Tensor:
+        """What multiplies the gradient of x, or of w, where fprop rounds it."""
+        slot = self.plan.slots[number]
+        assert slot.spec is not None, "the spec says that it is rounded"
+        x = self.transformed(slot, x)
+        # Recorded a second time, an amax of the same tensor changes nothing.
+        amax = self.linear.amaxes.of_all_ranks(slot, x) if slot.all_ranks else self.linear.amaxes.held(slot, x)
+        noise = self.noise(slot) if slot.stochastic else None
+        return estimator.factor(scaled(x, slot.spec, amax=amax, noise=noise), slot.spec.format)
+
+    def _derived(self, number: int, g: Tensor, estimator: Estimator | None, source: Tensor | None) -> Tensor:
+        """The gradient of x, or of w, from what the product gave.
+
+        ``source``: what the factors are computed from: their bits (uint8), or the tensor.
+        """
+        slot, rotated = self.plan.slots[number], self.plan.rotated[0 if number == X else 1] is not None
+        transform = self.transform(slot)
+        if estimator is not None:
+            assert source is not None
+            bits = number == X and estimator.mask
+            factor = unpack_bits(source, g.shape[1]) if bits else self._factor(number, source, estimator)
+            if transform is not None and not rotated:  # to where it was rounded, and back
+                g, rotated = self._transformed(slot, transform, g, self.stats), True
+            g = multiplied(g, factor)
+        return back(transform, g, left=slot.left, stats=self.stats) if rotated and transform is not None else g
+
+    def _columns(self, x: Tensor) -> AnyOperand | None:
         """The codes of x.mT for wgrad, if one read gave them with those of x."""
         if self.shared is None or not self.plan.slots[X].reads_rows:
             return None
@@ -315,7 +454,7 @@ class Call:
 
         An amax of earlier steps is part of it, and the new one is recorded, as it would be in making the codes.
         """
-        if slot.transform is not None and self.stats is not None:
+        if slot.draws or (slot.transform is not None and self.stats is not None):
             return None
         if slot.column is None:
             return slot.key
@@ -333,3 +472,20 @@ class Call:
         assert self.shared is not None
         first: Any = self.shared.setdefault(("leader", slot.key), self.linear)  # type: ignore[arg-type]
         return id(first if first is self.linear or self.linear.amaxes.follows(first, slot) else self.linear)
+
+
+def _parts(operand: AnyOperand) -> tuple[Operand, ...]:
+    return operand.operands if isinstance(operand, Parts) else (operand,)
+
+
+def _sum(parts: Parts, places: Sequence[int] | None = None) -> Tensor:
+    """The values of these parts, of all if left out, added up in FP32, in their order."""
+    operands = parts.operands if places is None else [parts.operands[place] for place in places]
+    values = (dequantize(one) if isinstance(one, Quantized) else _matrix(one).float() for one in operands)
+    return functools.reduce(torch.add, values)
+
+
+def _matrix(operand: Prepared | Tensor) -> Tensor:
+    if isinstance(operand, Tensor):
+        return operand
+    return operand.matrix if operand.factor is None else operand.matrix * operand.factor

@@ -7,20 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from .backends import Operand
+from .operands import Parts, Saving, WithDerivative
 from .quantize import Prepared, Quantized
 
 Layout = tuple[Any, ...]
 """Of one operand: its type and what of it is no tensor."""
 
 
-def unpack(operand: Operand | None) -> tuple[tuple[Tensor | None, ...], Layout]:
+def unpack(operand: Saving | None) -> tuple[tuple[Tensor | None, ...], Layout]:
     """The tensors of an operand, and the rest that ``pack`` needs."""
     if isinstance(operand, Quantized):
         rest = operand.shape, operand.spec, operand.transposed
         return (operand.codes, operand.scales, operand.tensor_scale), (Quantized, *rest)
     if isinstance(operand, Prepared):
         return (operand.matrix, operand.factor), (Prepared,)
+    if isinstance(operand, Parts | WithDerivative):
+        several = operand.operands if isinstance(operand, Parts) else operand
+        parts, layouts = zip(*map(unpack, several), strict=True)
+        return tuple(tensor for part in parts for tensor in part), (type(operand), layouts)
     return (operand,), (Tensor,)
 
 
@@ -35,10 +39,13 @@ def pack(tensors: Iterator[Any], layout: Layout) -> Any:
         )
     if kind is Prepared:
         return Prepared(matrix=next(tensors), factor=next(tensors))
+    if kind in (Parts, WithDerivative):
+        several = [pack(tensors, layout) for layout in rest[0]]
+        return Parts(tuple(several)) if kind is Parts else WithDerivative(*several)
     return next(tensors)
 
 
-def unpack_all(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Layout, ...]]:
+def unpack_all(operands: Sequence[Saving]) -> tuple[list[Tensor], tuple[Layout, ...]]:
     """The tensors of several operands, one that several share only once, and how to have the operands again."""
     tensors: list[Tensor] = []
     places: dict[int, int] = {}
@@ -53,7 +60,7 @@ def unpack_all(operands: Sequence[Operand]) -> tuple[list[Tensor], tuple[Layout,
     return tensors, tuple(layouts)
 
 
-def pack_all(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Operand]:
+def pack_all(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Any]:
     """The inverse of ``unpack_all``."""
     return [
         pack(iter([None if place is None else tensors[place] for place in places]), layout)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .backends import Operand
 from .module import QuantizedModule
 from .plan import Plan
-from .quantize import Quantized, dequantize
+from .quantize import Prepared, Quantized, dequantize
 from .slots import OUTPUTS, SLOTS, TENSORS
 from .suggest import close
 
@@ -220,10 +220,11 @@ def check_settings(every: int, layers: str | None) -> None:
 
 @torch.no_grad()
 def of_operand(given: Tensor, used: Operand) -> Figures:
-    """What became of ``given`` (any float dtype) in ``used``: codes and scales, or a plain tensor of the same shape."""
+    """What became of ``given`` (any float dtype) in ``used``: codes and scales, or values of the same shape."""
+    if isinstance(used, Prepared):  # values of codes, read again
+        used = used.matrix if used.factor is None else used.matrix * used.factor
     if isinstance(used, Tensor):
         return _figures(given, used, None, None)
-    assert isinstance(used, Quantized), "a linear that is watched makes codes"
     format = used.spec.format
     if format.bits <= 8:
         code = format.max_code | (format.max_code << 4 if format.bits == 4 else 0)

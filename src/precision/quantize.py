@@ -218,6 +218,14 @@ def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | No
     return rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
 
 
+def scaled(
+    x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None, passes: Passes = TORCH
+) -> Tensor:
+    """What ``quantize`` rounds: FP32 [outer, inner], x times the scale of its tile. Arguments and errors as there."""
+    scales = _scales(x, spec, amax, noise, passes)
+    return x.detach().float() if spec.scale.levels == 0 else _scaled(x.detach().float(), scales.encode, spec.tile)
+
+
 def _largest(amaxes: Tensor, dim: int) -> Tensor:
     return amaxes.amax(dim) if amaxes.shape[dim] else amaxes.new_zeros(amaxes.shape[0])
 

@@ -23,7 +23,20 @@ import torch
 
 from .backends import Backend, Quantizer
 from .scaling import TENSOR, Current, Delayed
-from .spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
+from .spec import (
+    GemmSpec,
+    LinearSpec,
+    OperandSpec,
+    Part,
+    Rounding,
+    SlotSpec,
+    Source,
+    Split,
+    Transform,
+    assembled,
+    draws,
+    specs_of,
+)
 
 FPROP, DGRAD, WGRAD = range(3)
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
@@ -32,6 +45,8 @@ TRANSPOSED = (False, False, False, True, True, True)
 SLOTS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 OUTPUTS = ("fprop.y", "dgrad.dx", "wgrad.dw")
 EARLIER = {DGRAD_W: W, WGRAD_DY: DGRAD_DY, WGRAD_X: X}  # the slot that sees the same tensor first
+PARTS = 16  # part p of slot s has the noise of slot s + 16 p; the first is the slot's own
+SIGNS = 8  # GEMM g draws its transform from the noise of slot 8 + g
 
 Backends = tuple[Backend, Backend, Backend]
 """Of fprop, dgrad and wgrad."""
@@ -43,6 +58,7 @@ class Origin(Enum):
     TENSOR = "the tensor, in high precision"
     TRANSPOSED = "the codes of the earlier slot of this tensor, transposed"
     REQUANTIZED = "the values of those codes, quantized again"
+    VALUES = "the values of those codes, as they are"
 
 
 class Saved(Enum):
@@ -50,6 +66,7 @@ class Saved(Enum):
 
     INPUT = "x itself"
     FPROP = "the codes that fprop reads, seen transposed"
+    VALUES = "the codes that fprop reads, as they are"
     REQUANTIZED = "the values of those codes, quantized again for wgrad"
     WGRAD = "x quantized for wgrad"
 
@@ -60,11 +77,17 @@ class SlotPlan:
 
     Args:
         number: of the slot; its GEMM is number // 2.
-        spec: how it is quantized; None leaves it in high precision.
+        row: in the probe's table.
+        spec: how it is quantized; None leaves it in high precision, but for ``split``.
+        split: the parts that it is a sum of, each quantized by a spec of its own; None where it is one.
+        parts: of ``split``, each as an operand of its own.
+        noise: whose rounding noise it has: the slot, but for parts after the first.
         transform: of its GEMM's operands, or None.
+        draws: the transform is drawn anew at every step.
         left: side of its product.
         transposed: it is the transpose of what the linear reads.
         origin: what it is computed from.
+        rereads: its spec asks for the codes of the earlier slot.
         stochastic: its rounding needs noise.
         column: of the amax history that scales it (delayed scaling), or None.
         all_ranks: scaled by the amax of all ranks' tensors.
@@ -76,11 +99,17 @@ class SlotPlan:
     """
 
     number: int
+    row: str
     spec: OperandSpec | None
+    split: Split | None
+    parts: tuple[SlotPlan, ...]
+    noise: int
     transform: Transform | None
+    draws: bool
     left: bool
     transposed: bool
     origin: Origin
+    rereads: bool
     stochastic: bool
     column: int | None
     all_ranks: bool
@@ -90,9 +119,14 @@ class SlotPlan:
     reads_rows: bool
     key: int
 
+    @property
+    def quantized(self) -> bool:
+        return self.spec is not None or self.split is not None
+
     def described(self, dtype: torch.dtype) -> str:
         """How a tensor of ``dtype`` is rounded here, in words."""
-        name = str(dtype).removeprefix("torch.") if self.spec is None else str(self.spec)
+        says = self.split or self.spec
+        name = str(dtype).removeprefix("torch.") if says is None else str(says)
         return name if self.transform is None else f"{name} [{self.transform}]"
 
 
@@ -126,9 +160,12 @@ class LinearPlan:
         unmeasured: columns of the history whose amaxes are measured apart.
         kind: equal where linears differ in histories and in noise alone.
         kind_of_inputs: equal where linears make the same of one x.
+        rotated: the transform of fprop, where dgrad, or wgrad, reads codes of the transformed w, or x: its output is a
+            gradient with respect to the transformed operand. None elsewhere.
         empty: nothing is quantized.
         all_ranks: a scale is computed from all ranks' tensors.
         shares_inputs: every linear of this kind makes the same of one x.
+        traceable: what it computes can be an operator of ``precision.traced``.
     """
 
     spec: LinearSpec
@@ -139,9 +176,11 @@ class LinearPlan:
     unmeasured: tuple[Unmeasured, ...]
     kind: int
     kind_of_inputs: int
+    rotated: tuple[Transform | None, Transform | None]
     empty: bool
     all_ranks: bool
     shares_inputs: bool
+    traceable: bool
 
     def __deepcopy__(self, memo: object) -> LinearPlan:
         """A copy of a linear has the same plans: nothing of them changes."""
@@ -150,20 +189,20 @@ class LinearPlan:
     @property
     def saves_fprop_codes(self) -> bool:
         """What is saved of x comes from the codes that fprop reads."""
-        return self.saved in (Saved.FPROP, Saved.REQUANTIZED)
+        return self.saved in (Saved.FPROP, Saved.VALUES, Saved.REQUANTIZED)
 
 
 def gemms(spec: LinearSpec) -> tuple[GemmSpec, GemmSpec, GemmSpec]:
     return spec.fprop, spec.dgrad, spec.wgrad
 
 
-def operands(spec: LinearSpec) -> tuple[OperandSpec | None, ...]:
-    """The specs of the six slots."""
+def operands(spec: LinearSpec) -> tuple[SlotSpec | None, ...]:
+    """What the spec says of the six slots."""
     return tuple(operand for gemm in gemms(spec) for operand in (gemm.a, gemm.b))
 
 
-def is_stochastic(operand: OperandSpec | None) -> bool:
-    return operand is not None and operand.rounding is Rounding.STOCHASTIC
+def is_stochastic(operand: SlotSpec | None) -> bool:
+    return any(spec.rounding is Rounding.STOCHASTIC for spec in specs_of(operand))
 
 
 def columns_of(spec: LinearSpec) -> dict[int, Column]:
@@ -171,7 +210,7 @@ def columns_of(spec: LinearSpec) -> dict[int, Column]:
     return {
         slot: Column(TENSORS[slot], str(gemms(spec)[slot // 2].transform or ""), operand.amax)
         for slot, operand in enumerate(operands(spec))
-        if operand is not None and isinstance(operand.amax, Delayed)
+        if isinstance(operand, OperandSpec) and isinstance(operand.amax, Delayed)
     }
 
 
@@ -198,6 +237,14 @@ def resolve(
                 index = columns.index(column)
                 unmeasured.setdefault(index, Unmeasured(index, number, gemms(other)[number // 2].transform))
     saved = _saved(slots[WGRAD_X])
+    rotation = spec.fprop.transform
+    rotated = (
+        None if slots[DGRAD_W].origin is Origin.TENSOR else rotation,
+        None if slots[WGRAD_X].origin is Origin.TENSOR else rotation,
+    )
+    reads_codes = all(slot.split is None and slot.origin is not Origin.VALUES for slot in slots)
+    traceable = reads_codes and rotated == (None, None) and not any(slot.draws for slot in slots)
+    traceable = traceable and spec.dx is None and spec.dw is None
     by = [backend.identity for backend in backends]
     inputs = [(number, slots[number].spec, slots[number].transform, by[number // 2][0]) for number in (X, WGRAD_X)]
     reused = [slots[number].origin.name for number in (WGRAD_X, WGRAD_DY)]
@@ -210,27 +257,37 @@ def resolve(
         unmeasured=tuple(unmeasured.values()),
         kind=stable_number(spec, by, [tuple(one) for one in unmeasured.values()], shape),
         kind_of_inputs=stable_number("inputs", inputs, reused, shape[0]),
-        empty=all(slot.spec is None for slot in slots),
+        rotated=rotated,
+        empty=not any(slot.quantized for slot in slots),
         all_ranks=any(slot.all_ranks for slot in slots),
         shares_inputs=slots[X].spec is not None
+        and traceable
         and not unmeasured
         and not any(slots[number].stochastic or slots[number].column is not None for number in (X, WGRAD_X)),
+        traceable=traceable,
     )
 
 
 def _slot(
     spec: LinearSpec, number: int, backends: Backends, own: dict[int, Column], columns: Sequence[Column]
 ) -> SlotPlan:
-    gemm, operand, backend = gemms(spec)[number // 2], operands(spec)[number], backends[number // 2]
-    stochastic = is_stochastic(operand)
+    gemm, says, backend = gemms(spec)[number // 2], operands(spec)[number], backends[number // 2]
+    operand = says if isinstance(says, OperandSpec) else None
+    stochastic = is_stochastic(says)
     tile = operand.tile if operand is not None else TENSOR
-    return SlotPlan(
+    slot = SlotPlan(
         number=number,
+        row=SLOTS[number],
         spec=operand,
+        split=says if isinstance(says, Split) else None,
+        parts=(),
+        noise=number,
         transform=gemm.transform,
+        draws=draws(gemm.transform),
         left=number % 2 == 0,
         transposed=TRANSPOSED[number],
         origin=_origin(spec, number),
+        rereads=says is not None and says.source is not Source.ORIGINAL,
         stochastic=stochastic,
         column=columns.index(own[number]) if number in own else None,
         all_ranks=operand is not None and operand.amax == Current(step=True),
@@ -238,7 +295,21 @@ def _slot(
         one_read=_one_read(spec, number, backends),
         quantizer=backend.quantizer,
         reads_rows=backend.product.reads_rows,
-        key=_number((number, operand, gemm.transform, backend.name)),
+        key=_number((number, says, gemm.transform, backend.name)),
+    )
+    if slot.split is None:
+        return slot
+    return replace(slot, parts=tuple(_part(slot, *part) for part in enumerate(slot.split.parts)))
+
+
+def _part(slot: SlotPlan, place: int, part: Part) -> SlotPlan:
+    return replace(
+        slot,
+        row=f"{slot.row}.{part.name}",
+        spec=part.spec,
+        split=None,
+        noise=slot.number + PARTS * place,
+        stochastic=is_stochastic(part.spec),
     )
 
 
@@ -250,11 +321,14 @@ def _origin(spec: LinearSpec, number: int) -> Origin:
     if number not in EARLIER or operand is None:
         return Origin.TENSOR
     earlier, first = EARLIER[number], operands(spec)[EARLIER[number]]
-    reuses = operand.source is Source.QUANTIZED
-    plain = gemms(spec)[number // 2].transform is None and gemms(spec)[earlier // 2].transform is None
-    square = operand.tile.outer == operand.tile.inner and replace(operand, source=Source.ORIGINAL) == first
+    reuses, values = operand.source is not Source.ORIGINAL, operand.source is Source.VALUES
+    plain = gemms(spec)[number // 2].transform is None and (values or gemms(spec)[earlier // 2].transform is None)
+    square = isinstance(operand, OperandSpec) and operand.tile.outer == operand.tile.inner
+    square = square and replace(operand, source=Source.ORIGINAL) == first
     if plain and square and (reuses or not is_stochastic(operand)):
         return Origin.TRANSPOSED
+    if values:
+        return Origin.VALUES
     return Origin.REQUANTIZED if reuses else Origin.TENSOR
 
 
@@ -265,7 +339,9 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
     later = {first: second for second, first in EARLIER.items()}[number]
     first, second = operands(spec)[number], operands(spec)[later]
     by, by_later = backends[number // 2], backends[later // 2]
-    if first is None or second is None or (isinstance(first.amax, Delayed) and not by.quantizer.notes):
+    if not isinstance(first, OperandSpec) or not isinstance(second, OperandSpec):
+        return False
+    if Source.VALUES in (first.source, second.source) or (isinstance(first.amax, Delayed) and not by.quantizer.notes):
         return False
     if gemms(spec)[number // 2].transform is not None or gemms(spec)[later // 2].transform is not None:
         return False
@@ -280,15 +356,20 @@ def _one_read(spec: LinearSpec, number: int, backends: Backends) -> bool:
 
 
 def _saved(slot: SlotPlan) -> Saved:
-    if slot.spec is None:
+    if not slot.quantized:
         return Saved.INPUT
-    return {Origin.TENSOR: Saved.WGRAD, Origin.TRANSPOSED: Saved.FPROP, Origin.REQUANTIZED: Saved.REQUANTIZED}[
-        slot.origin
-    ]
+    return {
+        Origin.TENSOR: Saved.WGRAD,
+        Origin.TRANSPOSED: Saved.FPROP,
+        Origin.VALUES: Saved.VALUES,
+        Origin.REQUANTIZED: Saved.REQUANTIZED,
+    }[slot.origin]
 
 
 def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
     w, w_t = slots[W], slots[DGRAD_W]
+    if w.split is not None or w_t.split is not None:
+        return "a weight in parts is quantized where it is whole"
     if w.spec is None or w_t.spec is None:
         return f"{'fprop' if w.spec is None else 'dgrad'} reads the weight in high precision"
     if w.spec.format.bits > 8:

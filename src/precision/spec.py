@@ -16,12 +16,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from .formats import E2M1, NumberFormat
 from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
+from .suggest import close
+
+
+def draws(transform: object) -> bool:
+    """Whether a transform is drawn anew at every step; one that does not say so is not."""
+    return bool(getattr(transform, "draws", False))
 
 
 class Rounding(enum.Enum):
@@ -37,11 +43,19 @@ class Source(enum.Enum):
     """What a backward operand is quantized from.
 
     ORIGINAL: the high-precision tensor. QUANTIZED: what an earlier GEMM of the same linear made of that tensor, as a
-    transposed view of its codes where the tile allows that, else dequantized and quantized again.
+    transposed view of its codes where the tile allows that, else dequantized and quantized again. VALUES: the values of
+    those codes, which are not rounded again; the operand's spec is that of the earlier GEMM but for this.
+
+    Codes that fprop made of a transformed operand are read as they are, so that the gradient which comes of them is one
+    with respect to the transformed operand: ``Transform.back`` takes it to that of the operand.
     """
 
     ORIGINAL = "original"
     QUANTIZED = "quantized"
+    VALUES = "values"
+
+
+_SOURCE_NAMES = {Source.QUANTIZED: ["requantized"], Source.VALUES: ["values"]}  # in plan.txt
 
 
 class Transform(Protocol):
@@ -126,8 +140,86 @@ class OperandSpec:
         parts += [] if delayed and self.scale == Fp32() else [scale]
         parts += [str(self.amax)] if self.amax != Current() else []
         parts += [_ROUNDING_NAMES[self.rounding]] if self.rounding in _ROUNDING_NAMES else []
-        parts += ["requantized"] if self.source is Source.QUANTIZED else []
+        parts += _SOURCE_NAMES.get(self.source, [])
         return "/".join(parts)
+
+
+class Splitter(Protocol):
+    """Takes a tensor apart into tensors that add up to it. Hashable data; its text stands in plan.txt."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts of x, w or dy, as the linear reads it: tokens or output features first, whatever the GEMM.
+
+        Each of the shape of ``x`` [rows, columns], or [1, columns] where all its rows are equal: the product then has
+        one row, too. FP32 or the dtype of ``x``.
+        """
+
+
+class Part(NamedTuple):
+    """A part of an operand: its name in plan.txt and in the probe, and how it is rounded; None: not at all."""
+
+    name: str
+    spec: OperandSpec | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """An operand that is a sum of parts, with a spec each: the GEMM is the sum of the parts' products, in FP32.
+
+    The tensor is split first; each part is then transposed, transformed and rounded as an operand of its own. So a
+    residual stands beside clamped values (arXiv 2501.17116), or a mean beside what is left (arXiv 2603.10444).
+
+    Args:
+        by: what splits.
+        parts: in the order in which ``by`` gives them.
+        source: ORIGINAL, or VALUES to read the parts of an earlier GEMM.
+        reused: names of the parts that a later GEMM reads which reuses this one's codes; all of them, if left out.
+
+    Raises ValueError for less than two parts, for names that are not apart, and for parts that are all in high
+    precision, of an earlier source, or scaled by anything but their own amax.
+    """
+
+    by: Splitter
+    parts: tuple[Part, ...]
+    source: Source = Source.ORIGINAL
+    reused: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError(f"an operand is split into two or more parts with names of their own, not {names}")
+        if all(part.spec is None for part in self.parts):
+            raise ValueError(f"{self.by}: none of its parts {', '.join(names)} is quantized: leave the split out")
+        if unknown := [name for name in self.reused if name not in names]:
+            raise ValueError(f"no part named {unknown[0]!r}{close(unknown[0], names)}; there are: {', '.join(names)}")
+        if self.source is Source.QUANTIZED:
+            raise ValueError("a sum of parts is quantized from the original, or the values of earlier parts are read")
+        for part in self.parts:
+            if part.spec is not None and (part.spec.source is not Source.ORIGINAL or part.spec.amax != Current()):
+                raise ValueError(
+                    f"part {part.name!r}: {part.spec}: a part is scaled by its own amax of this micro-batch"
+                )
+
+    @property
+    def read_again(self) -> tuple[int, ...]:
+        """The numbers of the parts that a later GEMM reads."""
+        return tuple(number for number, part in enumerate(self.parts) if not self.reused or part.name in self.reused)
+
+    def __str__(self) -> str:
+        return f"{self.by}({' + '.join(part.name for part in self.parts)}){'/values' * (self.source is Source.VALUES)}"
+
+
+SlotSpec = OperandSpec | Split
+"""What a GEMM may say of an operand."""
+
+
+def specs_of(*operands: SlotSpec | None) -> tuple[OperandSpec, ...]:
+    """The specs of operands, those of parts each."""
+    found: list[OperandSpec] = []
+    for operand in operands:
+        parts = [part.spec for part in operand.parts] if isinstance(operand, Split) else [operand]
+        found += [spec for spec in parts if spec is not None]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,14 +234,19 @@ class GemmSpec:
     sums of what is not quantized.
     """
 
-    a: OperandSpec | None = None
-    b: OperandSpec | None = None
+    a: SlotSpec | None = None
+    b: SlotSpec | None = None
     transform: Transform | None = None
     fast_accum: bool | None = False
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
+        for operand in (self.a, self.b):
+            if self.transform is not None and operand is not None and operand.source is Source.VALUES:
+                raise ValueError(f"{self.transform} would transform values of codes: quantize them again (QUANTIZED)")
+            if isinstance(operand, OperandSpec) and isinstance(operand.amax, Delayed) and draws(self.transform):
+                raise ValueError(f"delayed scaling remembers amaxes, and {self.transform} is drawn anew at every step")
         if self.fast_accum and (self.a is None or self.b is None):
             raise ValueError("fast accumulation is that of a product of two quantized operands")
 
@@ -160,35 +257,78 @@ class GemmSpec:
         return f"{a} x {b}{suffix}" if (self.a, self.b) != (None, None) else "-"
 
 
+class Estimator(Protocol):
+    """The derivative of rounding, elementwise; straight-through without one: 1. Hashable data; its text stands in
+    plan.txt. ``precision.estimator`` has those of more than one paper.
+    """
+
+    mask: bool
+    """Whether factors are 0 and 1: those of x are then saved for backward as bits, else computed again from x."""
+
+    def factor(self, scaled: Tensor, format: NumberFormat) -> Tensor:
+        """What multiplies the gradient: bool or FP32, of the shape of ``scaled``, on its device.
+
+        Args:
+            scaled: FP32 [rows, columns], the operand of fprop as it is rounded: transformed, and times its scale.
+            format: which it is rounded to.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
     """The three GEMMs of a linear. An empty spec is a plain linear.
 
+    Args:
+        fprop, dgrad, wgrad: how their operands are rounded.
+        dx, dw: derivatives of the rounding of fprop's operands; None: straight-through. They multiply dx and dw where
+            the operand was rounded, that is after its transform: the gradient is taken there and back.
+
     Raises ValueError where an operand is to come from codes that nobody makes: x, w and dy appear first in fprop and
     dgrad, and must come from the original there; later operands can reuse only what was quantized before. Also where
-    rows of x or dy, which are tokens of one rank there, are to be scaled by the amax of the whole step.
+    rows of x or dy, which are tokens of one rank there, are to be scaled by the amax of the whole step; where values
+    are read by another spec than they were made by; and for derivatives of what is not rounded.
     """
 
     fprop: GemmSpec = GemmSpec()
     dgrad: GemmSpec = GemmSpec()
     wgrad: GemmSpec = GemmSpec()
+    dx: Estimator | None = None
+    dw: Estimator | None = None
 
     def __post_init__(self) -> None:
         slots = {"x": self.fprop.a, "w": self.fprop.b, "dy": self.dgrad.a}
         for tensor, slot in slots.items():
-            if slot is not None and slot.source is Source.QUANTIZED:
+            if slot is not None and slot.source is not Source.ORIGINAL:
                 raise ValueError(f"{tensor} is quantized here for the first time: its source must be ORIGINAL")
-            if slot is not None and slot.amax == Current(step=True):
+            if isinstance(slot, OperandSpec) and slot.amax == Current(step=True):
                 rows = slot.scale.rows if isinstance(slot.scale, TwoLevel) else slot.tile != TENSOR
                 if tensor != "w" and rows:
                     raise ValueError(f"rows of {tensor} are tokens of one rank: no scale of them is of the whole step")
         reuses = {"dgrad.b": (self.dgrad.b, "w"), "wgrad.a": (self.wgrad.a, "dy"), "wgrad.b": (self.wgrad.b, "x")}
         for name, (slot, tensor) in reuses.items():
-            if slot is not None and slot.source is Source.QUANTIZED and slots[tensor] is None:
-                raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
+            if slot is not None and slot.source is not Source.ORIGINAL:
+                self._check_reuse(name, slot, tensor, slots[tensor])
+        for name, estimator, slot in (("dx", self.dx, self.fprop.a), ("dw", self.dw, self.fprop.b)):
+            if estimator is not None and not isinstance(slot, OperandSpec):
+                what = "is not rounded" if slot is None else "is a sum of parts"
+                raise ValueError(f"{name}: {estimator} is the derivative of one rounding; its operand of fprop {what}")
+
+    def _check_reuse(self, name: str, slot: SlotSpec, tensor: str, earlier: SlotSpec | None) -> None:
+        if earlier is None:
+            raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
+        if slot.source is Source.VALUES and replace(slot, source=Source.ORIGINAL) != earlier:
+            raise ValueError(f"{name} reads the values of {tensor}: it is {earlier} but for its source, not {slot}")
+        if tensor == "dy" and self.dgrad.transform is not None:
+            raise ValueError(f"{name} is to reuse the codes of dy, which {self.dgrad.transform} changed along features")
 
     def __str__(self) -> str:
-        return f"fprop {self.fprop}, dgrad {self.dgrad}, wgrad {self.wgrad}"
+        derivatives = [f", {name} * {e}" for name, e in (("dx", self.dx), ("dw", self.dw)) if e is not None]
+        return f"fprop {self.fprop}, dgrad {self.dgrad}, wgrad {self.wgrad}{''.join(derivatives)}"
+
+
+def values_of(operand: SlotSpec | None) -> SlotSpec | None:
+    """The operand of a backward GEMM that reads what an earlier GEMM made of its tensor, without rounding it again."""
+    return None if operand is None else replace(operand, source=Source.VALUES)
 
 
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -197,11 +337,12 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 def assembled(specs: Sequence[LinearSpec], picks: tuple[int, int, int]) -> LinearSpec:
     """fprop, dgrad and wgrad, each of one of ``specs``.
 
-    An operand that was to reuse the codes of a GEMM which is now another's is quantized from the original.
+    An operand that was to reuse the codes of a GEMM which is now another's is quantized from the original. Derivatives
+    are of what fprop rounds.
     """
     fprop, dgrad, wgrad = (getattr(specs[pick], gemm) for pick, gemm in zip(picks, GEMMS, strict=True))
 
-    def fresh(operand: OperandSpec | None, same: bool) -> OperandSpec | None:
+    def fresh(operand: SlotSpec | None, same: bool) -> SlotSpec | None:
         return operand if operand is None or same else replace(operand, source=Source.ORIGINAL)
 
     of_fprop, of_dgrad, of_wgrad = picks
@@ -209,4 +350,6 @@ def assembled(specs: Sequence[LinearSpec], picks: tuple[int, int, int]) -> Linea
         fprop=fprop,
         dgrad=replace(dgrad, b=fresh(dgrad.b, of_dgrad == of_fprop)),
         wgrad=replace(wgrad, a=fresh(wgrad.a, of_wgrad == of_dgrad), b=fresh(wgrad.b, of_wgrad == of_fprop)),
+        dx=specs[of_fprop].dx,
+        dw=specs[of_fprop].dw,
     )

@@ -145,3 +145,12 @@ class Composed:
 
     def __str__(self) -> str:
         return f"{self.first}, {self.second}"
+
+
+def drawn(transform: Transform, key: Tensor) -> Transform:
+    """PLACEHOLDER"""
+    return transform.drawn(key)
+
+
+def back(transform: Transform, g: Tensor, *, left: bool, stats: Tensor | None = None) -> Tensor:
+    return transform.back(g, left=left, stats=stats)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
-from ..spec import GemmSpec, OperandSpec, Transform
+from ..spec import GemmSpec, OperandSpec, SlotSpec, Split, Transform
 from ..transforms import Composed, Hadamard, Rescale
 
 Operand = Quantized | Prepared | Tensor
@@ -152,9 +152,11 @@ def knows_transform(transform: Transform | None) -> TypeGuard[Hadamard]:
     return type(transform) is Hadamard
 
 
-def unknown(*specs: OperandSpec | None) -> str | None:
-    """Why kernels refuse the operands: the first format or scale rule that is a type of its own; None without one."""
+def unknown(*specs: SlotSpec | None) -> str | None:
+    """Why kernels refuse the operands: one is a sum, or has a format or a scale rule of a type of its own; else None."""
     for spec in specs:
+        if isinstance(spec, Split):
+            return f"no kernel for a sum of parts, as {spec}"
         if spec is not None and not knows_format(spec.format):
             return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
         if spec is not None and not knows_rule(spec.scale):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..noise import Noise
 from ..quantize import Prepared, Quantized, TorchPasses, operand, operand_dtype, quantize
 from ..scaling import FP32_MAX
-from ..spec import GemmSpec, Transform
+from ..spec import GemmSpec, Transform, specs_of
 from .interface import Cast, Operand, Quantizer, Shape
 
 
@@ -90,7 +90,7 @@ class Emulated:
 
     def note(self, gemm: GemmSpec) -> str:
         """Whether the product is in float32, which is slow: BF16 does not hold its operands. What is not done."""
-        wide = any(spec is not None and operand_dtype(spec) != torch.bfloat16 for spec in (gemm.a, gemm.b))
+        wide = any(operand_dtype(spec) != torch.bfloat16 for spec in specs_of(gemm.a, gemm.b))
         return ", ".join(["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * bool(gemm.fast_accum))
 
 

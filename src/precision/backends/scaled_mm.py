@@ -38,7 +38,7 @@ from torch.nn.functional import pad, scaled_mm
 from ..formats import E2M1, E4M3, E5M2, NumberFormat
 from ..quantize import Quantized
 from ..scaling import TwoLevel
-from ..spec import GemmSpec, OperandSpec
+from ..spec import GemmSpec, OperandSpec, Source, specs_of
 from .interface import Operand, Quantizer, Shape, unknown
 from .reference import scaled_product
 from .scaled_mm_operands import Granularity, Side, granularity, round_up, row_scales
@@ -170,7 +170,12 @@ class ScaledMM:
             return "no table of its products" if device.type == "cuda" else f"the model is on {device.type}"
         if gemm.a is None or gemm.b is None:
             return "an operand is not quantized"
-        found = find(gemm.a, gemm.b, arch)
+        if reason := unknown(gemm.a, gemm.b):
+            return reason
+        for spec in specs_of(gemm.a, gemm.b):
+            if spec.source is Source.VALUES and spec.tile.outer != spec.tile.inner:
+                return f"no native product reads codes in tiles of {spec.tile} across them"
+        found = find(*specs_of(gemm.a, gemm.b), arch)
         return found if isinstance(found, str) else None
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -202,14 +207,14 @@ class ScaledMM:
         if gemm.a is None or gemm.b is None or self.shape is None or self.device is None:
             return ""
         arch = self.detect(self.device)
-        product = find(gemm.a, gemm.b, arch) if arch is not None else ""
+        product = find(*specs_of(gemm.a, gemm.b), arch) if arch is not None else ""
         if isinstance(product, str):
             return product
         parts = [f"{product.name} of sm_{arch}, codes by {self.codes_by}"]
         for name, size, multiple in zip("mnk", self.shape, product.multiples, strict=True):
             if size is not None and size > 0 and size % multiple:
                 parts.append(f"{name} {size} padded to {round_up(size, multiple)}")
-        carriers = {spec.format: _carrier(spec.format, product) for spec in (gemm.a, gemm.b)}
+        carriers = {spec.format: _carrier(spec.format, product) for spec in specs_of(gemm.a, gemm.b)}
         translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
         slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
         fast = ["fast sums"] if gemm.fast_accum is None and self.fast and product.fast else []

@@ -21,7 +21,7 @@ from ...noise import Noise
 from ...quantize import Prepared, Quantized, check, knows_format, operand_dtype, prepare, quantize
 from ...quantize import _scaled as scaled
 from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
-from ...spec import GemmSpec, OperandSpec, Rounding, Transform
+from ...spec import GemmSpec, OperandSpec, Rounding, Transform, specs_of
 from ...transforms import Hadamard
 from ..interface import Cast, knows_rule, knows_transform, unknown
 from ..reference import Reference, one_noise
@@ -45,10 +45,10 @@ class Cpu(Reference):
             return f"the model is on {device.type}"
         if reason := unknown(gemm.a, gemm.b):
             return reason
-        for spec in (gemm.a, gemm.b):
-            if spec is not None and not _fits(spec.format):
+        for spec in specs_of(gemm.a, gemm.b):
+            if not _fits(spec.format):
                 return f"no kernel for {spec.format}"
-            if spec is not None and spec.rounding is Rounding.TRUNCATE:
+            if spec.rounding is Rounding.TRUNCATE:
                 return "no kernel truncates"
         return None if library() is not None else "no C++ compiler"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...quantize import Prepared, Quantized, operand
 from ...scaling import TENSOR, Tile
-from ...spec import GemmSpec, OperandSpec, Transform
+from ...spec import GemmSpec, OperandSpec, Transform, specs_of
 from ...transforms import Hadamard
 from ..interface import Cast, Operand, knows_transform, unknown
 from ..reference import Emulated, Reference, one_noise, scaled_product
@@ -51,7 +51,7 @@ class Triton(Reference):
             return "triton is not installed"
         if reason := unknown(gemm.a, gemm.b):
             return reason
-        reasons = (lacking(spec) for spec in (gemm.a, gemm.b) if spec is not None)
+        reasons = (lacking(spec) for spec in specs_of(gemm.a, gemm.b))
         return next(filter(None, reasons), None)
 
     def amax(self, x: Tensor, tile: Tile) -> Tensor:

@@ -28,7 +28,7 @@ from ...backends.triton.quantize import quantize_fused
 from ...backends.triton.quantizer import Triton
 from ...backends.triton.specs import DTYPES
 from ...linear import QuantLinear
-from ...operands import Call
+from ...operands import Call, Saving
 from ...packing import pack_all, unpack_all
 from ...quantize import Quantized
 from ...scaling import TENSOR, Current, Tile
@@ -238,7 +238,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         """``trained``: which of the weights are to have gradients, if any are taken."""
         outputs: list[Tensor] = []
-        saved: list[Operand] = []  # by wgrad of gate, up and down, each if it is trained
+        saved: list[Saving] = []  # by wgrad of gate, up and down, each if it is trained
         for call, weight, is_trained in zip(calls[:2], (gate_weight, up_weight), trained[:2], strict=True):
             output, operand, _ = call.forward(x, weight, None, is_trained)
             outputs.append(output)

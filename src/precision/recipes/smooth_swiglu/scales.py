@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ...linear import QuantLinear
 from ...scaling import Current
 from ...slots import operands
-from ...spec import GemmSpec, LinearSpec, Source, Transform
+from ...spec import GemmSpec, LinearSpec, OperandSpec, Source, Split, Transform
 from ...swiglu import DOWN, UP, scales_of
 from ...transforms import Along, Composed, Rescale
 
@@ -121,15 +121,18 @@ def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
 def smoothed(spec: LinearSpec, form: Form) -> LinearSpec:
     """``spec`` with its GEMMs rescaled, before its own transforms.
 
-    Raises ValueError where the input is not quantized, so that there is nothing to smooth, and for operands that are
-    quantized from the codes of another GEMM: those would be rescaled twice.
+    Raises ValueError where the input is not quantized, so that there is nothing to smooth, for operands that are
+    quantized from the codes of another GEMM, which would be rescaled twice, for sums of parts and for derivatives of
+    rounding, which would be those of other values.
     """
     if spec.fprop.a is None:
         raise ValueError(f"Smooth-SwiGLU rescales the quantized input of {DOWN}: in {spec} it is not quantized")
-    if any(operand is not None and operand.source is Source.QUANTIZED for operand in operands(spec)):
-        raise ValueError(f"Smooth-SwiGLU takes no base that quantizes codes again: {spec}")
+    if any(operand is not None and operand.source is not Source.ORIGINAL for operand in operands(spec)):
+        raise ValueError(f"Smooth-SwiGLU takes no base that reads codes again: {spec}")
+    if spec.dx is not None or spec.dw is not None or any(isinstance(operand, Split) for operand in operands(spec)):
+        raise ValueError(f"Smooth-SwiGLU takes no base with sums of parts or derivatives of rounding: {spec}")
     fprop = spec.fprop
-    if form.folds and fprop.b is not None:
+    if form.folds and isinstance(fprop.b, OperandSpec):
         fprop = replace(fprop, b=replace(fprop.b, amax=Current()))
     return LinearSpec(
         fprop=_rescaled(fprop, form.fprop),
