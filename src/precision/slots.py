@@ -310,6 +310,7 @@ def _part(slot: SlotPlan, place: int, part: Part) -> SlotPlan:
         split=None,
         noise=slot.number + PARTS * place,
         stochastic=is_stochastic(part.spec),
+        own_rows=False,
     )
 
 

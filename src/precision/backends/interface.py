@@ -153,7 +153,7 @@ def knows_transform(transform: Transform | None) -> TypeGuard[Hadamard]:
 
 
 def unknown(*specs: SlotSpec | None) -> str | None:
-    """Why kernels refuse the operands: one is a sum, or has a format or a scale rule of a type of its own; else None."""
+    """Why kernels refuse the operands, if they do: a sum of parts; a format or a scale rule of a type of its own."""
     for spec in specs:
         if isinstance(spec, Split):
             return f"no kernel for a sum of parts, as {spec}"
