@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends import Cast, Operand, quantize_by
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, base_key, step_key
+from .packing import AnyOperand, Parts, Saving, WithDerivative
 from .quantize import Prepared, Quantized, dequantize, scaled
 from .scaling import Unit
 from .slots import (
@@ -50,23 +51,6 @@ class Gathered(NamedTuple):
 
     scales: Tensor
     tensor_scale: Tensor | None
-
-
-class Parts(NamedTuple):
-    """An operand that is a sum (``spec.Split``)."""
-
-    operands: tuple[Operand, ...]
-
-
-class WithDerivative(NamedTuple):
-    """What is saved of x, and what the factors of dx are computed from: their bits (uint8), or x."""
-
-    saved: Operand | Parts
-    source: Tensor
-
-
-AnyOperand = Operand | Parts
-Saving = AnyOperand | WithDerivative
 
 
 @dataclass(slots=True)  # a frozen one takes several times as long to make

@@ -1,14 +1,32 @@
-"""Operands as lists of tensors, for what takes nothing else: ``save_for_backward``, and operators of torch."""
+"""Operands, what else a linear saves for backward, and both as lists of tensors, for what takes nothing else:
+``save_for_backward``, and operators of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .operands import Parts, Saving, WithDerivative
+from .backends import Operand
 from .quantize import Prepared, Quantized
+
+
+class Parts(NamedTuple):
+    """An operand that is a sum (``spec.Split``)."""
+
+    operands: tuple[Operand, ...]
+
+
+class WithDerivative(NamedTuple):
+    """What is saved of x, and what the factors of dx are computed from: their bits (uint8), or x."""
+
+    saved: Operand | Parts
+    source: Tensor
+
+
+AnyOperand = Operand | Parts
+Saving = AnyOperand | WithDerivative
 
 Layout = tuple[Any, ...]
 """Of one operand: its type and what of it is no tensor."""

@@ -28,8 +28,8 @@ from ...backends.triton.quantize import quantize_fused
 from ...backends.triton.quantizer import Triton
 from ...backends.triton.specs import DTYPES
 from ...linear import QuantLinear
-from ...operands import Call, Saving
-from ...packing import pack_all, unpack_all
+from ...operands import Call
+from ...packing import Saving, pack_all, unpack_all
 from ...quantize import Quantized
 from ...scaling import TENSOR, Current, Tile
 from ...slots import DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X, Backends, Origin, W, X
