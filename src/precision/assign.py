@@ -52,7 +52,7 @@ def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None) -
     notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
     line = f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
     sides = zip(TENSORS[2 * number :], (gemm.a, gemm.b), strict=False)
-    parts = [(name, part) for name, side in sides if isinstance(side, Split) for part in side.parts]
+    parts = [(name, part) for name, side in sides if isinstance(side, Split) for part in side.read]
     lines = [f"            {name}, {part.name}: {part.spec or 'high precision'}" for name, part in parts]
     return "\n".join([line, *lines])
 

@@ -376,7 +376,8 @@ def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
     if w.spec.format.bits > 8:
         return f"{w.spec.format} is no narrower than what is gathered"
     if w.spec.tile.outer != w.spec.tile.inner:
-        return f"a weight in tiles of {w.spec.tile} is quantized anew for dgrad, along its other dimension"
+        how = "read" if w_t.origin is Origin.VALUES else "quantized anew"
+        return f"a weight in tiles of {w.spec.tile} is {how} for dgrad, along its other dimension"
     if w.stochastic or w.transform is not None or w_t.origin is Origin.TENSOR:
         return "fprop and dgrad do not read the same codes of the weight"
     return w.spec

@@ -205,8 +205,13 @@ class Split:
         """The numbers of the parts that a later GEMM reads."""
         return tuple(number for number, part in enumerate(self.parts) if not self.reused or part.name in self.reused)
 
+    @property
+    def read(self) -> tuple[Part, ...]:
+        """The parts that the GEMM which says this reads."""
+        return self.parts if self.source is Source.ORIGINAL else tuple(self.parts[place] for place in self.read_again)
+
     def __str__(self) -> str:
-        return f"{self.by}({' + '.join(part.name for part in self.parts)}){'/values' * (self.source is Source.VALUES)}"
+        return f"{self.by}({' + '.join(part.name for part in self.read)}){'/values' * (self.source is Source.VALUES)}"
 
 
 SlotSpec = OperandSpec | Split

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends.reference import Reference
+from narrowgauge.precision.estimator import ClipMask
 from narrowgauge.precision.formats import E4M3
 from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.loading import load
@@ -334,8 +335,10 @@ def test_refusals(args: dict[str, Any], message: str) -> None:
 def test_bases_that_cannot_be_smoothed() -> None:
     again = replace(CURRENT8, source=Source.QUANTIZED)
     reusing = LinearSpec(fprop=GemmSpec(a=CURRENT8, b=CURRENT8), dgrad=GemmSpec(a=CURRENT8, b=again))
-    with pytest.raises(ValueError, match="no base that quantizes codes again"):
+    with pytest.raises(ValueError, match="no base that reads codes again"):
         smoothed(reusing, FORMS["channel"])
+    with pytest.raises(ValueError, match="no base with sums of parts or derivatives of rounding"):
+        smoothed(LinearSpec(fprop=GemmSpec(a=CURRENT8), dx=ClipMask()), FORMS["channel"])
     with pytest.raises(ValueError, match=r"in fprop - x e4m3/tensor.* it is not quantized"):
         smoothed(LinearSpec(fprop=GemmSpec(b=CURRENT8)), FORMS["channel"])
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj is smoothed already"):
