@@ -45,12 +45,14 @@ def assign_backends(linear: QuantLinear, site: Site, phases: Sequence[tuple[str,
 
 def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None) -> str:
     gemm, choice = gemms(spec)[number], choices[number]
+    estimator = (None, spec.dx, spec.dw)[number]
+    derivative = "" if estimator is None else f"{('', 'dx', 'dw')[number]} * {estimator}"
     if gemm == GemmSpec():
-        return "high precision (torch)"
+        return ", ".join(filter(None, ["high precision (torch)", derivative]))
     cut = [block for block in _along_tokens(gemm, wgrad=number == WGRAD) if tokens is not None and tokens % block]
     notes = [choice.backend.note(gemm)]
     notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
-    line = f"{gemm}  [{', '.join([str(choice), *filter(None, notes)])}]"
+    line = f"{', '.join(filter(None, [str(gemm), derivative]))}  [{', '.join([str(choice), *filter(None, notes)])}]"
     sides = zip(TENSORS[2 * number :], (gemm.a, gemm.b), strict=False)
     parts = [(name, part) for name, side in sides if isinstance(side, Split) for part in side.read]
     lines = [f"            {name}, {part.name}: {part.spec or 'high precision'}" for name, part in parts]

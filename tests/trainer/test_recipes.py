@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -539,6 +540,170 @@ def test_a_hook_trains_alike_on_two_processes(tiny: Tiny, corpus: Path, tmp_path
         for config in (one, two)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+SLOTS = '''"""Kind a, six slots: INT8 rows forward, FP8 blocks backward, stochastic gradients, a rotation for wgrad."""
+
+from narrowgauge.precision.formats import E5M2, INT8
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import PowerOfTwo, Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from narrowgauge.precision.transforms import Hadamard
+
+
+def recipe(*, block: int = 16) -> Recipe:
+    row = OperandSpec(format=INT8, tile=Tile(1, -1))
+    dy = OperandSpec(format=E5M2, tile=Tile(1, block), scale=PowerOfTwo(), rounding=Rounding.STOCHASTIC)
+    again = OperandSpec(format=INT8, tile=Tile(1, -1), source=Source.QUANTIZED)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=row, b=row),
+        dgrad=GemmSpec(a=dy, b=again),
+        wgrad=GemmSpec(a=dy, b=again, transform=Hadamard(signs="step")),
+    )
+    return Recipe(rules=(block_linears(spec),))
+'''
+
+
+PARTS = '''"""Kind b, sums of parts: activations are clamped at a quantile, and what exceeds it has eight bits; gradients
+are a mean and a rest, each in four."""
+
+from dataclasses import dataclass
+
+from narrowgauge.precision.formats import E2M1, E4M3
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Part, Rounding, Split, values_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clamped:
+    quantile: float
+
+    def split(self, x):
+        place = max(int(self.quantile * x.shape[1]) - 1, 0)
+        top = x.abs().sort(dim=1).values[:, place : place + 1]
+        inside = x.clamp(-top, top)
+        return inside, x - inside
+
+    def __str__(self):
+        return f"clamped{self.quantile:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Centred:
+    def split(self, x):
+        mean = x.mean(0, keepdim=True)
+        return mean, x - mean
+
+    def __str__(self):
+        return "centred"
+
+
+def recipe(*, quantile: float = 0.9) -> Recipe:
+    row = OperandSpec(format=E2M1, tile=Tile(1, -1))
+    random = OperandSpec(format=E2M1, tile=Tile(1, 16), rounding=Rounding.STOCHASTIC)
+    wide = OperandSpec(format=E4M3, tile=Tile(1, -1))
+    x = Split(by=Clamped(quantile=quantile), parts=(Part("inside", row), Part("outliers", wide)), reused=("inside",))
+    dy = Split(by=Centred(), parts=(Part("mean", random), Part("rest", random)))
+    spec = LinearSpec(
+        fprop=GemmSpec(a=x, b=row), dgrad=GemmSpec(a=dy, b=values_of(row)), wgrad=GemmSpec(a=dy, b=values_of(x))
+    )
+    return Recipe(rules=(block_linears(spec),))
+'''
+
+
+DERIVATIVE = '''"""Kind b', another derivative than straight-through: bits for x, a curve for w, both rotated."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from narrowgauge.precision.estimator import ClipMask
+from narrowgauge.precision.formats import E2M1
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import Power, PowerOfTwo, Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, values_of
+from narrowgauge.precision.transforms import Hadamard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steepness:
+    """Steeper the nearer a value is to the next decision of E2M1's rounding, up to ``top``."""
+
+    mask: ClassVar[bool] = False
+    top: float = 3.0
+
+    def factor(self, scaled, format):
+        rounded = format.round(scaled)
+        return (0.5 + 2 * (scaled - rounded).abs()).clamp(max=self.top) * (scaled.abs() <= format.max)
+
+    def __str__(self):
+        return f"steepness{self.top:g}"
+
+
+def recipe(*, top: float = 3.0) -> Recipe:
+    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=PowerOfTwo(mode=Power.FLOOR))
+    spec = LinearSpec(
+        fprop=GemmSpec(a=block, b=block, transform=Hadamard()),
+        dgrad=GemmSpec(b=values_of(block)),
+        wgrad=GemmSpec(b=values_of(block)),
+        dx=ClipMask(strict=True),
+        dw=Steepness(top=top),
+    )
+    return Recipe(rules=(block_linears(spec),))
+'''
+
+KINDS = {
+    # its text; lines of plan.txt; rows of the probe, and how each is rounded
+    "slots": (
+        SLOTS,
+        ("fprop: int8/row/fp32 x int8/row/fp32  [", "x int8/row/fp32/requantized [hadamard16/step]  ["),
+        {"fprop.x": "int8/row/fp32", "dgrad.dy": "e5m2/1x16/e8m0-rceil/sr"},
+    ),
+    "parts": (
+        PARTS,
+        (
+            "fprop: clamped0.9(inside + outliers) x e2m1/row/fp32  [reference (not cpu: no kernel for a sum of parts",
+            "x, inside: e2m1/row/fp32\n            x, outliers: e4m3/row/fp32",
+            "dgrad: centred(mean + rest) x e2m1/row/fp32/values  [",
+            "wgrad: centred(mean + rest) x clamped0.9(inside)/values  [",
+        ),
+        {"fprop.x.inside": "e2m1/row/fp32", "wgrad.dy.mean": "e2m1/1x16/fp32/sr", "fprop.y": "bfloat16"},
+    ),
+    "derivative": (
+        DERIVATIVE,
+        (
+            "fprop: e2m1/1x16/e8m0-floor x e2m1/1x16/e8m0-floor [hadamard16]  [",
+            "dgrad: - x e2m1/1x16/e8m0-floor/values, dx * clip-mask-strict  [",
+            "wgrad: - x e2m1/1x16/e8m0-floor/values, dw * steepness3  [",
+        ),
+        {"fprop.w": "e2m1/1x16/e8m0-floor [hadamard16]", "dgrad.w": "e2m1/1x16/e8m0-floor/values"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_recipe_of_every_kind_is_one_file(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """It trains, resumes bit for bit, stands truthfully in plan.txt, is seen by the probe, and is validated without."""
+    text, lines, rows = KINDS[kind]
+    file = tmp_path / f"{kind}.py"
+    config, plan_text = finished_with(tiny, file, text, "probe.every=3", "eval.precision=high", "eval.every=6")
+    for line in lines:
+        assert line in plan_text
+    root = Path(config.run.dir)
+    seen = [row for row in read_rows(root / "metrics.jsonl", "probe") if row["step"] == 6]
+    for slot, format in rows.items():
+        mine = [row for row in seen if row["slot"] == slot]
+        assert len(mine) == 28  # with those from before it was resumed
+        assert {row["format"] for row in mine} == {format}
+        assert all(row["elements"] > 0 for row in mine)
+        assert slot == "fprop.y" or all(0 < row["sqnr_db"] < 80 for row in mine)
+    high = read_metrics(root / "metrics.jsonl", "eval")[6]["loss"]
+    try:
+        subject = open_run(root)
+        assert evaluate_on(subject, None, "validation", 500, 8).loss == high
+        assert evaluate_on(replace(subject, precision="recipe"), None, "validation", 500, 8).loss != high
+    finally:
+        distributed.finish()
 
 
 def test_evaluating_a_run_gives_what_the_run_gave(tiny: Tiny) -> None:
