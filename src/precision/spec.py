@@ -48,6 +48,9 @@ class Transform(Protocol):
     """An exact rewrite of a GEMM: ``output(left(a) @ right(b).mT)`` is ``a @ b.mT`` but for rounding.
 
     Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
+
+    ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
+    written here where it leaves them out. Callers ask by ``precision.transforms``: ``draws``, ``drawn``, ``back``.
     """
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
@@ -58,6 +61,24 @@ class Transform(Protocol):
 
     def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
         """What the GEMM's output [m, n] becomes."""
+
+    def back(self, g: Tensor, *, left: bool, stats: Tensor | None = None) -> Tensor:
+        """The gradient with respect to an operand, from that with respect to the transformed operand, of one shape: the
+        transposed map of ``left`` or of ``right``. For x' = x R it is g R^T.
+
+        Raises ValueError where the transform names no way back.
+        """
+        raise ValueError(f"{self} names no way back: it has no method back(g, left, stats)")
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is drawn anew at every step; what ``drawn`` gives is then applied in its place."""
+        return False
+
+    def drawn(self, key: Tensor) -> Transform:
+        """The transform of a step, which draws no more. ``key``: int32 [2], as ``noise.step_key`` gives, on the device
+        of the operands; the transform depends on nothing else."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
