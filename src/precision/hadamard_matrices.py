@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 LARGEST = 1024
 """The largest order that is constructed."""
 
@@ -59,18 +61,18 @@ def _factors(width: int) -> tuple[int, int] | None:
 
 
 @functools.cache
-def matrix(order: int) -> Tensor:
-    """FP64 [order, order] of +1 and -1, on the CPU. ``order``: 1, or one that ``factors`` gave."""
-    with torch.inference_mode(False):
+def matrix(order: int, device: torch.device = _CPU) -> Tensor:
+    """FP64 [order, order] of +1 and -1. ``order``: 1, or one that ``factors`` gave."""
+    with torch.inference_mode(False), _CPU:  # whatever the first caller's modes are: the matrix stays
         if order == 1:
-            return torch.ones(1, 1, dtype=torch.float64)
-        if _is_paley(order - 1, 3):
+            h = torch.ones(1, 1)
+        elif _is_paley(order - 1, 3):
             h = _paley_1(order - 1)
         elif _is_paley(order // 2 - 1, 1):
             h = _paley_2(order // 2 - 1)
         else:
             h = _goethals_seidel(order // 4)
-        return h.double()
+        return h.to(device, torch.float64)
 
 
 def _is_known(order: int) -> bool:

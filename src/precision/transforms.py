@@ -140,13 +140,15 @@ class Hadamard:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = x[..., :even].to(wide).reshape(*x.shape[:-1], even // size, size)
         signs = None
-        if self.signs != "none":
+        if not self.whole:
+            signs = torch.tensor(self.vector(), dtype=wide, device=x.device)
+        elif self.signs != "none":
             signs = torch.tensor(self.vector(size), dtype=wide, device=x.device)
         if signs is not None and not back:
             y = y * signs
         y = _butterflies(y.reshape(*y.shape[:-1], order, power))
         if order > 1:
-            h = hadamard_matrices.matrix(order).to(x.device)
+            h = hadamard_matrices.matrix(order, x.device)
             # In FP64: tensor cores round FP32 factors to TF32 where a program allows that, and the order of sums
             # depends on the shape.
             y = ((h if back else h.mT) @ y.double()).to(wide)

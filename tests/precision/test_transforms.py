@@ -501,6 +501,29 @@ def test_a_recipes_transform_may_leave_out_what_it_has_not(kind: type[Transform]
     assert not draws(None)
 
 
+class OwnSigns(Hadamard):
+    """A subclass of a recipe file with signs of its own."""
+
+    def vector(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (1, -1, -1, -1)
+
+
+def test_a_subclass_may_have_signs_of_its_own() -> None:
+    x = randn(3, 8)
+    rotation = torch.block_diag(*[whole_matrix(4, torch.tensor([1, -1, -1, -1]))] * 2)
+    assert torch.allclose(OwnSigns(size=4, signs="none").left(x), x @ rotation, rtol=0, atol=1e-14)
+
+
+def test_modes_of_the_first_caller_do_not_stay() -> None:
+    hadamard_matrices.matrix.cache_clear()
+    transform, x = Hadamard(size=-1, signs=1), randn(3, 24)
+    with torch.inference_mode(), torch.device("meta"):
+        transform.left(x)
+    want = transform.left(x)
+    (gradient,) = torch.autograd.grad(transform.left(x.requires_grad_()), x, want)
+    assert torch.allclose(gradient, x, rtol=0, atol=1e-14)
+
+
 # What plan.txt says.
 
 
