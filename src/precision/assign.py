@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .backends import Choice, choose
 from .slots import TENSORS, WGRAD, gemms
 from .spec import GEMMS, GemmSpec, LinearSpec, Split, specs_of
-from .transforms import Composed, Hadamard
+from .transforms import check_shape, rotations
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
@@ -32,6 +32,9 @@ def assign_backends(linear: QuantLinear, site: Site, phases: Sequence[tuple[str,
         return fprop, dgrad, wgrad
 
     specs = [linear.spec, *(spec for _, _, spec in phases)]
+    for spec in specs:
+        for name, gemm, shape in zip(GEMMS, gemms(spec), shapes, strict=True):
+            _check_transform(f"{linear.path}, {name}", gemm, shape)
     choices = [chosen(spec) for spec in specs]
     linear.set_specs(specs, [(fprop.backend, dgrad.backend, wgrad.backend) for fprop, dgrad, wgrad in choices])
     lines = [f"{linear.path:44} {k:>6} -> {n:<6}"]
@@ -43,15 +46,24 @@ def assign_backends(linear: QuantLinear, site: Site, phases: Sequence[tuple[str,
     return "\n".join(lines)
 
 
+def _check_transform(where: str, gemm: GemmSpec, shape: tuple[int | None, int, int]) -> None:
+    try:
+        check_shape(gemm.transform, shape)
+    except ValueError as error:
+        raise ValueError(f"{where}: {gemm.transform}: {error}") from None
+
+
 def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None) -> str:
     gemm, choice = gemms(spec)[number], choices[number]
     estimator = (None, spec.dx, spec.dw)[number]
     derivative = "" if estimator is None else f"{('', 'dx', 'dw')[number]} * {estimator}"
     if gemm == GemmSpec():
         return ", ".join(filter(None, ["high precision (torch)", derivative]))
-    cut = [block for block in _along_tokens(gemm, wgrad=number == WGRAD) if tokens is not None and tokens % block]
+    blocks = _along_tokens(gemm, wgrad=number == WGRAD)
+    cut = [block for block in blocks if tokens is not None and block > 0 and tokens % block]
     notes = [choice.backend.note(gemm)]
     notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
+    notes += ["a transform of all tokens of a micro-batch: another has other scales"] if -1 in blocks else []
     line = f"{', '.join(filter(None, [str(gemm), derivative]))}  [{', '.join([str(choice), *filter(None, notes)])}]"
     sides = zip(TENSORS[2 * number :], (gemm.a, gemm.b), strict=False)
     parts = [(name, part) for name, side in sides if isinstance(side, Split) for part in side.read]
@@ -60,9 +72,9 @@ def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None) -
 
 
 def _along_tokens(gemm: GemmSpec, *, wgrad: bool) -> list[int]:
-    """How many tokens a tile of x or dy holds, or a block of a transform; not those that hold all there are."""
-    if not wgrad:
-        return [spec.tile.outer for spec in specs_of(gemm.a) if spec.tile.outer > 0]
-    sizes = [spec.tile.inner for spec in specs_of(gemm.a, gemm.b) if spec.tile.inner > 0]
-    transform = gemm.transform.second if isinstance(gemm.transform, Composed) else gemm.transform
-    return [*sizes, transform.size] if isinstance(transform, Hadamard) else sizes
+    """How many tokens a tile of x or dy holds, but for those that hold all there are; and how many a transform takes
+    together, -1 for all."""
+    specs = specs_of(gemm.a, gemm.b) if wgrad else specs_of(gemm.a)
+    extents = [spec.tile.inner if wgrad else spec.tile.outer for spec in specs]
+    rotated = [at.hadamard.size for at in rotations(gemm.transform) if at.extent == ("k" if wgrad else "m")]
+    return [*(extent for extent in extents if extent > 0), *rotated]

@@ -34,6 +34,7 @@ from .spec import (
     Split,
     Transform,
     assembled,
+    changes,
     draws,
     specs_of,
 )
@@ -323,7 +324,8 @@ def _origin(spec: LinearSpec, number: int) -> Origin:
         return Origin.TENSOR
     earlier, first = EARLIER[number], operands(spec)[EARLIER[number]]
     reuses, values = operand.source is not Source.ORIGINAL, operand.source is Source.VALUES
-    plain = gemms(spec)[number // 2].transform is None and (values or gemms(spec)[earlier // 2].transform is None)
+    plain = not changes(gemms(spec)[number // 2].transform, left=number % 2 == 0)
+    plain = plain and (values or gemms(spec)[earlier // 2].transform is None)
     square = isinstance(operand, OperandSpec) and operand.tile.outer == operand.tile.inner
     square = square and replace(operand, source=Source.ORIGINAL) == first
     if plain and square and (reuses or not is_stochastic(operand)):

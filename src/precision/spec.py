@@ -30,6 +30,14 @@ def draws(transform: object) -> bool:
     return bool(getattr(transform, "draws", False))
 
 
+def changes(transform: Transform | None, *, left: bool) -> bool:
+    """Whether a transform changes this operand; one that does not say does."""
+    if transform is None:
+        return False
+    says = getattr(transform, "changes", None)
+    return True if says is None else bool(says(left))
+
+
 class Rounding(enum.Enum):
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
@@ -62,6 +70,10 @@ class Transform(Protocol):
     """An exact rewrite of a GEMM: ``output(left(a) @ right(b).mT)`` is ``a @ b.mT`` but for rounding.
 
     Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
+
+    ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
+    written here where it leaves them out. Callers ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back``
+    of ``precision.transforms``.
     """
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
@@ -72,6 +84,28 @@ class Transform(Protocol):
 
     def output(self, y: Tensor, stats: Tensor | None = None) -> Tensor:
         """What the GEMM's output [m, n] becomes."""
+
+    def back(self, g: Tensor, *, left: bool, stats: Tensor | None = None) -> Tensor:
+        """The gradient with respect to an operand, from that with respect to the transformed operand, of one shape: the
+        transposed map of ``left`` or of ``right``. For x' = x R it is g R^T.
+
+        Raises ValueError where the transform names no way back.
+        """
+        raise ValueError(f"{self} names no way back: it has no method back(g, left, stats)")
+
+    def changes(self, left: bool) -> bool:
+        """Whether the left, or the right, operand is another after it."""
+        return True
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is drawn anew at every step; what ``drawn`` gives is then applied in its place."""
+        return False
+
+    def drawn(self, key: Tensor) -> Transform:
+        """The transform of a step, which draws no more. ``key``: int32 [2], as ``noise.step_key`` gives, on the device
+        of the operands; the transform depends on nothing else."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,8 +281,9 @@ class GemmSpec:
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:
             raise ValueError(f"{self.transform} rewrites a GEMM neither of whose operands is quantized")
-        for operand in (self.a, self.b):
-            if self.transform is not None and operand is not None and operand.source is Source.VALUES:
+        for left, operand in ((True, self.a), (False, self.b)):
+            values = operand is not None and operand.source is Source.VALUES
+            if values and changes(self.transform, left=left):
                 raise ValueError(f"{self.transform} would transform values of codes: quantize them again (QUANTIZED)")
             if isinstance(operand, OperandSpec) and isinstance(operand.amax, Delayed) and draws(self.transform):
                 raise ValueError(f"delayed scaling remembers amaxes, and {self.transform} is drawn anew at every step")

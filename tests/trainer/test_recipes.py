@@ -564,7 +564,7 @@ def recipe(*, block: int = 16) -> Recipe:
 '''
 
 
-PARTS = '''"""Kind b, sums of parts: activations are clamped at a quantile, and what exceeds it has eight bits; gradients
+PARTS = '''"""Kind b, sums of parts: activations are clamped at a quantile, and what exceeds it has eight; gradients
 are a mean and a rest, each in four."""
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
 from ..spec import GemmSpec, OperandSpec, SlotSpec, Split, Transform
-from ..transforms import Composed, Hadamard, Rescale
+from ..transforms import Composed, Hadamard, Outer, Rescale
 
 Operand = Quantized | Prepared | Tensor
 """One side of a GEMM: codes and scales, or the values that they stand for, or a matrix left in high precision."""
@@ -148,8 +148,8 @@ def knows_rule(rule: ScaleRule) -> bool:
 
 
 def knows_transform(transform: Transform | None) -> TypeGuard[Hadamard]:
-    """Whether kernels apply the transform."""
-    return type(transform) is Hadamard
+    """Whether kernels apply the transform: one of blocks, rounded, whose signs are the same at every step."""
+    return type(transform) is Hadamard and not (transform.whole or transform.draws) and transform.rounded
 
 
 def unknown(*specs: SlotSpec | None) -> str | None:
@@ -165,9 +165,19 @@ def unknown(*specs: SlotSpec | None) -> str | None:
 
 
 def _own_transforms(transform: Transform | None) -> list[str]:
-    """A remark for each transform that is a type of its own."""
+    """A remark for each transform that no kernel computes."""
     if type(transform) is Composed:
         return [*_own_transforms(transform.first), *_own_transforms(transform.second)]
-    if transform is None or type(transform) in (Hadamard, Rescale):
+    if transform is None or type(transform) is Rescale or knows_transform(transform):
         return []
-    return [f"{transform} in plain torch: no kernel for a transform of its own, {type(transform).__name__}"]
+    if type(transform) is Outer:
+        why = "no kernel along an outer dimension"
+    elif type(transform) is not Hadamard:
+        why = f"no kernel for a transform of its own, {type(transform).__name__}"
+    elif transform.whole:
+        why = "no kernel for the whole width"
+    elif not transform.rounded:
+        why = "no kernel leaves it unrounded"
+    else:
+        return [f"signs of {transform} in plain torch: no kernel draws them"]
+    return [f"{transform} in plain torch: {why}"]

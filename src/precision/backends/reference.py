@@ -14,6 +14,7 @@ from ..noise import Noise
 from ..quantize import Prepared, Quantized, TorchPasses, operand, operand_dtype, quantize
 from ..scaling import FP32_MAX
 from ..spec import GemmSpec, Transform, specs_of
+from ..transforms import Composed
 from .interface import Cast, Operand, Quantizer, Shape
 
 
@@ -28,6 +29,8 @@ class Reference(TorchPasses):
         return None
 
     def transformed(self, transform: Transform, x: Tensor, *, left: bool) -> Tensor:
+        if type(transform) is Composed:  # each part by the kernels that there are for it
+            return self.transformed(transform.second, self.transformed(transform.first, x, left=left), left=left)
         return transform.left(x) if left else transform.right(x)
 
     def cast(self, x: Tensor, cast: Cast) -> Quantized | Prepared:

@@ -22,7 +22,7 @@ from ...quantize import Prepared, Quantized, check, knows_format, operand_dtype,
 from ...quantize import _scaled as scaled
 from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform, specs_of
-from ...transforms import Hadamard
+from ...transforms import Composed, Hadamard
 from ..interface import Cast, knows_rule, knows_transform, unknown
 from ..reference import Reference, one_noise
 from .library import CButterflies, CRule, CSource, c_format, c_noise, kernels, library
@@ -55,6 +55,8 @@ class Cpu(Reference):
     def cast(self, x: Tensor, cast: Cast) -> Quantized | Prepared:
         spec, amax, noise, transform = cast.spec, cast.amax, one_noise(cast), cast.transform
         in_passing = None
+        while type(transform) is Composed:
+            x, transform = self.transformed(transform.first, x, left=cast.left), transform.second
         if knows_transform(transform) and transform.size == _TRANSFORMED_IN_PASSING and _in_columns(x, spec.tile):
             in_passing = transform
         elif transform is not None:

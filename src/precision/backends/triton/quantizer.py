@@ -17,7 +17,7 @@ from torch import Tensor
 from ...quantize import Prepared, Quantized, operand
 from ...scaling import TENSOR, Tile
 from ...spec import GemmSpec, OperandSpec, Transform, specs_of
-from ...transforms import Hadamard
+from ...transforms import Composed, Hadamard
 from ..interface import Cast, Operand, knows_transform, unknown
 from ..reference import Emulated, Reference, one_noise, scaled_product
 from .amax import signs_of, tile_amax
@@ -87,9 +87,12 @@ class Triton(Reference):
         ``operand`` gives of them, where BF16 holds that. ``note``: as in ``quantize_fused``.
         """
         spec, amax, noise, note = cast.spec, cast.amax, one_noise(cast), cast.note
-        transform = cast.transform if knows_transform(cast.transform) and x.dtype in DTYPES else None
-        if transform is None and cast.transform is not None:
-            x = self.transformed(cast.transform, x, left=cast.left)
+        said = cast.transform
+        while type(said) is Composed:
+            x, said = self.transformed(said.first, x, left=cast.left), said.second
+        transform = said if knows_transform(said) and x.dtype in DTYPES else None
+        if transform is None and said is not None:
+            x = self.transformed(said, x, left=cast.left)
         if not cast.codes:
             prepared = prepare_fused(x, spec, amax=amax, noise=noise, transform=transform, note=note)
             if prepared is not None:
