@@ -148,3 +148,14 @@ def launch(
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, check=False
     )
+
+
+def run_many(configs: Sequence[Sequence[str]], processes: int, root: Path, *more: str) -> None:
+    """One run after the other, in one group of processes."""
+    file = root / f"{processes}.json"
+    file.write_text(json.dumps(configs))
+    script = [str(Path(__file__).parent / "many.py"), str(file), *more]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command_line = [sys.executable, *(launcher if processes > 1 else []), *script]
+    result = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import launch, tiny_overrides, train_here
+from conftest import launch, run_many, tiny_overrides, train_here
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.command import command
@@ -110,17 +110,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for processes, configs in jobs.items():
         run_many(configs, processes, root)
     return root
-
-
-def run_many(configs: list[list[str]], processes: int, root: Path, *more: str) -> None:
-    """One run after the other, in one group of processes."""
-    file = root / f"{processes}.json"
-    file.write_text(json.dumps(configs))
-    script = [str(Path(__file__).parents[1] / "many.py"), str(file), *more]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command_line = [sys.executable, *(launcher if processes > 1 else []), *script]
-    result = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,26 @@ import copy
 import itertools
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from conftest import launch, sign, tiny_overrides, train_here
+from conftest import launch, run_many, sign, tiny_overrides, train_here
 from narrowgauge.models.layers import RMSNorm
 from narrowgauge.precision import apply, load, recipes
 from narrowgauge.precision.loading import filled, names
 from narrowgauge.trainer import distributed
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
-from narrowgauge.trainer.config import TrainConfig, groups, load_run_config
+from narrowgauge.trainer.config import TrainConfig, groups, load_config, load_run_config
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics, read_rows
 from narrowgauge.trainer.own import CONFIG_DIR
@@ -699,11 +704,68 @@ def test_a_recipe_of_every_kind_is_one_file(tiny: Tiny, tmp_path: Path, kind: st
         assert slot == "fprop.y" or all(0 < row["sqnr_db"] < 80 for row in mine)
     high = read_metrics(root / "metrics.jsonl", "eval")[6]["loss"]
     try:
-        subject = open_run(root)
+        subject = open_run(root, said=(str(file),))
         assert evaluate_on(subject, None, "validation", 500, 8).loss == high
         assert evaluate_on(replace(subject, precision="recipe"), None, "validation", 500, 8).loss != high
     finally:
         distributed.finish()
+
+
+def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
+    """The overrides of a run of every kind, each with directories of its own."""
+    (root / "recipes").mkdir()
+    overrides = {}
+    for kind, (text, *_) in (KINDS | {"hook": (GAIN,)}).items():
+        file = root / "recipes" / f"{kind}.py"
+        file.write_text(text)
+        options = (f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4")
+        overrides[kind] = tiny_overrides(corpus, root / kind, *options)
+    return overrides
+
+
+def test_a_recipe_of_every_kind_is_resumed_by_two_processes(corpus: Path, tmp_path: Path) -> None:
+    """Bit for bit, with weights in parts and two micro-batches a step."""
+    overrides = kinds_in(tmp_path, corpus)
+    run_many(list(overrides.values()), 2, tmp_path)
+    for kind in overrides:
+        shutil.copytree(tmp_path / kind, tmp_path / "whole" / kind)
+        go_back(load_config(overrides[kind]), 2)
+    run_many(list(overrides.values()), 2, tmp_path)
+    for kind in overrides:
+        assert compare_runs(tmp_path / "whole" / kind, tmp_path / kind) == [], kind
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*KINDS, "hook"])
+def test_a_recipe_of_every_kind_survives_a_kill(corpus: Path, tmp_path: Path, kind: str) -> None:
+    """Of the launcher and both processes, at whatever step they were."""
+    overrides = [*kinds_in(tmp_path, corpus)[kind], "train.steps=40", "checkpoint.keep_last=99"]
+    result = launch(overrides, processes=2)
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(tmp_path / kind, tmp_path / "whole")
+    shutil.rmtree(tmp_path / kind)
+    kill_at(tmp_path / kind, 11, overrides)
+    assert len(list_checkpoints(tmp_path / kind / "checkpoints")) < 20
+    result = launch(overrides, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "resuming " in result.stdout
+    assert compare_runs(tmp_path / "whole", tmp_path / kind) == []
+
+
+def kill_at(run_dir: Path, step: int, overrides: list[str]) -> None:
+    """Start a run on two processes, and kill all of it once it is at ``step``."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    process = subprocess.Popen([sys.executable, *launcher, *overrides], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while max(read_metrics(run_dir / "metrics.jsonl", "train"), default=0) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    there = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in there:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(there, timeout=60)
 
 
 def test_evaluating_a_run_gives_what_the_run_gave(tiny: Tiny) -> None:
