@@ -52,7 +52,7 @@ from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, Pow
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.states.updates import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
-from narrowgauge.precision.transforms import Hadamard
+from narrowgauge.precision.transforms import Hadamard, drawn
 from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
 from test_updates import CPU, make, params_of, set_grads, state_of
 from test_updates import same as same_states
@@ -181,6 +181,19 @@ def test_hadamard_in_front_of_the_column_pass(dtype: torch.dtype, stochastic: bo
             ours = quantize_fused(x.mT, spec, noise=source, transform=transform)
             theirs = quantize(transform.left(x.mT), spec, noise=source)
             assert same_codes(ours, theirs), (str(spec), x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signs_of_a_step_in_front_of_the_transform(dtype: torch.dtype) -> None:
+    key = step_key(base_key(1, "layers.0", 4), 5)
+    for number, (spec, size) in enumerate([(NVFP4, 16), (MXFP8, 32), (NVFP4, -1)]):
+        transform = drawn(Hadamard(size=size, signs="step"), key)
+        for x in list(matrices((64, 33), dtype, number))[number::5]:
+            want = transform.left(x.mT)
+            assert equal(BACKEND.transformed(transform, x.mT, left=True), want)
+            ours = BACKEND.cast(x.mT, Cast(spec=spec, transform=transform))
+            assert isinstance(ours, Quantized)
+            assert same_codes(ours, quantize(want, spec)), (str(spec), size, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

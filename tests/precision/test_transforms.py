@@ -449,6 +449,32 @@ def test_halo_level_1_reuses_the_codes_of_the_rotated_weight() -> None:
     assert (of_tokens @ (g_t @ wh) @ h.mT - dy.double() @ w.double()).norm() < 0.06 * (dy.double() @ w.double()).norm()
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_linear_of_halo_level_2(rounded: bool) -> None:
+    operand, whole = OperandSpec(format=E4M3), Hadamard(size=-1, signs="none", rounded=rounded)
+    gemms = [
+        GemmSpec(a=operand, b=operand, transform=transform)
+        for transform in (whole, Outer(a=whole, b=whole), Outer(b=whole))
+    ]
+    spec = LinearSpec(fprop=gemms[0], dgrad=gemms[1], wgrad=gemms[2])
+    plain, model = nn.Linear(96, 48), nn.Sequential(nn.Linear(96, 48))
+    model[0].load_state_dict({name: tensor.bfloat16().float() for name, tensor in plain.state_dict().items()})
+    plain.load_state_dict(model[0].state_dict())
+    plan = apply(Recipe(rules=(Rule(kind=nn.Linear, path=".*", make=quantized(spec)),)), model.bfloat16(), tokens=40)
+    plan.begin_step(0, 0)
+    x, dy = randn(40, 96).bfloat16(), randn(40, 48, seed=1).bfloat16()
+    x[:, 3] *= 50  # an outlier channel
+    ours, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
+    y, want = model(ours), plain(theirs)
+    y.backward(dy)
+    want.backward(dy.float())
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    pairs = ((y, want), (ours.grad, theirs.grad), (model[0].weight.grad, plain.weight.grad))
+    errors = [float(((mine - exact).norm() / exact.norm()).detach()) for mine, exact in pairs]
+    assert all(0.01 < error < 0.06 for error in errors), errors
+
+
 def test_refusals_of_outer() -> None:
     with pytest.raises(ValueError, match="name one"):
         Outer()
