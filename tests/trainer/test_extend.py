@@ -1,0 +1,52 @@
+"""Every recipe in ``docs/extend.md`` is a file that trains, and is shown in plan.txt as the page says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import train_here
+from narrowgauge.precision import load
+from narrowgauge.trainer.config import TrainConfig
+from narrowgauge.trainer.errors import ExitCode
+from narrowgauge.trainer.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = re.split(r"^## ", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+RECIPES = {
+    f"{section.splitlines()[0].lower()}-{number}": text
+    for section in SECTIONS
+    for number, text in enumerate(re.findall(r"```python\n(.*?)```", section, re.S), 1)
+}
+# What plan.txt says of each.
+SHOWN = {
+    "six slots-1": "dgrad: e5m2/row/fp32/sr x e2m1/1x32/e8m0-rceil/values",
+    "sums of parts-1": "dy, rest: e2m1/1x16/e4m3+fp32/sr",
+    "transforms-1": "wgrad: e2m1/1x32/e8m0-rceil x e2m1/1x32/e8m0-rceil [hadamard32/step]",
+    "derivatives-1": "wgrad: high precision (torch), dw * dge5",
+    "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
+    "layers-1": "saved for backward: e4m3/row/fp32",
+}
+
+
+def test_every_section_has_a_recipe() -> None:
+    assert RECIPES.keys() == SHOWN.keys()
+    assert len(SECTIONS) == len({name.rpartition("-")[0] for name in RECIPES})
+    table = re.findall(r"\[([^]]+)\]\(#", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"))
+    assert table == [section.splitlines()[0] for section in SECTIONS]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_of_the_page_trains(tiny: Callable[..., TrainConfig], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "recipe.py"
+    file.write_text(RECIPES[name])
+    assert load(str(file)).rules or load(str(file)).hooks
+    options = ("model.num_layers=3", "train.steps=3", "checkpoint.every=0", "probe.every=3", "sample.tokens=0")
+    config = tiny(f"precision.recipe={file}", *options)
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    assert SHOWN[name] in (root / "plan.txt").read_text()
+    losses = [row["loss"] for row in read_metrics(root / "metrics.jsonl", "train").values()]
+    assert losses[-1] < losses[0]
