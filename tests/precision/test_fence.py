@@ -13,7 +13,7 @@ from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import QUANTIZERS, Cast, choose
 from narrowgauge.precision.backends.scaled_mm import find
 from narrowgauge.precision.backends.triton import quantizer as triton
-from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.formats import E2M1, E4M3, ExMy, NumberFormat
 from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.quantize import Quantized, operand, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
@@ -40,7 +40,7 @@ def values_of(codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OddGrid(NumberFormat):
+class OddGrid(ExMy):
     """A subclass with the facts of E2M1 and another grid."""
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge.precision.formats import E4M3, NumberFormat
+from narrowgauge.precision.formats import E4M3, ExMy
 from narrowgauge.precision.states.codecs import Codec, Scaled
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
 from narrowgauge.precision.states.telemetry import step_with_sums
@@ -234,7 +234,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
         CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
 
 
-class Unbounded(NumberFormat):
+class Unbounded(ExMy):
     """Fields of E4M3, codes of its own."""
 
 

@@ -12,6 +12,7 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from ..codebook import Codebook
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
@@ -155,6 +156,8 @@ def knows_transform(transform: Transform | None) -> TypeGuard[Hadamard]:
 def unknown(*specs: OperandSpec | None) -> str | None:
     """Why kernels refuse the operands: the first format or scale rule that is a type of its own; None without one."""
     for spec in specs:
+        if spec is not None and type(spec.format) is Codebook:
+            return f"no kernel for {spec.format}, a table of values"
         if spec is not None and not knows_format(spec.format):
             return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
         if spec is not None and not knows_rule(spec.scale):
