@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...formats import E2M1, E4M3, E5M2, INT4, INT8, ExMy, Integer, NumberFormat
+from ...formats import E2M1, E4M3, E5M2, ExMy, Integer, NumberFormat
 from ...scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, ScaleRule, TwoLevel, Unit
 from ...spec import OperandSpec, Rounding
 from .blocks import tile_fits
@@ -23,7 +23,7 @@ CONVERSIONS: dict[NumberFormat, int] = {E4M3: 1, E5M2: 2, E2M1: 3}  # formats th
 
 def format_fits(format: NumberFormat) -> bool:
     if type(format) is Integer:
-        return format in (INT4, INT8)
+        return format.bits <= 8
     return type(format) is ExMy and format.bits <= 8 and format.mantissa_bits > 0 and format.min_exponent > -126
 
 
