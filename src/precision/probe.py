@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Operand
+from .formats import pack4
 from .module import QuantizedModule
 from .plan import Plan
 from .quantize import Prepared, Quantized, dequantize
@@ -70,7 +71,8 @@ class Row:
         sqnr_db: 10 log10 of the sum of squares over that of squared errors. None where there is no error.
         mse: the mean squared error.
         underflow_percent: not zero before, zero after, of all elements; -0 is zero.
-        saturation_percent: magnitudes above what the largest finite code of their tile stands for, of all elements.
+        saturation_percent: values beyond what the largest and smallest finite codes of their tile stand for, of all
+            elements.
         amax: the largest finite magnitude.
         scale_min, scale_max: of the scales that codes are multiplied with to get values back.
         relative_error: the norm of the error over that of the exact product; of outputs.
@@ -226,13 +228,20 @@ def of_operand(given: Tensor, used: Operand) -> Figures:
     if isinstance(used, Tensor):
         return _figures(given, used, None, None)
     format = used.spec.format
-    if format.bits <= 8:
-        code = format.max_code | (format.max_code << 4 if format.bits == 4 else 0)
-        largest = torch.full_like(used.codes, code)
+    high = _all(used, format.max)
+    low = -high if format.min == -format.max else _all(used, format.min)
+    return _figures(given, dequantize(used), (low, high), _decode_scales(used))
+
+
+def _all(used: Quantized, value: float) -> Tensor:
+    """What ``used`` would stand for if every code were that of ``value``."""
+    format = used.spec.format
+    if format.bits > 8:
+        codes = torch.full_like(used.codes, value)
     else:
-        largest = torch.full_like(used.codes, format.max)
-    limit = dequantize(replace(used, codes=largest))
-    return _figures(given, dequantize(used), limit, _decode_scales(used))
+        one = format.encode(torch.full((1, 2), value, dtype=torch.float32, device=used.codes.device))
+        codes = (pack4(one) if format.bits == 4 else one)[0, 0].expand_as(used.codes)
+    return dequantize(replace(used, codes=codes))
 
 
 def _decode_scales(q: Quantized) -> Tensor | None:
@@ -249,15 +258,16 @@ def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Figures:
     return _figures(exact if bias is None else exact + bias.to(wide), y, None, None)
 
 
-def _figures(given: Tensor, used: Tensor, limit: Tensor | None, scales: Tensor | None) -> Figures:
+def _figures(given: Tensor, used: Tensor, limits: tuple[Tensor, Tensor] | None, scales: Tensor | None) -> Figures:
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
     x, q = given.to(wide), used.to(wide)
     finite = x.isfinite()
     both = finite & q.isfinite()
     size = torch.where(finite, x, 0.0).abs()
-    saturated = (
-        torch.zeros((), dtype=torch.float32, device=x.device) if limit is None else (x.abs() > limit * _SLACK).sum()
-    )
+    saturated = torch.zeros((), dtype=torch.float32, device=x.device)
+    if limits is not None:
+        low, high = limits
+        saturated = ((x > high * _SLACK) | (x < low * _SLACK)).sum()
     sums = (
         torch.tensor(x.numel(), device=x.device),
         x.numel() - finite.sum(),

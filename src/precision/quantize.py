@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .formats import E8M0, NumberFormat, pack4, unpack4
+from .codebook import Codebook
+from .formats import E8M0, ExMy, Integer, PowersOfTwo, pack4, unpack4
 from .noise import Noise
 from .scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
 from .spec import OperandSpec, Rounding
@@ -308,25 +309,28 @@ def _factors(
 
 
 def knows_format(format: object) -> bool:
-    """Whether a number format rounds and is coded as ``NumberFormat`` says: exactly that type.
+    """Whether a number format rounds and is coded as its fields say: exactly a leaf of ``precision.formats``.
 
     A subclass or a look-alike means what its own methods say; nothing is concluded from its fields.
     """
-    return type(format) is NumberFormat
+    return type(format) in (ExMy, Integer, PowersOfTwo)
 
 
 def operand_dtype(spec: OperandSpec) -> torch.dtype:
     """That of the matrix of ``operand``: BF16 where it is known to hold the values exactly, else FP32."""
     element, rule = spec.format, spec.scale
-    if not knows_format(element):
+    table = type(element) is Codebook
+    if not (table or knows_format(element)):
         return torch.float32
-    bits = element.significant_bits
+    bits, tiny = element.significant_bits, element.tiny_exponent
     if rule.levels == 2:
         block, rows = rule.format, isinstance(rule, TwoLevel) and rule.rows
         known = block is not None and knows_format(block) and bits + block.significant_bits <= 8
+        if known and table and block is not None:
+            known = tiny + block.tiny_exponent >= -126
         return torch.bfloat16 if known and not rows else torch.float32
     one_scale = rule.levels == 0 or (rule.format is None and spec.tile == TENSOR)
-    exact = one_scale or (rule.power_of_two and element.tiny_exponent >= -126)
+    exact = (one_scale and not table) or ((one_scale or rule.power_of_two) and tiny >= -126)
     return torch.bfloat16 if exact and bits <= 8 else torch.float32
 
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import Backend, Quantizer
-from .scaling import TENSOR, Current, Delayed
+from .quantize import operand_dtype
+from .scaling import TENSOR, Current, Delayed, Unit
 from .spec import (
     GemmSpec,
     LinearSpec,
@@ -377,6 +378,8 @@ def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
         return f"{'fprop' if w.spec is None else 'dgrad'} reads the weight in high precision"
     if w.spec.format.bits > 8:
         return f"{w.spec.format} is no narrower than what is gathered"
+    if operand_dtype(OperandSpec(format=w.spec.format, scale=Unit())) != torch.bfloat16:
+        return f"BF16 is not known to hold the values of {w.spec.format}, as which codes are gathered"
     if w.spec.tile.outer != w.spec.tile.inner:
         how = "read" if w_t.origin is Origin.VALUES else "quantized anew"
         return f"a weight in tiles of {w.spec.tile} is {how} for dgrad, along its other dimension"

@@ -72,8 +72,8 @@ class Transform(Protocol):
     Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
 
     ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
-    written here where it leaves them out. Callers ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back``
-    of ``precision.transforms``.
+    written here where it leaves them out. One that leaves an operand as it is has ``changes(left) -> bool``, too. Callers
+    ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back`` of ``precision.transforms``.
     """
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
@@ -92,10 +92,6 @@ class Transform(Protocol):
         Raises ValueError where the transform names no way back.
         """
         raise ValueError(f"{self} names no way back: it has no method back(g, left, stats)")
-
-    def changes(self, left: bool) -> bool:
-        """Whether the left, or the right, operand is another after it."""
-        return True
 
     @property
     def draws(self) -> bool:

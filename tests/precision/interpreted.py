@@ -43,7 +43,7 @@ from narrowgauge.precision.backends.triton.fused import (
 )
 from narrowgauge.precision.backends.triton.quantize import NO_NOISE, QuantizePlan, quantize_fused
 from narrowgauge.precision.backends.triton.quantizer import EmulatedOnGpu, Triton, hadamard, scaled_output, swizzled
-from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, NumberFormat
+from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, INT4, INT8, Integer, NumberFormat
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
@@ -53,7 +53,7 @@ from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.states.updates import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard, drawn
-from test_backends import DTYPES, FORMATS, SCALES, SHAPES, equal, matrices, same_codes
+from test_backends import DTYPES, FEW_BITS, FORMATS, SCALES, SHAPES, assert_every_tie, equal, matrices, same_codes
 from test_updates import CPU, make, params_of, set_grads, state_of
 from test_updates import same as same_states
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ def read_bounds_by_item() -> None:
 if version() < (3, 9):
     read_bounds_by_item()
 
+INTEGERS = [Integer(bits=bits) for bits in range(2, 9)]
 BACKEND, FOR_PRODUCTS = Triton(), Triton(by_column=True)
 TILES = (
     TENSOR,
@@ -113,7 +114,12 @@ def same_operand(ours: tuple[Tensor, Tensor | None], q: Quantized) -> bool:
     return all(map(equal, ours, theirs))
 
 
-@pytest.mark.parametrize("format", [*FORMATS, INT8, INT4], ids=str)
+@pytest.mark.parametrize("format", [*FORMATS, *FEW_BITS, *INTEGERS], ids=str)
+def test_every_tie(format: NumberFormat) -> None:
+    assert_every_tie(BACKEND, format)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, INT8, INT4, INTEGERS[0]], ids=str)
 def test_codes_scales_and_operands(format: NumberFormat) -> None:
     """A sample of all combinations, another one for each format."""
     rng = random.Random(str(format))

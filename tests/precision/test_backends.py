@@ -41,7 +41,10 @@ OTHERS = [
     for backend in QUANTIZERS  # native products have their codes from these
     if backend is not REFERENCE.quantizer
 ]
-FORMATS = (E4M3, E5M2, E2M1, E4M3_240, E3M2, E2M3, exmy(4, 1), exmy(5, 2, ieee=False))
+FORMATS = (
+    E4M3, E5M2, E2M1, E4M3_240, E3M2, E2M3, exmy(4, 1), exmy(5, 2, ieee=False), exmy(1, 2, ieee=False)
+)  # fmt: skip
+FEW_BITS = [exmy(1, m, ieee=False) for m in (1, 3, 4, 5, 6)]
 TILES = (
     TENSOR,
     Tile(1, -1),
@@ -114,11 +117,41 @@ def test_codes_scales_and_operands(backend: Quantizer, fmt: object) -> None:
             assert equal(backend.amax(x, tile), amax(x, tile)), (tile, x.dtype, x.shape)
 
 
+def ties(fmt: NumberFormat) -> Tensor:
+    """[rows, 64]: values of the format, what lies half-way, the neighbours of both, and what is beyond."""
+    grid = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32).to(torch.uint8)).unique()
+    x = torch.cat(
+        (grid, (grid[1:] + grid[:-1]) / 2, 1.5 * grid, torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0]))
+    )
+    inf = torch.tensor(torch.inf)
+    x = torch.cat((x, x.nextafter(inf), x.nextafter(-inf)))
+    return torch.nn.functional.pad(x, (0, -len(x) % 64)).reshape(-1, 64)
+
+
+def assert_every_tie(backend: Quantizer, fmt: NumberFormat) -> None:
+    """Of every dtype, and of every code."""
+    for dtype, rounding in itertools.product(DTYPES, list(Rounding)):
+        x = ties(fmt).to(dtype)
+        noise = None
+        if rounding is Rounding.STOCHASTIC:
+            noise = Noise(key=step_key(base_key(1, "layers.0", 2), fmt.bits), row_offset=3, transposed=False)
+        spec = OperandSpec(format=fmt, scale=Unit(), rounding=rounding)
+        ours, theirs = (quantize_by(b, x, spec, noise=noise) for b in (backend, REFERENCE.quantizer))
+        assert same_codes(ours, theirs), (str(spec), dtype)
+        assert all(map(equal, backend.operand(ours), operand(theirs))), (str(spec), dtype)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("fmt", [*FORMATS, *FEW_BITS], ids=str)
+def test_every_tie(backend: Quantizer, fmt: NumberFormat) -> None:
+    assert_every_tie(backend, fmt)
+
+
 WIDE_SHAPES = [(256, 48), (160, 33), (130, 16), (48, 256), (17, 300), (1, 40), (40, 1), (600, 20)]
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1, exmy(1, 2, ieee=False)], ids=str)
 @pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC], ids=str)
 def test_what_gemms_read(backend: Quantizer, fmt: NumberFormat, rounding: Rounding) -> None:
     """Read along rows and columns, transformed on the way or not, kept as codes or not: always the reference's bits."""

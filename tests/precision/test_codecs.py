@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from narrowgauge.precision.formats import E2M1, E4M3
+from narrowgauge.precision.codebook import Codebook
+from narrowgauge.precision.formats import E2M1, E4M3, INT8
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import amax
 from narrowgauge.precision.scaling import Tile
@@ -224,9 +225,24 @@ def test_what_means_nothing_is_one_line(choice: object, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_of_values_is_a_codec() -> None:
+    values = tuple(math.copysign(n * n, n) for n in range(-60, 61))
+    squares = Scaled(format=Codebook(name="squares", values=values), block=16)
+    x = torch.randn(5, 40)
+    back = squares.decode(squares.encode(x))
+    top = amax(x, Tile(1, 16)).repeat_interleave(16, 1)[:, :40]
+    shares = (x / top * 3600).double()
+    near = (shares[..., None] - torch.tensor(values)).abs().amin(-1)
+    assert ((back.double() - x.double()).abs() / top * 3600 <= near + 0.01).all()
+    assert squares.layout(5, 40)["codes"] == ((5, 40), torch.uint8)
+    assert str(squares) == "squares/16"
+
+
 def test_codecs_that_cannot_be() -> None:
     for make in (
         lambda: Scaled(format=E2M1),
+        lambda: Scaled(format=INT8),
+        lambda: Scaled(format=Codebook(name="wide", values=(0.0, 1.0), codes=(0, 0x8000))),
         lambda: Scaled(format=E4M3, rounding=Rounding.TRUNCATE),
         lambda: Plain(dtype=torch.float16),
     ):

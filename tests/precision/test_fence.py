@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,12 +13,13 @@ from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import QUANTIZERS, Cast, choose
 from narrowgauge.precision.backends.scaled_mm import find
 from narrowgauge.precision.backends.triton import quantizer as triton
-from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.codebook import Codebook
+from narrowgauge.precision.formats import E2M1, E4M3, ExMy, Integer, NumberFormat, exmy
 from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.quantize import Quantized, operand, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
-from narrowgauge.precision.scaling import Error, PowerOfTwo, Scales, Tile, TwoLevel
-from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
+from narrowgauge.precision.scaling import Error, Power, PowerOfTwo, Scales, Tile, TwoLevel
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ def values_of(codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OddGrid(NumberFormat):
+class OddGrid(ExMy):
     """A subclass with the facts of E2M1 and another grid."""
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -76,6 +77,25 @@ class LookAlike:
         return self.name
 
 
+@dataclass(frozen=True)
+class Bare(NumberFormat):
+    """What a format of a recipe's own must say, and no more."""
+
+    name: str = "e2m1"
+    bits: int = 4
+    max: float = 6.0
+
+    def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return to_grid(x)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return codes_of(values)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return values_of(codes)
+
+
+TABLE = Codebook(name="e2m1", values=(*VALUES.tolist(), *(-VALUES).tolist()))
 ODD = OddGrid(name="e2m1", bits=4, exponent_bits=2, mantissa_bits=1, min_exponent=0, max=6.0, dtype=E2M1.dtype)
 
 
@@ -112,6 +132,12 @@ FOREIGN = {
     "a look-alike in blocks": (
         linear_spec(OperandSpec(format=LookAlike(), tile=Tile(1, 32), scale=PowerOfTwo())),
         FORMAT.format("LookAlike"),
+    ),
+    "a format of its own": (linear_spec(OperandSpec(format=Bare(), **NV)), FORMAT.format("Bare")),
+    "a table": (linear_spec(OperandSpec(format=TABLE, **NV)), "no kernel for e2m1, a table of values"),
+    "a table in squares": (
+        linear_spec(OperandSpec(format=TABLE, tile=Tile(32, 32), scale=PowerOfTwo(mode=Power.FLOOR))),
+        "no kernel for e2m1, a table of values",
     ),
     "a subclass of the rule": (
         linear_spec(OperandSpec(format=E2M1, tile=Tile(1, 16), scale=Halved())),
@@ -197,9 +223,47 @@ def test_a_foreign_transform_is_not_taken_for_its_parent(backend: str) -> None:
 
 def test_operands_of_unknown_formats_are_in_fp32() -> None:
     """BF16 would be a claim about values that nobody has seen."""
-    for spec in (OperandSpec(format=LookAlike()), OperandSpec(format=ODD, **NV)):
+    for spec in (OperandSpec(format=LookAlike()), OperandSpec(format=Bare()), OperandSpec(format=ODD, **NV)):
         assert operand(quantize(torch.randn(8, 32), spec))[0].dtype == torch.float32
     assert operand(quantize(torch.randn(8, 32), OperandSpec(format=E2M1)))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fmt", [exmy(3, 0, ieee=False), Integer(bits=16)], ids=str)
+def test_known_types_of_shapes_that_kernels_do_not_know(monkeypatch: pytest.MonkeyPatch, fmt: NumberFormat) -> None:
+    """They refuse, and give the reference's bits to whoever asks all the same."""
+    gemm = GemmSpec(a=OperandSpec(format=fmt))
+    monkeypatch.setattr(triton, "runs_on", lambda device: True)
+    for backend in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=f"no kernel for {fmt}$"):
+            choose(gemm, (32, 32, 32), CPU, backend)
+    assert choose(gemm, (None, 8, 8), CPU).backend.name == "reference"
+    monkeypatch.undo()
+    assert gemm.a is not None
+    x = torch.randn(32, 48)
+    for quantizer in QUANTIZERS:
+        made = quantizer.cast(x, Cast(spec=gemm.a))
+        assert isinstance(made, Quantized)
+        assert torch.equal(made.codes, quantize(x, gemm.a).codes)
+        assert all(map(torch.equal, quantizer.operand(made), operand(quantize(x, gemm.a))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "why"),
+    [(E4M3, None), (TABLE, None), (replace(TABLE, values=(0.0, 1 / 3, 1.0), name="thirds"), "thirds"), (ODD, "e2m1")],
+    ids=["known", "table", "thirds", "subclass"],
+)
+def test_codes_are_gathered_only_where_bf16_holds_their_values(fmt: NumberFormat, why: str | None) -> None:
+    """A weight comes as BF16 values, which have the codes back when they are rounded."""
+    gemm = GemmSpec(a=OperandSpec(format=E4M3), b=OperandSpec(format=fmt))
+    spec = LinearSpec(fprop=gemm, dgrad=replace(gemm, b=replace(gemm.b, source=Source.QUANTIZED)))  # type: ignore[type-var]
+    model = nn.Sequential(nn.Linear(64, 48))
+    apply(Recipe(rules=(Rule(kind=nn.Linear, path=".*", make=quantized(spec)),)), model, tokens=32)
+    found = model[0].plan.weight_once
+    assert (
+        found == gemm.b
+        if why is None
+        else found == f"BF16 is not known to hold the values of {why}, as which codes are gathered"
+    )
 
 
 def test_four_over_six_is_for_the_format_and_not_for_its_name() -> None:

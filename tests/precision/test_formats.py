@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import gfloat
 import gfloat.formats
 import ml_dtypes
@@ -21,12 +23,16 @@ from narrowgauge.precision.formats import (
     FP16,
     INT4,
     INT8,
+    Integer,
     NumberFormat,
     by_name,
     exmy,
     pack4,
     unpack4,
 )
+from narrowgauge.precision.quantize import dequantize, operand, quantize
+from narrowgauge.precision.scaling import TENSOR, Fp32, PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.spec import OperandSpec
 from torch import Tensor
 from torchao.prototype.mx_formats.kernels import pack_uint4
 
@@ -126,7 +132,10 @@ def test_rounding_matches_ml_dtypes(fmt: NumberFormat, dtype: torch.dtype) -> No
     ("fmt", "info"),
     [(fmt, info) for fmt, info in GFLOAT.items() if fmt != E8M0]
     + [(exmy(e, m), gfloat_exmy(e, m, ieee=True)) for e, m in [(2, 5), (3, 4), (3, 2), (4, 3), (5, 2)]]
-    + [(exmy(e, m, ieee=False), gfloat_exmy(e, m, ieee=False)) for e, m in [(2, 1), (2, 5), (4, 2), (4, 3)]],
+    + [
+        (exmy(e, m, ieee=False), gfloat_exmy(e, m, ieee=False))
+        for e, m in [(2, 1), (2, 5), (4, 2), (4, 3), (1, 1), (1, 2), (1, 6), (2, 0), (3, 0), (5, 0), (7, 0)]
+    ],
     ids=str,
 )
 def test_rounding_matches_gfloat(fmt: NumberFormat, info: gfloat.FormatInfo) -> None:
@@ -136,6 +145,37 @@ def test_rounding_matches_gfloat(fmt: NumberFormat, info: gfloat.FormatInfo) -> 
     x = points(values)
     want = gfloat.round_ndarray(info, x.double().numpy(), gfloat.RoundMode.TiesToEven, sat=True)
     assert_same_bits(fmt.round(x), torch.from_numpy(np.clip(want, -fmt.max, fmt.max)))
+
+
+@pytest.mark.parametrize(("e", "m"), [(1, 0), (1, 2), (1, 6), (2, 0), (3, 0), (7, 0)])
+def test_few_bits(e: int, m: int) -> None:
+    """One exponent bit is a uniform grid, no mantissa bits are powers of two: every code, and what noise does."""
+    fmt = exmy(e, m, ieee=False)
+    info = gfloat_exmy(e, m, ieee=False)
+    got = fmt.decode(codes(fmt))
+    assert got.tolist() == [gfloat.decode_float(info, code).fval for code in range(1 << fmt.bits)]
+    assert torch.equal(fmt.encode(got), codes(fmt))
+    assert fmt.max_code == got.argmax()
+    values = grid(fmt).unique()
+    if e == 1 and m:
+        assert values.diff().unique().tolist() == [2.0 ** (1 - m)]
+    x = points(grid(fmt)).clamp(-fmt.max, fmt.max)
+    low = values[(torch.bucketize(x.abs(), values, right=True) - 1)]
+    high = values[torch.bucketize(x.abs(), values)]
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    up = noise < ((x.abs() - low) / (high - low)).nan_to_num(0.0)
+    assert_same_bits(fmt.round(x, noise), torch.copysign(torch.where(up, high, low), x))
+    assert_same_bits(fmt.truncate(x), torch.copysign(low, x))
+
+
+def test_few_bits_of_the_literature() -> None:
+    assert grid(exmy(1, 2, ieee=False))[8:].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
+    assert grid(exmy(3, 0, ieee=False))[8:].tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+    ties = torch.tensor([0.125, 0.375, 0.75, 1.5, 3.0, 6.0, 12.0])  # to codes 0, 2, 2, 4, 4, 6, 6
+    assert exmy(3, 0, ieee=False).round(ties).tolist() == [0, 0.5, 0.5, 2, 2, 8, 8]
+    ternary = Integer(bits=2)
+    assert ternary.round(torch.tensor([-9, -0.51, -0.5, 0.5, 0.51, torch.inf])).tolist() == [-1, -1, 0, 0, 1, 1]
+    assert ternary.encode(torch.tensor([-1.0, 0.0, 1.0])).tolist() == [3, 0, 1]
 
 
 @pytest.mark.parametrize(("e", "m"), [(8, 3), (8, 1), (5, 7), (6, 9), (7, 8), (8, 6)])
@@ -162,7 +202,7 @@ def test_rounding_matches_torch_casts(fmt: NumberFormat) -> None:
     assert_same_bits(fmt.round(x), x.clamp(-fmt.max, fmt.max).to(fmt.dtype).float())
 
 
-@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("fmt", [INT8, INT4, *(Integer(bits=bits) for bits in (2, 3, 5, 6, 7))], ids=str)
 def test_integers(fmt: NumberFormat) -> None:
     values = fmt.decode(codes(fmt))
     assert sorted(values.tolist()) == list(range(-int(fmt.max) - 1, int(fmt.max) + 1))
@@ -173,6 +213,17 @@ def test_integers(fmt: NumberFormat) -> None:
     assert torch.equal(fmt.decode(fmt.encode(want)), want)
     if fmt == INT8:
         assert torch.equal(fmt.encode(want).view(torch.int8), want.to(torch.int8))
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+def test_wide_integers(bits: int) -> None:
+    fmt = Integer(bits=bits)
+    x = torch.linspace(-1.5, 1.5, 20_001) * fmt.max
+    x = torch.cat((x, x.round() + 0.5, NONFINITE))
+    assert_same_bits(fmt.round(x), x.round().clamp(-fmt.max, fmt.max))
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    assert (fmt.round(x, noise) - x.clamp(-fmt.max, fmt.max)).abs().max() < 1
+    assert fmt.truncate(x).tolist() == x.clamp(-fmt.max, fmt.max).trunc().tolist()
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if not f.scales_only], ids=str)
@@ -250,7 +301,8 @@ def test_packing() -> None:
 
 
 def test_names() -> None:
-    for fmt in [*FORMATS.values(), exmy(3, 4), exmy(2, 5, ieee=False), exmy(8, 3)]:
+    few = [exmy(1, 2, ieee=False), exmy(3, 0, ieee=False), Integer(bits=2), Integer(bits=16)]
+    for fmt in [*FORMATS.values(), exmy(3, 4), exmy(2, 5, ieee=False), exmy(8, 3), *few]:
         assert by_name(fmt.name) == fmt
     assert by_name("e5m7") == exmy(5, 7)
     same = [exmy(5, 2), exmy(4, 3), exmy(8, 7), exmy(5, 10), exmy(2, 1, ieee=False), exmy(3, 2, ieee=False)]
@@ -262,10 +314,80 @@ def test_names() -> None:
         by_name("int 8")
 
 
-@pytest.mark.parametrize(("e", "m", "ieee"), [(1, 2, True), (9, 2, True), (4, 0, True), (8, 8, True), (8, 3, False)])
-def test_formats_that_cannot_be(e: int, m: int, ieee: bool) -> None:
-    with pytest.raises(ValueError, match="no format"):
+@pytest.mark.parametrize(
+    ("e", "m", "ieee", "hint"),
+    [
+        (1, 2, True, "; there is e1m2_finite"),
+        (4, 0, True, "; there is e4m0_finite"),
+        (8, 3, False, "; there is e8m3"),
+        (8, 0, True, "need 2 exponent bits and a mantissa bit"),
+        (9, 2, True, "1 to 8 bits"),
+        (0, 2, False, "1 to 8 bits"),
+        (8, 8, True, "fits in 16 bits"),
+    ],
+)
+def test_formats_that_cannot_be(e: int, m: int, ieee: bool, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"no format e{e}m{m}.*{hint}"):
         exmy(e, m, ieee=ieee)
+
+
+@pytest.mark.parametrize("bits", [1, 17])
+def test_integers_that_cannot_be(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"2 to 16 bits, not {bits}"):
+        Integer(bits=bits)
+    with pytest.raises(ValueError, match=f"2 to 16 bits, not {bits}"):
+        by_name(f"int{bits}")
+
+
+@dataclass(frozen=True)
+class Halves(NumberFormat):
+    """A format of a recipe's own, with no more than it must have."""
+
+    name: str = "halves"
+    bits: int = 3
+    max: float = 1.5
+
+    def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        a = 2 * x.float().abs().clamp(max=self.max)
+        a = a.round() if noise is None else a.floor() + (noise < a.frac())
+        return torch.copysign(a / 2, x.float())
+
+    def encode(self, values: Tensor) -> Tensor:
+        return ((2 * values.abs()).nan_to_num(3.0).int() + 4 * values.signbit()).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.where(codes & 4 > 0, -0.5, 0.5) * (codes & 3).float()
+
+
+def test_what_a_format_of_a_recipes_own_need_not_say() -> None:
+    fmt = Halves()
+    x = torch.tensor([0.7, -0.7, 9.0])
+    assert str(fmt) == "halves"
+    assert fmt.truncate(x).tolist() == [0.5, -0.5, 1.5]
+    assert (fmt.min, fmt.dtype, fmt.nan, fmt.scales_only, fmt.max_exponent) == (-1.5, None, None, False, 0)
+    assert (fmt.significant_bits, fmt.tiny_exponent) == (24, -149)  # no claim
+    with pytest.raises(ValueError, match="halves has no mantissa"):
+        fmt.mantissa_bits  # noqa: B018
+    x = torch.randn(6, 40)
+    for tile, rule in ((TENSOR, Fp32()), (Tile(1, 16), PowerOfTwo()), (Tile(1, 16), TwoLevel())):
+        q = quantize(x, OperandSpec(format=fmt, tile=tile, scale=rule))
+        assert operand(q)[0].dtype == torch.float32
+        assert (dequantize(q) - x).abs().max() < 2.0
+
+
+def test_what_a_format_must_say() -> None:
+    class Unrounded(NumberFormat):
+        name, bits, max = "unrounded", 8, 1.0
+
+    class WithoutCodes(Unrounded):
+        def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+            return x.float().sign()
+
+    with pytest.raises(TypeError, match="round"):
+        Unrounded()  # type: ignore[abstract]
+    for call in (WithoutCodes().encode, WithoutCodes().decode):
+        with pytest.raises(ValueError, match="unrounded has 8 bits; codes are for formats of at most 8 that define"):
+            call(torch.ones(1))
 
 
 def test_refusals() -> None:

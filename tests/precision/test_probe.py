@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from narrowgauge.precision.apply import apply
-from narrowgauge.precision.formats import E2M1, E4M3, E5M2
+from narrowgauge.precision.codebook import Codebook
+from narrowgauge.precision.formats import BF16, E2M1, E4M3, E5M2, Integer, NumberFormat, exmy
 from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.noise import Noise, base_key, step_key
@@ -178,6 +179,58 @@ def test_a_zero_of_either_sign_is_zero(dtype: torch.dtype) -> None:
     assert sums[:5].tolist() == [8, 0, 0, 2, 1]  # 896 is above the largest
     assert extremes.tolist() == [896.0, -math.inf, -math.inf]  # and there are no scales
     assert math.log2(float(sums[6])) == pytest.approx(math.log2(448.0**2), abs=1e-6)
+
+
+@dataclass(frozen=True)
+class Mine(NumberFormat):
+    """A format of a recipe's own, whose codes run downwards."""
+
+    name: str = "mine"
+    bits: int = 4
+    max: float = 2.0
+
+    def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return x.float().clamp(-2, 2).round()
+
+    def encode(self, values: Tensor) -> Tensor:
+        return (7 - values).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return 7.0 - codes.float()
+
+
+LEAVES = {
+    "e1m2": (exmy(1, 2, ieee=False), -3.5, 3.5),
+    "e3m0": (exmy(3, 0, ieee=False), -16.0, 16.0),
+    "e4m1": (exmy(4, 1), -192.0, 192.0),
+    "bf16": (BF16, -BF16.max, BF16.max),
+    "int2": (Integer(bits=2), -1.0, 1.0),
+    "int4": (Integer(bits=4), -7.0, 7.0),
+    "int12": (Integer(bits=12), -2047.0, 2047.0),
+    "table": (Codebook(name="table", values=(0.3, -0.2, -8.0, 0.0, 7.0), codes=(3, 0, 9, 12, 5), nan=15), -8.0, 7.0),
+    "wide table": (Codebook(name="wide table", values=(-1.0, 0.0, 3.0), codes=(0, 1, 999)), -1.0, 3.0),
+    "a recipe's own": (Mine(), -2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("tile", [None, Tile(1, 8), Tile(3, 5)], ids=str)
+def test_saturation_of_every_kind_of_format(leaf: str, tile: Tile | None) -> None:
+    """Of both signs, by tile; an infinity is beyond everything."""
+    fmt, low, high = LEAVES[leaf]
+    x = samples(9, 33).float() * min(high, 1e30) / 2
+    x[0, :4] = torch.tensor([low, high, 0.0, -0.0])
+    spec = OperandSpec(format=fmt, scale=Unit()) if tile is None else OperandSpec(format=fmt, tile=tile)
+    q = quantize(x, spec)
+    if tile is not None:  # as of an amax that the tensor has outgrown
+        q = replace(q, scales=q.scales / 2, codes=quantize(x * 2, spec).codes)
+    scales = torch.ones(9, 33)
+    if tile is not None:
+        scales = q.scales.repeat_interleave(tile.outer, 0).repeat_interleave(tile.inner, 1)[:9, :33]
+    beyond = ((x > high * scales * (1 + 2.0**-20)) | (x < low * scales * (1 + 2.0**-20))).sum()
+    assert float(of_operand(x, q).sums[4]) == float(beyond)
+    assert beyond > 0 or fmt is BF16
+    assert leaf == "bf16" or float(of_operand(torch.full_like(x, -torch.inf), replace(q)).sums[4]) == x.numel()
 
 
 def test_the_largest_value_of_a_scaled_tensor_does_not_saturate() -> None:

@@ -23,7 +23,19 @@ from narrowgauge.precision.backends.scaled_mm import (
     find,
 )
 from narrowgauge.precision.backends.scaled_mm_operands import Granularity, swizzle
-from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, INT4, INT8, NumberFormat, exmy
+from narrowgauge.precision.formats import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3_240,
+    E5M2,
+    INT4,
+    INT8,
+    Integer,
+    NumberFormat,
+    exmy,
+)
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized, dequantize, quantize
@@ -145,7 +157,10 @@ def test_every_row_of_the_table_is_called(monkeypatch: pytest.MonkeyPatch) -> No
             assert hardware.calls
 
 
-FORMATS: tuple[NumberFormat, ...] = (E2M1, E2M3, E3M2, E4M3_240, INT4, exmy(2, 1), exmy(3, 3), exmy(4, 1), exmy(5, 1))
+FORMATS: tuple[NumberFormat, ...] = (
+    E2M1, E2M3, E3M2, E4M3_240, INT4, exmy(2, 1), exmy(3, 3), exmy(4, 1), exmy(5, 1),
+    exmy(1, 2, ieee=False), exmy(2, 0, ieee=False), exmy(3, 0, ieee=False), Integer(bits=2), Integer(bits=3),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -163,6 +178,20 @@ def test_translated_codes_mean_the_same(monkeypatch: pytest.MonkeyPatch, fmt: Nu
     for q in (quantized, quantized.t()):
         y = multiply(product, q, identity, bias=None, dtype=torch.float32)
         assert torch.equal(torch.diagonal(y), torch.diagonal(dequantize(quantized)))
+
+
+@pytest.mark.parametrize("inner", [64, 33])
+@pytest.mark.parametrize("fmt", [E2M1, exmy(2, 0, ieee=False), Integer(bits=2), Integer(bits=3)], ids=str)
+def test_codes_of_fewer_bits_in_nvfp4(monkeypatch: pytest.MonkeyPatch, fmt: NumberFormat, inner: int) -> None:
+    """E2M1 holds their values; theirs lie one in a byte, and mean something else."""
+    monkeypatch.setattr(scaled_mm, "scaled_mm", Hardware(100))
+    spec = OperandSpec(format=fmt, tile=Tile(16, 16), scale=TwoLevel())
+    product = find(spec, spec, 100)
+    assert not isinstance(product, str)
+    a, b = quantize(torch.randn(16, inner), spec), quantize(torch.randn(inner, 16), spec).t()
+    for left, right in ((a, b), (b, a)):
+        y = multiply(product, left, right, bias=None, dtype=torch.float32)
+        assert sqnr(y, dequantize(left).double() @ dequantize(right).double().mT) > 110
 
 
 def test_formats_that_fit_nowhere_are_refused() -> None:

@@ -23,7 +23,7 @@ from narrowgauge.precision.backends.triton.fused import StateMatrix, quantize_gr
 from narrowgauge.precision.backends.triton.launch import Launcher, start
 from narrowgauge.precision.backends.triton.quantizer import Triton
 from narrowgauge.precision.backends.triton.specs import grid_of
-from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.formats import E2M1, E4M3, ExMy
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized
 from narrowgauge.precision.quantize import quantize as precision_quantize
@@ -58,7 +58,7 @@ def test_on_a_cpu_it_is_not_fastest() -> None:
     assert "triton" not in str(choose(gemm, (None, 8, 8), torch.device("cpu"), "reference"))
 
 
-class OtherFormat(NumberFormat):
+class OtherFormat(ExMy):
     """As a recipe may write one: the fields of a known format, with values of its own."""
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowgauge.precision.formats import E4M3, NumberFormat
+from narrowgauge.precision.codebook import Codebook
+from narrowgauge.precision.formats import E4M3, ExMy, exmy
 from narrowgauge.precision.states.codecs import Codec, Scaled
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
 from narrowgauge.precision.states.telemetry import step_with_sums
@@ -234,7 +235,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
         CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
 
 
-class Unbounded(NumberFormat):
+class Unbounded(ExMy):
     """Fields of E4M3, codes of its own."""
 
 
@@ -245,7 +246,9 @@ class Halved(Scaled):
 @pytest.mark.parametrize("codec", [
     Halved(format=E4M3),
     Scaled(format=Unbounded(**{field.name: getattr(E4M3, field.name) for field in fields(E4M3)})),
-], ids=["codec", "format"])  # fmt: skip
+    Scaled(format=exmy(1, 4, ieee=False)), Scaled(format=exmy(5, 0, ieee=False)),
+    Scaled(format=Codebook(name="squares", values=tuple(float(n * abs(n)) for n in range(-60, 60)))),
+], ids=["codec", "format", "one exponent bit", "no mantissa", "table"])  # fmt: skip
 def test_what_only_looks_like_a_known_codec_is_left_to_the_reference(codec: Codec) -> None:
     for backend in ORDER[:-1]:
         if backend.why_not(CPU) is None:

@@ -12,6 +12,7 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from ..codebook import Codebook
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
@@ -157,6 +158,8 @@ def unknown(*specs: SlotSpec | None) -> str | None:
     for spec in specs:
         if isinstance(spec, Split):
             return f"no kernel for a sum of parts, as {spec}"
+        if spec is not None and type(spec.format) is Codebook:
+            return f"no kernel for {spec.format}, a table of values"
         if spec is not None and not knows_format(spec.format):
             return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
         if spec is not None and not knows_rule(spec.scale):

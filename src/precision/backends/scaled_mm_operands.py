@@ -109,7 +109,7 @@ def _codes(q: Quantized, carrier: NumberFormat, rows: int, k: int) -> Tensor:
     element = q.spec.format
     assert carrier.dtype is not None
     inner, packed = q.shape[1], carrier.bits == 4
-    if packed and not q.transposed and inner % 2 == 0:
+    if packed and carrier == element and not q.transposed and inner % 2 == 0:
         return _row_major(_padded(q.codes, rows, k // 2)).view(carrier.dtype)
     codes = unpack4(q.codes, q.stored_shape[1]) if element.bits == 4 else q.codes
     if carrier != element:

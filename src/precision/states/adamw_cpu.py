@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import native
 from ..backends.cpu import library as cpu
-from ..formats import NumberFormat
+from ..formats import ExMy
 from .adamw import Encoded, Update
 from .codecs import Codec, Dynamic, Expanded, Kahan, Plain, Scaled, dynamic_map, expanded_maps, expansion_limits
 
@@ -118,7 +118,10 @@ def _kernels() -> ctypes.CDLL:
 
 def _serves(codec: Codec) -> bool:
     """Whether C++ computes this codec. What only looks like one may encode by rules of its own."""
-    return type(codec) in _KINDS and (not isinstance(codec, Scaled) or type(codec.format) is NumberFormat)
+    if isinstance(codec, Scaled):
+        usual = type(codec.format) is ExMy and codec.format.exponent_bits > 1 and codec.format.mantissa_bits > 0
+        return usual and type(codec) in _KINDS
+    return type(codec) in _KINDS
 
 
 def _array(updates: Sequence[Update], amaxes: Tensor | None) -> ctypes.Array[CUpdate]:

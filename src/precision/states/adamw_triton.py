@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.triton.device import installed, runs_on
 from ..backends.triton.fused import StateMatrix, Step, adamw, adamw_amaxes
-from ..formats import NumberFormat
+from ..formats import ExMy
 from ..spec import OperandSpec
 from .adamw import REFERENCE, Encoded, Update
 from .codecs import Codec, Plain, Scaled
@@ -63,8 +63,10 @@ def _row_offset(row: int, device: torch.device) -> Tensor:
 
 
 def _serves(codec: Codec) -> bool:
-    if type(codec) is Scaled and type(codec.format) is NumberFormat:
+    if type(codec) is Scaled and type(codec.format) is ExMy:
         block = codec.block or 2
+        if codec.format.exponent_bits < 2 or codec.format.mantissa_bits < 1:
+            return False
         return codec.format.bits <= 8 and 1 < block <= 1024 and block & (block - 1) == 0
     return type(codec) is Plain
 

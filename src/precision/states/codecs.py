@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..formats import BF16 as BF16_FORMAT
-from ..formats import E4M3, NumberFormat
+from ..formats import E4M3, ExMy, Integer, NumberFormat
 from ..noise import Noise
 from ..quantize import Quantized, dequantize, quantize
 from ..quantize import amax as amax_of
@@ -149,7 +149,9 @@ class Scaled:
 
     def __post_init__(self) -> None:
         f = self.format
-        if f.bits not in (5, 6, 7, 8, 16) or f.integer or f.scales_only or f.min_exponent <= -126:
+        wide = isinstance(f, ExMy) and f.min_exponent <= -126
+        narrow = 5 <= f.bits <= 8 and not (wide or f.scales_only or isinstance(f, Integer))
+        if not narrow and f.dtype is not torch.float16:
             raise ValueError(f"{f}: scaled states are floats of 5 to 8 bits, or fp16")
         if self.rounding is Rounding.TRUNCATE:
             raise ValueError(f"{f}: states are rounded to nearest or stochastically")

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 from .... import native
-from ...formats import NumberFormat
+from ...formats import ExMy, NumberFormat
 from ...noise import Noise
 
 SOURCE = Path(__file__).with_name("quantize.cpp")
@@ -64,6 +64,8 @@ def kernels() -> ctypes.CDLL:
 
 @functools.cache
 def c_format(format: NumberFormat) -> CFormat:
+    """Of a float: kernels know no other."""
+    assert isinstance(format, ExMy)
     nan = -1 if format.nan is None else format.nan
     exponents = (format.min_exponent, format.max_exponent)
     return CFormat(format.bits, format.mantissa_bits, *exponents, nan, int(format.inf), format.max)

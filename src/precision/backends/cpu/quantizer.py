@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .... import native
-from ...formats import NumberFormat
+from ...formats import ExMy, NumberFormat
 from ...noise import Noise
-from ...quantize import Prepared, Quantized, check, knows_format, operand_dtype, prepare, quantize
+from ...quantize import Prepared, Quantized, check, operand_dtype, prepare, quantize
 from ...quantize import _scaled as scaled
 from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform, specs_of
@@ -300,13 +300,7 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def _fits(format: NumberFormat) -> bool:
-    return (
-        knows_format(format)
-        and format.bits <= 8
-        and not format.integer
-        and not format.scales_only
-        and format.min_exponent > -100
-    )
+    return type(format) is ExMy and format.bits <= 8 and format.mantissa_bits > 0 and format.min_exponent > -100
 
 
 def _rounds(spec: OperandSpec) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...formats import E2M1, E4M3, E5M2, NumberFormat
+from ...formats import E2M1, E4M3, E5M2, ExMy, Integer, NumberFormat
 from ...scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, ScaleRule, TwoLevel, Unit
 from ...spec import OperandSpec, Rounding
 from .blocks import tile_fits
@@ -18,12 +18,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.TRUNCATE: 2}
 KINDS: dict[type, int] = {Unit: 0, Fp32: 1, Fp32Decode: 2, PowerOfTwo: 3, TwoLevel: 4}
 MODES = {Power.FLOOR: 0, Power.CEIL: 1, Power.EVEN: 2, Power.RCEIL: 3}
-CONVERSIONS = {E4M3: 1, E5M2: 2, E2M1: 3}  # formats that have instructions
+CONVERSIONS: dict[NumberFormat, int] = {E4M3: 1, E5M2: 2, E2M1: 3}  # formats that have instructions
 
 
 def format_fits(format: NumberFormat) -> bool:
-    exact = type(format) is NumberFormat
-    return exact and format.bits <= 8 and not format.scales_only and format.min_exponent > -126
+    if type(format) is Integer:
+        return format.bits <= 8
+    return type(format) is ExMy and format.bits <= 8 and format.mantissa_bits > 0 and format.min_exponent > -126
 
 
 def rule_fits(rule: ScaleRule) -> bool:
@@ -85,6 +86,7 @@ class Grid:
 
 
 def grid_of(format: NumberFormat) -> Grid:
+    assert isinstance(format, (ExMy, Integer)), "kernels know no other"
     return Grid(
         bits=format.bits,
         m=format.mantissa_bits,
@@ -95,8 +97,8 @@ def grid_of(format: NumberFormat) -> Grid:
         max_code=format.max_code,
         nan_code=format.max_code if format.nan is None else format.nan,
         has_nan=format.nan is not None,
-        inf_code=format.max_code + 1 if format.inf else 1 << 30,
-        integer=format.integer,
+        inf_code=format.max_code + 1 if isinstance(format, ExMy) and format.inf else 1 << 30,
+        integer=isinstance(format, Integer),
         least_normal=2.0**format.min_exponent,
         to_small=2.0**-format.tiny_exponent,
         from_small=2.0**format.tiny_exponent,
