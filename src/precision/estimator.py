@@ -21,7 +21,7 @@ class ClipMask:
     """1 where a value lies inside the format's range, 0 where it was clipped.
 
     Args:
-        strict: whether a value of exactly the largest magnitude counts as clipped, as in Quartet (arXiv 2505.14669).
+        strict: whether the format's largest and smallest value count as clipped, as in Quartet (arXiv 2505.14669).
     """
 
     mask: ClassVar[bool] = True
@@ -30,8 +30,9 @@ class ClipMask:
 
     def factor(self, scaled: Tensor, format: NumberFormat) -> Tensor:
         """bool of the shape of ``scaled``; False for NaN."""
-        size = scaled.abs()
-        return size < format.max if self.strict else size <= format.max
+        if self.strict:
+            return (scaled > format.min) & (scaled < format.max)
+        return (scaled >= format.min) & (scaled <= format.max)
 
     def __str__(self) -> str:
         return f"clip-mask{'-strict' * self.strict}"

@@ -72,8 +72,8 @@ class Transform(Protocol):
     Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
 
     ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
-    written here where it leaves them out. One that leaves an operand as it is has ``changes(left) -> bool``, too. Callers
-    ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back`` of ``precision.transforms``.
+    written here where it leaves them out. One that leaves an operand as it is may say so: ``changes(left) -> bool``.
+    Callers ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back`` of ``precision.transforms``.
     """
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:

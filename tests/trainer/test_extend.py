@@ -23,6 +23,7 @@ RECIPES = {
 # What plan.txt says of each.
 SHOWN = {
     "six slots-1": "dgrad: e5m2/row/fp32/sr x e2m1/1x32/e8m0-rceil/values",
+    "number formats-1": "fprop: int6/row/fp32 x nf4/1x64/fp32-decode-floor1e-30",
     "sums of parts-1": "dy, rest: e2m1/1x16/e4m3+fp32/sr",
     "transforms-1": "wgrad: e2m1/1x32/e8m0-rceil x e2m1/1x32/e8m0-rceil [hadamard32/step]",
     "derivatives-1": "wgrad: high precision (torch), dw * dge5",
