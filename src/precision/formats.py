@@ -40,9 +40,9 @@ from .suggest import close
 class NumberFormat(ABC):
     """The protocol of a number format: a grid of FP32 values.
 
-    A format of a recipe's own subclasses it, as hashable data (a frozen dataclass, say), and defines ``name`` (in
-    plan.txt), ``bits`` of one code (at most 16), ``max`` and ``round``; with at most 8 bits ``encode`` and ``decode``,
-    too, and no code of its own above 2^bits. The other defaults hold for every format.
+    A format of a recipe's own subclasses it, as hashable data (a frozen dataclass, say), and defines ``name`` (as in
+    plan.txt), ``bits`` of one code, ``max`` and ``round``; and where codes have at most 8 bits ``encode`` and
+    ``decode``. Values of wider formats are stored as they are. The other defaults hold for every format.
     """
 
     __slots__ = ()
@@ -142,7 +142,6 @@ class ExMy(NumberFormat):
         mantissa_bits: stored bits of the significand, without the implicit one; 0 for powers of two and zero.
         min_exponent: of the smallest normal value, 2^min_exponent.
         max: largest finite value.
-        dtype, nan: see ``NumberFormat``.
         inf: whether the magnitude code after that of ``max`` is an infinity.
     """
 
@@ -414,16 +413,15 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> ExMy:
     """The signed format with these field widths and the bias 2^(exponent_bits - 1) - 1.
 
     One exponent bit gives a uniform grid (E1M2: 0, 0.5 .. 3.5), no mantissa bits zero and powers of two (E3M0: 0, 0.25,
-    0.5 .. 16, where ties go to the even code).
+    0.5 .. 16).
 
     Args:
         ieee: whether the top exponent is reserved for infinity and NaN, as in E5M2 and BF16; else it holds numbers, as
             in E2M1. E4M3 with its one NaN is neither.
 
     Gives the constant of this module where one has the same grid; else one named ``eXmY_ieee`` or ``eXmY_finite``.
-    Raises ValueError unless 1 <= exponent_bits <= 8 and 0 <= mantissa_bits and all fit in 16 bits, for one exponent bit
-    or no mantissa bits with the IEEE top exponent, which leaves too little, and for 8 exponent bits without it, whose
-    range is not FP32's.
+    Raises ValueError for other than 1 to 8 exponent bits, for what does not fit in 16 bits, for IEEE specials that
+    leave no normal numbers or no mantissa for NaN, and for 8 exponent bits without them.
     """
     bits = 1 + exponent_bits + mantissa_bits
     name = f"e{exponent_bits}m{mantissa_bits}"
@@ -443,11 +441,8 @@ def exmy(exponent_bits: int, mantissa_bits: int, *, ieee: bool = True) -> ExMy:
         nan=(((1 << exponent_bits) - 1) << mantissa_bits) | (1 << (mantissa_bits - 1)) if ieee else None,
         inf=ieee,
     )
-    return next((f for f in FORMATS.values() if isinstance(f, ExMy) and _grid(f) == _grid(format)), format)
-
-
-def _grid(format: ExMy) -> tuple[int, int, float]:
-    return format.exponent_bits, format.mantissa_bits, format.max
+    known = (f for f in FORMATS.values() if isinstance(f, ExMy) and (f.bits, f.max) == (bits, format.max))
+    return next(known, format)
 
 
 def by_name(name: str) -> NumberFormat:

@@ -325,13 +325,14 @@ def operand_dtype(spec: OperandSpec) -> torch.dtype:
     bits, tiny = element.significant_bits, element.tiny_exponent
     if rule.levels == 2:
         block, rows = rule.format, isinstance(rule, TwoLevel) and rule.rows
-        known = block is not None and knows_format(block) and bits + block.significant_bits <= 8
-        if known and table and block is not None:
-            known = tiny + block.tiny_exponent >= -126
-        return torch.bfloat16 if known and not rows else torch.float32
+        if block is None or not knows_format(block) or rows:
+            return torch.float32
+        exact = bits + block.significant_bits <= 8 and tiny + block.tiny_exponent >= -126
+        return torch.bfloat16 if exact else torch.float32
     one_scale = rule.levels == 0 or (rule.format is None and spec.tile == TENSOR)
-    exact = (one_scale and not table) or ((one_scale or rule.power_of_two) and tiny >= -126)
-    return torch.bfloat16 if exact and bits <= 8 else torch.float32
+    # With one scale BF16 holds the values of a float as they are, its subnormals included; a table's may lie below.
+    exact = tiny >= -126 if table or not one_scale else True
+    return torch.bfloat16 if exact and (one_scale or rule.power_of_two) and bits <= 8 else torch.float32
 
 
 def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:

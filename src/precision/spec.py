@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from .formats import E2M1, NumberFormat
-from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, ScaleRule, Tile, TwoLevel
+from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, Power, PowerOfTwo, ScaleRule, Tile, TwoLevel
 from .suggest import close
 
 
@@ -117,7 +117,7 @@ class OperandSpec:
         source: see ``Source``.
 
     Raises ValueError for what cannot be: a scale format as elements, an empty tile, delayed amaxes of many tiles, two
-    levels of scales on one tile, a tile without a scale.
+    levels of scales on one tile, a tile without a scale, amaxes rounded to a mantissa that a format lacks.
     """
 
     format: NumberFormat
@@ -149,6 +149,8 @@ class OperandSpec:
             raise ValueError("an unscaled operand has no use for the amax of a step")
         if isinstance(self.scale, TwoLevel):
             self._check_two_levels(self.scale)
+        if isinstance(self.scale, PowerOfTwo) and self.scale.mode is Power.EVEN:
+            _ = self.format.mantissa_bits  # raises where there are none
 
     def _check_two_levels(self, scale: TwoLevel) -> None:
         if scale.rows and (self.tile.outer != 1 or self.tile.inner == 1):

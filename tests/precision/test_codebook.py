@@ -302,9 +302,11 @@ def test_operands_are_in_bf16_only_where_that_is_exact(book: Codebook, tile: Til
 
 
 def test_a_table_has_no_mantissa() -> None:
-    spec = OperandSpec(format=NF4, tile=Tile(1, 32), scale=PowerOfTwo(mode=Power.EVEN))
+    rule = PowerOfTwo(mode=Power.EVEN)
     with pytest.raises(ValueError, match=r"nf4 has no mantissa .* by floor, ceil or rceil need none"):
-        quantize(torch.ones(2, 32), spec)
+        OperandSpec(format=NF4, tile=Tile(1, 32), scale=rule)
+    with pytest.raises(ValueError, match="nf4 has no mantissa"):
+        rule.scales(torch.ones(2, 1), NF4, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
