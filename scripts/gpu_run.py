@@ -22,6 +22,7 @@ peers      compiled `transformers`, and torchao's linears in our model
 parity     ten losses on the CPU and on the GPU
 resume     killed by SIGKILL and resumed: digits that differ; what determinism costs
 nccl       torchrun with one rank: steps, a checkpoint, resumed
+sums       by which rule (precision/sums.py) FP8 and BF16 products are summed: share of outputs with its bits
 profile    where the time of a step goes
 """
 
@@ -55,6 +56,7 @@ STAGES: dict[str, tuple[float, float]] = {
     "parity": (80, 30),
     "resume": (170, 50),
     "nccl": (120, 40),
+    "sums": (60, 20),
     "profile": (80, 25),
 }
 SIZED = ("steps", "products", "emulated", "peers", "profile")

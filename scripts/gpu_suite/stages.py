@@ -58,6 +58,7 @@ from gpu_suite.steps import (
     synchronize,
     within_memory,
 )
+from gpu_suite.sums import sums_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +267,12 @@ def products(task: Task) -> Iterator[Row]:
                     traceback.print_exc(file=sys.stderr)
                     result[kind] = type(error).__name__
             yield result
+
+
+def sums(task: Task) -> Iterator[Row]:
+    """Products of FP8, fast and not, and of BF16: how much of their FP32 outputs, in percent, follows which rule."""
+    for row in sums_rows(device(), task.until - 6):
+        yield row if cuda() else row | {"": f"of a CPU; a card's sums {UNPROVED}"}
 
 
 def peers(task: Task) -> Iterator[Row]:

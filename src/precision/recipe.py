@@ -26,6 +26,8 @@ from .spec import GEMMS, LinearSpec
 from .states.moments import STANDARD, Moments
 from .states.updates import AdamW, UpdateRule
 from .suggest import close
+from .sums import Accumulate, Sums
+from .sums import by_name as rule_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +247,16 @@ def current(amax: str) -> Current:
     return one_of("amax", amax, {"micro": Current(), "step": Current(step=True)})
 
 
-def fast_sums(value: bool | str) -> bool | None:
-    """``GemmSpec.fast_accum`` of a recipe's argument: true, false or auto. Raises ValueError for another word."""
-    return value if isinstance(value, bool) else one_of("fast_accum", value, {"auto": None})
+def fast_sums(value: bool | str) -> Sums:
+    """What a recipe's argument ``fast_accum`` says: true, false or auto. Raises ValueError for another word."""
+    if isinstance(value, bool):
+        return Sums.FAST if value else Sums.FP32
+    return one_of("fast_accum", value, {"auto": Sums.AUTO})
+
+
+def sums(accumulate: str, otherwise: Sums = Sums.FP32) -> Accumulate | Sums:
+    """What a recipe's argument ``accumulate`` says: a rule of ``precision.sums.RULES``, or fp32 for ``otherwise``.
+
+    Raises ValueError for another word.
+    """
+    return otherwise if accumulate == "fp32" else rule_of(accumulate)

@@ -20,9 +20,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .formats import E2M1, NumberFormat
+from .formats import E2M1, Integer, NumberFormat
 from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, Power, PowerOfTwo, ScaleRule, Tile, TwoLevel
 from .suggest import close
+from .sums import Accumulate, Sums
 
 
 def draws(transform: object) -> bool:
@@ -263,18 +264,18 @@ def specs_of(*operands: SlotSpec | None) -> tuple[OperandSpec, ...]:
 class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
 
-    ``fast_accum``: native FP8 products may sum without additions in FP32 in between (``use_fast_accum`` of Ada and
-    Hopper, whose steps keep 13 fraction bits either way), which is faster; None leaves it to the backend. Emulation
-    sums in FP32 all the same.
+    ``accumulate``: how products are summed: see ``Sums``; by an ``Accumulate``, which emulation follows in every bit.
+    Scales of parts of the contraction are then powers of two, and so part of the values, or multiply the sums that
+    ``promote_every`` adds up in FP32, if it is their extent: that has precedence.
 
-    Raises ValueError for a transform of operands that are both left alone, which would only add rounding, and for fast
-    sums of what is not quantized.
+    Raises ValueError for a transform of operands that are both left alone, which would only add rounding; for fast sums
+    and rules of what is not quantized; for a rule where scales fit no sums, or where integers are summed exactly.
     """
 
     a: SlotSpec | None = None
     b: SlotSpec | None = None
     transform: Transform | None = None
-    fast_accum: bool | None = False
+    accumulate: Accumulate | Sums = Sums.FP32
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.a is None and self.b is None:
@@ -285,13 +286,32 @@ class GemmSpec:
                 raise ValueError(f"{self.transform} would transform values of codes: quantize them again (QUANTIZED)")
             if isinstance(operand, OperandSpec) and isinstance(operand.amax, Delayed) and draws(self.transform):
                 raise ValueError(f"delayed scaling remembers amaxes, and {self.transform} is drawn anew at every step")
-        if self.fast_accum and (self.a is None or self.b is None):
+        if self.accumulate is Sums.FAST and (self.a is None or self.b is None):
             raise ValueError("fast accumulation is that of a product of two quantized operands")
+        if isinstance(self.accumulate, Accumulate):
+            self._check_rule(self.accumulate)
+
+    def _check_rule(self, rule: Accumulate) -> None:
+        parts = [part.spec for side in (self.a, self.b) if isinstance(side, Split) for part in side.parts]
+        if self.a is None or self.b is None or None in parts:
+            raise ValueError(f"{rule}: a rule of a product of two quantized operands")
+        for operand in specs_of(self.a, self.b):
+            if isinstance(operand.format, Integer):
+                raise ValueError(f"{operand.format} is summed exactly: no rule of sums is for it (accumulate=fp32)")
+            if operand.source is Source.VALUES and operand.tile.outer != operand.tile.inner:
+                raise ValueError(f"{rule}: {operand}: codes in tiles of {operand.tile} are not read across them")
+            every = operand.tile.inner
+            if operand.scale.levels and every > 0 and not operand.scale.power_of_two and every != rule.promote_every:
+                raise ValueError(
+                    f"{rule}: {operand} has a scale for every {every} products, which multiplies a sum of these: "
+                    f"promote_every={every}"
+                )
 
     def __str__(self) -> str:
         a, b = (str(operand) if operand is not None else "-" for operand in (self.a, self.b))
         suffix = f" [{self.transform}]" if self.transform is not None else ""
-        suffix += ", fast accumulation" if self.fast_accum else ""
+        suffix += ", fast accumulation" if self.accumulate is Sums.FAST else ""
+        suffix += f", {self.accumulate}" if isinstance(self.accumulate, Accumulate) else ""
         return f"{a} x {b}{suffix}" if (self.a, self.b) != (None, None) else "-"
 
 

@@ -17,10 +17,12 @@ import psutil
 import pytest
 import torch
 from gpu_suite import bundle, clock, profiles, results, stages, steps
+from gpu_suite.sums import sums_rows
 from hardware import pretend
 from narrowgauge.models import create
 from narrowgauge.precision.backends.scaled_mm import ScaledMM
 from narrowgauge.precision.backends.triton.device import recording
+from narrowgauge.precision.sums import H100_FP8, Side, summed
 from narrowgauge.trainer.distributed import World
 
 #: What a stage may do, as programs: argv is rows=FILE and a folder for what they leave behind.
@@ -411,6 +413,27 @@ def test_products_are_compared_with_native_ones(monkeypatch: pytest.MonkeyPatch,
         assert row["tensor"].endswith("x"), row
         assert row["e5m2"].endswith("x"), row
         assert row["row"].endswith("x"), row
+
+
+def test_the_rule_of_a_card_is_told_from_the_others() -> None:
+    """Where a stand-in sums by one rule, all outputs are found to follow it, and the others' shares say that they do
+    not; what cannot run leaves a row that says why."""
+
+    tiny = {torch.float8_e5m2: -14, torch.float8_e4m3fn: -6}
+
+    def card(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        left, right = (Side(values=x.float(), tiny=tiny[x.dtype]) for x in (a, b))
+        return summed(left, right, H100_FP8)
+
+    def broken(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such product")
+
+    rows = list(sums_rows(torch.device("cpu"), time.time() + 60, {"FP8 card": card, "BF16 broken": broken}))
+    whole = [row for row in rows if "h100" in row and row["what"].endswith("normal, K 64")]
+    assert [row["h100"] for row in whole] == [100.0, 100.0]
+    assert all(row[name] < 90 for row in whole for name in ("fp32", "ada", "h100 late c", "b200"))
+    assert rows[-1] == {"what": "BF16 broken bf16 x bf16, cancelling, K 16", "": "RuntimeError: no such product"}
+    assert next(sums_rows(torch.device("cpu"), 0.0))[""] == "left out: no time"
 
 
 def test_a_profile_is_summed_by_kind() -> None:

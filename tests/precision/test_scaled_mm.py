@@ -41,6 +41,7 @@ from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized, dequantize, quantize
 from narrowgauge.precision.scaling import TENSOR, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
+from narrowgauge.precision.sums import Sums
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, SwizzleType
 
@@ -322,7 +323,7 @@ def test_fast_sums_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None
     block = OperandSpec(format=E4M3, tile=Tile(1, 128), scale=Fp32(input_max=True))
     mx = OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo())
     for arch, spec, name in ((90, block, "block-wise FP8"), (100, mx, "MXFP8")):
-        gemm = GemmSpec(a=spec, b=spec, fast_accum=True)
+        gemm = GemmSpec(a=spec, b=spec, accumulate=Sums.FAST)
         with pretend(monkeypatch, arch) as hardware:
             chosen = choose(gemm, (32, 128, 128), CPU).backend
             a, b = (quantize_by(chosen.quantizer, torch.randn(rows, 128), spec) for rows in (32, 128))
@@ -330,7 +331,7 @@ def test_fast_sums_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None
         assert hardware.fast == [False]
         assert f"{name} has no fast sums" in chosen.note(gemm)
     with pytest.raises(ValueError, match="fast accumulation is that of a product of two quantized operands"):
-        GemmSpec(a=mx, fast_accum=True)
+        GemmSpec(a=mx, accumulate=Sums.FAST)
 
 
 @pytest.mark.parametrize("arch", [90, 100])

@@ -11,6 +11,7 @@ import torch
 
 from ..spec import GemmSpec
 from ..suggest import close
+from .cpu.accumulate import CompiledSums
 from .cpu.quantizer import Cpu
 from .interface import Backend, Product, Quantizer, Shape
 from .reference import Emulated, Reference
@@ -32,7 +33,7 @@ def native(product: Product, quantizers: tuple[Quantizer, ...] = _FOR_CODES) -> 
 
 ORDER: tuple[Backend, ...] = (
     *native(NATIVE),
-    Backend(_CPU, Emulated(_CPU)),
+    Backend(_CPU, Emulated(_CPU, CompiledSums())),
     Backend(_TRITON, EmulatedOnGpu(_TRITON)),
     REFERENCE,
 )

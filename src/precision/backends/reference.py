@@ -14,8 +14,10 @@ from ..noise import Noise
 from ..quantize import Prepared, Quantized, TorchPasses, operand, operand_dtype, quantize
 from ..scaling import FP32_MAX
 from ..spec import GemmSpec, Transform, specs_of
+from ..sums import Accumulate, Summing, Sums
 from ..transforms import Composed
-from .interface import Cast, Operand, Quantizer, Shape
+from .interface import Cast, Operand, Product, Quantizer, Shape
+from .summed import ExactIntegers, Summed, sums_integers
 
 
 class Reference(TorchPasses):
@@ -52,9 +54,13 @@ def one_noise(cast: Cast) -> Noise | None:
 
 @dataclass(frozen=True, slots=True)
 class Emulated:
-    """Emulation: operands that BF16 holds exactly meet in one BF16 product with float32 sums, others in an FP32 one."""
+    """Emulation: operands that BF16 holds exactly meet in one BF16 product with float32 sums, others in an FP32 one.
+
+    ``by``: who sums by the rules of tensor cores that it knows; None: plain torch.
+    """
 
     quantizer: Quantizer
+    by: Summing | None = None
 
     reads_rows: ClassVar[bool] = False
     identity: ClassVar[tuple[str, ...]] = ()
@@ -66,8 +72,10 @@ class Emulated:
     def why_not(self, gemm: GemmSpec, shape: Shape, device: torch.device) -> str | None:
         return self.quantizer.why_not(gemm, device)
 
-    def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> Emulated:
-        return self
+    def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> Product:
+        if isinstance(gemm.accumulate, Accumulate):
+            return Summed(quantizer=self.quantizer, rule=gemm.accumulate, otherwise=self, by=self.by)
+        return ExactIntegers(quantizer=self.quantizer, otherwise=self) if sums_integers(gemm, shape) else self
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
@@ -94,7 +102,9 @@ class Emulated:
     def note(self, gemm: GemmSpec) -> str:
         """Whether the product is in float32, which is slow: BF16 does not hold its operands. What is not done."""
         wide = any(operand_dtype(spec) != torch.bfloat16 for spec in specs_of(gemm.a, gemm.b))
-        return ", ".join(["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * bool(gemm.fast_accum))
+        return ", ".join(
+            ["fp32 product"] * wide + ["emulated: sums in fp32, none fast"] * (gemm.accumulate is Sums.FAST)
+        )
 
 
 def scaled_product(a: Tensor, b: Tensor, factors: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:

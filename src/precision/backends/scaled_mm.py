@@ -18,7 +18,7 @@ its tests' shapes. **None of it has run on a GPU here.** Of every call:
 
 Sums of FP8 are not in FP32 on Ada and Hopper. A step of their tensor cores takes 16 or 32 products and the sum so far
 (on Ada, at least), cuts each to 13 fraction bits below the largest, and adds them exactly: that is a "fast" sum
-(``GemmSpec.fast_accum``). Others are added up in FP32 between intervals of 128 products or so, and keep 13 bits inside
+(``Sums.FAST``). Others are added up in FP32 between intervals of 128 products or so, and keep 13 bits inside
 each. At K = 4096 a model of the hardware that is exact to the bit gives other BF16 outputs than emulation for 25%
 (fast), 6% (promoted every 128) and 0% (B200, which keeps 25 bits). ``SQNR_DB`` is claimed for sums that are not fast
 alone.
@@ -39,6 +39,7 @@ from ..formats import E2M1, E4M3, E5M2, NumberFormat
 from ..quantize import Quantized
 from ..scaling import TwoLevel
 from ..spec import GemmSpec, OperandSpec, Source, specs_of
+from ..sums import ADA_FP8, H100_FP8, Accumulate, Sums
 from .interface import Operand, Quantizer, Shape, unknown
 from .reference import scaled_product
 from .scaled_mm_operands import Granularity, Side, granularity, round_up, row_scales
@@ -76,6 +77,8 @@ class NativeProduct:
 
 FAST_BY_DEFAULT = (89, 90)
 """Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
+OWN_SUMS = {89: ADA_FP8, 90: H100_FP8}
+"""Rules that fast sums of FP8 stand for: of one step as real GPUs gave it. Whole products have not been compared."""
 ARCHITECTURES = {89: "Ada", 90: "Hopper", 100: "Blackwell, data centre", 120: "Blackwell, GeForce and RTX PRO"}
 _E4M3 = (E4M3, E4M3)
 _FP8 = frozenset({_E4M3, (E5M2, E4M3), (E4M3, E5M2)})  # E5M2 times E5M2 is in no hardware
@@ -161,7 +164,8 @@ class ScaledMM:
         return str(self.device), str(self.shape), str(self.fast)
 
     def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> ScaledMM:
-        fast = self.detect(device) in FAST_BY_DEFAULT if gemm.fast_accum is None else gemm.fast_accum
+        own = isinstance(gemm.accumulate, Accumulate) or gemm.accumulate is Sums.FAST
+        fast = own or (gemm.accumulate is Sums.AUTO and self.detect(device) in FAST_BY_DEFAULT)
         return replace(self, shape=shape, device=device, fast=fast, codes_by=quantizer.name)
 
     def why_not(self, gemm: GemmSpec, shape: Shape, device: torch.device) -> str | None:
@@ -176,7 +180,11 @@ class ScaledMM:
             if spec.source is Source.VALUES and spec.tile.outer != spec.tile.inner:
                 return f"no native product reads codes in tiles of {spec.tile} across them"
         found = find(*specs_of(gemm.a, gemm.b), arch)
-        return found if isinstance(found, str) else None
+        if isinstance(found, str):
+            return found
+        if isinstance(gemm.accumulate, Accumulate) and not (found.fast and OWN_SUMS.get(arch) == gemm.accumulate):
+            return f"{found.name} of sm_{arch} is not known to give {gemm.accumulate}"
+        return None
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``.
@@ -216,8 +224,10 @@ class ScaledMM:
                 parts.append(f"{name} {size} padded to {round_up(size, multiple)}")
         carriers = {spec.format: _carrier(spec.format, product) for spec in specs_of(gemm.a, gemm.b)}
         translated = [f"{format} as {carrier}" for format, carrier in carriers.items() if carrier != format]
-        slow = [f"{product.name} has no fast sums"] if gemm.fast_accum and not product.fast else []
-        fast = ["fast sums"] if gemm.fast_accum is None and self.fast and product.fast else []
+        slow = [f"{product.name} has no fast sums"] if gemm.accumulate is Sums.FAST and not product.fast else []
+        fast = ["fast sums"] if gemm.accumulate is Sums.AUTO and self.fast and product.fast else []
+        if isinstance(gemm.accumulate, Accumulate):
+            fast = ["the card's own sums, not yet compared with the rule"]
         return ", ".join([*parts, *translated, *slow, *fast])
 
 

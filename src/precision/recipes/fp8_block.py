@@ -15,7 +15,7 @@ Not finite: an infinite amax gives its block scale 1 and infinities saturate; Na
 from dataclasses import replace
 
 from ..formats import E4M3, E5M2
-from ..recipe import Keep, Recipe, block_linears, one_of
+from ..recipe import Keep, Recipe, block_linears, one_of, sums
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -26,6 +26,7 @@ def recipe(
     block: int = 128,
     format: str = "e4m3",
     eps: float = 0.0,
+    accumulate: str = "fp32",
     keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
@@ -34,11 +35,19 @@ def recipe(
         block: values that share a scale, and the side of a weight's tile.
         format: e4m3 (all operands) or hybrid (gradients in E5M2).
         eps: floor of amax.
+        accumulate: how products are summed: fp32, or by the rule of a card's tensor cores, in every bit, which is
+            emulated and slow (``precision.sums.RULES``). h100_fp8_promoted is DeepSeek-V3's: sums of 128 products are
+            scaled and added up in FP32; rules that do not so need ``pow2``, whose scales are then part of the values.
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
     x = OperandSpec(format=E4M3, tile=Tile(1, block), scale=Fp32(pow2=pow2, eps=eps, input_max=True))
     w = replace(x, tile=Tile(block, block))
     dy = replace(x, format=one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2}))
-    spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=dy, b=w), wgrad=GemmSpec(a=dy, b=x))
+    by = sums(accumulate)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=x, b=w, accumulate=by),
+        dgrad=GemmSpec(a=dy, b=w, accumulate=by),
+        wgrad=GemmSpec(a=dy, b=x, accumulate=by),
+    )
     return Recipe(rules=(block_linears(spec, keep),))

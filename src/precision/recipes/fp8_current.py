@@ -18,7 +18,7 @@ Not finite: an infinite amax gives scale 1 and infinities saturate; NaN stays Na
 from dataclasses import replace
 
 from ..formats import E4M3, E5M2
-from ..recipe import Keep, Recipe, block_linears, current, fast_sums, one_of
+from ..recipe import Keep, Recipe, block_linears, current, fast_sums, one_of, sums
 from ..scaling import Fp32
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -30,6 +30,7 @@ def recipe(
     eps: float = 0.0,
     amax: str = "micro",
     fast_accum: bool | str = "auto",
+    accumulate: str = "fp32",
     keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
@@ -44,6 +45,8 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
+        accumulate: how products are summed, in all three GEMMs: fp32, or by the rule of a card's tensor cores, in every
+            bit (``precision.sums.RULES``: h100_fp8, ada_fp8 ...), which is emulated and slow.
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
@@ -52,8 +55,8 @@ def recipe(
     x = replace(w, amax=current(amax))
     dy = replace(x, format=one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3}))
     spec = LinearSpec(
-        fprop=GemmSpec(a=x, b=w, fast_accum=fast_sums(fast_accum)),
-        dgrad=GemmSpec(a=dy, b=w),
-        wgrad=GemmSpec(a=dy, b=x),
+        fprop=GemmSpec(a=x, b=w, accumulate=sums(accumulate, fast_sums(fast_accum))),
+        dgrad=GemmSpec(a=dy, b=w, accumulate=sums(accumulate)),
+        wgrad=GemmSpec(a=dy, b=x, accumulate=sums(accumulate)),
     )
     return Recipe(rules=(block_linears(spec, keep),), one_micro_batch=amax == "step")

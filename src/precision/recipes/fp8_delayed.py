@@ -20,7 +20,7 @@ amax that is not finite is not remembered (TransformerEngine's would hold the sc
 
 from ..formats import E4M3, E5M2
 from ..hooks import RollAmax
-from ..recipe import Keep, Recipe, block_linears, fast_sums, one_of
+from ..recipe import Keep, Recipe, block_linears, fast_sums, one_of, sums
 from ..scaling import Delayed, Fp32, Reduce
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -34,6 +34,7 @@ def recipe(
     reduce_amax: bool = True,
     roll: str = "step",
     fast_accum: bool | str = "auto",
+    accumulate: str = "fp32",
     keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
@@ -48,6 +49,8 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
+        accumulate: how products are summed, in all three GEMMs: fp32, or by the rule of a card's tensor cores, in every
+            bit (``precision.sums.RULES``: h100_fp8, ada_fp8 ...), which is emulated and slow.
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
@@ -56,9 +59,9 @@ def recipe(
     gradient = one_of("format", format, {"hybrid": E5M2, "e4m3": E4M3})
     dy = OperandSpec(format=gradient, scale=Fp32(margin=margin), amax=amax)
     spec = LinearSpec(
-        fprop=GemmSpec(a=forward, b=forward, fast_accum=fast_sums(fast_accum)),
-        dgrad=GemmSpec(a=dy, b=forward),
-        wgrad=GemmSpec(a=dy, b=forward),
+        fprop=GemmSpec(a=forward, b=forward, accumulate=sums(accumulate, fast_sums(fast_accum))),
+        dgrad=GemmSpec(a=dy, b=forward, accumulate=sums(accumulate)),
+        wgrad=GemmSpec(a=dy, b=forward, accumulate=sums(accumulate)),
     )
     return Recipe(
         rules=(block_linears(spec, keep),),

@@ -21,7 +21,7 @@ Not finite: an infinite amax gives its row scale 1 and infinities saturate; NaN 
 from dataclasses import replace
 
 from ..formats import E4M3
-from ..recipe import Keep, Recipe, block_linears, current, fast_sums
+from ..recipe import Keep, Recipe, block_linears, current, fast_sums, sums
 from ..scaling import Fp32, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
@@ -34,6 +34,7 @@ def recipe(
     wgrad_high_precision: bool = False,
     amax: str = "micro",
     fast_accum: bool | str = "auto",
+    accumulate: str = "fp32",
     keep: tuple[Keep, ...] = (),
 ) -> Recipe:
     """
@@ -47,14 +48,19 @@ def recipe(
         fast_accum: native products of fprop may sum without additions in FP32 in between, which is faster; auto: on
             Ada and Hopper. Those of dgrad and wgrad, whose errors add up in the weights, never do (as TransformerEngine
             and torchao have it).
+        accumulate: how products are summed, in all three GEMMs: fp32, or by the rule of a card's tensor cores, in every
+            bit (``precision.sums.RULES``: h100_fp8, ada_fp8 ...), which is emulated and slow.
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
     scale = Fp32(pow2=pow2, eps=_EPS)
     row = OperandSpec(format=E4M3, tile=Tile(1, -1), scale=scale)
     channel = replace(row, amax=current(amax))  # over tokens
-    fprop, dgrad = GemmSpec(a=row, b=row, fast_accum=fast_sums(fast_accum)), GemmSpec(a=row, b=row)
-    spec = LinearSpec(fprop=fprop, dgrad=dgrad, wgrad=GemmSpec(a=channel, b=channel))
+    by = sums(accumulate)
+    fprop = GemmSpec(a=row, b=row, accumulate=sums(accumulate, fast_sums(fast_accum)))
+    dgrad, wgrad = GemmSpec(a=row, b=row, accumulate=by), GemmSpec(a=channel, b=channel, accumulate=by)
+    spec = LinearSpec(fprop=fprop, dgrad=dgrad, wgrad=wgrad)
     if wgrad_high_precision:
-        spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(a=row, b=OperandSpec(format=E4M3, scale=scale)))
+        dgrad = replace(dgrad, b=OperandSpec(format=E4M3, scale=scale))
+        spec = LinearSpec(fprop=fprop, dgrad=dgrad)
     return Recipe(rules=(block_linears(spec, keep),), one_micro_batch=amax == "step" and not wgrad_high_precision)
