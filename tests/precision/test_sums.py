@@ -15,7 +15,7 @@ from hardware import pretend
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import REFERENCE, choose, quantize_by
 from narrowgauge.precision.backends.cpu.accumulate import CompiledSums
-from narrowgauge.precision.formats import BF16, E4M3, E5M2, FP16, INT4, INT8, NumberFormat
+from narrowgauge.precision.formats import BF16, E4M3, E5M2, FP16, INT4, INT8, Integer, NumberFormat
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.scaling import TENSOR, Fp32, PowerOfTwo, ScaleRule, Tile, TwoLevel, Unit
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 TF32 = replace(BF16, name="tf32", bits=19, mantissa_bits=10, max=(2 - 2.0**-10) * 2.0**127, dtype=None)
-INT16 = replace(INT8, name="int16", bits=16, mantissa_bits=15, min_exponent=15, max=32767.0, dtype=None)
+INT16 = Integer(bits=16)
 ODD = Accumulate(step=3, bits=5, least=-20, promote_every=9)
 WIDE = Accumulate(step=7, bits=30, least=-1024, promote_every=14)
 ALL = {**RULES, "odd": ODD, "wide": WIDE, "single": Accumulate(step=1, bits=1, least=3)}
