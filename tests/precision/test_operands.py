@@ -12,11 +12,11 @@ import pytest
 import torch
 from narrowgauge.precision import Plan, apply
 from narrowgauge.precision.estimator import ClipMask, multiplied, pack_bits, unpack_bits
-from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
+from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat, unpack4
 from narrowgauge.precision.hooks import RollAmax
 from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.probe import Probe
-from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.quantize import Quantized, dequantize, quantize
 from narrowgauge.precision.recipe import Phase, Recipe, Rule
 from narrowgauge.precision.scaling import Current, Delayed, Fp32, Power, PowerOfTwo, Tile, Unit
 from narrowgauge.precision.schedule import Span
@@ -31,6 +31,7 @@ from narrowgauge.precision.spec import (
     Transform,
     values_of,
 )
+from narrowgauge.precision.sums import H100_FP8, Side, summed
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -214,6 +215,28 @@ def test_a_product_of_sums_is_the_sum_of_the_products_of_parts(split: Split, tra
     transposed = {"transposed": True, **both}
     assert close(dw, sum_of(split, DY, **transposed) @ sum_of(split, X, **transposed).mT)
     assert torch.equal(db, DY.sum(0))
+
+
+def test_each_product_of_parts_is_summed_by_the_rule() -> None:
+    parts = (Part("inside", ROW4), Part("outliers", TENSOR8))
+    split = replace(CLAMPED, parts=parts)
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=split, b=TENSOR8, accumulate=H100_FP8)))
+    total = torch.zeros(ROWS, OUTS)
+    w = quantize(module.weight.detach(), TENSOR8)
+    for tensor, (_, spec) in zip(Clamped().split(X), parts, strict=True):
+        q = quantize(tensor, spec)
+        codes = [Side(values=one.spec.format.decode(unpacked(one)), tiny=-6) for one in (q, w)]
+        codes[0] = replace(codes[0], tiny=spec.format.min_exponent)
+        total = total + summed(*codes, H100_FP8) * q.scales * w.scales
+    assert torch.allclose(run(module)[0], total + module.bias.detach(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="a rule of a product of two quantized operands"):
+        GemmSpec(a=CLAMPED, b=TENSOR8, accumulate=H100_FP8)
+    with pytest.raises(ValueError, match="codes in tiles of row are not read across them"):
+        GemmSpec(a=values_of(ROW4), b=TENSOR8, accumulate=H100_FP8)
+
+
+def unpacked(q: Quantized) -> Tensor:
+    return unpack4(q.codes, q.shape[1]) if q.spec.format.bits == 4 else q.codes
 
 
 @pytest.mark.parametrize("reused", [(), ("inside",)])

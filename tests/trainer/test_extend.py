@@ -27,6 +27,7 @@ SHOWN = {
     "sums of parts-1": "dy, rest: e2m1/1x16/e4m3+fp32/sr",
     "transforms-1": "wgrad: e2m1/1x32/e8m0-rceil x e2m1/1x32/e8m0-rceil [hadamard32/step]",
     "derivatives-1": "wgrad: high precision (torch), dw * dge5",
+    "sums of products-1": "fprop: e4m3/row/fp32 x e4m3/row/fp32, sums of 32 products at 13 bits  [cpu",
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
     "layers-1": "saved for backward: e4m3/row/fp32",
 }
