@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .backends import Operand
 from .module import QuantizedModule
 from .plan import Plan
-from .quantize import Quantized, dequantize
+from .quantize import Quantized, decode_scales, dequantize
 from .slots import OUTPUTS, SLOTS, TENSORS
 from .suggest import close
 
@@ -231,15 +231,7 @@ def of_operand(given: Tensor, used: Operand) -> Figures:
     else:
         largest = torch.full_like(used.codes, format.max)
     limit = dequantize(replace(used, codes=largest))
-    return _figures(given, dequantize(used), limit, _decode_scales(used))
-
-
-def _decode_scales(q: Quantized) -> Tensor | None:
-    rule = q.spec.scale
-    if rule.levels == 0:
-        return None
-    scales = q.scales if rule.format is None else rule.format.decode(q.scales)
-    return scales if q.tensor_scale is None else scales * q.tensor_scale
+    return _figures(given, dequantize(used), limit, decode_scales(used))
 
 
 def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Figures:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import Backend, Quantizer
-from .scaling import TENSOR, Current, Delayed
-from .spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source, Transform, assembled
+from .scaling import AMAX, TENSOR, Current, Delayed, FourOverSix, finishes, outer_of, reads
+from .spec import GemmSpec, LinearSpec, OperandSpec, Source, Transform, assembled
 
 FPROP, DGRAD, WGRAD = range(3)
 X, W, DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X = range(6)
@@ -163,7 +163,7 @@ def operands(spec: LinearSpec) -> tuple[OperandSpec | None, ...]:
 
 
 def is_stochastic(operand: OperandSpec | None) -> bool:
-    return operand is not None and operand.rounding is Rounding.STOCHASTIC
+    return operand is not None and operand.stochastic
 
 
 def columns_of(spec: LinearSpec) -> dict[int, Column]:
@@ -293,6 +293,10 @@ def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
         return f"{'fprop' if w.spec is None else 'dgrad'} reads the weight in high precision"
     if w.spec.format.bits > 8:
         return f"{w.spec.format} is no narrower than what is gathered"
+    rule = w.spec.scale
+    sees_tiles = type(rule) is not FourOverSix and (finishes(rule) or reads(rule))
+    if sees_tiles or w.spec.statistic != AMAX or outer_of(rule) != TENSOR:
+        return f"scales by {w.spec} are not known to be the same of a shard and of the whole weight"
     if w.spec.tile.outer != w.spec.tile.inner:
         return f"a weight in tiles of {w.spec.tile} is quantized anew for dgrad, along its other dimension"
     if w.stochastic or w.transform is not None or w_t.origin is Origin.TENSOR:

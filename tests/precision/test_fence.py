@@ -17,7 +17,7 @@ from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat
 from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.quantize import Quantized, operand, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
-from narrowgauge.precision.scaling import Error, PowerOfTwo, Scales, Tile, TwoLevel
+from narrowgauge.precision.scaling import Error, FourOverSix, PowerOfTwo, Scales, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
@@ -204,4 +204,4 @@ def test_operands_of_unknown_formats_are_in_fp32() -> None:
 
 def test_four_over_six_is_for_the_format_and_not_for_its_name() -> None:
     with pytest.raises(ValueError, match="four over six is for e2m1"):
-        OperandSpec(format=ODD, tile=Tile(1, 16), scale=TwoLevel(four_over_six=Error.MAE))
+        OperandSpec(format=ODD, tile=Tile(1, 16), scale=FourOverSix(error=Error.MAE))
