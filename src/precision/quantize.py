@@ -322,6 +322,7 @@ def decode_scales(q: Quantized) -> Tensor | None:
     if rule.levels == 0:
         return None
     scales, tensor = _decoded(q.spec, q.scales), q.tensor_scale
+    scales = scales.abs() if reads(rule) else scales  # a sign is a mark of the rule's
     if tensor is None:
         return scales
     return scales * spread(tensor, outer_of(rule).of_grid(q.spec.tile), (scales.shape[0], scales.shape[1]))
