@@ -60,9 +60,7 @@ class TwoLevel:
         if held.bits > 16 or held.integer or held.scales_only:
             raise ValueError(f"outer scales are held in a floating-point format with a mantissa (e4m3), not in {held}")
         if self.outer == TENSOR:
-            raise ValueError(
-                "the tensor has one scale, which is FP32: outer_format is for an outer tile of parts of it"
-            )
+            raise ValueError("the one scale of a tensor is FP32: outer_format is for an outer tile of parts of it")
 
     @property
     def format(self) -> NumberFormat | None:
