@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .scaling import TENSOR, Tile, TwoLevel
+from .scaling import TENSOR, outer_of
 from .slots import TENSORS, TRANSPOSED, SlotPlan
 
 if TYPE_CHECKING:
@@ -102,10 +102,8 @@ class Amaxes:
         spec = slot.spec
         if spec is None or not self.meets_ranks():
             return None
-        rows = spec.tile.outer != -1 and (
-            spec.scale.levels == 1 or (isinstance(spec.scale, TwoLevel) and spec.scale.rows)
-        )
-        amax = slot.quantizer.amax(x, Tile(1, -1) if rows else TENSOR).flatten()
+        shared = outer_of(spec.scale) if spec.scale.levels == 2 else spec.tile  # rows, or the tensor
+        amax = slot.quantizer.amax(x, shared).flatten()
         # A maximum over ranks may lose a NaN.
         nan = amax.isnan()
         both = torch.stack((torch.where(nan, 0.0, amax), nan.float()))

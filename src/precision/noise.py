@@ -13,6 +13,9 @@ The hash (murmur3's 32-bit finalizer), in arithmetic modulo 2^32, ``>>`` logical
     element     = fmix32((row_hash + col * 0x9E3779B9) ^ key_1)
     noise       = (element >> 8) * 2^-24                              in [0, 1), exact in FP32
 
+Noise of tiles (``Noise.of_tiles``), for scales that round stochastically, is that of the tile's first element under
+other keys: ``fmix32(key_i ^ 0x7363616C)``. A second draw for the same elements (``Noise.again``): 0x61676169 instead.
+
 Here ``uint32`` lives in int32 tensors: torch's additions, products and left shifts wrap modulo 2^32, and right shifts
 become logical by a mask. In C and Triton the same is plain uint32 arithmetic.
 """
@@ -48,6 +51,9 @@ def step_key(base: Tensor, step: Tensor | int) -> Tensor:
     """
     low, high = _words(step, base.device)
     return _fmix32(_fmix32(base ^ low) + high)
+
+
+_TILES, _AGAIN = 0x7363616C, 0x61676169  # "scal", "agai" in ASCII
 
 
 class Noise:
@@ -103,14 +109,25 @@ class Noise:
 
     def uniform(self, rows: int, cols: int) -> Tensor:
         """FP32 [rows, cols] in [0, 1), for a tensor of this shape (as it is quantized, after any transpose)."""
-        if self.transposed:
-            rows, cols = cols, rows
-        key = self.key
+        return self._uniform(self.key, (rows, cols), (1, 1))
+
+    def of_tiles(self, grid: tuple[int, int], extent: tuple[int, int]) -> Tensor:
+        """FP32 [rows, columns] in [0, 1), for a grid of tiles of this extent: by the place of a tile's first element,
+        and independent of the elements' own noise."""
+        return self._uniform(_fmix32(self.key ^ _TILES), grid, extent)
+
+    def again(self) -> Noise:
+        """Other noise for the same elements."""
+        return Noise(key=_fmix32(self.key ^ _AGAIN), row_offset=self.row_offset, transposed=self.transposed)
+
+    def _uniform(self, key: Tensor, shape: tuple[int, int], steps: tuple[int, int]) -> Tensor:
+        """Noise of every ``steps``-th row and column."""
+        (rows, cols), (row_step, col_step) = (shape[::-1], steps[::-1]) if self.transposed else (shape, steps)
         offset, high = _words(self.row_offset, key.device)
-        low = torch.arange(rows, dtype=torch.int32, device=key.device) + offset
+        low = torch.arange(0, rows * row_step, row_step, dtype=torch.int32, device=key.device) + offset
         carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
         row_hash = _fmix32(_fmix32(low ^ key[0]) + (high + carry.int()))
-        col = torch.arange(cols, dtype=torch.int32, device=key.device) * _signed(0x9E3779B9)
+        col = torch.arange(0, cols * col_step, col_step, dtype=torch.int32, device=key.device) * _signed(0x9E3779B9)
         summed = row_hash[None, :] + col[:, None] if self.transposed else row_hash[:, None] + col
         return ((_fmix32(summed ^ key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
 

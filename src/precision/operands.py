@@ -14,7 +14,7 @@ from .backends import Cast, Operand, quantize_by
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, base_key, step_key
 from .packing import AnyOperand, Parts, Saving, WithDerivative
-from .quantize import Prepared, Quantized, dequantize, scaled
+from .quantize import Prepared, Quantized, dequantize, scaled_values
 from .scaling import Unit
 from .slots import (
     DGRAD,
@@ -396,7 +396,7 @@ class Call:
         # Recorded a second time, an amax of the same tensor changes nothing.
         amax = self.linear.amaxes.of_all_ranks(slot, x) if slot.all_ranks else self.linear.amaxes.held(slot, x)
         noise = self.noise(slot) if slot.stochastic else None
-        return estimator.factor(scaled(x, slot.spec, amax=amax, noise=noise), slot.spec.format)
+        return estimator.factor(scaled_values(x, slot.spec, amax=amax, noise=noise), slot.spec.format)
 
     def _derived(self, number: int, g: Tensor, estimator: Estimator | None, source: Tensor | None) -> Tensor:
         """The gradient of x, or of w, from what the product gave.

@@ -35,7 +35,7 @@ from .backends import Operand
 from .formats import pack4
 from .module import QuantizedModule
 from .plan import Plan
-from .quantize import Prepared, Quantized, dequantize
+from .quantize import Prepared, Quantized, decode_scales, dequantize
 from .slots import OUTPUTS, SLOTS, TENSORS
 from .suggest import close
 
@@ -230,7 +230,7 @@ def of_operand(given: Tensor, used: Operand) -> Figures:
     format = used.spec.format
     high = _all(used, format.max)
     low = -high if format.min == -format.max else _all(used, format.min)
-    return _figures(given, dequantize(used), (low, high), _decode_scales(used))
+    return _figures(given, dequantize(used), (low, high), decode_scales(used))
 
 
 def _all(used: Quantized, value: float) -> Tensor:
@@ -242,14 +242,6 @@ def _all(used: Quantized, value: float) -> Tensor:
         one = format.encode(torch.full((1, 2), value, dtype=torch.float32, device=used.codes.device))
         codes = (pack4(one) if format.bits == 4 else one)[0, 0].expand_as(used.codes)
     return dequantize(replace(used, codes=codes))
-
-
-def _decode_scales(q: Quantized) -> Tensor | None:
-    rule = q.spec.scale
-    if rule.levels == 0:
-        return None
-    scales = q.scales if rule.format is None else rule.format.decode(q.scales)
-    return scales if q.tensor_scale is None else scales * q.tensor_scale
 
 
 def _of_output(a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None) -> Figures:

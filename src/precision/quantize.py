@@ -3,12 +3,15 @@
 This is the definition: other backends give the same bits. For x [outer, inner], contraction last:
 
 1. x is brought to FP32 (exact from BF16 and FP16; FP64 is rounded).
-2. amax of every tile: the maximum of |x|, NaN if there is one. Ragged last tiles have fewer elements.
+2. amax of every tile: the maximum of |x|, NaN if there is one; or another statistic (``precision.scaling``). Ragged
+   last tiles have fewer elements.
 3. the scale rule gives the encode scale of every tile (``precision.scaling``).
 4. y = x * encode, one FP32 product per element; values = format.round(y, noise), or format.truncate(y): saturating;
    codes = format.encode.
+5. a rule that ``Finishes`` sees what came of that, and decides on scales and codes.
 
-Back: code value * stored scale, one FP32 product (exact in two-level scales); then * tensor scale, if there is one.
+Back: code value * stored scale, one FP32 product (exact in two-level scales), or as a rule ``Reads`` them; then * the
+scale of the tensor, of rows or of groups, if there is one.
 
 Non-finite values: what amax does with them stands in ``precision.scaling``; elements follow ``precision.formats``: an
 infinity saturates, NaN stays NaN where the format has one. In a format without NaN the scale tells of it, except when
@@ -17,6 +20,7 @@ the amax comes from elsewhere (delayed): then NaN becomes the largest positive v
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,7 +31,22 @@ from torch.nn.functional import pad
 from .codebook import Codebook
 from .formats import E8M0, ExMy, Integer, PowersOfTwo, pack4, unpack4
 from .noise import Noise
-from .scaling import TENSOR, Delayed, Error, Scales, Tile, TwoLevel, encode_power
+from .scaling import (
+    TENSOR,
+    Amax,
+    Delayed,
+    Scales,
+    Tile,
+    Trial,
+    encode_power,
+    finishes,
+    outer_of,
+    reads,
+    scaled,
+    spread,
+    statistic_of,
+    tiled,
+)
 from .spec import OperandSpec, Rounding
 
 
@@ -39,7 +58,8 @@ class Quantized:
         codes: uint8 [outer, inner]; [outer, ceil(inner / 2)] for formats of 4 bits (even element in the low nibble);
             for formats over 8 bits the values themselves, in the format's dtype (FP32 if it has none).
         scales: [rows, columns] of the grid of tiles: FP32 decode scales, or codes (uint8) of the rule's scale format.
-        tensor_scale: FP32 scalar of a two-level rule, or [outer, 1] of one that scales rows; else None.
+        tensor_scale: FP32 of a two-level rule: a scalar, or one for each tile of the rule's ``outer`` level [rows,
+            groups]. Of a rule of one level a factor of the tensor. None without one.
         shape: outer, inner.
         spec: how it was quantized.
         transposed: whether codes and scales are those of the matrix [inner, outer].
@@ -110,7 +130,7 @@ class Passes(Protocol):
 
     def encode(self, x: Tensor, scales: Tensor, spec: OperandSpec, noise: Noise | None) -> Tensor:
         """``Quantized.codes`` of x [outer, inner], given FP32 encode scales [rows, columns]."""
-        y = x.float() if spec.scale.levels == 0 else _scaled(x.float(), scales, spec.tile)
+        y = x.float() if spec.scale.levels == 0 else scaled(x.float(), scales, spec.tile)
         if spec.rounding is Rounding.TRUNCATE:
             values = spec.format.truncate(y)
         else:
@@ -125,7 +145,7 @@ class Passes(Protocol):
         codes = unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
         wide = q.spec.format.decode(codes) if q.spec.format.bits <= 8 else codes.float()
         if factors is not None:
-            wide = _scaled(wide, factors, q.spec.tile)
+            wide = scaled(wide, factors, q.spec.tile)
         # Laid out as the codes are, whoever makes them: a GEMM's order of sums depends on the layout.
         narrow = wide.to(dtype).contiguous()
         return narrow.mT if q.transposed else narrow
@@ -158,7 +178,7 @@ def amax(x: Tensor, tile: Tile) -> Tensor:
     0 for tiles without elements (a whole extent of an empty matrix is one tile). NaN where a tile has one.
     """
     x = x.detach()
-    return _tiled(x if x.dtype != torch.float64 else x.float(), tile).abs().amax((1, 3)).float()
+    return tiled(x if x.dtype != torch.float64 else x.float(), tile).abs().amax((1, 3)).float()
 
 
 def quantize(
@@ -175,13 +195,11 @@ def quantize(
     Raises ValueError for a tensor that is not a float matrix, for an amax of the wrong size, and for amax or noise that
     is missing or of no use.
     """
-    scales = _scales(x, spec, amax, noise, passes)
+    scales, codes = _scales(x, spec, amax, noise, passes)
+    if codes is None:
+        codes = passes.encode(x.detach(), scales.encode, spec, _of_elements(spec, noise))
     return Quantized(
-        codes=passes.encode(x.detach(), scales.encode, spec, noise),
-        scales=scales.stored,
-        tensor_scale=scales.tensor,
-        shape=(x.shape[0], x.shape[1]),
-        spec=spec,
+        codes=codes, scales=scales.stored, tensor_scale=scales.tensor, shape=(x.shape[0], x.shape[1]), spec=spec
     )
 
 
@@ -189,85 +207,134 @@ def prepare(
     x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None, passes: Passes = TORCH
 ) -> Prepared:
     """``operand(quantize(x, ...))``, bit for bit, without the codes in between. Raises as ``quantize``."""
-    if isinstance(spec.scale, TwoLevel) and spec.scale.rows:
+    if not _has_factors(spec):
         matrix, factor = operand(quantize(x, spec, amax=amax, noise=noise, passes=passes), passes=passes)
         return Prepared(matrix=matrix, factor=factor)
-    scales = _scales(x, spec, amax, noise, passes)
+    scales, codes = _scales(x, spec, amax, noise, passes)
     factors, factor, dtype = _factors(spec, scales.stored, scales.tensor, passes)
-    return Prepared(matrix=passes.rounded(x.detach(), scales.encode, factors, spec, noise, dtype), factor=factor)
+    if codes is None:
+        matrix = passes.rounded(x.detach(), scales.encode, factors, spec, _of_elements(spec, noise), dtype)
+    else:
+        matrix = passes.values(_unscaled(x, codes, spec), factors, dtype)
+    return Prepared(matrix=matrix, factor=factor)
 
 
-def _scales(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, passes: Passes) -> Scales:
+def _of_elements(spec: OperandSpec, noise: Noise | None) -> Noise | None:
+    """The noise of elements: that of an operand may be for its scales alone."""
+    return noise if spec.rounding is Rounding.STOCHASTIC else None
+
+
+def _unscaled(x: Tensor, codes: Tensor, spec: OperandSpec) -> Quantized:
+    """Codes of x without their scales, for ``Passes.values``."""
+    one = torch.ones(1, 1, dtype=torch.float32, device=codes.device)
+    return Quantized(codes=codes, scales=one, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
+
+
+def _scales(
+    x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None, passes: Passes
+) -> tuple[Scales, Tensor | None]:
+    """The scales, the outer ones as ``Quantized.tensor_scale``; and the codes, where the rule decided on them."""
     check(x, spec, amax, noise)
     x = x.detach()
     rule, grid = spec.scale, spec.tile.grid(*x.shape)
-    tensor_amax = None
+    group, tensor = TENSOR, None
     if rule.levels == 0:
-        tile_amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
+        tiles = torch.zeros(grid, dtype=torch.float32, device=x.device)
     elif rule.levels == 1:
-        tile_amax = amax.float().reshape(grid) if amax is not None else passes.amax(x, spec.tile)
+        tiles = amax.float().reshape(grid) if amax is not None else _statistic(x, spec, passes)
     else:
-        tile_amax = passes.amax(x, spec.tile)
-        by_row = isinstance(rule, TwoLevel) and rule.rows
-        if amax is not None:
-            tensor_amax = amax.float()
-        else:
-            tensor_amax = _largest(tile_amax, 1) if by_row else _largest(tile_amax.reshape(1, -1), 1)
-        tensor_amax = tensor_amax.reshape((grid[0], 1) if by_row else ())
-        if isinstance(rule, TwoLevel) and rule.four_over_six is not None:
-            return _better_scales(x, spec, tile_amax, tensor_amax, noise, passes)
-    return rule.scales(tile_amax, spec.format, tensor_amax=tensor_amax, dtype=x.dtype)
+        tiles = _statistic(x, spec, passes)
+        group = outer_of(rule).of_grid(spec.tile)
+        tensor = _outer_level(tiles, group) if amax is None else amax.float()
+        tensor = tensor.reshape(() if group == TENSOR else group.grid(*grid))
+        tensor = spread(tensor, group, grid)
+    target = {} if spec.top == 1.0 else {"top": spec.top}
+    scales, codes = rule.scales(tiles, spec.format, tensor_amax=tensor, dtype=x.dtype, **target), None
+    if finishes(rule):
+        scales, codes = rule.finish(_trial(x, spec, tiles, tensor, scales, noise, passes))
+    if group != TENSOR and scales.tensor is not None:
+        scales = scales._replace(tensor=scales.tensor[:: max(group.outer, 1), :: max(group.inner, 1)])
+    return scales, codes
 
 
-def scaled(
+def scaled_values(
     x: Tensor, spec: OperandSpec, *, amax: Tensor | None = None, noise: Noise | None = None, passes: Passes = TORCH
 ) -> Tensor:
     """What ``quantize`` rounds: FP32 [outer, inner], x times the scale of its tile. Arguments and errors as there."""
-    scales = _scales(x, spec, amax, noise, passes)
-    return x.detach().float() if spec.scale.levels == 0 else _scaled(x.detach().float(), scales.encode, spec.tile)
+    scales, _ = _scales(x, spec, amax, noise, passes)
+    return x.detach().float() if spec.scale.levels == 0 else scaled(x.detach().float(), scales.encode, spec.tile)
 
 
-def _largest(amaxes: Tensor, dim: int) -> Tensor:
-    return amaxes.amax(dim) if amaxes.shape[dim] else amaxes.new_zeros(amaxes.shape[0])
+def _statistic(x: Tensor, spec: OperandSpec, passes: Passes) -> Tensor:
+    if type(spec.statistic) is Amax:
+        return passes.amax(x, spec.tile)
+    return statistic_of(x, spec.tile, spec.statistic, spec.format)
 
 
-def _better_scales(
-    x: Tensor, spec: OperandSpec, tile_amax: Tensor, tensor_amax: Tensor, noise: Noise | None, passes: Passes
-) -> Scales:
-    """Four over six: of both candidates the scales with which a tile comes out closer to x.
+def _outer_level(tiles: Tensor, group: Tile) -> Tensor:
+    """The largest of every group of tiles; 0 of none."""
+    if group == TENSOR:
+        return _largest(tiles.reshape(1, -1))
+    return _largest(tiles) if group == (1, -1) else amax(tiles, group)
 
-    Per element, in FP32: back = ((code value * d) * A) / (max * top); e = |back - x|, or its square. Per tile: the sum
-    of e along each row, from its first element on; then of the upper half of the rows and the lower half, and again.
-    A tile with a NaN in its errors takes the first candidate.
-    """
-    rule = spec.scale
-    assert isinstance(rule, TwoLevel)
-    six, four = rule.candidates(tile_amax, spec.format, tensor_amax)
-    errors = []
-    for scales in (six, four):
-        codes = passes.encode(x, scales.encode, spec, noise)
-        q = Quantized(codes=codes, scales=scales.stored, tensor_scale=None, shape=(x.shape[0], x.shape[1]), spec=spec)
-        back = passes.values(q, _decoded(q.spec, q.scales), torch.float32) * tensor_amax
-        difference = back / torch.full_like(back, rule.top(spec.format)) - x.float()
-        e = _tiled(difference.abs() if rule.four_over_six is Error.MAE else difference * difference, spec.tile)
-        total = e[..., 0]
-        for column in range(1, e.shape[-1]):
-            total = total + e[..., column]
-        while total.shape[1] > 1:
-            half = total.shape[1] // 2
-            total = total[:, :half] + total[:, half:]
-        errors.append(total[:, 0])
-    better = errors[1] < errors[0]
-    encode, stored = (torch.where(better, b, a) for a, b in zip(six[:2], four[:2], strict=True))
-    return Scales(encode, stored, six.tensor)
+
+def _largest(amaxes: Tensor) -> Tensor:
+    return amaxes.amax(1) if amaxes.shape[1] else amaxes.new_zeros(amaxes.shape[0])
+
+
+def _trial(
+    x: Tensor,
+    spec: OperandSpec,
+    tiles: Tensor,
+    tensor: Tensor | None,
+    scales: Scales,
+    noise: Noise | None,
+    passes: Passes,
+) -> Trial:
+    return Trial(
+        matrix=x,
+        element=spec.format,
+        tile=spec.tile,
+        top=spec.top,
+        statistic=tiles,
+        tensor_statistic=tensor,
+        scales=scales,
+        noise=noise,
+        code=lambda y, encode, noise: passes.encode(y, encode, spec, _of_elements(spec, noise)),
+        decode=lambda codes, factors: passes.values(_unscaled(x, codes, spec), factors, torch.float32),
+    )
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, passes: Passes = TORCH) -> Tensor:
     """The values [outer, inner] that ``q`` stands for: FP32, then rounded to ``dtype``."""
-    scales = _decoded(q.spec, q.scales) if q.spec.scale.levels else None
-    if q.tensor_scale is None:
+    rule = q.spec.scale
+    scales = _decoded(q.spec, q.scales) if rule.levels else None
+    if reads(rule):
+        codes = unpack4(q.codes, q.stored_shape[1]) if q.spec.format.bits == 4 else q.codes
+        values = rule.read(codes, q.scales, q.spec.format, q.spec.tile)
+        values = values.mT if q.transposed else values
+    elif q.tensor_scale is None:
         return passes.values(q, scales, dtype)
-    return (passes.values(q, scales, torch.float32) * q.tensor_scale).to(dtype)
+    else:
+        values = passes.values(q, scales, torch.float32)
+    tensor = q.tensor_scale
+    if tensor is None:
+        return values.to(dtype)
+    if tensor.dim() == 0:
+        return (values * tensor).to(dtype)
+    return scaled(values, tensor.mT if q.transposed else tensor, outer_of(rule)).to(dtype)
+
+
+def decode_scales(q: Quantized) -> Tensor | None:
+    """What code values are multiplied by, all levels together: FP32 [rows, columns] of the grid; None for nothing."""
+    rule = q.spec.scale
+    if rule.levels == 0:
+        return None
+    scales, tensor = _decoded(q.spec, q.scales), q.tensor_scale
+    scales = scales.abs() if reads(rule) else scales  # a sign is a mark of the rule's
+    if tensor is None:
+        return scales
+    return scales * spread(tensor, outer_of(rule).of_grid(q.spec.tile), (scales.shape[0], scales.shape[1]))
 
 
 def operand(q: Quantized, *, passes: Passes = TORCH) -> tuple[Tensor, Tensor | None]:
@@ -277,17 +344,24 @@ def operand(q: Quantized, *, passes: Passes = TORCH) -> tuple[Tensor, Tensor | N
     matrix is BF16 where that holds the values exactly, without BF16 subnormals:
 
     * one FP32 scale for the tensor: the code values; the factor is the scale. Without a scale there is no factor.
-    * two levels: code value * tile scale; the factor is the tensor's scale (of rows: all of it in FP32).
+    * two levels: code value * tile scale; the factor is the tensor's scale (of rows or groups: all of it in FP32).
     * powers of two per tile: code value * 2^(k - c), with 2^k the tile's scale and the factor 2^c; c is the largest k
       of the tensor that is not NaN's, but at least -126. Tiles whose smallest positive value would fall below 2^-126
       are flushed to zeros, but for their signs: for E4M3 those with k < c - 117.
 
-    Else it is FP32 (values of too many bits, FP32 scales per tile) and wants an FP32 GEMM.
+    A factor beyond the power of two (``PowerOfTwo`` with a top) joins that of the output. Else it is FP32 (values of
+    too many bits, FP32 scales per tile, rules that read codes themselves) and wants an FP32 GEMM.
     """
-    if isinstance(q.spec.scale, TwoLevel) and q.spec.scale.rows:
+    if not _has_factors(q.spec):
         return dequantize(q, passes=passes), None
     factors, factor, dtype = _factors(q.spec, q.scales, q.tensor_scale, passes)
     return passes.values(q, factors, dtype), factor
+
+
+def _has_factors(spec: OperandSpec) -> bool:
+    """Whether values are code value * factor of the tile * factor of the matrix."""
+    rule = spec.scale
+    return outer_of(rule) == TENSOR and not reads(rule)
 
 
 def _factors(
@@ -304,8 +378,8 @@ def _factors(
     if dtype == torch.bfloat16:
         codes = stored if rule.format is E8M0 else E8M0.encode(stored)
         factors, centre = passes.centred(codes, spec.format.tiny_exponent)
-        return factors, centre, dtype
-    return _decoded(spec, stored), None, dtype
+        return factors, centre if tensor_scale is None else centre * tensor_scale, dtype
+    return _decoded(spec, stored), tensor_scale, dtype
 
 
 def knows_format(format: object) -> bool:
@@ -320,12 +394,12 @@ def operand_dtype(spec: OperandSpec) -> torch.dtype:
     """That of the matrix of ``operand``: BF16 where it is known to hold the values exactly, else FP32."""
     element, rule = spec.format, spec.scale
     table = type(element) is Codebook
-    if not (table or knows_format(element)):
+    if not (table or knows_format(element)) or not _has_factors(spec):
         return torch.float32
     bits, tiny = element.significant_bits, element.tiny_exponent
     if rule.levels == 2:
-        block, rows = rule.format, isinstance(rule, TwoLevel) and rule.rows
-        if block is None or not knows_format(block) or rows:
+        block = rule.format
+        if block is None or not knows_format(block):
             return torch.float32
         exact = bits + block.significant_bits <= 8 and tiny + block.tiny_exponent >= -126
         return torch.bfloat16 if exact else torch.float32
@@ -342,41 +416,14 @@ def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None
     if amax is None and isinstance(spec.amax, Delayed):
         raise ValueError(f"{spec} scales by an earlier amax: pass it")
     if amax is not None:
-        rows, columns = spec.tile.grid(*x.shape)
-        by_row = isinstance(spec.scale, TwoLevel) and spec.scale.rows
-        wanted = {0: 0, 1: rows * columns, 2: rows if by_row else 1}[spec.scale.levels]
+        shared = {0: None, 1: spec.tile, 2: outer_of(spec.scale)}[spec.scale.levels]
+        wanted = math.prod(shared.grid(*x.shape)) if shared is not None else 0
         if amax.numel() != wanted:
             raise ValueError(f"{spec} of shape {list(x.shape)} takes {wanted} amaxes, not {amax.numel()}")
-    if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC):
+    if (noise is not None) != (spec.rounding is Rounding.STOCHASTIC) and not (noise is not None and spec.stochastic):
         raise ValueError(
             f"{spec} rounds {spec.rounding.value}: {'no noise' if noise is not None else 'it needs noise'}"
         )
-
-
-def _tiled(x: Tensor, tile: Tile) -> Tensor:
-    """x [outer, inner] -> [rows, tile outer, columns, tile inner], ragged tiles filled with zeros."""
-    outer, inner = x.shape
-    rows, columns = tile.grid(outer, inner)
-    tall, wide = tile.extent(outer, inner)
-    if (rows * tall, columns * wide) != (outer, inner):
-        x = pad(x, (0, columns * wide - inner, 0, rows * tall - outer))
-    return x.reshape(rows, tall, columns, wide)
-
-
-def _scaled(x: Tensor, scales: Tensor, tile: Tile) -> Tensor:
-    """x [outer, inner] times the scale of its tile, from scales [rows, columns]."""
-    outer, inner = x.shape
-    rows, columns = scales.shape
-    if rows * columns == 1:
-        return x * scales.reshape(())
-    tall, wide = tile.extent(outer, inner)
-    if (rows * tall, columns * wide) == (outer, inner):
-        return (x.reshape(rows, tall, columns, wide) * scales[:, None, :, None]).reshape(outer, inner)
-    # Ragged: by index, since Inductor (torch 2.13, CPU) drops the ragged tile of what is scaled in tiles and then
-    # sliced: it splits the loop at the tile's size as if that divided it. It would see through a floor division, too.
-    row = torch.arange(outer, device=x.device).div(tall, rounding_mode="trunc")
-    column = torch.arange(inner, device=x.device).div(wide, rounding_mode="trunc")
-    return x * scales[row[:, None], column]
 
 
 def _decoded(spec: OperandSpec, stored: Tensor) -> Tensor:

@@ -23,13 +23,12 @@ import torch
 
 from .backends import Backend, Quantizer
 from .quantize import operand_dtype
-from .scaling import TENSOR, Current, Delayed, Unit
+from .scaling import AMAX, TENSOR, Current, Delayed, FourOverSix, Unit, finishes, outer_of, reads
 from .spec import (
     GemmSpec,
     LinearSpec,
     OperandSpec,
     Part,
-    Rounding,
     SlotSpec,
     Source,
     Split,
@@ -204,7 +203,7 @@ def operands(spec: LinearSpec) -> tuple[SlotSpec | None, ...]:
 
 
 def is_stochastic(operand: SlotSpec | None) -> bool:
-    return any(spec.rounding is Rounding.STOCHASTIC for spec in specs_of(operand))
+    return any(spec.stochastic for spec in specs_of(operand))
 
 
 def columns_of(spec: LinearSpec) -> dict[int, Column]:
@@ -380,6 +379,10 @@ def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
         return f"{w.spec.format} is no narrower than what is gathered"
     if operand_dtype(OperandSpec(format=w.spec.format, scale=Unit())) != torch.bfloat16:
         return f"BF16 is not known to hold the values of {w.spec.format}, as which codes are gathered"
+    rule = w.spec.scale
+    sees_tiles = type(rule) is not FourOverSix and (finishes(rule) or reads(rule))
+    if sees_tiles or w.spec.statistic != AMAX or outer_of(rule) != TENSOR:
+        return f"scales by {w.spec} are not known to be the same of a shard and of the whole weight"
     if w.spec.tile.outer != w.spec.tile.inner:
         how = "read" if w_t.origin is Origin.VALUES else "quantized anew"
         return f"a weight in tiles of {w.spec.tile} is {how} for dgrad, along its other dimension"

@@ -14,6 +14,7 @@ wgrad  dy.mT   x.mT
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -21,7 +22,24 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from .formats import E2M1, Integer, NumberFormat
-from .scaling import TENSOR, AmaxSource, Current, Delayed, Fp32, Power, PowerOfTwo, ScaleRule, Tile, TwoLevel
+from .scaling import (
+    AMAX,
+    TENSOR,
+    AmaxSource,
+    Current,
+    Delayed,
+    FourOverSix,
+    Fp32,
+    Power,
+    PowerOfTwo,
+    ScaleRule,
+    Statistic,
+    Tile,
+    is_stochastic,
+    outer_of,
+    reads,
+    takes_top,
+)
 from .suggest import close
 from .sums import Accumulate, Sums
 
@@ -116,9 +134,13 @@ class OperandSpec:
         amax: of this tensor, or of earlier steps.
         rounding: of the elements; scales round as their rule says.
         source: see ``Source``.
+        statistic: what of a tile its scale is made of, in place of the amax.
+        top: factor on the format's largest value, to which that is mapped: below 1 leaves head-room. Each rule's
+            equations say where it enters.
 
     Raises ValueError for what cannot be: a scale format as elements, an empty tile, delayed amaxes of many tiles, two
-    levels of scales on one tile, a tile without a scale, amaxes rounded to a mantissa that a format lacks.
+    levels of scales on one tile, a tile without a scale, amaxes rounded to a mantissa that a format lacks, another
+    statistic of earlier steps or of all ranks.
     """
 
     format: NumberFormat
@@ -127,6 +149,8 @@ class OperandSpec:
     amax: AmaxSource = field(default_factory=Current)
     rounding: Rounding = Rounding.NEAREST
     source: Source = Source.ORIGINAL
+    statistic: Statistic = AMAX
+    top: float = 1.0
 
     def __post_init__(self) -> None:
         if self.format.scales_only:
@@ -144,26 +168,56 @@ class OperandSpec:
                 raise ValueError("an unscaled operand has no use for a delayed amax")
             if self.scale.levels == 1 and not of_tensor:
                 raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale tiles of {self.tile}")
-        if isinstance(self.amax, Current) and self.amax.step and not (self.tile.inner == -1 or self.scale.levels == 2):
-            raise ValueError(f"tiles of {self.tile} lie within a sample: no scale of them is of the whole step")
+        shared = outer_of(self.scale) if self.scale.levels == 2 else self.tile
+        if isinstance(self.amax, Current) and self.amax.step and shared.inner != -1:
+            raise ValueError(f"tiles of {shared} lie within a sample: no scale of them is of the whole step")
         if isinstance(self.amax, Current) and self.amax.step and self.scale.levels == 0:
             raise ValueError("an unscaled operand has no use for the amax of a step")
-        if isinstance(self.scale, TwoLevel):
-            self._check_two_levels(self.scale)
+        if self.scale.levels == 2:
+            self._check_outer_level(outer_of(self.scale))
+        if isinstance(self.scale, FourOverSix):
+            self._check_four_over_six()
+        if self.statistic != AMAX or self.top != 1:
+            self._check_mapping()
         if isinstance(self.scale, PowerOfTwo) and self.scale.mode is Power.EVEN:
             _ = self.format.mantissa_bits  # raises where there are none
 
-    def _check_two_levels(self, scale: TwoLevel) -> None:
-        if scale.rows and (self.tile.outer != 1 or self.tile.inner == 1):
-            raise ValueError(f"{scale} scales rows by themselves: its tiles are parts of a row, not {self.tile}")
-        if scale.rows and isinstance(self.amax, Delayed):
-            raise ValueError("delayed scaling keeps one amax per tensor: it cannot scale rows by themselves")
-        if scale.four_over_six is None:
+    def _check_outer_level(self, outer: Tile) -> None:
+        if outer == TENSOR:
             return
+        whole = all(n == -1 or (part > 0 and n > 0 and n % part == 0) for n, part in zip(outer, self.tile, strict=True))
+        if not whole or outer == self.tile:
+            raise ValueError(
+                f"{self.scale} scales {outer}s by themselves: its tiles are parts of a {outer}, not {self.tile}"
+            )
+        if self.tile.outer == self.tile.inner and outer.outer != outer.inner:
+            raise ValueError(
+                f"tiles of {self.tile} are read in both directions: their outer level is square, not {outer}"
+            )
+        if isinstance(self.amax, Delayed):
+            raise ValueError(f"delayed scaling keeps one amax per tensor: it cannot scale {outer}s by themselves")
+
+    def _check_four_over_six(self) -> None:
         if self.format != E2M1 or self.tile not in ((1, 16), (16, 16)):
             raise ValueError(f"four over six is for e2m1 in tiles of 1x16 or 16x16, not {self.format} in {self.tile}")
         if self.rounding is Rounding.TRUNCATE:
             raise ValueError("four over six is for nearest or stochastic rounding: to truncate is not for it")
+
+    def _check_mapping(self) -> None:
+        """Of a statistic and a top that are not the defaults."""
+        if self.scale.levels == 0:
+            raise ValueError(f"{self.scale}: neither a statistic nor a top is of use without a scale")
+        if not 0 < self.top < math.inf:
+            raise ValueError(f"top is a factor on the largest value of {self.format}, above 0, not {self.top:g}")
+        if self.top != 1 and not takes_top(self.scale):
+            raise ValueError(f"{self.scale} maps a tile as its own `scales` says, which takes no top: leave it at 1")
+        if self.statistic != AMAX and self.amax != Current():
+            raise ValueError(f"{self.amax} scaling remembers and exchanges amaxes alone: no {self.statistic} of a tile")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it needs noise, for its elements or for its scales."""
+        return self.rounding is Rounding.STOCHASTIC or is_stochastic(self.scale)
 
     def __str__(self) -> str:
         delayed = isinstance(self.amax, Delayed)
@@ -171,6 +225,8 @@ class OperandSpec:
         parts = [str(self.format)]
         parts += [str(self.tile)] if self.scale.levels else []
         parts += [] if delayed and self.scale == Fp32() else [scale]
+        parts += [str(self.statistic)] if self.statistic != AMAX else []
+        parts += [f"top{self.top:g}"] if self.top != 1 else []
         parts += [str(self.amax)] if self.amax != Current() else []
         parts += [_ROUNDING_NAMES[self.rounding]] if self.rounding in _ROUNDING_NAMES else []
         parts += _SOURCE_NAMES.get(self.source, [])
@@ -300,6 +356,8 @@ class GemmSpec:
                 raise ValueError(f"{operand.format} is summed exactly: no rule of sums is for it (accumulate=fp32)")
             if operand.source is Source.VALUES and operand.tile.outer != operand.tile.inner:
                 raise ValueError(f"{rule}: {operand}: codes in tiles of {operand.tile} are not read across them")
+            if reads(operand.scale) or (operand.scale.levels == 2 and outer_of(operand.scale) != TENSOR):
+                raise ValueError(f"{rule}: {operand}: no rule of sums is for operands whose values are more than codes")
             every = operand.tile.inner
             if operand.scale.levels and every > 0 and not operand.scale.power_of_two and every != rule.promote_every:
                 raise ValueError(
@@ -359,7 +417,7 @@ class LinearSpec:
             if slot is not None and slot.source is not Source.ORIGINAL:
                 raise ValueError(f"{tensor} is quantized here for the first time: its source must be ORIGINAL")
             if isinstance(slot, OperandSpec) and slot.amax == Current(step=True):
-                rows = slot.scale.rows if isinstance(slot.scale, TwoLevel) else slot.tile != TENSOR
+                rows = (outer_of(slot.scale) if slot.scale.levels == 2 else slot.tile) != TENSOR
                 if tensor != "w" and rows:
                     raise ValueError(f"rows of {tensor} are tokens of one rank: no scale of them is of the whole step")
         reuses = {"dgrad.b": (self.dgrad.b, "w"), "wgrad.a": (self.wgrad.a, "dy"), "wgrad.b": (self.wgrad.b, "x")}

@@ -48,7 +48,7 @@ from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize, operand, quantize
-from narrowgauge.precision.scaling import TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.scaling import ROW, TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.states.updates import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
@@ -414,7 +414,7 @@ def test_chosen_by_name_and_refused_with_reasons() -> None:
     for spec, reason in (
         (replace(MXFP8, tile=Tile(3, 5)), "no kernel for tiles of 3x5"),
         (replace(MXFP8, tile=Tile(256, 256)), "no kernel for tiles of 256x256"),
-        (replace(NVFP4, scale=TwoLevel(rows=True)), "no kernel for scales by e4m3.fp32row"),
+        (replace(NVFP4, scale=TwoLevel(outer=ROW)), "no kernel for scales by e4m3.fp32row"),
     ):
         with pytest.raises(ValueError, match=reason):
             choose(GemmSpec(a=spec), (64, 64, 64), cpu, "triton")

@@ -56,7 +56,8 @@ TILES = (
     Tile(128, 128),
     Tile(3, 5),
 )
-SCALES = (Fp32(), Fp32(pow2=True, input_max=True), TwoLevel(), *(PowerOfTwo(mode=mode) for mode in Power))
+POWERS = (Power.FLOOR, Power.CEIL, Power.EVEN, Power.RCEIL)  # that kernels know
+SCALES = (Fp32(), Fp32(pow2=True, input_max=True), TwoLevel(), *(PowerOfTwo(mode=mode) for mode in POWERS))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(64, 48), (33, 50), (1, 1), (5, 16), (130, 65), (17, 1030), (0, 8), (8, 0)]
 

@@ -18,7 +18,7 @@ from narrowgauge.precision.formats import E2M1, E4M3, ExMy, Integer, NumberForma
 from narrowgauge.precision.linear import quantized
 from narrowgauge.precision.quantize import Quantized, operand, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
-from narrowgauge.precision.scaling import Error, Power, PowerOfTwo, Scales, Tile, TwoLevel
+from narrowgauge.precision.scaling import Error, FourOverSix, Power, PowerOfTwo, Scales, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Source
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
@@ -268,4 +268,4 @@ def test_codes_are_gathered_only_where_bf16_holds_their_values(fmt: NumberFormat
 
 def test_four_over_six_is_for_the_format_and_not_for_its_name() -> None:
     with pytest.raises(ValueError, match="four over six is for e2m1"):
-        OperandSpec(format=ODD, tile=Tile(1, 16), scale=TwoLevel(four_over_six=Error.MAE))
+        OperandSpec(format=ODD, tile=Tile(1, 16), scale=FourOverSix(error=Error.MAE))

@@ -16,7 +16,7 @@ from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, dequantize, operand, quantize
-from narrowgauge.precision.scaling import Delayed, Error, Tile, TwoLevel
+from narrowgauge.precision.scaling import ROW, TENSOR, Delayed, Error, FourOverSix, Tile, TwoLevel, outer_of
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor
@@ -24,14 +24,15 @@ from torch import Tensor
 F = np.float32
 FLT_MAX = np.finfo(np.float32).max
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TE_ERRORS = (Error.MAE, Error.MSE)
 RULES = [
-    TwoLevel(four_over_six=error, block_max=top, rows=rows)
-    for error, top, rows in itertools.product(Error, (None, 256.0), (False, True))
+    FourOverSix(error=error, block_max=top, outer=outer)
+    for error, top, outer in itertools.product(TE_ERRORS, (None, 256.0), (TENSOR, ROW))
 ]
-TALL = [TwoLevel(four_over_six=error, block_max=256.0) for error in Error]
+TALL = [FourOverSix(error=error) for error in TE_ERRORS]
 
 
-def spec_of(rule: TwoLevel, outer: int = 1) -> OperandSpec:
+def spec_of(rule: FourOverSix | TwoLevel, outer: int = 1) -> OperandSpec:
     return OperandSpec(format=E2M1, tile=Tile(outer, 16), scale=rule)
 
 
@@ -69,8 +70,7 @@ def error_of(differences: list[F], kind: Error, tall: int) -> F:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rule", "tall"), [*((rule, 1) for rule in RULES), *((rule, 16) for rule in TALL)], ids=str)
-def test_every_tile_takes_the_better_of_both(rule: TwoLevel, tall: int, dtype: torch.dtype) -> None:
-    assert rule.four_over_six is not None
+def test_every_tile_takes_the_better_of_both(rule: FourOverSix, tall: int, dtype: torch.dtype) -> None:
     x = sample(dtype, 32 if tall == 16 else 20)
     if tall == 16:  # at 6 most of this tile lies in the middle between 4 and 6
         x[16:, :16] = x[16:, :16].sign() * 0.8 * x.abs().max()
@@ -82,10 +82,10 @@ def test_every_tile_takes_the_better_of_both(rule: TwoLevel, tall: int, dtype: t
     for i, j in np.ndindex(*q.scales.shape):
         rows, columns = slice(i * tall, (i + 1) * tall), slice(16 * j, 16 * j + 16)
         tile = wide[rows, columns]
-        top_amax = F(np.abs(wide[rows] if rule.rows else wide).max())
+        top_amax = F(np.abs(wide[rows] if rule.outer == ROW else wide).max())
         top = F(6 * (rule.block_max or 448))
         six, four = (candidate(tile, F(np.abs(tile).max()), top_amax, top, F(w)) for w in (1, 1.5))
-        errors = [error_of(c[2], rule.four_over_six, tall) for c in (six, four)]
+        errors = [error_of(c[2], rule.error, tall) for c in (six, four)]
         best = four if errors[1] < errors[0] else six
         taken.add(best is four)
         assert np.array_equal(values[rows, columns].numpy(), best[0])
@@ -93,15 +93,15 @@ def test_every_tile_takes_the_better_of_both(rule: TwoLevel, tall: int, dtype: t
     assert taken == {False, True}
     back = dequantize(q)
     assert torch.allclose(back, x.float(), atol=float(x.float().abs().max()) / 3)
-    plain = dequantize(quantize(x, spec_of(replace(rule, four_over_six=None), tall)))
-    measure = (lambda e: e.abs().sum()) if rule.four_over_six is Error.MAE else (lambda e: e.square().sum())
+    plain = dequantize(quantize(x, spec_of(TwoLevel(block_max=rule.block_max, outer=rule.outer), tall)))
+    measure = (lambda e: e.abs().sum()) if rule.error is Error.MAE else (lambda e: e.square().sum())
     assert measure(back - x.float()) < measure(plain - x.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_with_a_scale_of_its_own_is_a_tensor_of_one_row(dtype: torch.dtype) -> None:
     x = sample(dtype, inner=50)
-    by_row, whole = spec_of(TwoLevel(rows=True)), spec_of(TwoLevel())
+    by_row, whole = spec_of(TwoLevel(outer=ROW)), spec_of(TwoLevel())
     q = quantize(x, by_row)
     assert q.tensor_scale is not None
     assert q.tensor_scale.shape == (20, 1)
@@ -120,9 +120,9 @@ def test_a_row_with_a_scale_of_its_own_is_a_tensor_of_one_row(dtype: torch.dtype
         quantize(x, by_row, amax=torch.ones(1))
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], TwoLevel(rows=True)], ids=str)
-def test_backends_agree_bit_for_bit(rule: TwoLevel) -> None:
-    for tall, dtype in itertools.product((1,) if rule.rows else (1, 16), DTYPES):
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], TwoLevel(outer=ROW)], ids=str)
+def test_backends_agree_bit_for_bit(rule: FourOverSix | TwoLevel) -> None:
+    for tall, dtype in itertools.product((1,) if rule.outer == ROW else (1, 16), DTYPES):
         spec = spec_of(rule, tall)
         for number, shape in enumerate([(20, 48), (33, 50), (1, 1), (0, 7), (7, 0)]):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(number)).exp()
@@ -141,7 +141,7 @@ def test_backends_agree_bit_for_bit(rule: TwoLevel) -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    chosen = TwoLevel(four_over_six=Error.MAE)
+    chosen = FourOverSix()
     for wrong, message in (
         ({"rounding": Rounding.TRUNCATE}, "to truncate is not for it"),
         ({"tile": Tile(1, 32)}, "in tiles of 1x16 or 16x16"),
@@ -150,9 +150,9 @@ def test_what_does_not_go_together() -> None:
         with pytest.raises(ValueError, match=message):
             replace(spec_of(chosen), **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="its tiles are parts of a row, not 16x16"):
-        spec_of(TwoLevel(rows=True), 16)
+        spec_of(TwoLevel(outer=ROW), 16)
     with pytest.raises(ValueError, match="one amax per tensor"):
-        replace(spec_of(TwoLevel(rows=True)), amax=Delayed())
+        replace(spec_of(TwoLevel(outer=ROW)), amax=Delayed())
     with pytest.raises(ValueError, match="four_over_six=some: one of none, weights"):
         load("nvfp4", {"four_over_six": "some"})
     with pytest.raises(ValueError, match=r"four_over_six=gradient: .*did you mean 'gradients'"):
@@ -170,8 +170,7 @@ def spec_for(**args: object) -> LinearSpec:
 
 def compares(operand: OperandSpec | None) -> bool:
     assert operand is not None
-    assert isinstance(operand.scale, TwoLevel)
-    return operand.scale.four_over_six is not None
+    return isinstance(operand.scale, FourOverSix)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_rows_of_x_are_scaled_in_both_of_its_products(given: bool | str, rows: t
     spec = spec_for(row_scaled_activations=given)
     operands = [spec.fprop.a, spec.wgrad.b, spec.dgrad.a, spec.wgrad.a, spec.fprop.b, spec.dgrad.b]
     scales = [each.scale for each in operands if each is not None]
-    assert [isinstance(scale, TwoLevel) and scale.rows for scale in scales] == [*map(bool, rows), *[False] * 4]
+    assert [outer_of(scale) == ROW for scale in scales] == [*map(bool, rows), *[False] * 4]
     args = {"row_scaled_activations": given, "stochastic": False, "keep_last": 0, "bf16_forward": 0}
     results = []
     for outlier in (False, True):
@@ -227,16 +226,19 @@ def test_rows_of_x_are_scaled_in_both_of_its_products(given: bool | str, rows: t
     assert same == [bool(wanted) for wanted in rows]
 
 
-@pytest.mark.parametrize("error", list(Error), ids=str)
+@pytest.mark.parametrize("error", TE_ERRORS, ids=str)
 def test_with_stochastic_rounding_the_codes_that_are_kept_are_those_compared(error: Error) -> None:
-    rule = TwoLevel(four_over_six=error, block_max=256.0)
+    rule = FourOverSix(error=error)
     spec = replace(spec_of(rule), rounding=Rounding.STOCHASTIC)
     x = sample(torch.float32, 32)
     noise = Noise(key=step_key(base_key(1, "layers.0", 2), 0))
     q = quantize(x, spec, noise=noise)
     amax = x.abs().reshape(32, 3, 16).amax(-1)
     errors = []
-    for scales in rule.candidates(amax, E2M1, x.abs().max()):
+    for scales in (
+        rule.scales(amax, E2M1, tensor_amax=x.abs().max(), dtype=x.dtype),
+        rule.at_four(amax, E2M1, x.abs().max()),
+    ):
         y = E2M1.round(x * scales.encode.repeat_interleave(16, 1), noise.uniform(32, 48))
         back = y * E4M3.decode(scales.stored).repeat_interleave(16, 1) * x.abs().max() / (6 * 256)
         e = (back - x).reshape(32, 3, 16)
@@ -248,8 +250,8 @@ def test_with_stochastic_rounding_the_codes_that_are_kept_are_those_compared(err
 
 
 @pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("rule", [RULES[0], RULES[1], TwoLevel(rows=True)], ids=str)
-def test_backends_agree_on_what_a_transform_makes(rule: TwoLevel, rounding: Rounding) -> None:
+@pytest.mark.parametrize("rule", [RULES[0], RULES[1], TwoLevel(outer=ROW)], ids=str)
+def test_backends_agree_on_what_a_transform_makes(rule: FourOverSix | TwoLevel, rounding: Rounding) -> None:
     spec = replace(spec_of(rule), rounding=rounding)
     noise = Noise(key=step_key(base_key(1, "layers.0", 2), 0)) if rounding is Rounding.STOCHASTIC else None
     for dtype, shape in itertools.product(DTYPES[:2], [(64, 48), (48, 40), (16, 16)]):

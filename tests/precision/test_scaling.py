@@ -107,27 +107,34 @@ def test_fp32_decode_is_deepgemm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amax", "floor", "ceil", "even", "rceil"),
+    ("amax", "floor", "ceil", "even", "rceil", "rfloor", "rnearest"),
     [
-        # FLOOR: exponent - 8. CEIL rounds amax up. EVEN rounds up from 1.9375. RCEIL: amax / 448, up from above 1.75.
-        (256.0, 127, 127, 127, 127),
-        (448.0, 127, 128, 127, 127),
-        (above(448.0), 127, 128, 127, 128),
-        (below(496.0), 127, 128, 127, 128),
-        (496.0, 127, 128, 128, 128),
-        (above(256.0), 127, 128, 127, 127),
-        (1.0, 119, 119, 119, 119),
-        (0.0, 0, 0, 0, 0),
-        (2.0**-119, 0, 0, 0, 0),
-        (2.0**-118, 1, 1, 1, 1),
-        (2.0**-149, 0, 0, 0, 0),
-        (FP32_MAX, 246, 247, 247, 247),
-        (INF, 247, 247, 247, 254),
-        (NAN, 255, 255, 255, 255),
+        # FLOOR: exponent - 8. CEIL rounds amax up. EVEN rounds up from 1.9375. By amax / 448: RCEIL up from above 1.75,
+        # RFLOOR down, RNEAREST up from above 448 * 2^(k - 1/2).
+        (256.0, 127, 127, 127, 127, 126, 126),
+        (448.0, 127, 128, 127, 127, 127, 127),
+        (above(448.0), 127, 128, 127, 128, 127, 127),
+        (below(496.0), 127, 128, 127, 128, 127, 127),
+        (496.0, 127, 128, 128, 128, 127, 127),
+        (above(256.0), 127, 128, 127, 127, 126, 126),
+        (316.7, 127, 128, 127, 127, 126, 126),
+        (316.9, 127, 128, 127, 127, 126, 127),
+        (633.5, 128, 129, 128, 128, 127, 127),
+        (633.7, 128, 129, 128, 128, 127, 128),
+        (1.0, 119, 119, 119, 119, 118, 118),
+        (0.0, 0, 0, 0, 0, 0, 0),
+        (2.0**-119, 0, 0, 0, 0, 0, 0),
+        (2.0**-118, 1, 1, 1, 1, 0, 0),
+        (2.0**-149, 0, 0, 0, 0, 0, 0),
+        (FP32_MAX, 246, 247, 247, 247, 246, 246),
+        (INF, 247, 247, 247, 254, 254, 254),
+        (NAN, 255, 255, 255, 255, 255, 255),
     ],
 )
-def test_power_of_two_codes(amax: float, floor: int, ceil: int, even: int, rceil: int) -> None:
-    assert [code(mode, amax) for mode in Power] == [floor, ceil, even, rceil]
+def test_power_of_two_codes(
+    amax: float, floor: int, ceil: int, even: int, rceil: int, rfloor: int, rnearest: int
+) -> None:
+    assert [code(mode, amax) for mode in Power] == [floor, ceil, even, rceil, rfloor, rnearest]
 
 
 def test_rceil_among_subnormals() -> None:
@@ -156,10 +163,17 @@ def test_encode_power() -> None:
 
 @pytest.mark.parametrize("mode", Power)
 def test_power_rules_bound_the_largest_value(mode: Power) -> None:
-    """What the modes promise: CEIL and RCEIL never saturate, FLOOR and EVEN may, by less than a factor 2."""
+    """What the modes promise: CEIL and RCEIL never saturate; the others may, by less than a factor 2."""
     amax = random_amax()
     top = amax * PowerOfTwo(mode=mode).scales(amax, E4M3, dtype=torch.float32).encode
-    limit = {Power.FLOOR: 512.0, Power.CEIL: 256.0, Power.EVEN: 496.0, Power.RCEIL: 448.0}[mode]
+    limit = {
+        Power.FLOOR: 512.0,
+        Power.CEIL: 256.0,
+        Power.EVEN: 496.0,
+        Power.RCEIL: 448.0,
+        Power.RFLOOR: 896.0,
+        Power.RNEAREST: 448.0 * 2**0.5,
+    }[mode]
     assert top.max() <= limit
     assert top.min() > limit / 2.1
 

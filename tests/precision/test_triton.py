@@ -27,7 +27,7 @@ from narrowgauge.precision.formats import E2M1, E4M3, ExMy
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import Quantized
 from narrowgauge.precision.quantize import quantize as precision_quantize
-from narrowgauge.precision.scaling import Error, Fp32Decode, PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.scaling import Error, FourOverSix, Fp32Decode, PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from narrowgauge.precision.swiglu import Gradients
 from narrowgauge.precision.transforms import Hadamard
@@ -97,7 +97,7 @@ BLOCK = Tile(1, 16)
             "no kernel for scales by e4m3+fp32, a rule of its own: OtherLevels",
         ),
         (OperandSpec(format=E2M1, tile=BLOCK, scale=TwoLevel(block=OTHER_E4M3)), "no kernel for scales by e4m3+fp32"),
-        (OperandSpec(format=E2M1, tile=BLOCK, scale=TwoLevel(four_over_six=Error.MSE)), "no kernel for scales by"),
+        (OperandSpec(format=E2M1, tile=BLOCK, scale=FourOverSix(error=Error.MSE)), "no kernel for scales by"),
     ],
     ids=("format", "rule", "levels", "format of scales", "four over six"),
 )

@@ -15,7 +15,19 @@ from torch import Tensor
 from ..codebook import Codebook
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
-from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
+from ..scaling import (
+    AMAX,
+    ROW,
+    TENSOR,
+    FourOverSix,
+    Fp32,
+    Fp32Decode,
+    PowerOfTwo,
+    ScaleRule,
+    TwoLevel,
+    Unit,
+    outer_of,
+)
 from ..spec import GemmSpec, OperandSpec, SlotSpec, Split, Transform
 from ..transforms import Composed, Hadamard, Outer, Rescale
 
@@ -144,7 +156,7 @@ def quantize_by(
 
 def knows_rule(rule: ScaleRule) -> bool:
     """Whether a scale rule is exactly one of ``precision.scaling``, with codes of a known format."""
-    known = type(rule) in (Unit, Fp32, Fp32Decode, PowerOfTwo, TwoLevel)
+    known = type(rule) in (Unit, Fp32, Fp32Decode, PowerOfTwo, TwoLevel, FourOverSix)
     return known and (rule.format is None or knows_format(rule.format))
 
 
@@ -164,6 +176,20 @@ def unknown(*specs: SlotSpec | None) -> str | None:
             return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
         if spec is not None and not knows_rule(spec.scale):
             return f"no kernel for scales by {spec.scale}, a rule of its own: {type(spec.scale).__name__}"
+        if spec is not None and (reason := mapped_otherwise(spec)):
+            return reason
+    return None
+
+
+def mapped_otherwise(spec: OperandSpec) -> str | None:
+    """Why kernels refuse what an operand's scales are made of, map to, or extend over; None for what they know."""
+    if spec.statistic != AMAX:
+        return f"no kernel for scales of the {spec.statistic} of a tile"
+    if spec.top != 1:
+        return f"no kernel for scales with a top of {spec.top:g}"
+    rule = spec.scale
+    if outer_of(rule) not in (TENSOR, ROW) or (type(rule) is TwoLevel and rule.outer_format is not None):
+        return f"no kernel for scales by {rule}"
     return None
 
 

@@ -37,7 +37,7 @@ from torch.nn.functional import pad, scaled_mm
 
 from ..formats import E2M1, E4M3, E5M2, NumberFormat
 from ..quantize import Quantized
-from ..scaling import TwoLevel
+from ..scaling import TENSOR, FourOverSix, TwoLevel
 from ..spec import GemmSpec, OperandSpec, Source, specs_of
 from ..sums import ADA_FP8, H100_FP8, Accumulate, Sums
 from .interface import Operand, Quantizer, Shape, unknown
@@ -267,8 +267,8 @@ def _scales_fit(a: OperandSpec, b: OperandSpec, scales: Granularity) -> bool:
             for spec in (a, b)
         )
     return all(
-        isinstance(spec.scale, TwoLevel)
-        and not spec.scale.rows  # a factor for each row of the output: no product has it
+        isinstance(spec.scale, TwoLevel | FourOverSix)
+        and spec.scale.outer == TENSOR  # else a factor for each row of the output: no product has it
         and spec.scale.block == E4M3
         and spec.tile.inner > 0
         and spec.tile.inner % 16 == 0

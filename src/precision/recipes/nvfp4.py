@@ -12,10 +12,11 @@ micro-batch, so losses depend a little on the number of processes and on the mic
 alone; ``amax: step`` makes it one of the whole step. Blocks along tokens (wgrad) must lie within a micro-batch, too:
 its tokens are a multiple of 16.
 
-Four over six (arXiv 2512.02010) has two published forms. TransformerEngine's is for x and weights, never for gradients,
-and it takes no Hadamard transform with it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The authors'
-code has it for gradients too, rounded stochastically, and with the transform: ``everything``. The better of two
-unbiased candidates is biased (arXiv 2601.22813 measures it): a reason to leave gradients out.
+Four over six (arXiv 2512.02010) has three published forms. TransformerEngine's is for x and weights, never for
+gradients, and it takes no Hadamard transform with it: ``all`` (or ``activations``, ``weights``) with hadamard 0. The
+authors' code has it for gradients too, rounded stochastically, and with the transform: ``everything``. The better of
+two unbiased candidates is biased (arXiv 2601.22813 measures it): a reason to leave gradients out. Quartet II has it in
+the forward pass. Their float orders are those of ``precision.scaling.FourOverSix``.
 
 Not finite: a NaN makes its tensor NaN; an infinity gives its tensor scale 1 and saturates.
 """
@@ -24,7 +25,7 @@ from dataclasses import replace
 
 from ..formats import E2M1
 from ..recipe import Keep, Phase, Recipe, block_linears, current, one_of
-from ..scaling import Current, Error, Tile, TwoLevel
+from ..scaling import ROW, TENSOR, Current, Error, Form, FourOverSix, Tile, TwoLevel
 from ..schedule import Span
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from ..transforms import Hadamard
@@ -49,6 +50,7 @@ def recipe(
     four_over_six: str = "none",
     four_over_six_error: str = "mae",
     four_over_six_256: bool = True,
+    four_over_six_form: str = "te",
     amax: str = "micro",
     bf16_forward: float = 0.18,
     keep: tuple[Keep, ...] = (Keep(last=0.15),),
@@ -66,9 +68,10 @@ def recipe(
         four_over_six: which tensors may have their largest value at 4 instead of 6, tile by tile: none, weights,
             activations (x), gradients (dy), all (weights and x: TransformerEngine's), or everything (dy, too: the
             authors').
-        four_over_six_error: what is compared, mae or mse.
+        four_over_six_error: what is compared: mae, mse, or absmax (the authors' alone).
         four_over_six_256: the tensor's scale maps it to 6 * 256 for these operands, so that a scale for 4 is not cut
             off at 448.
+        four_over_six_form: whose float order: te, authors, or quartet2 (which compares mse).
         amax: what the scales of x and dy are made from: micro, the tensor of a rank's micro-batch, or step, that of the
             whole step, so that every number of processes has the same scales: one small all-reduce for each tensor, and
             a step must be one micro-batch. Weights are the same everywhere. All ranks call the same linears in the same
@@ -83,12 +86,14 @@ def recipe(
     error = one_of("four_over_six_error", four_over_six_error, {error.value: error for error in Error})
     by_row = row_scaled_activations
     by_row = one_of("row_scaled_activations", by_row, {"fprop": "fprop"}) if isinstance(by_row, str) else by_row
-    chosen = TwoLevel(four_over_six=error, block_max=256.0 if four_over_six_256 else None)
+    form = one_of("four_over_six_form", four_over_six_form, {form.value: form for form in Form})
+    top = 256.0 if four_over_six_256 else None
+    chosen = FourOverSix(error=error, form=form, block_max=top) if scope else TwoLevel()
     of_x, of_w, of_dy = (chosen if tensor in scope else TwoLevel() for tensor in ("x", "w", "dy"))
     block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), amax=current(amax))
     # A row of fprop is a token, complete in every micro-batch.
-    x = replace(block, scale=replace(of_x, rows=True), amax=Current()) if by_row else replace(block, scale=of_x)
-    x_columns = replace(block, scale=replace(of_x, rows=by_row is True))
+    x = replace(block, scale=replace(of_x, outer=ROW), amax=Current()) if by_row else replace(block, scale=of_x)
+    x_columns = replace(block, scale=replace(of_x, outer=ROW if by_row is True else TENSOR))
     weight = replace(block, tile=Tile(16 if weights_2d else 1, 16), scale=of_w, amax=Current())
     dy = replace(block, scale=of_dy, rounding=Rounding.STOCHASTIC if stochastic else Rounding.NEAREST)
     transform = Hadamard(size=hadamard, signs=signs) if hadamard else None

@@ -19,11 +19,10 @@ from .... import native
 from ...formats import ExMy, NumberFormat
 from ...noise import Noise
 from ...quantize import Prepared, Quantized, check, operand_dtype, prepare, quantize
-from ...quantize import _scaled as scaled
-from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power
+from ...scaling import FP32_MAX, TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, encode_power, scaled
 from ...spec import GemmSpec, OperandSpec, Rounding, Transform, specs_of
 from ...transforms import Composed, Hadamard
-from ..interface import Cast, knows_rule, knows_transform, unknown
+from ..interface import Cast, knows_rule, knows_transform, mapped_otherwise, unknown
 from ..reference import Reference, one_noise
 from .library import CButterflies, CRule, CSource, c_format, c_noise, kernels, library
 
@@ -272,7 +271,7 @@ def _empty_codes(spec: OperandSpec, shape: torch.Size) -> Tensor:
 def _rule(spec: OperandSpec, dtype: torch.dtype) -> CRule | None:
     """The spec's rule, if kernels know how just its scales come from amaxes, and operands are BF16."""
     rule, element = spec.scale, spec.format
-    if not _rounds(spec) or not knows_rule(rule) or operand_dtype(spec) != torch.bfloat16:
+    if not _rounds(spec) or not knows_rule(rule) or operand_dtype(spec) != torch.bfloat16 or mapped_otherwise(spec):
         return None
     common = {"inverse_max": 1 / element.max, "tiny_exponent": element.tiny_exponent}
     if type(rule) is Fp32 and spec.tile == TENSOR:
@@ -282,7 +281,7 @@ def _rule(spec: OperandSpec, dtype: torch.dtype) -> CRule | None:
         return CRule(**flags, eps=rule.eps, top=top, limit=limit, **common)
     if type(rule) is PowerOfTwo and rule.mode is Power.RCEIL:
         return CRule(kind=_RCEIL, **common)
-    if type(rule) is not TwoLevel or rule.rows or rule.four_over_six is not None:
+    if type(rule) is not TwoLevel or rule.outer != TENSOR:
         return None
     if not _fits(rule.block):
         return None

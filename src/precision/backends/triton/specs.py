@@ -12,6 +12,7 @@ import torch
 from ...formats import E2M1, E4M3, E5M2, ExMy, Integer, NumberFormat
 from ...scaling import FP32_MAX, TENSOR, Fp32, Fp32Decode, Power, PowerOfTwo, ScaleRule, TwoLevel, Unit
 from ...spec import OperandSpec, Rounding
+from ..interface import mapped_otherwise
 from .blocks import tile_fits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +30,9 @@ def format_fits(format: NumberFormat) -> bool:
 
 def rule_fits(rule: ScaleRule) -> bool:
     if type(rule) is TwoLevel:
-        return format_fits(rule.block) and not rule.rows and rule.four_over_six is None
+        return format_fits(rule.block) and rule.outer == TENSOR
+    if type(rule) is PowerOfTwo:
+        return rule.mode in MODES
     return type(rule) in KINDS
 
 
@@ -41,7 +44,7 @@ def lacking(spec: OperandSpec) -> str | None:
         return f"no kernel for tiles of {spec.tile}"
     if not rule_fits(spec.scale):
         return f"no kernel for scales by {spec.scale}"
-    return None
+    return mapped_otherwise(spec)
 
 
 def takes_tensor_amax(spec: OperandSpec) -> bool:
