@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codebook import Codebook
+from ..formats import NumberFormat
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import Fp32, Fp32Decode, PowerOfTwo, ScaleRule, TwoLevel, Unit
@@ -156,13 +157,19 @@ def knows_transform(transform: Transform | None) -> TypeGuard[Hadamard]:
 def unknown(*specs: OperandSpec | None) -> str | None:
     """Why kernels refuse the operands: the first format or scale rule that is a type of its own; None without one."""
     for spec in specs:
-        if spec is not None and type(spec.format) is Codebook:
-            return f"no kernel for {spec.format}, a table of values"
         if spec is not None and not knows_format(spec.format):
-            return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
+            return f"no kernel for {_kind(spec.format)}"
+        if spec is not None and spec.scale.format is not None and not knows_format(spec.scale.format):
+            return f"no kernel for scales by {spec.scale}, in {_kind(spec.scale.format)}"
         if spec is not None and not knows_rule(spec.scale):
             return f"no kernel for scales by {spec.scale}, a rule of its own: {type(spec.scale).__name__}"
     return None
+
+
+def _kind(format: NumberFormat) -> str:
+    if type(format) is Codebook:
+        return f"{format}, a table of values"
+    return f"{format}, a format of its own: {type(format).__name__}"
 
 
 def _own_transforms(transform: Transform | None) -> list[str]:
