@@ -120,7 +120,7 @@ class Codebook(NumberFormat):
     @property
     def tiny_exponent(self) -> int:
         """floor(log2) of the least magnitude that is not 0."""
-        return math.frexp(min(abs(value) for value in _table(self).values if value))[1] - 1
+        return _table(self).tiny_exponent
 
     @property
     def significant_bits(self) -> int:
@@ -178,6 +178,7 @@ class _Table(NamedTuple):
     codes: list[int]
     negative_zero: int | None  # the code of -0 beside 0
     bits: int
+    tiny_exponent: int
     significant_bits: int
     nearest: list[float]  # the least number that goes to the upper neighbour
     truncated: list[float]
@@ -208,6 +209,7 @@ def _table(book: Codebook) -> _Table:
         codes=codes,
         negative_zero=negative_zero,
         bits=max(1, *(code.bit_length() for code in given), (book.nan or 0).bit_length()),
+        tiny_exponent=math.frexp(min(abs(value) for value in values if value))[1] - 1,
         significant_bits=max(_significant_bits(value) for value in values),
         nearest=nearest,
         truncated=truncated,

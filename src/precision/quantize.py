@@ -393,20 +393,23 @@ def knows_format(format: object) -> bool:
 def operand_dtype(spec: OperandSpec) -> torch.dtype:
     """That of the matrix of ``operand``: BF16 where it is known to hold the values exactly, else FP32."""
     element, rule = spec.format, spec.scale
-    table = type(element) is Codebook
-    if not (table or knows_format(element)) or not _has_factors(spec):
+    if not _known_values(element) or not _has_factors(spec):
         return torch.float32
     bits, tiny = element.significant_bits, element.tiny_exponent
     if rule.levels == 2:
         block = rule.format
-        if block is None or not knows_format(block):
+        if block is None or not _known_values(block):
             return torch.float32
         exact = bits + block.significant_bits <= 8 and tiny + block.tiny_exponent >= -126
         return torch.bfloat16 if exact else torch.float32
     one_scale = rule.levels == 0 or (rule.format is None and spec.tile == TENSOR)
     # With one scale BF16 holds the values of a float as they are, its subnormals included; a table's may lie below.
-    exact = tiny >= -126 if table or not one_scale else True
+    exact = tiny >= -126 or (one_scale and type(element) is not Codebook)
     return torch.bfloat16 if exact and (one_scale or rule.power_of_two) and bits <= 8 else torch.float32
+
+
+def _known_values(format: object) -> bool:
+    return type(format) is Codebook or knows_format(format)
 
 
 def check(x: Tensor, spec: OperandSpec, amax: Tensor | None, noise: Noise | None) -> None:

@@ -279,6 +279,21 @@ def test_views_and_shapes() -> None:
     assert BNB_FP4.round(torch.tensor([-0.0, -0.001])).signbit().all()
 
 
+def test_a_table_may_be_the_format_of_scales() -> None:
+    x = torch.randn(6, 40)
+    ours, theirs = (
+        quantize(x, OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(block=block)))
+        for block in (table_of(E4M3), E4M3)
+    )
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.scales, theirs.scales)
+    for mine, other in zip(operand(ours), operand(theirs), strict=True):
+        assert mine is not None
+        assert other is not None
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
 DEEP, DEEPER = (Codebook(name=f"down_to_{k}", values=(0.0, 2.0**k, -1.0, 1.0)) for k in (-120, -130))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codebook import Codebook
+from ..formats import NumberFormat
 from ..noise import Noise
 from ..quantize import Passes, Prepared, Quantized, knows_format
 from ..scaling import (
@@ -170,10 +171,10 @@ def unknown(*specs: SlotSpec | None) -> str | None:
     for spec in specs:
         if isinstance(spec, Split):
             return f"no kernel for a sum of parts, as {spec}"
-        if spec is not None and type(spec.format) is Codebook:
-            return f"no kernel for {spec.format}, a table of values"
         if spec is not None and not knows_format(spec.format):
-            return f"no kernel for {spec.format}, a format of its own: {type(spec.format).__name__}"
+            return f"no kernel for {_kind(spec.format)}"
+        if spec is not None and spec.scale.format is not None and not knows_format(spec.scale.format):
+            return f"no kernel for scales by {spec.scale}, in {_kind(spec.scale.format)}"
         if spec is not None and not knows_rule(spec.scale):
             return f"no kernel for scales by {spec.scale}, a rule of its own: {type(spec.scale).__name__}"
         if spec is not None and (reason := mapped_otherwise(spec)):
@@ -191,6 +192,12 @@ def mapped_otherwise(spec: OperandSpec) -> str | None:
     if outer_of(rule) not in (TENSOR, ROW) or (type(rule) is TwoLevel and rule.outer_format is not None):
         return f"no kernel for scales by {rule}"
     return None
+
+
+def _kind(format: NumberFormat) -> str:
+    if type(format) is Codebook:
+        return f"{format}, a table of values"
+    return f"{format}, a format of its own: {type(format).__name__}"
 
 
 def _own_transforms(transform: Transform | None) -> list[str]:
