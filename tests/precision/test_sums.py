@@ -234,12 +234,19 @@ def test_what_the_kernel_leaves_to_torch() -> None:
 # In a GEMM.
 
 
-def product(gemm: GemmSpec, a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Tensor:
+def product(
+    gemm: GemmSpec,
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    bias: Tensor | None = None,
+) -> Tensor:
     chosen = choose(gemm, (len(a), len(b), a.shape[1]), CPU, backend).backend
     assert gemm.a is not None
     assert gemm.b is not None
     sides = (quantize_by(chosen.quantizer, x, spec) for x, spec in ((a, gemm.a), (b, gemm.b)))
-    return chosen.product.gemm(*sides, bias=None, dtype=dtype)
+    return chosen.product.gemm(*sides, bias=bias, dtype=dtype)
 
 
 def codes_and_scales(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
@@ -269,7 +276,11 @@ def test_scales_of_tensors_and_rows_multiply_the_sums(backend: str) -> None:
             expected = sums * rows[:, :1] * columns[:, 0]
         gemm = GemmSpec(a=specs[0], b=specs[1], accumulate=H100_FP8)
         assert torch.equal(product(gemm, a, b, backend=backend), expected)
-        assert torch.equal(product(gemm, a, b, torch.bfloat16, backend), expected.bfloat16())
+        bias = torch.randn(6, generator=generator)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(product(gemm, a, b, dtype, backend, bias), (expected + bias).to(dtype))
+        y = choose(gemm, (9, 6, 70), CPU, backend).backend.product.gemm(a, b, bias=bias, dtype=torch.float32)
+        assert torch.equal(y, REFERENCE.product.gemm(a, b, bias=bias, dtype=torch.float32))  # in high precision
 
 
 def test_scales_inside_the_contraction() -> None:
@@ -338,6 +349,9 @@ def test_integers_are_summed_exactly(format: NumberFormat, k: int) -> None:
         )
         gemm = GemmSpec(a=spec, b=spec)
         assert torch.equal(product(gemm, a, b), expected)
+        assert torch.equal(product(gemm, a, b, torch.bfloat16), expected.bfloat16())
+        bias = torch.arange(6.0)
+        assert torch.equal(product(gemm, a, b, bias=bias), expected + bias)
         chosen = choose(gemm, (5, 6, k), CPU).backend
         inexact = k * format.max**2 > 2**24 or tile != TENSOR
         assert ("exact integer sums" in chosen.note(gemm)) == inexact
