@@ -22,8 +22,9 @@ b's scale))).
 What the vectors of real GPUs do not show: how c enters FP8 sums on Hopper, where all were taken with c = 0 (here: as on
 Ada, as a term like others); whether it is B200 that adds c to FP8 sums late, or the program that took its vectors (here
 ``B200_FP8`` is promoted at every step, which is that addition); FP16 and BF16 beyond one step, TF32 beyond 4 products;
-the sign of a sum that is zero (here +0), and sums beyond FP32's range. Exponents of subnormal operands are as in
-MMA-Sim (microsoft/MMA-Sim), whose models are compared with GPUs there.
+scales inside the contraction (here part of the values, so that exponents shift); the sign of a sum that is zero (here
++0), and sums beyond FP32's range. Exponents of subnormal operands, and of powers of two as scales, are as in MMA-Sim
+(microsoft/MMA-Sim), whose models are compared with GPUs there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from narrowgauge.precision.backends import Cast, choose
 from narrowgauge.precision.backends.cpu.quantizer import Cpu
 from narrowgauge.precision.backends.triton.quantizer import Triton
-from narrowgauge.precision.formats import E2M1, E4M3, INT8, NumberFormat, unpack4
+from narrowgauge.precision.formats import E2M1, E4M3, INT8, Integer, NumberFormat, unpack4
 from narrowgauge.precision.quantize import Quantized, dequantize, operand, prepare, quantize
 from narrowgauge.precision.scaling import (
     AMAX,
@@ -43,7 +43,7 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 TILES = [TENSOR, Tile(1, -1), Tile(-1, 1), Tile(1, 16), Tile(16, 16), Tile(3, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INT2 = NumberFormat(name="int2", bits=2, exponent_bits=0, mantissa_bits=1, min_exponent=1, max=1.0)
+INT2 = Integer(bits=2)
 
 
 def exactly(statistic: Statistic, values: list[float]) -> float:

@@ -57,8 +57,10 @@ class Summed:
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``."""
-        if not isinstance(a, Quantized) or not isinstance(b, Quantized):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):  # a step that the recipe leaves alone
             return self.otherwise.gemm(a, b, bias=bias, dtype=dtype)
+        assert isinstance(a, Quantized)
+        assert isinstance(b, Quantized)
         left, right = (read(q, self.quantizer, self.rule.promote_every) for q in (a, b))
         y = summed(left.side, right.side, self.rule, by=self.by)
         return finished(y, left, right, bias, dtype)
@@ -99,8 +101,10 @@ class ExactIntegers:
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``."""
-        if not isinstance(a, Quantized) or not isinstance(b, Quantized):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):  # a step that the recipe leaves alone
             return self.otherwise.gemm(a, b, bias=bias, dtype=dtype)
+        assert isinstance(a, Quantized)
+        assert isinstance(b, Quantized)
         left, right = (read(q, self.quantizer, None) for q in (a, b))
         x, w = left.side.values, right.side.values
         small = _held_by_fp32(a.spec.format, b.spec.format, x.shape[1])
