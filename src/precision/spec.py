@@ -24,6 +24,7 @@ from torch import Tensor
 from .formats import E2M1, Integer, NumberFormat
 from .scaling import (
     AMAX,
+    ROW,
     TENSOR,
     AmaxSource,
     Current,
@@ -356,7 +357,7 @@ class GemmSpec:
                 raise ValueError(f"{operand.format} is summed exactly: no rule of sums is for it (accumulate=fp32)")
             if operand.source is Source.VALUES and operand.tile.outer != operand.tile.inner:
                 raise ValueError(f"{rule}: {operand}: codes in tiles of {operand.tile} are not read across them")
-            if reads(operand.scale) or (operand.scale.levels == 2 and outer_of(operand.scale) != TENSOR):
+            if reads(operand.scale) or (operand.scale.levels == 2 and outer_of(operand.scale) not in (TENSOR, ROW)):
                 raise ValueError(f"{rule}: {operand}: no rule of sums is for operands whose values are more than codes")
             every = operand.tile.inner
             if operand.scale.levels and every > 0 and not operand.scale.power_of_two and every != rule.promote_every:

@@ -14,7 +14,7 @@ from narrowgauge.precision.backends import REFERENCE, choose, quantize_by
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2, INT4, INT8, Integer, NumberFormat, unpack4
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.scaling import TENSOR, Fp32, PowerOfTwo, ScaleRule, Tile, TwoLevel, Unit
+from narrowgauge.precision.scaling import ROW, TENSOR, Fp32, PowerOfTwo, ScaleRule, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec
 from narrowgauge.precision.sums import (
     ADA_FP8,
@@ -113,7 +113,7 @@ def test_scales_inside_the_contraction() -> None:
 def test_two_levels_of_scales(rows: bool) -> None:
     """The tiles' multiply promoted sums, the others what comes out."""
     generator = torch.Generator().manual_seed(6)
-    spec = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(rows=rows))
+    spec = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(outer=ROW if rows else TENSOR))
     rule = Accumulate(step=8, bits=9, promote_every=16)
     a, b = torch.randn(5, 40, generator=generator), torch.randn(4, 40, generator=generator)
     (left, s), (right, t) = ((q := quantize(x, spec), E4M3.decode(q.scales)) for x in (a, b))
