@@ -36,7 +36,7 @@ from .scaling import (
     ScaleRule,
     Statistic,
     Tile,
-    is_stochastic,
+    draws_noise,
     outer_of,
     reads,
     takes_top,
@@ -218,7 +218,7 @@ class OperandSpec:
     @property
     def stochastic(self) -> bool:
         """Whether it needs noise, for its elements or for its scales."""
-        return self.rounding is Rounding.STOCHASTIC or is_stochastic(self.scale)
+        return self.rounding is Rounding.STOCHASTIC or draws_noise(self.scale)
 
     def __str__(self) -> str:
         delayed = isinstance(self.amax, Delayed)

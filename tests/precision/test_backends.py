@@ -20,7 +20,7 @@ from narrowgauge.precision.formats import E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, operand, quantize
-from narrowgauge.precision.scaling import TENSOR, Fp32, Power, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.scaling import MX_POWERS, TENSOR, Fp32, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor, nn
@@ -56,8 +56,7 @@ TILES = (
     Tile(128, 128),
     Tile(3, 5),
 )
-POWERS = (Power.FLOOR, Power.CEIL, Power.EVEN, Power.RCEIL)  # that kernels know
-SCALES = (Fp32(), Fp32(pow2=True, input_max=True), TwoLevel(), *(PowerOfTwo(mode=mode) for mode in POWERS))
+SCALES = (Fp32(), Fp32(pow2=True, input_max=True), TwoLevel(), *(PowerOfTwo(mode=mode) for mode in MX_POWERS))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(64, 48), (33, 50), (1, 1), (5, 16), (130, 65), (17, 1030), (0, 8), (8, 0)]
 

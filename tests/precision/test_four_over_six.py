@@ -16,7 +16,7 @@ from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, dequantize, operand, quantize
-from narrowgauge.precision.scaling import ROW, TENSOR, Delayed, Error, FourOverSix, Tile, TwoLevel, outer_of
+from narrowgauge.precision.scaling import ROW, TENSOR, Delayed, Error, Form, FourOverSix, Tile, TwoLevel, outer_of
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from narrowgauge.precision.transforms import Hadamard
 from torch import Tensor
@@ -29,6 +29,7 @@ RULES = [
     FourOverSix(error=error, block_max=top, outer=outer)
     for error, top, outer in itertools.product(TE_ERRORS, (None, 256.0), (TENSOR, ROW))
 ]
+OTHERS = [FourOverSix(error=Error.MSE, form=form) for form in (Form.AUTHORS, Form.QUARTET2)]
 TALL = [FourOverSix(error=error) for error in TE_ERRORS]
 
 
@@ -120,7 +121,7 @@ def test_a_row_with_a_scale_of_its_own_is_a_tensor_of_one_row(dtype: torch.dtype
         quantize(x, by_row, amax=torch.ones(1))
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], TwoLevel(outer=ROW)], ids=str)
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], *OTHERS, TwoLevel(outer=ROW)], ids=str)
 def test_backends_agree_bit_for_bit(rule: FourOverSix | TwoLevel) -> None:
     for tall, dtype in itertools.product((1,) if rule.outer == ROW else (1, 16), DTYPES):
         spec = spec_of(rule, tall)
@@ -277,3 +278,80 @@ def test_the_plan_says_what_is_switched_on() -> None:
     weights = load("nvfp4", {"four_over_six": "weights", "four_over_six_256": False, "four_over_six_error": "mse"})
     spec = weights.rules[0].make(model["layers"][0]["up"], "layers.0.up").spec  # type: ignore[index, union-attr]
     assert str(spec.dgrad) == "e2m1/1x16/e4m3+fp32/sr x e2m1/16x16/e4m3+fp32-4over6mse"
+
+
+def e2m1(y: np.ndarray) -> np.ndarray:
+    return np.clip(y, F(-6), F(6)).astype(ml_dtypes.float4_e2m1fn).astype(F)
+
+
+def e4m3(value: F) -> F:
+    return F(min(value, F(448)).astype(ml_dtypes.float8_e4m3fn))
+
+
+def quartet2(tile: np.ndarray, largest: F) -> list[tuple[np.ndarray, F, list[F]]]:
+    """Both candidates: values of codes, scale, differences; one float32 operation each. Divisions throughout."""
+    s = F(1) if largest == 0 else F(F(largest / F(256)) / F(6))
+    e = e4m3(F(F(np.abs(tile).max() / F(6)) / s)) or F(1)
+    both = []
+    for scale in (e, e4m3(F(e * F(1.5)))):
+        q = e2m1((tile / F(scale * s)).astype(F))
+        both.append((q, scale, [F(F(F(v * scale) * s) - x) for v, x in zip(q.flat, tile.flat, strict=True)]))
+    return both
+
+
+def authors(tile: np.ndarray, largest: F) -> list[tuple[np.ndarray, F, list[F]]]:
+    """As TransformerEngine's, but for tiles whose scale is 0: all codes are."""
+    six, four = (candidate(tile, F(np.abs(tile).max()), largest, F(6 * 256), F(widen)) for widen in (1, 1.5))
+    return [(q * F(scale != 0), scale, differences) for q, scale, differences in (six, four)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("form", "error"), [(Form.QUARTET2, Error.MSE), (Form.AUTHORS, Error.MSE), (Form.AUTHORS, Error.ABSMAX)]
+)
+def test_the_other_published_forms(form: Form, error: Error, dtype: torch.dtype) -> None:
+    x = sample(dtype)
+    x[6, :16] = 1e-12 if dtype != torch.float16 else 6e-8
+    q = quantize(x, spec_of(FourOverSix(form=form, error=error)))
+    values, scales = E2M1.decode(unpack4(q.codes, 48)).numpy(), E4M3.decode(q.scales).numpy()
+    wide, taken = x.float().numpy(), set()
+    largest = F(np.abs(wide).max())
+    for i, j in np.ndindex(20, 3):
+        tile = wide[i : i + 1, 16 * j : 16 * j + 16]
+        six, four = (quartet2 if form is Form.QUARTET2 else authors)(tile, largest)
+        sizes = [max(map(abs, c[2])) if error is Error.ABSMAX else error_of(c[2], error, 1) for c in (six, four)]
+        best = four if sizes[1] < sizes[0] else six
+        taken.add(best is four)
+        assert np.array_equal(values[i, 16 * j : 16 * j + 16], best[0][0])
+        assert scales[i, j] == best[1]
+    assert taken == {False, True}
+    assert scales[1, 0] == (1 if form is Form.QUARTET2 else 0)  # a tile of zeros
+    assert scales[6, 0] == (1 if form is Form.QUARTET2 else 0)  # one that underflows
+    assert not values[6, :16].any()
+
+
+def test_the_authors_draw_anew_for_the_second_candidate() -> None:
+    """Independent noise: the better of both is chosen among more, so the error is smaller, and the bias larger."""
+    x = sample(torch.float32, 64)
+    errors = {}
+    for form in (Form.TE, Form.AUTHORS):
+        spec = replace(spec_of(FourOverSix(form=form, error=Error.MSE)), rounding=Rounding.STOCHASTIC)
+        draws = [quantize(x, spec, noise=Noise(key=step_key(base_key(1, "m", 2), step))) for step in range(8)]
+        assert torch.equal(draws[0].codes, quantize(x, spec, noise=Noise(key=step_key(base_key(1, "m", 2), 0))).codes)
+        errors[form] = sum(float((dequantize(q) - x).square().sum()) for q in draws)
+    assert 0.8 * errors[Form.TE] < errors[Form.AUTHORS] < errors[Form.TE]
+
+
+def test_forms_of_the_recipe() -> None:
+    spec = spec_for(four_over_six="all", four_over_six_form="quartet2", four_over_six_error="mse")
+    assert str(spec.fprop.a) == "e2m1/1x16/e4m3max256+fp32-4over6mse-quartet2"
+    assert str(spec_for(four_over_six="everything", four_over_six_form="authors").dgrad.a) == (
+        "e2m1/1x16/e4m3max256+fp32-4over6mae-authors/sr"
+    )
+    for args, message in (
+        ({"four_over_six_form": "quartet2"}, "as Quartet II has it compares mse, not mae"),
+        ({"four_over_six_error": "absmax"}, "absmax is form=authors"),
+        ({"four_over_six_form": "quartet"}, "four_over_six_form=quartet: .*did you mean 'quartet2'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load("nvfp4", {"four_over_six": "all", **args})

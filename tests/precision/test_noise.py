@@ -147,3 +147,30 @@ def test_by_its_parts(rows_of_a_sample: int) -> None:
         assert torch.equal(noise.key, plain.key)
         assert int(noise.row_offset) == first * rows_of_a_sample
         assert torch.equal(noise.uniform(5, 6), plain.uniform(5, 6))
+
+
+def scalar_salted(salt: int, row: int, col: int) -> float:
+    """The noise of tiles (or of a second draw) of element (row, col), by other keys."""
+    message = b"narrowgauge rounding noise 1" + SEED.to_bytes(8, "little") + SLOT.to_bytes(4, "little") + PATH.encode()
+    digest, keys = hashlib.sha256(message).digest(), []
+    for start in (0, 4):
+        word = int.from_bytes(digest[start : start + 4], "little")
+        keys.append(fmix32(fmix32(fmix32(word ^ STEP)) ^ salt))
+    row_hash = fmix32((fmix32(row & 0xFFFFFFFF ^ keys[0]) + (row >> 32)) & 0xFFFFFFFF)
+    return (fmix32((row_hash + col * 0x9E3779B9 & 0xFFFFFFFF) ^ keys[1]) >> 8) * 2.0**-24
+
+
+@pytest.mark.parametrize("offset", [0, 2**31 - 20, 2**32 - 40, 2**40 + 3])
+def test_noise_of_tiles_is_that_of_their_first_elements_by_other_keys(offset: int) -> None:
+    source, salt = make(row_offset=offset), int.from_bytes(b"scal", "big")
+    got = source.of_tiles((3, 4), (32, 16))
+    assert got.tolist() == [[scalar_salted(salt, offset + 32 * r, 16 * c) for c in range(4)] for r in range(3)]
+    turned = make(row_offset=offset, transposed=True).of_tiles((4, 3), (16, 32))
+    assert torch.equal(turned, got.mT)
+    again = source.again().uniform(2, 3)
+    other = int.from_bytes(b"agai", "big")
+    assert again.tolist() == [[scalar_salted(other, offset + r, c) for c in range(3)] for r in range(2)]
+    assert source.of_tiles((0, 2), (1, 16)).shape == (0, 2)
+    by_parts = Noise.of(base=base_key(SEED, PATH, SLOT), step=STEP, first_sample=offset, rows_of_a_sample=1)
+    assert torch.equal(by_parts.of_tiles((3, 4), (32, 16)), got)
+    assert torch.equal(by_parts.again().uniform(2, 3), again)

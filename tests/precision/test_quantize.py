@@ -27,7 +27,7 @@ from narrowgauge.precision.formats import (
 )
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import Quantized, amax, dequantize, operand, quantize
-from narrowgauge.precision.scaling import Delayed, Fp32, Fp32Decode, Power, PowerOfTwo, Tile, TwoLevel, Unit
+from narrowgauge.precision.scaling import MX_POWERS, Delayed, Fp32, Fp32Decode, Power, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import OperandSpec, Rounding
 from torch import Tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
@@ -151,7 +151,7 @@ def test_views_and_padding(spec: OperandSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", [Power.FLOOR, Power.CEIL, Power.EVEN, Power.RCEIL])
+@pytest.mark.parametrize("mode", MX_POWERS)
 @pytest.mark.parametrize(
     ("fmt", "theirs"),
     [

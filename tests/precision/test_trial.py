@@ -12,12 +12,12 @@ from narrowgauge.precision.apply import apply
 from narrowgauge.precision.backends import Cast, choose
 from narrowgauge.precision.backends.cpu.quantizer import Cpu
 from narrowgauge.precision.formats import E2M1, E4M3, INT4, NumberFormat, pack4, unpack4
-from narrowgauge.precision.linear import quantized
+from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.probe import of_operand
-from narrowgauge.precision.quantize import Quantized, dequantize, operand, prepare, quantize
+from narrowgauge.precision.quantize import Prepared, Quantized, dequantize, operand, prepare, quantize
 from narrowgauge.precision.recipe import Recipe, Rule
-from narrowgauge.precision.scaling import Error, Form, FourOverSix, Scales, Tile, Trial, TwoLevel, scaled
+from narrowgauge.precision.scaling import Error, Form, FourOverSix, Scales, Std, Tile, Trial, TwoLevel, scaled
 from narrowgauge.precision.slots import is_stochastic
 from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from torch import Tensor, nn
@@ -241,6 +241,38 @@ def test_noise_of_scales_goes_by_the_place_of_the_tile() -> None:
     # Elements round to nearest all the while.
     assert torch.equal(q.codes, quantize(x, EDEN, noise=noise(row_offset=7)).codes)
     assert not torch.equal(q.scales, quantize(x, EDEN, noise=noise(row_offset=7)).scales)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [EDEN, IF4, *(replace(NVFP4, scale=FourOverSix(error=Error.MSE, form=form)) for form in Form)],
+    ids=lambda spec: str(spec.scale),
+)
+def test_values_without_codes_are_those_of_the_codes(spec: OperandSpec) -> None:
+    x, source = normal(20, 90).bfloat16(), noise() if spec.stochastic else None
+    matrix, factor = operand(quantize(x, spec, noise=source))
+    for made in (prepare(x, spec, noise=source), Cpu().cast(x, Cast(spec=spec, noise=source, codes=False))):
+        assert isinstance(made, Prepared)
+        assert torch.equal(made.matrix, matrix)
+        assert factor is made.factor or torch.equal(made.factor, factor)  # type: ignore[arg-type]
+
+
+def test_a_shard_of_a_weight_is_quantized_alone_where_that_changes_nothing() -> None:
+    square = Tile(16, 16)
+    whole = [NVFP4.scale, FourOverSix()]
+    parts: list[OperandSpec] = [
+        replace(IF4, tile=square),
+        replace(NVFP4, tile=square, scale=TwoLevel(outer=Tile(32, 32))),
+        replace(NVFP4, tile=square, statistic=Std()),
+    ]
+    for spec in [*(replace(NVFP4, tile=square, scale=rule) for rule in whole), *parts]:
+        gemm = GemmSpec(a=spec, b=spec)
+        linear = quantized(LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm))(nn.Linear(64, 48), "layers.0.up")
+        assert isinstance(linear, QuantLinear)
+        if spec in parts:
+            assert "not known to be the same of a shard" in str(linear.reads_weight)
+        else:
+            assert linear.reads_weight == spec
 
 
 def test_an_operand_whose_scales_are_random_needs_noise() -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from ..formats import E2M1
 from ..recipe import Keep, Recipe, block_linears, one_of
-from ..scaling import Power, PowerOfTwo, Tile
+from ..scaling import MX_POWERS, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec, Rounding
 from ..transforms import Hadamard
 
@@ -41,7 +41,7 @@ def recipe(
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
-    rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in Power}))
+    rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in MX_POWERS}))
     x = OperandSpec(format=E2M1, tile=Tile(1, 32), scale=rule)
     w = replace(x, tile=Tile(32, 32)) if weights_2d else x
     dy = replace(x, rounding=Rounding.STOCHASTIC) if stochastic else x

@@ -13,7 +13,7 @@ Not finite: a block with a NaN is NaN; infinities saturate at the largest scale.
 
 from ..formats import E4M3, E5M2
 from ..recipe import Keep, Recipe, block_linears, one_of
-from ..scaling import Power, PowerOfTwo, Tile
+from ..scaling import MX_POWERS, PowerOfTwo, Tile
 from ..spec import GemmSpec, LinearSpec, OperandSpec
 
 
@@ -34,7 +34,7 @@ def recipe(
         keep: linears left in BF16. ``keep_first``, ``keep_last``: of blocks, a number or a fraction, rounded up;
             ``keep_paths``: by regex.
     """
-    rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in Power}))
+    rule = PowerOfTwo(mode=one_of("scale", scale, {power.value: power for power in MX_POWERS}))
     x = OperandSpec(format=E4M3, tile=Tile(1, block), scale=rule)
     w = OperandSpec(format=E4M3, tile=Tile(block if weights_2d else 1, block), scale=rule)
     gradient = one_of("format", format, {"e4m3": E4M3, "hybrid": E5M2})

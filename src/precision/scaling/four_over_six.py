@@ -43,7 +43,7 @@ class FourOverSix:
 
     2'. d = block.round(min((a / m) * S, block.max)), and block.round(min((a / m) * S * 1.5, block.max))
 
-    QUARTET2 (arXiv 2601.22813; what a kernel rounds between stands in its repository's notes, not in the paper):
+    QUARTET2 (arXiv 2601.22813; that the second d is made of the first after its rounding is not verified):
 
     1". T = (A / block_max) / m; T = 1 where A is 0 or infinite, or T is 0
     2". d = block.round(min((a / m) / T, block.max)), and block.round(d * 1.5); where the first is 0, d = 1

@@ -42,7 +42,7 @@ class ScaleRule(Protocol):
     """A rule. Values are stored as round(x * encode) and read as code * stored * tensor.
 
     A rule of two levels may have ``outer``, the tile of its outer level (``outer_of``); ``scales`` may take ``top``
-    (``takes_top``); a rule may decide after the codes (``Finishes``), draw noise for its scales (``is_stochastic``) and
+    (``takes_top``); a rule may decide after the codes (``Finishes``), draw noise for its scales (``draws_noise``) and
     read its codes itself (``Reads``).
     """
 
@@ -106,7 +106,7 @@ def reads(rule: object) -> TypeGuard[Reads]:
     return hasattr(rule, "read")
 
 
-def is_stochastic(rule: ScaleRule) -> bool:
+def draws_noise(rule: ScaleRule) -> bool:
     """Whether a rule draws noise for its scales: ``stochastic`` of the rule, False where it has none."""
     return getattr(rule, "stochastic", False)
 
@@ -269,6 +269,8 @@ class Power(enum.Enum):
     RNEAREST = "rnearest"
 
 
+MX_POWERS = (Power.FLOOR, Power.CEIL, Power.EVEN, Power.RCEIL)
+"""Those of MX formats, which kernels know."""
 _BY_RATIO = (Power.RCEIL, Power.RFLOOR, Power.RNEAREST)
 _SQRT2 = 0x3504F3  # mantissa bits of the largest FP32 number below the square root of 2
 
