@@ -618,6 +618,68 @@ def recipe(*, block: int = 32) -> Recipe:
 '''
 
 
+SCALES = '''"""Kind a'', scales: E2M1 in blocks of 16 under FP32 scales that are made anew from the codes.
+
+Each block is first scaled by its root mean square, so that one outlier does not take the grid from the others; then
+its scale becomes the one by which its codes lie closest to x, rounded stochastically to BF16. Gradients keep their
+amax, and round stochastically themselves.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from narrowgauge.precision.formats import BF16, E2M1, NumberFormat
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import Fp32, Rms, Scales, Tile, Trial
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastSquares:
+    """encode as ``Fp32``; decode = BF16.round(sum(x q) / sum(q^2)) over a tile's code values q, unless all are 0."""
+
+    format: ClassVar[NumberFormat | None] = None
+    levels: ClassVar[int] = 1
+    power_of_two: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = True  # its scales need noise, though the codes round to nearest
+
+    def scales(
+        self,
+        amax: Tensor,  # or what else the spec's statistic makes of a tile
+        element: NumberFormat,
+        *,
+        tensor_amax: Tensor | None = None,
+        dtype: torch.dtype,
+        top: float = 1.0,
+    ) -> Scales:
+        return Fp32().scales(amax, element, dtype=dtype, top=top)
+
+    def finish(self, trial: Trial) -> tuple[Scales, Tensor | None]:
+        codes = trial.codes()
+        q = trial.values(codes)
+        along, length = trial.sums(trial.x * q), trial.sums(q * q)
+        decode = torch.where(length > 0, along / length, trial.scales.stored)
+        return trial.scales._replace(stored=BF16.round(decode, trial.uniform())), codes
+
+    def __str__(self) -> str:
+        return "leastsquares"
+
+
+def recipe() -> Recipe:
+    block = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=LeastSquares())
+    forward = replace(block, statistic=Rms(), top=0.4)  # the rms becomes 2.4 of 6
+    dy = replace(block, scale=Fp32(), rounding=Rounding.STOCHASTIC)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=forward, b=forward),
+        dgrad=GemmSpec(a=dy, b=forward),
+        wgrad=GemmSpec(a=dy, b=forward),
+    )
+    return Recipe(rules=(block_linears(spec, ()),))
+'''
+
+
 PARTS = '''"""Kind b, sums of parts: activations are clamped at a quantile, and what exceeds it has eight; gradients
 are a mean and a rest, each in four."""
 
@@ -720,6 +782,14 @@ KINDS = {
             "not cpu: no kernel for nf4, a table of values",
         ),
         {"fprop.w": "nf4/1x32/fp32-decode-floor1e-30", "fprop.x": "cubes/row/fp32/sr"},
+    ),
+    "scales": (
+        SCALES,
+        (
+            "fprop: e2m1/1x16/leastsquares/rms/top0.4 x e2m1/1x16/leastsquares/rms/top0.4  [reference",
+            "no kernel for scales by leastsquares, a rule of its own: LeastSquares",
+        ),
+        {"fprop.x": "e2m1/1x16/leastsquares/rms/top0.4", "dgrad.dy": "e2m1/1x16/fp32/sr"},
     ),
     "parts": (
         PARTS,
