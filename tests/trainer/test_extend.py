@@ -24,6 +24,8 @@ RECIPES = {
 SHOWN = {
     "six slots-1": "dgrad: e5m2/row/fp32/sr x e2m1/1x32/e8m0-rceil/values",
     "number formats-1": "fprop: int6/row/fp32 x nf4/1x64/fp32-decode-floor1e-30",
+    "scales-1": "fprop: int8/row/fp32-decode-floor1e-05 x int2/tensor/fp32-decode-floor1e-05/mean",
+    "scales-2": "fprop: e2m1/1x16/best-of-3 x e2m1/1x16/best-of-3",
     "sums of parts-1": "dy, rest: e2m1/1x16/e4m3+fp32/sr",
     "transforms-1": "wgrad: e2m1/1x32/e8m0-rceil x e2m1/1x32/e8m0-rceil [hadamard32/step]",
     "derivatives-1": "wgrad: high precision (torch), dw * dge5",
