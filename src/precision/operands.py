@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .backends import Cast, Operand, quantize_by
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, base_key, step_key
-from .packing import AnyOperand, Parts, Saving, WithDerivative
+from .packing import AnyOperand, Parts, Saving, WithDerivative, parts_of
 from .quantize import Prepared, Quantized, dequantize, scaled_values
 from .scaling import Unit
 from .slots import (
@@ -152,7 +152,7 @@ class Call:
         rows: list[tuple[SlotPlan, Tensor, Operand]] = []
         for slot, x, q in zip(self.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
             if isinstance(q, Parts):
-                rows += [(slot, x, _sum(q)), *zip(slot.parts, self._split(slot, x), q.operands, strict=True)]
+                rows += [(slot, x, q.sum()), *zip(slot.parts, self._split(slot, x), q.operands, strict=True)]
             else:
                 rows.append((slot, x, q))
         figures = [
@@ -264,7 +264,7 @@ class Call:
         slot, by = self.plan.slots[2 * gemm], self.plan.backends[gemm].product
         if isinstance(a, Parts) or isinstance(b, Parts):
             wide = torch.promote_types(dtype, torch.float32)
-            pairs = [(p, q) for p in _parts(a) for q in _parts(b)]
+            pairs = [(p, q) for p in parts_of(a) for q in parts_of(b)]
             y = functools.reduce(torch.add, (by.gemm(p, q, bias=None, dtype=wide) for p, q in pairs))
         elif slot.transform is None:
             return by.gemm(a, b, bias=bias, dtype=dtype)
@@ -313,21 +313,14 @@ class Call:
         return Parts(tuple(self._quantized(part, tensor, codes) for part, tensor in parts))
 
     def _split(self, slot: SlotPlan, x: Tensor) -> list[Tensor]:
-        """The parts of x, which is transposed where the slot is; so are they.
-
-        Raises ValueError for another number of parts than the spec names, and for parts of another shape.
-        """
+        """The parts of x, which is transposed where the slot is; so are they."""
         assert slot.split is not None
         tensor = x.mT if slot.transposed else x
-        parts, named = slot.split.by.split(tensor), slot.split.parts
-        fitting = len(parts) == len(named) and all(part.shape in (tensor.shape, (1, tensor.shape[1])) for part in parts)
-        if not fitting:
-            shapes = ", ".join(str(list(part.shape)) for part in parts)
-            raise ValueError(
-                f"{self.linear.path}: {slot.split.by} split {list(tensor.shape)} into {shapes}: {len(named)} parts of "
-                f"that shape, or of one row, are wanted"
-            )
-        return [part.expand_as(tensor).mT for part in parts] if slot.transposed else list(parts)
+        try:
+            parts = slot.split.of(tensor)
+        except ValueError as error:
+            raise ValueError(f"{self.linear.path}: {error}") from error
+        return [part.expand_as(tensor).mT for part in parts] if slot.transposed else parts
 
     def _quantized(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
         spec, transform = slot.spec, self.transform(slot)
@@ -369,7 +362,7 @@ class Call:
         if isinstance(earlier, Tensor):
             return earlier.mT
         if isinstance(earlier, Parts):
-            return _sum(earlier, self._reread(number)).mT
+            return earlier.sum(self._reread(number)).mT
         if slot.origin is Origin.VALUES and isinstance(earlier, Quantized):
             matrix, factor = slot.quantizer.operand(earlier)
             return Prepared(matrix=matrix.mT, factor=factor)
@@ -378,7 +371,7 @@ class Call:
     def _requantized(self, number: int, earlier: AnyOperand, *, codes: bool = False) -> AnyOperand:
         """The slot's operand from the codes of an earlier slot of the transposed tensor."""
         if isinstance(earlier, Parts):
-            return self.operand(number, _sum(earlier, self._reread(number)).mT, codes=codes)
+            return self.operand(number, earlier.sum(self._reread(number)).mT, codes=codes)
         assert isinstance(earlier, Quantized)
         return self.operand(number, dequantize(earlier).mT, codes=codes)
 
@@ -456,20 +449,3 @@ class Call:
         assert self.shared is not None
         first: Any = self.shared.setdefault(("leader", slot.key), self.linear)  # type: ignore[arg-type]
         return id(first if first is self.linear or self.linear.amaxes.follows(first, slot) else self.linear)
-
-
-def _parts(operand: AnyOperand) -> tuple[Operand, ...]:
-    return operand.operands if isinstance(operand, Parts) else (operand,)
-
-
-def _sum(parts: Parts, places: Sequence[int] | None = None) -> Tensor:
-    """The values of these parts, of all if left out, added up in FP32, in their order."""
-    operands = parts.operands if places is None else [parts.operands[place] for place in places]
-    values = (dequantize(one) if isinstance(one, Quantized) else _matrix(one).float() for one in operands)
-    return functools.reduce(torch.add, values)
-
-
-def _matrix(operand: Prepared | Tensor) -> Tensor:
-    if isinstance(operand, Tensor):
-        return operand
-    return operand.matrix if operand.factor is None else operand.matrix * operand.factor

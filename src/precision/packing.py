@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .backends import Operand
-from .quantize import Prepared, Quantized
+from .quantize import Prepared, Quantized, dequantize
 
 
 class Parts(NamedTuple):
     """An operand that is a sum (``spec.Split``)."""
 
     operands: tuple[Operand, ...]
+
+    def sum(self, places: Sequence[int] | None = None) -> Tensor:
+        """The values of these parts, of all if left out, added up in FP32, in their order."""
+        operands = self.operands if places is None else [self.operands[place] for place in places]
+        return functools.reduce(torch.add, map(_values, operands))
 
 
 class WithDerivative(NamedTuple):
@@ -30,6 +37,18 @@ Saving = AnyOperand | WithDerivative
 
 Layout = tuple[Any, ...]
 """Of one operand: its type and what of it is no tensor."""
+
+
+def parts_of(operand: AnyOperand) -> tuple[Operand, ...]:
+    return operand.operands if isinstance(operand, Parts) else (operand,)
+
+
+def _values(operand: Operand) -> Tensor:
+    if isinstance(operand, Quantized):
+        return dequantize(operand)
+    if isinstance(operand, Prepared):
+        operand = operand.matrix if operand.factor is None else operand.matrix * operand.factor
+    return operand.float()
 
 
 def unpack(operand: Saving | None) -> tuple[tuple[Tensor | None, ...], Layout]:
