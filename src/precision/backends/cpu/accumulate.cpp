@@ -24,7 +24,7 @@ using Doubles = double __attribute__((vector_size(128)));
 using Longs = int64_t __attribute__((vector_size(128)));
 constexpr int64_t DEPTH = 128;  // products of sixteen columns that stay in the first cache while rows pass by
 constexpr int64_t ROWS = 256;   // that one thread takes at a time
-constexpr int64_t GROUP = 7;    // terms below 2^27 that an int32 sums, and one below 2^26
+constexpr int64_t GROUP = 15;   // terms below 2^27 that an int32 sums, and one below 2^26
 constexpr int32_t ZERO = -4096, BIAS = 127, TINY = -126;
 
 // An operand taken apart [rows, k]: value = significand * 2^exponent, and the exponent of a zero is ZERO.
@@ -36,11 +36,13 @@ struct Side {
 };
 
 inline Ints splat(int32_t x) { return x - Ints{}; }
+
 inline Ints load(const int32_t* source) {
     Ints ints;
     std::memcpy(&ints, source, sizeof ints);
     return ints;
 }
+
 inline bool any(Ints mask) {
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
     return __builtin_ia32_ptestmd512(mask, mask, -1) != 0;
