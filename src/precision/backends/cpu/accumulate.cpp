@@ -24,7 +24,7 @@ using Doubles = double __attribute__((vector_size(128)));
 using Longs = int64_t __attribute__((vector_size(128)));
 constexpr int64_t DEPTH = 128;  // products of sixteen columns that stay in the first cache while rows pass by
 constexpr int64_t ROWS = 256;   // that one thread takes at a time
-constexpr int64_t GROUP = 7;    // terms below 2^27 that an int32 sums, and one below 2^26
+constexpr int64_t GROUP = 15;   // terms below 2^27 that an int32 sums, and one below 2^26
 constexpr int32_t ZERO = -4096, BIAS = 127, TINY = -126;
 
 // An operand taken apart [rows, k]: value = significand * 2^exponent, and the exponent of a zero is ZERO.
@@ -36,11 +36,13 @@ struct Side {
 };
 
 inline Ints splat(int32_t x) { return x - Ints{}; }
+
 inline Ints load(const int32_t* source) {
     Ints ints;
     std::memcpy(&ints, source, sizeof ints);
     return ints;
 }
+
 inline bool any(Ints mask) {
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
     return __builtin_ia32_ptestmd512(mask, mask, -1) != 0;
@@ -66,6 +68,16 @@ struct Sum {
         exponents = magnitude == 0 ? splat(ZERO) : larger(e, splat(TINY));
     }
 };
+
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+constexpr bool CUTS = true;
+inline Floats cut_to_24(Ints x) {  // towards zero
+    return Floats(__builtin_ia32_cvtdq2ps512_mask(x, Floats{}, -1, 0x0b));
+}
+#else
+constexpr bool CUTS = false;
+inline Floats cut_to_24(Ints) { return {}; }
+#endif
 
 // total * 2^-up, cut towards zero to so many significant bits and to a multiple of 2^-149.
 inline Floats cut(Doubles total, Ints up, int32_t significant) {
@@ -100,26 +112,34 @@ inline Floats after(Floats c, const float* a, const int32_t* ea, const float* b,
     // Beyond 2^127 products are all zeros: else top would be higher.
     const Floats scale = Floats(smaller(biased, splat(2 * BIAS)) << 23);
     Ints group = __builtin_convertvector(sum.significands * power(sum.exponents + up), Ints);
-    Doubles total = {};
-    for (int64_t first = 0; first < count;) {
-        const int64_t last = KIND == NARROW ? count : std::min(first + GROUP, count);
+    const auto add = [&](int64_t first, int64_t last) {
 #pragma GCC unroll 8
         for (int64_t j = first; j < last; ++j) {
             const Floats product = load(b + j * LANES) * a[j];
             const Floats own = Floats(larger(load(eb + j * LANES) + (biased + ea[j]), splat(0)) << 23);
             group += __builtin_convertvector(product * (KIND == ANY ? own : scale), Ints);
         }
-        first = last;
-        if (KIND == NARROW) break;
-        total += __builtin_convertvector(group, Doubles);
-        group = Ints{};
-    }
+    };
     Floats y;
-    if (KIND == NARROW && !any(up > -TINY)) {
-        const Ints bits = Ints(__builtin_convertvector(group, Floats)) & -(1 << (24 - rule.significant));
-        y = Floats(bits) * Floats((BIAS - up) << 23);
+    if (KIND == NARROW || count <= GROUP) {
+        add(0, count);
+        const bool normal = KIND != ANY && !any(up > -TINY);
+        if (normal && KIND == NARROW) {
+            const Ints bits = Ints(__builtin_convertvector(group, Floats)) & -(1 << (24 - rule.significant));
+            y = Floats(bits) * Floats((BIAS - up) << 23);
+        } else if (normal && CUTS && rule.significant == 24) {
+            y = cut_to_24(group) * Floats((BIAS - up) << 23);
+        } else {
+            y = cut(__builtin_convertvector(group, Doubles), up, rule.significant);
+        }
     } else {
-        y = cut(KIND == NARROW ? __builtin_convertvector(group, Doubles) : total, up, rule.significant);
+        Doubles total = {};
+        for (int64_t first = 0; first < count; first += GROUP) {
+            add(first, std::min(first + GROUP, count));
+            total += __builtin_convertvector(group, Doubles);
+            group = Ints{};
+        }
+        y = cut(total, up, rule.significant);
     }
     return (Ints(c) & 0x7fffffff) == 0x7f800000 ? c : y + 0.0f;
 }

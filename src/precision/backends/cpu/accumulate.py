@@ -13,7 +13,7 @@ from .... import native
 from ...sums import Accumulate, Terms, sum_terms
 
 SOURCE = Path(__file__).with_name("accumulate.cpp")
-MAX_BITS = 25  # so that 8 terms of less than 2^(bits + 2) are summed in an int32
+MAX_BITS = 25  # so that an int32 holds a group of terms below 2^(bits + 2)
 _TOO_WIDE = 0xFFF  # bits of a significand that would make a product inexact in FP32
 
 
