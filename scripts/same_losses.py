@@ -96,6 +96,8 @@ def whole() -> Iterator[Case]:
         ("nvfp4", "keep_last=0 row_scaled_activations=true", (1,)),
         ("nvfp4", "keep_last=0 four_over_six=all four_over_six_error=mse hadamard=0 stochastic=false", (1,)),
         ("nvfp4", "keep_last=0 four_over_six=weights four_over_six_256=false", (1,)),
+        ("nvfp4", "keep_last=0 four_over_six=everything four_over_six_form=authors", (1,)),
+        ("nvfp4", "keep_last=0 four_over_six=all four_over_six_form=quartet2 four_over_six_error=mse", (1,)),
         ("nvfp4", "keep_last=0 weights_2d=false hadamard=0 stochastic=false", (1,)),
         ("nvfp4", "keep_last=0 hadamard=32 signs=3", (1,)),
         ("exmy", "exponent_bits=4 mantissa_bits=3 rounding=nearest", (1,)),
