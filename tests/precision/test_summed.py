@@ -10,7 +10,7 @@ import pytest
 import torch
 from hardware import pretend
 from narrowgauge.precision.apply import apply
-from narrowgauge.precision.backends import REFERENCE, choose, quantize_by
+from narrowgauge.precision.backends import REFERENCE, choose, quantize_by, scaled_mm
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2, INT4, INT8, Integer, NumberFormat, unpack4
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.quantize import dequantize, quantize
@@ -271,6 +271,10 @@ def test_native_sums_stand_for_a_rule_where_they_are_its_own(monkeypatch: pytest
         (100, FP8, B200_FP8, False),
         (100, mx, B200_FP8, False),
     ]
+    gemm = GemmSpec(a=FP8, b=FP8, accumulate=H100_FP8)
+    with pretend(monkeypatch, 90):
+        assert choose(gemm, (128, 128, 128), CPU).backend.name == "cpu"  # nothing is measured yet
+    monkeypatch.setattr(scaled_mm, "MEASURED_SUMS", {89: ADA_FP8, 90: H100_FP8})
     for arch, spec, rule, native in cases:
         gemm = GemmSpec(a=spec, b=spec, accumulate=rule)
         with pretend(monkeypatch, arch) as hardware:
@@ -278,4 +282,4 @@ def test_native_sums_stand_for_a_rule_where_they_are_its_own(monkeypatch: pytest
             product(gemm, torch.randn(128, 128), torch.randn(128, 128))
         assert hardware.fast == [True] * native
         said = f"{choice} {choice.backend.note(gemm)}"
-        assert ("not yet compared with the rule" if native else "is not known to give sums of") in said
+        assert ("the card's own sums" if native else "is not known to give sums of") in said

@@ -39,7 +39,7 @@ from ..formats import E2M1, E4M3, E5M2, NumberFormat
 from ..quantize import Quantized
 from ..scaling import TENSOR, FourOverSix, TwoLevel
 from ..spec import GemmSpec, OperandSpec, Source, specs_of
-from ..sums import ADA_FP8, H100_FP8, Accumulate, Sums
+from ..sums import Accumulate, Sums
 from .interface import Operand, Quantizer, Shape, unknown
 from .reference import scaled_product
 from .scaled_mm_operands import Granularity, Side, granularity, round_up, row_scales
@@ -77,8 +77,9 @@ class NativeProduct:
 
 FAST_BY_DEFAULT = (89, 90)
 """Architectures whose FP8 products are much slower without fast sums, so that others train with them in fprop."""
-OWN_SUMS = {89: ADA_FP8, 90: H100_FP8}
-"""Rules that fast sums of FP8 stand for: of one step as real GPUs gave it. Whole products have not been compared."""
+MEASURED_SUMS: dict[int, Accumulate] = {}
+"""Rules that fast FP8 products of an architecture were found to follow in every bit, whole products included
+(``gpu_run.py stages=sums``): none yet, so that a GEMM that asks for a rule is emulated."""
 ARCHITECTURES = {89: "Ada", 90: "Hopper", 100: "Blackwell, data centre", 120: "Blackwell, GeForce and RTX PRO"}
 _E4M3 = (E4M3, E4M3)
 _FP8 = frozenset({_E4M3, (E5M2, E4M3), (E4M3, E5M2)})  # E5M2 times E5M2 is in no hardware
@@ -182,7 +183,7 @@ class ScaledMM:
         found = find(*specs_of(gemm.a, gemm.b), arch)
         if isinstance(found, str):
             return found
-        if isinstance(gemm.accumulate, Accumulate) and not (found.fast and OWN_SUMS.get(arch) == gemm.accumulate):
+        if isinstance(gemm.accumulate, Accumulate) and not (found.fast and MEASURED_SUMS.get(arch) == gemm.accumulate):
             return f"{found.name} of sm_{arch} is not known to give {gemm.accumulate}"
         return None
 
@@ -227,7 +228,7 @@ class ScaledMM:
         slow = [f"{product.name} has no fast sums"] if gemm.accumulate is Sums.FAST and not product.fast else []
         fast = ["fast sums"] if gemm.accumulate is Sums.AUTO and self.fast and product.fast else []
         if isinstance(gemm.accumulate, Accumulate):
-            fast = ["the card's own sums, not yet compared with the rule"]
+            fast = ["the card's own sums"]
         return ", ".join([*parts, *translated, *slow, *fast])
 
 
