@@ -58,7 +58,7 @@ def unpack(operand: Saving | None) -> tuple[tuple[Tensor | None, ...], Layout]:
         return (operand.codes, operand.scales, operand.tensor_scale), (Quantized, *rest)
     if isinstance(operand, Prepared):
         return (operand.matrix, operand.factor), (Prepared,)
-    if isinstance(operand, Parts | WithDerivative):
+    if isinstance(operand, (Parts, WithDerivative)):
         several = operand.operands if isinstance(operand, Parts) else operand
         parts, layouts = zip(*map(unpack, several), strict=True)
         return tuple(tensor for part in parts for tensor in part), (type(operand), layouts)
