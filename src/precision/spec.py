@@ -58,8 +58,10 @@ class Transform(Protocol):
     Hashable data. ``stats`` are what the transform learned from operands that exist in the forward pass, or None.
 
     ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
-    written here where it leaves them out. One that leaves an operand as it is may say so: ``changes(left) -> bool``.
-    Callers ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back`` of ``precision.transforms``.
+    written here where it leaves them out. Three things are taken for granted that it may deny or claim: it changes both
+    operands (``changes(left) -> bool``), each row for itself (``mixes_rows(left) -> bool``), and by no rotation
+    (``orthogonal``: ``back`` undoes ``left`` and ``right``). Callers ask by functions, here and in
+    ``precision.transforms``.
     """
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
@@ -101,6 +103,12 @@ def changes(transform: Transform | None, *, left: bool) -> bool:
         return False
     says = getattr(transform, "changes", None)
     return True if says is None else bool(says(left))
+
+
+def mixes_rows(transform: Transform | None, *, left: bool) -> bool:
+    """Whether a transform mixes rows of this operand; one that does not say leaves each to itself."""
+    says = getattr(transform, "mixes_rows", None)
+    return says is not None and bool(says(left))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,18 +219,32 @@ class LinearSpec:
         for name, (slot, tensor) in reuses.items():
             if slot is not None and slot.source is not Source.ORIGINAL:
                 self._check_reuse(name, slot, tensor, slots[tensor])
-        for name, estimator, slot in (("dx", self.dx, self.fprop.a), ("dw", self.dw, self.fprop.b)):
-            if estimator is not None and not isinstance(slot, OperandSpec):
-                what = "is not rounded" if slot is None else "is a sum of parts"
-                raise ValueError(f"{name}: {estimator} is the derivative of one rounding; its operand of fprop {what}")
+        self._check_derivative("dx", self.dx, self.fprop.a, self.dgrad.b)
+        self._check_derivative("dw", self.dw, self.fprop.b, self.wgrad.b)
+
+    def _check_derivative(
+        self, name: str, estimator: Estimator | None, slot: SlotSpec | None, later: SlotSpec | None
+    ) -> None:
+        if estimator is None:
+            return
+        if not isinstance(slot, OperandSpec):
+            what = "is not rounded" if slot is None else "is a sum of parts"
+            raise ValueError(f"{name}: {estimator} is the derivative of one rounding; its operand of fprop {what}")
+        transform, reuses = self.fprop.transform, later is not None and later.source is not Source.ORIGINAL
+        if transform is not None and not reuses and not getattr(transform, "orthogonal", False):
+            raise ValueError(
+                f"{name}: {estimator} multiplies where {transform} led, and no gradient gets there but by codes that are "
+                "read again, or by an orthogonal transform"
+            )
 
     def _check_reuse(self, name: str, slot: SlotSpec, tensor: str, earlier: SlotSpec | None) -> None:
         if earlier is None:
             raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
         if slot.source is Source.VALUES and replace(slot, source=Source.ORIGINAL) != earlier:
             raise ValueError(f"{name} reads the values of {tensor}: it is {earlier} but for its source, not {slot}")
-        if tensor == "dy" and self.dgrad.transform is not None:
-            raise ValueError(f"{name} is to reuse the codes of dy, which {self.dgrad.transform} changed along features")
+        left, transform = tensor != "w", (self.dgrad if tensor == "dy" else self.fprop).transform
+        if mixes_rows(transform, left=left) or (tensor == "dy" and changes(transform, left=left)):
+            raise ValueError(f"{name} is to reuse the codes of {tensor}, which are those of another after {transform}")
 
     def __str__(self) -> str:
         derivatives = [f", {name} * {e}" for name, e in (("dx", self.dx), ("dw", self.dw)) if e is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import hadamard_matrices
 from .noise import Noise, step_key
-from .spec import Transform, changes, draws
+from .spec import Transform, changes, draws, mixes_rows
 
 # The sign vector that TransformerEngine uses for every layer and step of its 16-wide transform.
 TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -61,6 +61,8 @@ class Hadamard:
     Raises ValueError for other sizes and signs; applied, for a width that no matrix serves, and before signs that
     change are ``drawn``.
     """
+
+    orthogonal: ClassVar[bool] = True
 
     size: int = 16
     signs: str | int = "te"
@@ -191,6 +193,8 @@ class Signs:
         key: int32 [2], on the device of the operands.
     """
 
+    orthogonal: ClassVar[bool] = True
+
     key: Tensor
     size: int = -1
     _vectors: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # both operands have one width
@@ -311,6 +315,13 @@ class Composed:
     def changes(self, left: bool) -> bool:
         return changes(self.first, left=left) or changes(self.second, left=left)
 
+    def mixes_rows(self, left: bool) -> bool:
+        return mixes_rows(self.first, left=left) or mixes_rows(self.second, left=left)
+
+    @property
+    def orthogonal(self) -> bool:
+        return all(getattr(part, "orthogonal", False) for part in (self.first, self.second))
+
     @property
     def draws(self) -> bool:
         return draws(self.first) or draws(self.second)
@@ -334,6 +345,8 @@ class Outer:
 
     Raises ValueError without either, and for a ``Rescale`` or another ``Outer``.
     """
+
+    orthogonal: ClassVar[bool] = True
 
     a: Transform | None = None
     b: Transform | None = None
@@ -363,6 +376,8 @@ class Outer:
 
     def changes(self, left: bool) -> bool:
         return (self.a if left else self.b) is not None
+
+    mixes_rows = changes
 
     @property
     def draws(self) -> bool:

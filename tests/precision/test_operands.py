@@ -32,7 +32,7 @@ from narrowgauge.precision.spec import (
     values_of,
 )
 from narrowgauge.precision.sums import H100_FP8, Side, summed
-from narrowgauge.precision.transforms import Hadamard
+from narrowgauge.precision.transforms import Hadamard, Outer, Rescale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,7 +148,11 @@ def test_codes_of_a_transformed_operand_give_a_gradient_that_is_taken_back(sourc
         ),
         (
             {"dgrad": GemmSpec(a=BLOCK, transform=Hadamard()), "wgrad": GemmSpec(a=values_of(BLOCK))},
-            r"wgrad\.a is to reuse the codes of dy, which hadamard16 changed along features",
+            r"wgrad\.a is to reuse the codes of dy, which are those of another after hadamard16",
+        ),
+        (
+            {"fprop": GemmSpec(b=BLOCK, transform=Outer(b=Hadamard())), "dgrad": GemmSpec(b=values_of(BLOCK))},
+            r"dgrad\.b is to reuse the codes of w, which are those of another after hadamard16 along the rows of b",
         ),
     ],
 )
@@ -321,6 +325,10 @@ def test_a_sum_of_parts_stands_in_the_plan_line_by_line_and_in_the_probe_row_by_
         ),
         (lambda: LinearSpec(fprop=GemmSpec(a=CLAMPED), dx=ClipMask()), "dx: clip-mask .* is a sum of parts"),
         (lambda: LinearSpec(fprop=GemmSpec(a=ROW4), dw=ClipMask()), "dw: clip-mask .* is not rounded"),
+        (
+            lambda: LinearSpec(fprop=GemmSpec(a=ROW4, transform=Rescale(name="by columns")), dx=ClipMask()),
+            "dx: clip-mask multiplies where by columns led, and no gradient gets there but by codes",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(make: Callable[[], object], message: str) -> None:
