@@ -233,8 +233,8 @@ class LinearSpec:
         transform, reuses = self.fprop.transform, later is not None and later.source is not Source.ORIGINAL
         if transform is not None and not reuses and not getattr(transform, "orthogonal", False):
             raise ValueError(
-                f"{name}: {estimator} multiplies where {transform} led, and no gradient gets there but by codes that are "
-                "read again, or by an orthogonal transform"
+                f"{name}: {estimator} multiplies where {transform} led, and no gradient gets there but by codes that "
+                "are read again, or by an orthogonal transform"
             )
 
     def _check_reuse(self, name: str, slot: SlotSpec, tensor: str, earlier: SlotSpec | None) -> None:
