@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from narrowgauge.models.kernels import compiled
+from narrowgauge.precision.backends.cpu import accumulate
 from narrowgauge.precision.backends.cpu import library as quantization
 from narrowgauge.precision.states import adamw_cpu
 from narrowgauge.trainer.kernels import KERNELS
@@ -60,7 +61,7 @@ def process(code: str, source: Path, **environment: str) -> subprocess.Popen[str
 
 
 def test_the_trainer_begins_every_source() -> None:
-    assert set(KERNELS) == {compiled.SOURCE, quantization.SOURCE, adamw_cpu.SOURCE}
+    assert set(KERNELS) == {compiled.SOURCE, quantization.SOURCE, adamw_cpu.SOURCE, accumulate.SOURCE}
 
 
 def test_processes_that_build_at_once_build_once(source: Path, tmp_path: Path) -> None:

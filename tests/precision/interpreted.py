@@ -53,7 +53,18 @@ from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
 from narrowgauge.precision.states.updates import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard, drawn
-from test_backends import DTYPES, FEW_BITS, FORMATS, SCALES, SHAPES, assert_every_tie, equal, matrices, same_codes
+from test_backends import (
+    DTYPES,
+    FEW_BITS,
+    FORMATS,
+    SCALES,
+    SHAPES,
+    USUAL,
+    assert_every_tie,
+    equal,
+    matrices,
+    same_codes,
+)
 from test_updates import CPU, make, params_of, set_grads, state_of
 from test_updates import same as same_states
 from torch import Tensor, nn
@@ -114,12 +125,16 @@ def same_operand(ours: tuple[Tensor, Tensor | None], q: Quantized) -> bool:
     return all(map(equal, ours, theirs))
 
 
+LONG = pytest.mark.long
+TWO_DTYPES = [d if d != torch.float16 else pytest.param(d, marks=LONG) for d in DTYPES]
+
+
 @pytest.mark.parametrize("format", [*FORMATS, *FEW_BITS, *INTEGERS], ids=str)
 def test_every_tie(format: NumberFormat) -> None:
     assert_every_tie(BACKEND, format)
 
 
-@pytest.mark.parametrize("format", [*FORMATS, INT8, INT4, INTEGERS[0]], ids=str)
+@pytest.mark.parametrize("format", [*USUAL, INT8, *(pytest.param(f, marks=LONG) for f in (INT4, INTEGERS[0]))], ids=str)
 def test_codes_scales_and_operands(format: NumberFormat) -> None:
     """A sample of all combinations, another one for each format."""
     rng = random.Random(str(format))
@@ -202,7 +217,7 @@ def test_signs_of_a_step_in_front_of_the_transform(dtype: torch.dtype) -> None:
             assert same_codes(ours, quantize(want, spec)), (str(spec), size, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 def test_rows_and_columns_in_one_read(dtype: torch.dtype) -> None:
     """Both directions of x, and of silu(gate) * up, as two reads have them."""
     fp8 = OperandSpec(format=E4M3, tile=Tile(1, 128), scale=Fp32(pow2=True, input_max=True))
@@ -250,7 +265,7 @@ def same(ours: Quantized | Prepared, q: Quantized) -> bool:
     return same_operand((ours.matrix, ours.factor), q) and ours.matrix.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 def test_one_scale_rows_and_two_levels_in_both_directions(dtype: torch.dtype) -> None:
     """Codes and values of x and of its transpose from one read; amaxes of their own, or the tensor's given; noise."""
     e4m3, mxfp4 = OperandSpec(format=E4M3), replace(MXFP8, format=E2M1)
@@ -314,7 +329,7 @@ def test_an_amax_is_noted_where_another_one_scales() -> None:
             quantize_fused(x, spec, note=torch.zeros(1))
 
 
-@pytest.mark.parametrize("size", CANDIDATES, ids=str)
+@pytest.mark.parametrize("size", [CANDIDATES[0], *(pytest.param(c, marks=LONG) for c in CANDIDATES[1:])], ids=str)
 def test_blocks_change_no_bits(size: BlockSize) -> None:
     row = replace(MXFP8, tile=Tile(1, -1))
     for spec, transform in ((MXFP8, None), (NVFP4, Hadamard()), (OperandSpec(format=E4M3), None), (row, None)):

@@ -44,6 +44,10 @@ OTHERS = [
 FORMATS = (
     E4M3, E5M2, E2M1, E4M3_240, E3M2, E2M3, exmy(4, 1), exmy(5, 2, ieee=False), exmy(1, 2, ieee=False)
 )  # fmt: skip
+USUAL = [
+    fmt if fmt in (E4M3, E5M2, E2M1, exmy(1, 2, ieee=False)) else pytest.param(fmt, marks=pytest.mark.long)
+    for fmt in FORMATS
+]
 FEW_BITS = [exmy(1, m, ieee=False) for m in (1, 3, 4, 5, 6)]
 TILES = (
     TENSOR,
@@ -93,7 +97,7 @@ def same_codes(a: Quantized, b: Quantized) -> bool:
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", USUAL, ids=str)
 def test_codes_scales_and_operands(backend: Quantizer, fmt: object) -> None:
     rng = random.Random(str(fmt))
     for number, (tile, scale, rounding) in enumerate(itertools.product(TILES, SCALES, Rounding)):

@@ -54,7 +54,11 @@ WITH_BIASES = ["fp8_delayed", "fp8_current", "mxfp8", "mxfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize(
-    ("precision", "gpt"), [*((name, False) for name in NARROW), *((name, True) for name in WITH_BIASES)]
+    ("precision", "gpt"),
+    [
+        *((name, False) for name in NARROW),
+        *(pytest.param(name, True, marks=() if name == "nvfp4" else pytest.mark.long) for name in WITH_BIASES),
+    ],
 )
 def test_every_recipe_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path, precision: str, gpt: bool) -> None:
     options = (f"precision={precision}", "checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5")
@@ -846,7 +850,7 @@ def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
     for kind, (text, *_) in (KINDS | {"hook": (GAIN,)}).items():
         file = root / "recipes" / f"{kind}.py"
         file.write_text(text)
-        options = (f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4")
+        options = (f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4", "sample.tokens=0")
         overrides[kind] = tiny_overrides(corpus, root / kind, *options)
     return overrides
 
