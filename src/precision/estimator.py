@@ -41,7 +41,7 @@ class ClipMask:
 def pack_bits(mask: Tensor) -> Tensor:
     """Eight elements a byte, the first in the lowest bit: bool [rows, n] -> uint8 [rows, ceil(n / 8)]."""
     rows, columns = mask.shape
-    bits = pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
+    bits = pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -(-columns // 8), 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
