@@ -47,6 +47,8 @@ __all__ = [
     "assembled",
     "changes",
     "draws",
+    "is_orthogonal",
+    "rewrites_output",
     "specs_of",
     "values_of",
 ]
@@ -59,6 +61,7 @@ class Transform(Protocol):
 
     ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
     written here where it leaves them out. One that leaves an operand as it is may say so: ``changes(left) -> bool``.
+    One whose ``output`` does anything says ``rewrites_output = True``; one that is no rotation, ``orthogonal = False``.
     Callers ask by functions: ``changes``, ``draws``, and ``drawn`` and ``back`` of ``precision.transforms``.
     """
 
@@ -103,6 +106,16 @@ def changes(transform: Transform | None, *, left: bool) -> bool:
     return True if says is None else bool(says(left))
 
 
+def rewrites_output(transform: Transform | None) -> bool:
+    """Whether ``output`` does anything; a transform that does not say so (``rewrites_output``) leaves it alone."""
+    return bool(getattr(transform, "rewrites_output", False))
+
+
+def is_orthogonal(transform: Transform | None) -> bool:
+    """Whether gradients go where a transform's operands are as these do; one that does not say (``orthogonal``) is."""
+    return bool(getattr(transform, "orthogonal", True))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmSpec:
     """The operands of ``a @ b.mT``; None leaves one in high precision.
@@ -138,6 +151,10 @@ class GemmSpec:
         parts = [part.spec for side in (self.a, self.b) if isinstance(side, Split) for part in side.parts]
         if self.a is None or self.b is None or None in parts:
             raise ValueError(f"{rule}: a rule of a product of two quantized operands")
+        if any(isinstance(side, Split) and side.source is Source.VALUES for side in (self.a, self.b)):
+            raise ValueError(
+                f"{rule}: values of parts, read again, are a sum, and no codes: quantize from the original"
+            )
         for operand in specs_of(self.a, self.b):
             if isinstance(operand.format, Integer):
                 raise ValueError(f"{operand.format} is summed exactly: no rule of sums is for it (accumulate=fp32)")
@@ -215,12 +232,21 @@ class LinearSpec:
             if estimator is not None and not isinstance(slot, OperandSpec):
                 what = "is not rounded" if slot is None else "is a sum of parts"
                 raise ValueError(f"{name}: {estimator} is the derivative of one rounding; its operand of fprop {what}")
+            if estimator is not None and not is_orthogonal(self.fprop.transform):
+                raise ValueError(
+                    f"{name}: {estimator}: {self.fprop.transform} is no rotation that takes gradients there"
+                )
 
     def _check_reuse(self, name: str, slot: SlotSpec, tensor: str, earlier: SlotSpec | None) -> None:
         if earlier is None:
             raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
         if slot.source is Source.VALUES and replace(slot, source=Source.ORIGINAL) != earlier:
             raise ValueError(f"{name} reads the values of {tensor}: it is {earlier} but for its source, not {slot}")
+        if tensor != "dy" and rewrites_output(self.fprop.transform):
+            raise ValueError(
+                f"{name} is to reuse the codes of {tensor}, but {self.fprop.transform} rewrites the output of fprop, "
+                "too: dy is that of another output; read the original"
+            )
         if tensor == "dy" and self.dgrad.transform is not None:
             raise ValueError(f"{name} is to reuse the codes of dy, which {self.dgrad.transform} changed along features")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import hadamard_matrices
 from .noise import Noise, step_key
-from .spec import Transform, changes, draws
+from .spec import Transform, changes, draws, is_orthogonal, rewrites_output
 
 # The sign vector that TransformerEngine uses for every layer and step of its 16-wide transform.
 TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -258,6 +258,11 @@ class Rescale:
     y: Along | None = None
 
     draws: ClassVar[bool] = False
+    orthogonal: ClassVar[bool] = False
+
+    @property
+    def rewrites_output(self) -> bool:
+        return self.y is not None
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
         return _rescaled(a, self.a, stats)
@@ -312,6 +317,14 @@ class Composed:
         return changes(self.first, left=left) or changes(self.second, left=left)
 
     @property
+    def rewrites_output(self) -> bool:
+        return rewrites_output(self.first) or rewrites_output(self.second)
+
+    @property
+    def orthogonal(self) -> bool:
+        return is_orthogonal(self.first) and is_orthogonal(self.second)
+
+    @property
     def draws(self) -> bool:
         return draws(self.first) or draws(self.second)
 
@@ -334,6 +347,8 @@ class Outer:
 
     Raises ValueError without either, and for a ``Rescale`` or another ``Outer``.
     """
+
+    rewrites_output: ClassVar[bool] = True
 
     a: Transform | None = None
     b: Transform | None = None
