@@ -343,7 +343,7 @@ class _Linear(torch.autograd.Function):
         if observer is not None and not (differentiated and linear.training and not plan.empty):
             observer = None  # one that computes plainly is measured from outside
         call = Call(linear, plan, linear.context.first_sample, rows_per_sample, shared, stats, observer)
-        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated)
+        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated, ctx.needs_input_grad[0])
         parts, ctx.layout = unpack(x if saved is rows else saved)
         ctx.save_for_backward(weight, stats, *parts, *((x,) if observer is not None else ()))
         ctx.call, ctx.has_bias, ctx.shape = call.for_backward(), bias is not None, x.shape

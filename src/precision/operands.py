@@ -82,10 +82,10 @@ class Call:
         return Call(self.linear, self.plan, self.first_sample, self.rows_per_sample, None, None, self.observer)
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool, wants_dx: bool = True
     ) -> tuple[Tensor, Saving | None, Any]:
-        """y of x [rows, in_features]; what is saved of x, if it will be differentiated; an observer's figures of
-        fprop."""
+        """y of x [rows, in_features]; what is saved of x for the gradient of the weight, if ``differentiated``, and for
+        that of x, if ``wants_dx``; an observer's figures of fprop."""
         self.linear.amaxes.measure_rest(self.stats, x=x, w=weight)
         if differentiated:
             self.share_pair(x)
@@ -96,7 +96,10 @@ class Call:
         if self.observer is not None:
             # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
             figures = self._measured(self.observer, FPROP, (x, weight), (a, w), y, bias)
-        return y, self.saved(x, a) if differentiated else None, figures
+        if differentiated:
+            return y, self.saved(x, a), figures
+        estimator = self.plan.spec.dx if wants_dx else None
+        return y, None if estimator is None else WithDerivative(None, self._derivative(x, estimator)), figures
 
     def backward(
         self,
@@ -111,14 +114,14 @@ class Call:
         ``watched``: the observer's figures of fprop, and x, if there is an observer.
         """
         dx = dw = None
-        derivative = None
-        if isinstance(saved, WithDerivative):
-            saved, derivative = saved
+        saved_x, derivative = saved if isinstance(saved, WithDerivative) else (saved, None)
         self.linear.amaxes.measure_rest(self.stats, dy=dy)
         pair = self.pair(DGRAD_DY, dy, codes=False) if all(needed) else None
         first: AnyOperand = dy
         if needed[0]:
-            read_again = self.plan.slots[WGRAD_DY].origin in (Origin.REQUANTIZED, Origin.VALUES)
+            later = self.plan.slots[WGRAD_DY]
+            read_again = later.origin in (Origin.REQUANTIZED, Origin.VALUES)
+            read_again = read_again or (later.origin is Origin.TRANSPOSED and later.reads_rows)
             first = self.operand(DGRAD_DY, dy, codes=read_again) if pair is None else pair[0]
             w_t = self.weight(DGRAD_W, weight)
             dx = self.product(DGRAD, first, w_t, dtype=dy.dtype)
@@ -128,7 +131,8 @@ class Call:
             if self.plan.spec.dx is not None or self.plan.rotated[0] is not None:
                 dx = self._derived(X, dx, self.plan.spec.dx, derivative)
         if needed[1]:
-            x_t = self.saved_operand(saved)
+            assert saved_x is not None, "saved, where the weight has a gradient"
+            x_t = self.saved_operand(saved_x)
             dy_t = self.dy_for_wgrad(dy, first) if pair is None else pair[1]
             dw = self.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
             if self.observer is not None and watched is not None:
@@ -225,7 +229,11 @@ class Call:
         saved, estimator = self._saved(x, a), self.plan.spec.dx
         if estimator is None:
             return saved
-        return WithDerivative(saved, pack_bits(self._factor(X, x, estimator)) if estimator.mask else x)
+        return WithDerivative(saved, self._derivative(x, estimator))
+
+    def _derivative(self, x: Tensor, estimator: Estimator) -> Tensor:
+        """What the factors of dx are computed from in backward."""
+        return pack_bits(self._factor(X, x, estimator)) if estimator.mask else x
 
     def _saved(self, x: Tensor, a: AnyOperand) -> AnyOperand:
         match self.plan.saved:

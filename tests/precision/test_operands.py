@@ -32,7 +32,7 @@ from narrowgauge.precision.spec import (
     values_of,
 )
 from narrowgauge.precision.sums import H100_FP8, Side, summed
-from narrowgauge.precision.transforms import Hadamard
+from narrowgauge.precision.transforms import Along, Composed, Hadamard, Outer, Rescale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -568,3 +568,87 @@ def test_a_transform_without_a_way_back_is_named() -> None:
     assert run(linear_of(LinearSpec(fprop=fprop)))  # nothing needs it
     with pytest.raises(ValueError, match="flip names no way back"):
         run(linear_of(LinearSpec(fprop=fprop, dgrad=GemmSpec(b=values_of(ROW4)))))
+
+
+# What meets: rows that stand for all, products of two kinds, linears without a gradient of their weight.
+
+
+@dataclass(frozen=True)
+class MeanRow:
+    """The mean of all rows, as one row, and the rest."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.float().mean(0, keepdim=True)
+        return mean, x - mean
+
+    def __str__(self) -> str:
+        return "mean-row"
+
+
+def test_a_part_of_one_row_may_be_all_that_is_read_again() -> None:
+    split = Split(by=MeanRow(), parts=(Part("mean", BLOCK), Part("rest", BLOCK)), reused=("mean",))
+    again = values_of(split)
+    spec = LinearSpec(fprop=GemmSpec(a=split, b=split), dgrad=GemmSpec(b=again), wgrad=GemmSpec(b=again))
+    module = linear_of(spec)
+    _, dx, dw, _ = run(module)
+    x, w = (rounded(tensor.detach().mean(0, keepdim=True), BLOCK) for tensor in (X, module.weight))
+    assert close(dx, DY.double() @ w.expand(OUTS, INS))
+    assert close(dw, DY.double().mT @ x.expand(ROWS, INS))
+
+
+@pytest.mark.parametrize("operand", [SQUARE, TENSOR8], ids=str)
+def test_a_rule_in_wgrad_reads_codes_where_dgrad_needs_none(operand: OperandSpec) -> None:
+    plain = GemmSpec(a=operand, b=operand)
+    by_rule = replace(plain, accumulate=H100_FP8)
+    mixed = run(linear_of(LinearSpec(dgrad=plain, wgrad=by_rule)))
+    both = run(linear_of(LinearSpec(dgrad=by_rule, wgrad=by_rule)))
+    assert torch.equal(mixed[2], both[2])
+
+
+def test_siblings_share_no_operand_of_products_that_read_otherwise() -> None:
+    plain = GemmSpec(a=ROW4, b=ROW4)
+    specs = {"a": LinearSpec(fprop=plain), "b": LinearSpec(fprop=replace(plain, accumulate=H100_FP8))}
+    for order in ("ab", "ba"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(INS, OUTS) for name in "ab"})
+        rules = tuple(Rule(kind=nn.Linear, path=name, make=quantized(spec)) for name, spec in specs.items())
+        apply(Recipe(rules=rules), model, tokens=ROWS).begin_step(0, 0)
+        x = X.clone()
+        together = [model[name](x) for name in order]
+        assert all(torch.equal(y, model[name](X.clone())) for name, y in zip(order, together, strict=True))
+
+
+@pytest.mark.parametrize("spec", [ROW4, TENSOR8], ids=str)
+def test_dx_has_its_derivative_where_the_weight_is_frozen(spec: OperandSpec) -> None:
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=spec, b=spec), dx=ClipMask(strict=True)))
+    trained = run(module)[1]
+    module.weight.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    module(x).backward(DY)
+    assert torch.equal(x.grad, trained)
+
+
+def test_bits_of_no_rows() -> None:
+    assert unpack_bits(pack_bits(torch.ones(0, 9, dtype=torch.bool)), 9).shape == (0, 9)
+
+
+def test_a_derivative_wants_the_weight_and_not_its_codes() -> None:
+    gemm = GemmSpec(a=SQUARE, b=SQUARE)
+    assert isinstance(linear_of(LinearSpec(fprop=gemm, dgrad=gemm)).reads_weight, OperandSpec)
+    assert isinstance(linear_of(LinearSpec(fprop=gemm, dgrad=gemm, dw=ClipMask())).reads_weight, str)
+
+
+def test_transforms_that_leave_no_way_back_are_refused() -> None:
+    scale = Rescale(name="scale", a=Along(1, -1), b=Along(1, 1))
+    tokens = Rescale(name="tokens", a=Along(0, -1), y=Along(0, 1))
+    for transform in (Outer(b=Hadamard()), tokens, Composed(first=tokens, second=Hadamard())):
+        fprop = GemmSpec(a=BLOCK, b=BLOCK, transform=transform)
+        for again in ({"dgrad": GemmSpec(b=values_of(BLOCK))}, {"wgrad": GemmSpec(b=values_of(BLOCK))}):
+            with pytest.raises(ValueError, match="rewrites the output of fprop, too"):
+                LinearSpec(fprop=fprop, **again)
+    for name in ("dx", "dw"):
+        with pytest.raises(ValueError, match="scale is no rotation"):
+            LinearSpec(fprop=GemmSpec(a=BLOCK, b=BLOCK, transform=scale), **{name: ClipMask()})
+    split = Split(by=MeanRow(), parts=(Part("mean", BLOCK), Part("rest", BLOCK)))
+    with pytest.raises(ValueError, match="a sum, and no codes"):
+        GemmSpec(a=BLOCK, b=values_of(split), accumulate=H100_FP8)
