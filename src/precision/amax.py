@@ -57,7 +57,7 @@ class Amaxes:
         if column is None:
             return None, None
         self.measured[column] = self.measured.get(column, 0) + 1
-        if not slot.quantizer.notes or self._unknown():
+        if not slot.quantizer.notes or self.unknown():
             return self.held(slot, x), None
         views, history, held = self._views, linear._buffers["amax_history"], linear._buffers["amax_held"]
         if views is None or views[0] is not history or views[1] is not held:
@@ -66,7 +66,7 @@ class Amaxes:
         scaling, note = views[2][column]
         return scaling, note if linear.training else None
 
-    def _unknown(self) -> bool:
+    def unknown(self) -> bool:
         """Whether a held amax may be unknown. Asks the device until it is not."""
         if self._maybe_unknown:
             self._maybe_unknown = bool((self._linear.amax_held == UNKNOWN).any())

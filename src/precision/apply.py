@@ -93,7 +93,7 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
     for path, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             phases = tuple(
-                ModulePhase(str(phase.span), phase.gemms, modules.get(path))
+                ModulePhase(phase.when, phase.gemms, modules.get(path))
                 for phase, modules in zip(recipe.schedule, of_phases, strict=True)
             )
             module.bind(context, Site(path=path, device=device, tokens=tokens, backend=backend, phases=phases))

@@ -15,10 +15,14 @@ from torch.nn.functional import pad
 
 from .formats import NumberFormat
 
+_SLACK = 1 + 2.0**-22
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipMask:
     """1 where a value lies inside the format's range, 0 where it was clipped.
+
+    A scale that maps an amax to the largest value may put it an FP32 step or two beyond: 2^-22 of it are inside.
 
     Args:
         strict: whether the format's largest and smallest value count as clipped, as in Quartet (arXiv 2505.14669).
@@ -32,7 +36,7 @@ class ClipMask:
         """bool of the shape of ``scaled``; False for NaN."""
         if self.strict:
             return (scaled > format.min) & (scaled < format.max)
-        return (scaled >= format.min) & (scaled <= format.max)
+        return (scaled >= format.min * _SLACK) & (scaled <= format.max * _SLACK)
 
     def __str__(self) -> str:
         return f"clip-mask{'-strict' * self.strict}"
@@ -41,7 +45,7 @@ class ClipMask:
 def pack_bits(mask: Tensor) -> Tensor:
     """Eight elements a byte, the first in the lowest bit: bool [rows, n] -> uint8 [rows, ceil(n / 8)]."""
     rows, columns = mask.shape
-    bits = pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
+    bits = pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -(-columns // 8), 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 

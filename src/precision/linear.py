@@ -39,7 +39,7 @@ from .slots import (
     plain,
     resolve,
 )
-from .spec import GEMMS, LinearSpec, OperandSpec, Split, draws
+from .spec import GEMMS, LinearSpec, OperandSpec, Source, Split, Transform, draws
 
 
 class QuantLinear(QuantizedModule):
@@ -70,6 +70,7 @@ class QuantLinear(QuantizedModule):
         self.observer: Observer | None = None
         self.gathered: Gathered | None = None  # while the weight is one of codes
         self.base_keys: dict[int, Tensor] = {}  # of rounding noise, by slot
+        self.drawn: dict[int, tuple[Tensor, Transform]] = {}  # of a step, by GEMM
         self.token = traced.register(self)
         self.set_specs((spec,))
 
@@ -151,7 +152,7 @@ class QuantLinear(QuantizedModule):
             f"{SLOTS[slot]}.{part.name}": None
             for spec in self.specs
             for slot, operand in enumerate(operands(spec))
-            if isinstance(operand, Split)
+            if isinstance(operand, Split) and operand.source is not Source.VALUES
             for part in operand.parts
         }
         return (*SLOTS, *parts, *OUTPUTS)
@@ -343,7 +344,7 @@ class _Linear(torch.autograd.Function):
         if observer is not None and not (differentiated and linear.training and not plan.empty):
             observer = None  # one that computes plainly is measured from outside
         call = Call(linear, plan, linear.context.first_sample, rows_per_sample, shared, stats, observer)
-        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated)
+        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated, ctx.needs_input_grad[0])
         parts, ctx.layout = unpack(x if saved is rows else saved)
         ctx.save_for_backward(weight, stats, *parts, *((x,) if observer is not None else ()))
         ctx.call, ctx.has_bias, ctx.shape = call.for_backward(), bias is not None, x.shape

@@ -190,17 +190,18 @@ class Part(NamedTuple):
 class Split:
     """An operand that is a sum of parts, with a spec each: the GEMM is the sum of the parts' products, in FP32.
 
-    The tensor is split first; each part is then transposed, transformed and rounded as an operand of its own. So a
-    residual stands beside clamped values (arXiv 2501.17116), or a mean beside what is left (arXiv 2603.10444).
+    The tensor is split first; each part is then transposed, transformed and rounded as an operand of its own. But a
+    part of one row, which stands for equal rows, is rounded as the row it is, before. So a residual stands beside
+    clamped values (arXiv 2501.17116), or a mean beside what is left (arXiv 2603.10444).
 
     Args:
         by: what splits.
         parts: in the order in which ``by`` gives them.
-        source: ORIGINAL, or VALUES to read the parts of an earlier GEMM.
+        source: ORIGINAL; VALUES to read the parts of an earlier GEMM; or QUANTIZED to quantize each of those again.
         reused: names of the parts that a later GEMM reads which reuses this one's codes; all of them, if left out.
 
     Raises ValueError for less than two parts, for names that are not apart, and for parts that are all in high
-    precision, of an earlier source, or scaled by anything but their own amax.
+    precision, have a source of their own, or are scaled by anything but their own amax.
     """
 
     by: Splitter
@@ -216,8 +217,6 @@ class Split:
             raise ValueError(f"{self.by}: none of its parts {', '.join(names)} is quantized: leave the split out")
         if unknown := [name for name in self.reused if name not in names]:
             raise ValueError(f"no part named {unknown[0]!r}{close(unknown[0], names)}; there are: {', '.join(names)}")
-        if self.source is Source.QUANTIZED:
-            raise ValueError("a sum of parts is quantized from the original, or the values of earlier parts are read")
         for part in self.parts:
             if part.spec is not None and (part.spec.source is not Source.ORIGINAL or part.spec.amax != Current()):
                 raise ValueError(
@@ -244,10 +243,11 @@ class Split:
     @property
     def read(self) -> tuple[Part, ...]:
         """The parts that the GEMM which says this reads."""
-        return self.parts if self.source is Source.ORIGINAL else tuple(self.parts[place] for place in self.read_again)
+        return tuple(self.parts[place] for place in self.read_again) if self.source is Source.VALUES else self.parts
 
     def __str__(self) -> str:
-        return f"{self.by}({' + '.join(part.name for part in self.read)}){'/values' * (self.source is Source.VALUES)}"
+        text = f"{self.by}({' + '.join(part.name for part in self.read)})"
+        return "/".join([text, *_SOURCE_NAMES.get(self.source, [])])
 
 
 SlotSpec = OperandSpec | Split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from .backends import Cast, Operand, quantize_by
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, base_key, step_key
-from .packing import AnyOperand, Parts, Saving, WithDerivative, parts_of
+from .observing import measured
+from .packing import AnyOperand, Parts, Saving, WithDerivative, parts_of, values
 from .quantize import Prepared, Quantized, dequantize, scaled_values
 from .scaling import Unit
 from .slots import (
@@ -22,7 +23,6 @@ from .slots import (
     DGRAD_W,
     EARLIER,
     FPROP,
-    OUTPUTS,
     SIGNS,
     TENSORS,
     WGRAD,
@@ -82,10 +82,10 @@ class Call:
         return Call(self.linear, self.plan, self.first_sample, self.rows_per_sample, None, None, self.observer)
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool, wants_dx: bool = True
     ) -> tuple[Tensor, Saving | None, Any]:
-        """y of x [rows, in_features]; what is saved of x, if it will be differentiated; an observer's figures of
-        fprop."""
+        """y of x [rows, in_features]; what is saved of x for the gradient of the weight, if ``differentiated``, and for
+        that of x, if ``wants_dx``; an observer's figures of fprop."""
         self.linear.amaxes.measure_rest(self.stats, x=x, w=weight)
         if differentiated:
             self.share_pair(x)
@@ -95,8 +95,11 @@ class Call:
         figures = None
         if self.observer is not None:
             # Counted in backward, which runs once also where the forward pass is computed again; it measures by x.
-            figures = self._measured(self.observer, FPROP, (x, weight), (a, w), y, bias)
-        return y, self.saved(x, a) if differentiated else None, figures
+            figures = measured(self, self.observer, FPROP, (x, weight), (a, w), y, bias)
+        if differentiated:
+            return y, self.saved(x, a), figures
+        estimator = self.plan.spec.dx if wants_dx else None
+        return y, None if estimator is None else WithDerivative(None, self._derivative(x, estimator)), figures
 
     def backward(
         self,
@@ -111,55 +114,34 @@ class Call:
         ``watched``: the observer's figures of fprop, and x, if there is an observer.
         """
         dx = dw = None
-        derivative = None
-        if isinstance(saved, WithDerivative):
-            saved, derivative = saved
+        saved_x, derivative = saved if isinstance(saved, WithDerivative) else (saved, None)
         self.linear.amaxes.measure_rest(self.stats, dy=dy)
         pair = self.pair(DGRAD_DY, dy, codes=False) if all(needed) else None
         first: AnyOperand = dy
         if needed[0]:
-            read_again = self.plan.slots[WGRAD_DY].origin in (Origin.REQUANTIZED, Origin.VALUES)
+            later = self.plan.slots[WGRAD_DY]
+            read_again = later.origin in (Origin.REQUANTIZED, Origin.VALUES)
+            read_again = read_again or (later.origin is Origin.TRANSPOSED and later.reads_rows)
             first = self.operand(DGRAD_DY, dy, codes=read_again) if pair is None else pair[0]
             w_t = self.weight(DGRAD_W, weight)
             dx = self.product(DGRAD, first, w_t, dtype=dy.dtype)
             if self.observer is not None:
                 given = dy, self._rounded_from(W, weight).mT
-                self.observer.add(self._measured(self.observer, DGRAD, given, (first, w_t), dx))
+                self.observer.add(measured(self, self.observer, DGRAD, given, (first, w_t), dx))
             if self.plan.spec.dx is not None or self.plan.rotated[0] is not None:
                 dx = self._derived(X, dx, self.plan.spec.dx, derivative)
         if needed[1]:
-            x_t = self.saved_operand(saved)
+            assert saved_x is not None, "saved, where the weight has a gradient"
+            x_t = self.saved_operand(saved_x)
             dy_t = self.dy_for_wgrad(dy, first) if pair is None else pair[1]
             dw = self.product(WGRAD, dy_t, x_t, dtype=weight.dtype)
             if self.observer is not None and watched is not None:
                 self.observer.add(watched[0])
                 given = dy.mT, self._rounded_from(X, watched[1]).mT
-                self.observer.add(self._measured(self.observer, WGRAD, given, (dy_t, x_t), dw))
+                self.observer.add(measured(self, self.observer, WGRAD, given, (dy_t, x_t), dw))
             if self.plan.spec.dw is not None or self.plan.rotated[1] is not None:
                 dw = self._derived(W, dw, self.plan.spec.dw, weight)
         return dx, dw
-
-    def _measured(
-        self,
-        observer: Observer,
-        gemm: int,
-        given: tuple[Tensor, Tensor],
-        used: tuple[AnyOperand, AnyOperand],
-        y: Tensor,
-        bias: Tensor | None = None,
-    ) -> list[Any]:
-        """An observer's figures of a GEMM's operands, each as it was and as it was read, and of its output."""
-        rows: list[tuple[SlotPlan, Tensor, Operand]] = []
-        for slot, x, q in zip(self.plan.slots[2 * gemm : 2 * gemm + 2], given, used, strict=True):
-            if isinstance(q, Parts):
-                rows += [(slot, x, q.sum()), *zip(slot.parts, self._split(slot, x), q.operands, strict=True)]
-            else:
-                rows.append((slot, x, q))
-        figures = [
-            observer.operand(self.linear, slot.row, slot.described(x.dtype), self.transformed(slot, x), q)
-            for slot, x, q in rows
-        ]
-        return [*figures, observer.output(self.linear, OUTPUTS[gemm], *given, y, bias)]
 
     def _rounded_from(self, number: int, x: Tensor) -> Tensor:
         """x, or w, as codes of it that a backward GEMM reads stand for it: transformed, if fprop transforms it."""
@@ -189,8 +171,12 @@ class Call:
         """The slot's transform, at this step."""
         if slot.transform is None or not slot.draws:
             return slot.transform
-        key = step_key(self._base_key(SIGNS + slot.number // 2), self.linear.context.step)
-        return drawn(slot.transform, key)
+        gemm, step = slot.number // 2, self.linear.context.step
+        last = self.linear.drawn.get(gemm)
+        if last is None or last[0] is not step:
+            last = step, drawn(slot.transform, step_key(self._base_key(SIGNS + gemm), step))
+            self.linear.drawn[gemm] = last
+        return last[1]
 
     def operand(self, number: int, x: Tensor, *, codes: bool = False) -> AnyOperand:
         """The slot's operand of ``x``, which is transposed already where the slot is.
@@ -225,7 +211,11 @@ class Call:
         saved, estimator = self._saved(x, a), self.plan.spec.dx
         if estimator is None:
             return saved
-        return WithDerivative(saved, pack_bits(self._factor(X, x, estimator)) if estimator.mask else x)
+        return WithDerivative(saved, self._derivative(x, estimator))
+
+    def _derivative(self, x: Tensor, estimator: Estimator) -> Tensor:
+        """What the factors of dx are computed from in backward."""
+        return pack_bits(self._factor(X, x, estimator)) if estimator.mask else x
 
     def _saved(self, x: Tensor, a: AnyOperand) -> AnyOperand:
         match self.plan.saved:
@@ -251,7 +241,7 @@ class Call:
     def dy_for_wgrad(self, dy: Tensor, first: AnyOperand) -> AnyOperand:
         """The operand of slot WGRAD_DY; ``first``: that of DGRAD_DY, or dy where no dx is needed."""
         slot = self.plan.slots[WGRAD_DY]
-        if slot.origin is Origin.VALUES and first is dy:
+        if slot.rereads and first is dy:
             first = self.operand(DGRAD_DY, dy, codes=True)
         if slot.origin is Origin.TENSOR or isinstance(first, Tensor):
             return self.operand(WGRAD_DY, dy.mT)
@@ -309,24 +299,36 @@ class Call:
         """x, transformed and quantized as the slot says."""
         if slot.split is None:
             return self._quantized(slot, x, codes)
-        parts = zip(slot.parts, self._split(slot, x), strict=True)
-        return Parts(tuple(self._quantized(part, tensor, codes) for part, tensor in parts))
+        return self._parts(slot, self.split(slot, x), x.shape[1 if slot.transposed else 0], codes)
 
-    def _split(self, slot: SlotPlan, x: Tensor) -> list[Tensor]:
-        """The parts of x, which is transposed where the slot is; so are they."""
+    def split(self, slot: SlotPlan, x: Tensor) -> list[Tensor]:
+        """The parts of x, which is transposed where the slot is; they are not."""
         assert slot.split is not None
-        tensor = x.mT if slot.transposed else x
         try:
-            parts = slot.split.of(tensor)
+            return slot.split.of(x.mT if slot.transposed else x)
         except ValueError as error:
             raise ValueError(f"{self.linear.path}: {error}") from error
-        return [part.expand_as(tensor).mT for part in parts] if slot.transposed else parts
+
+    def _parts(self, slot: SlotPlan, tensors: Sequence[Tensor], rows: int, codes: bool) -> Parts:
+        """The slot's operand as a sum of these tensors [rows, columns], some of one row that stands for all."""
+        parts = zip(slot.parts, tensors, strict=True)
+        return Parts(tuple(self._part(part, tensor, rows, codes) for part, tensor in parts))
+
+    def _part(self, part: SlotPlan, x: Tensor, rows: int, codes: bool) -> Operand:
+        if not part.transposed:
+            return self._quantized(part, x, codes)
+        if len(x) == rows or part.spec is None or part.reads_rows:
+            return self._quantized(part, x.expand(rows, -1).mT, codes)
+        # Blocks along equal values would all err alike: the row is rounded, as where it is not transposed.
+        row = self._quantized(replace(part, transform=None, draws=False, transposed=False), x, codes=True)
+        return self.transformed(part, values(row).expand(rows, -1).mT)
 
     def _quantized(self, slot: SlotPlan, x: Tensor, codes: bool) -> Operand:
         spec, transform = slot.spec, self.transform(slot)
         # A remembered amax, or that of all ranks, is of the transformed tensor; else one pass may do both.
-        apart = spec is None or (slot.column is not None and not slot.quantizer.notes)
-        if transform is not None and (apart or slot.all_ranks or self.stats is not None):
+        apart = spec is None or slot.all_ranks or self.stats is not None
+        apart = apart or (slot.column is not None and not slot.quantizer.notes)
+        if transform is not None and (apart or (slot.column is not None and self.linear.amaxes.unknown())):
             x, transform = self._transformed(slot, transform, x, self.stats), None
         if spec is None:
             return x
@@ -371,7 +373,12 @@ class Call:
     def _requantized(self, number: int, earlier: AnyOperand, *, codes: bool = False) -> AnyOperand:
         """The slot's operand from the codes of an earlier slot of the transposed tensor."""
         if isinstance(earlier, Parts):
-            return self.operand(number, earlier.sum(self._reread(number)).mT, codes=codes)
+            slot, places = self.plan.slots[number], self._reread(number)
+            whole = earlier.sum(places)
+            if slot.split is None:
+                return self.operand(number, whole.mT, codes=codes)
+            tensors = [values(earlier.operands[place]) for place in places]
+            return self._parts(slot, tensors, len(whole), codes or self.observer is not None)
         assert isinstance(earlier, Quantized)
         return self.operand(number, dequantize(earlier).mT, codes=codes)
 

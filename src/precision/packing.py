@@ -20,15 +20,18 @@ class Parts(NamedTuple):
     operands: tuple[Operand, ...]
 
     def sum(self, places: Sequence[int] | None = None) -> Tensor:
-        """The values of these parts, of all if left out, added up in FP32, in their order."""
+        """The values of these parts, of all if left out, added up in FP32 in their order: [rows, columns]."""
         operands = self.operands if places is None else [self.operands[place] for place in places]
-        return functools.reduce(torch.add, map(_values, operands))
+        total = functools.reduce(torch.add, map(values, operands))
+        shape = torch.broadcast_shapes(*map(_shape, self.operands))  # type: ignore[no-untyped-call]
+        return total.expand(shape)
 
 
 class WithDerivative(NamedTuple):
-    """What is saved of x, and what the factors of dx are computed from: their bits (uint8), or x."""
+    """What is saved of x, None where the weight has no gradient; and what the factors of dx are computed from: their
+    bits (uint8), or x."""
 
-    saved: Operand | Parts
+    saved: Operand | Parts | None
     source: Tensor
 
 
@@ -43,7 +46,12 @@ def parts_of(operand: AnyOperand) -> tuple[Operand, ...]:
     return operand.operands if isinstance(operand, Parts) else (operand,)
 
 
-def _values(operand: Operand) -> Tensor:
+def _shape(operand: Operand) -> tuple[int, ...]:
+    return tuple(operand.matrix.shape if isinstance(operand, Prepared) else operand.shape)
+
+
+def values(operand: Operand) -> Tensor:
+    """What it stands for, in FP32."""
     if isinstance(operand, Quantized):
         return dequantize(operand)
     if isinstance(operand, Prepared):

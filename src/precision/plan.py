@@ -78,7 +78,7 @@ class Plan:
         if self.recipe.schedule:
             picks = [0, 0, 0]
             for number, phase in enumerate(self.recipe.schedule, 1):
-                if step in phase.span.steps(total_steps):
+                if phase.span is not None and step in phase.span.steps(total_steps):
                     picks = [number if gemm in phase.gemms else pick for gemm, pick in zip(GEMMS, picks, strict=True)]
             for _, module in quantized_modules(self.model):
                 module.use((picks[0], picks[1], picks[2]))

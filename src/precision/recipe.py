@@ -172,13 +172,13 @@ class Phase:
     """A part of the run in which some GEMMs of the quantized linears are computed otherwise.
 
     Args:
-        span: which part.
+        span: which part; None: no step begins it, but a hook may have modules ``use`` it, in its ``begin_step``.
         gemms: of fprop, dgrad and wgrad.
         rules: those of another recipe, whose specs hold there; none for high precision.
         name: of that recipe.
     """
 
-    span: Span
+    span: Span | None
     gemms: tuple[str, ...] = GEMMS
     rules: tuple[Rule, ...] = ()
     name: str = "high precision"
@@ -191,7 +191,11 @@ class Phase:
             raise ValueError(f"gemms={list(self.gemms)}: each at most once, and at least one of {', '.join(GEMMS)}")
 
     def __str__(self) -> str:
-        return f"{self.span}: {', '.join(self.gemms)} in {self.name}"
+        return f"{self.when}: {', '.join(self.gemms)} in {self.name}"
+
+    @property
+    def when(self) -> str:
+        return "when a hook says so" if self.span is None else str(self.span)
 
 
 def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
@@ -199,9 +203,11 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
     for number, later in enumerate(schedule):
         for earlier in schedule[:number]:
             both = [gemm for gemm in later.gemms if gemm in earlier.gemms]
-            if both and later.span.meets(earlier.span, total_steps):
+            spans = later.span, earlier.span
+            if both and spans[0] is not None and spans[1] is not None and spans[0].meets(spans[1], total_steps):
                 raise ValueError(f"schedule: two phases switch {both[0]} at one step: ({earlier}) and ({later})")
-        if total_steps is not None and not later.span.of_run and later.span.start >= total_steps:
+        span = later.span
+        if total_steps is not None and span is not None and not span.of_run and span.start >= total_steps:
             raise ValueError(f"schedule: ({later}) begins after the run's {total_steps} steps")
 
 

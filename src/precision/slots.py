@@ -209,10 +209,14 @@ def is_stochastic(operand: SlotSpec | None) -> bool:
 def columns_of(spec: LinearSpec) -> dict[int, Column]:
     """The column of every slot with delayed scaling; slots that see the same tensor alike share one."""
     return {
-        slot: Column(TENSORS[slot], str(gemms(spec)[slot // 2].transform or ""), operand.amax)
+        slot: Column(TENSORS[slot], _rewritten(gemms(spec)[slot // 2].transform, slot), operand.amax)
         for slot, operand in enumerate(operands(spec))
         if isinstance(operand, OperandSpec) and isinstance(operand.amax, Delayed)
     }
+
+
+def _rewritten(transform: Transform | None, slot: int) -> str:
+    return str(transform) if changes(transform, left=slot % 2 == 0) else ""
 
 
 def resolve(
@@ -254,7 +258,7 @@ def resolve(
         backends=backends,
         slots=slots,
         saved=saved,
-        weight_once=_weight_once(slots),
+        weight_once=_weight_once(slots, spec),
         unmeasured=tuple(unmeasured.values()),
         kind=stable_number(spec, by, [tuple(one) for one in unmeasured.values()], shape),
         kind_of_inputs=stable_number("inputs", inputs, reused, shape[0]),
@@ -296,7 +300,7 @@ def _slot(
         one_read=_one_read(spec, number, backends),
         quantizer=backend.quantizer,
         reads_rows=backend.product.reads_rows,
-        key=_number((number, says, gemm.transform, backend.name)),
+        key=_number((number, says, gemm.transform, backend.name, backend.product.reads_rows)),
     )
     if slot.split is None:
         return slot
@@ -369,8 +373,10 @@ def _saved(slot: SlotPlan) -> Saved:
     }[slot.origin]
 
 
-def _weight_once(slots: Sequence[SlotPlan]) -> OperandSpec | str:
+def _weight_once(slots: Sequence[SlotPlan], spec: LinearSpec) -> OperandSpec | str:
     w, w_t = slots[W], slots[DGRAD_W]
+    if spec.dw is not None:
+        return f"dw * {spec.dw} is computed from the weight in high precision"
     if w.split is not None or w_t.split is not None:
         return "a weight in parts is quantized where it is whole"
     if w.spec is None or w_t.spec is None:

@@ -47,6 +47,8 @@ __all__ = [
     "assembled",
     "changes",
     "draws",
+    "is_orthogonal",
+    "rewrites_output",
     "specs_of",
     "values_of",
 ]
@@ -59,7 +61,7 @@ class Transform(Protocol):
 
     ``left``, ``right`` and ``output`` are all that a recipe's own transform must have; the others stand for what is
     written here where it leaves them out. Three things are taken for granted that it may deny or claim: it changes both
-    operands (``changes(left) -> bool``), each row for itself (``mixes_rows(left) -> bool``), and by no rotation
+    operands (``changes(left) -> bool``), its ``output`` does nothing (``rewrites_output``), and it is no rotation
     (``orthogonal``: ``back`` undoes ``left`` and ``right``). Callers ask by functions, here and in
     ``precision.transforms``.
     """
@@ -105,10 +107,15 @@ def changes(transform: Transform | None, *, left: bool) -> bool:
     return True if says is None else bool(says(left))
 
 
-def mixes_rows(transform: Transform | None, *, left: bool) -> bool:
-    """Whether a transform mixes rows of this operand; one that does not say leaves each to itself."""
-    says = getattr(transform, "mixes_rows", None)
-    return says is not None and bool(says(left))
+def rewrites_output(transform: Transform | None) -> bool:
+    """Whether ``output`` does anything; a transform that does not say so (``rewrites_output``) leaves it alone."""
+    return bool(getattr(transform, "rewrites_output", False))
+
+
+def is_orthogonal(transform: Transform | None) -> bool:
+    """Whether ``back`` undoes a transform, so that gradients can be taken to where its operands are; one that does not
+    say so (``orthogonal``) is not known to."""
+    return transform is None or bool(getattr(transform, "orthogonal", False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +153,10 @@ class GemmSpec:
         parts = [part.spec for side in (self.a, self.b) if isinstance(side, Split) for part in side.parts]
         if self.a is None or self.b is None or None in parts:
             raise ValueError(f"{rule}: a rule of a product of two quantized operands")
+        if any(isinstance(side, Split) and side.source is Source.VALUES for side in (self.a, self.b)):
+            raise ValueError(
+                f"{rule}: values of parts, read again, are a sum, and no codes: quantize from the original"
+            )
         for operand in specs_of(self.a, self.b):
             if isinstance(operand.format, Integer):
                 raise ValueError(f"{operand.format} is summed exactly: no rule of sums is for it (accumulate=fp32)")
@@ -231,7 +242,7 @@ class LinearSpec:
             what = "is not rounded" if slot is None else "is a sum of parts"
             raise ValueError(f"{name}: {estimator} is the derivative of one rounding; its operand of fprop {what}")
         transform, reuses = self.fprop.transform, later is not None and later.source is not Source.ORIGINAL
-        if transform is not None and not reuses and not getattr(transform, "orthogonal", False):
+        if not reuses and not is_orthogonal(transform):
             raise ValueError(
                 f"{name}: {estimator} multiplies where {transform} led, and no gradient gets there but by codes that "
                 "are read again, or by an orthogonal transform"
@@ -242,9 +253,20 @@ class LinearSpec:
             raise ValueError(f"{name} is to reuse the codes of {tensor}, which no GEMM before it quantizes")
         if slot.source is Source.VALUES and replace(slot, source=Source.ORIGINAL) != earlier:
             raise ValueError(f"{name} reads the values of {tensor}: it is {earlier} but for its source, not {slot}")
-        left, transform = tensor != "w", (self.dgrad if tensor == "dy" else self.fprop).transform
-        if mixes_rows(transform, left=left) or (tensor == "dy" and changes(transform, left=left)):
-            raise ValueError(f"{name} is to reuse the codes of {tensor}, which are those of another after {transform}")
+        if isinstance(slot, Split) and isinstance(earlier, Split) and slot.source is Source.QUANTIZED:
+            there, here = (
+                [earlier.parts[place].name for place in earlier.read_again],
+                [part.name for part in slot.parts],
+            )
+            if there != here:
+                raise ValueError(f"{name} quantizes parts of {tensor} again: {', '.join(there)}, not {', '.join(here)}")
+        if tensor != "dy" and rewrites_output(self.fprop.transform):
+            raise ValueError(
+                f"{name} is to reuse the codes of {tensor}, but {self.fprop.transform} rewrites the output of fprop, "
+                "too: dy is that of another output; read the original"
+            )
+        if tensor == "dy" and changes(self.dgrad.transform, left=True):
+            raise ValueError(f"{name} is to reuse the codes of dy, which {self.dgrad.transform} changed along features")
 
     def __str__(self) -> str:
         derivatives = [f", {name} * {e}" for name, e in (("dx", self.dx), ("dw", self.dw)) if e is not None]

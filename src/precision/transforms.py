@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import hadamard_matrices
 from .noise import Noise, step_key
-from .spec import Transform, changes, draws, mixes_rows
+from .spec import Transform, changes, draws, is_orthogonal, rewrites_output
 
 # The sign vector that TransformerEngine uses for every layer and step of its 16-wide transform.
 TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -54,7 +54,7 @@ class Hadamard:
     Args:
         size: a power of two from 2 to 128, or -1 for the whole width.
         signs: ``te``: TransformerEngine's vector (size 16 only); ``none``; a seed for fixed random signs; or ``step``:
-            drawn anew at every step, the same for all blocks.
+            drawn anew at every step, the same for all blocks, micro-batches and sides of a GEMM.
         rounded: False leaves the values of transformed operands in FP32, so that they are rounded by quantization
             alone, as in Quartet and Quartet II.
 
@@ -262,6 +262,11 @@ class Rescale:
     y: Along | None = None
 
     draws: ClassVar[bool] = False
+    orthogonal: ClassVar[bool] = False
+
+    @property
+    def rewrites_output(self) -> bool:
+        return self.y is not None
 
     def left(self, a: Tensor, stats: Tensor | None = None) -> Tensor:
         return _rescaled(a, self.a, stats)
@@ -315,12 +320,13 @@ class Composed:
     def changes(self, left: bool) -> bool:
         return changes(self.first, left=left) or changes(self.second, left=left)
 
-    def mixes_rows(self, left: bool) -> bool:
-        return mixes_rows(self.first, left=left) or mixes_rows(self.second, left=left)
+    @property
+    def rewrites_output(self) -> bool:
+        return rewrites_output(self.first) or rewrites_output(self.second)
 
     @property
     def orthogonal(self) -> bool:
-        return all(getattr(part, "orthogonal", False) for part in (self.first, self.second))
+        return is_orthogonal(self.first) and is_orthogonal(self.second)
 
     @property
     def draws(self) -> bool:
@@ -346,7 +352,7 @@ class Outer:
     Raises ValueError without either, and for a ``Rescale`` or another ``Outer``.
     """
 
-    orthogonal: ClassVar[bool] = True
+    rewrites_output: ClassVar[bool] = True
 
     a: Transform | None = None
     b: Transform | None = None
@@ -376,8 +382,6 @@ class Outer:
 
     def changes(self, left: bool) -> bool:
         return (self.a if left else self.b) is not None
-
-    mixes_rows = changes
 
     @property
     def draws(self) -> bool:

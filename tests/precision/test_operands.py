@@ -16,9 +16,9 @@ from narrowgauge.precision.formats import E2M1, E4M3, NumberFormat, unpack4
 from narrowgauge.precision.hooks import RollAmax
 from narrowgauge.precision.linear import QuantLinear, quantized
 from narrowgauge.precision.probe import Probe
-from narrowgauge.precision.quantize import Quantized, dequantize, quantize
-from narrowgauge.precision.recipe import Phase, Recipe, Rule
-from narrowgauge.precision.scaling import Current, Delayed, Fp32, Power, PowerOfTwo, Tile, Unit
+from narrowgauge.precision.quantize import Quantized, dequantize, quantize, scaled_values
+from narrowgauge.precision.recipe import Phase, Recipe, Rule, require_apart
+from narrowgauge.precision.scaling import Current, Delayed, Fp32, Fp32Decode, Power, PowerOfTwo, Tile, Unit
 from narrowgauge.precision.schedule import Span
 from narrowgauge.precision.spec import (
     GemmSpec,
@@ -32,7 +32,7 @@ from narrowgauge.precision.spec import (
     values_of,
 )
 from narrowgauge.precision.sums import H100_FP8, Side, summed
-from narrowgauge.precision.transforms import Hadamard, Outer, Rescale
+from narrowgauge.precision.transforms import Along, Composed, Hadamard, Outer, Rescale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,11 +148,11 @@ def test_codes_of_a_transformed_operand_give_a_gradient_that_is_taken_back(sourc
         ),
         (
             {"dgrad": GemmSpec(a=BLOCK, transform=Hadamard()), "wgrad": GemmSpec(a=values_of(BLOCK))},
-            r"wgrad\.a is to reuse the codes of dy, which are those of another after hadamard16",
+            r"wgrad\.a is to reuse the codes of dy, which hadamard16 changed along features",
         ),
         (
             {"fprop": GemmSpec(b=BLOCK, transform=Outer(b=Hadamard())), "dgrad": GemmSpec(b=values_of(BLOCK))},
-            r"dgrad\.b is to reuse the codes of w, which are those of another after hadamard16 along the rows of b",
+            r"dgrad\.b is to reuse the codes of w, but hadamard16 along the rows of b rewrites the output of fprop",
         ),
     ],
 )
@@ -200,6 +200,10 @@ def sum_of(split: Split, x: Tensor, *, transposed: bool = False, transform: Hada
     """Of the rounded parts, in float64: each transposed and transformed before it is rounded."""
     total = torch.zeros(x.mT.shape if transposed else x.shape, dtype=torch.float64)
     for tensor, part in zip(split.by.split(x), split.parts, strict=True):
+        if transposed and len(tensor) == 1 and part.spec is not None:  # rounded as the row it is
+            given = rounded(tensor, part.spec).expand_as(x).mT
+            total = total + (given if transform is None else transform.left(given))
+            continue
         given = tensor.expand_as(x).mT if transposed else tensor
         given = given if transform is None else transform.left(given)
         total = total + (given.double() if part.spec is None else rounded(given, part.spec))
@@ -263,6 +267,32 @@ def test_a_later_gemm_reads_the_parts_that_the_split_names(reused: tuple[str, ..
     assert close(dw, DY.double().mT @ rounded(read(X).float().mT, BLOCK).mT)
 
 
+@pytest.mark.parametrize("split", [CLAMPED, CENTRED], ids=str)
+@pytest.mark.parametrize("transform", [None, Hadamard()], ids=str)
+def test_parts_are_quantized_again_one_by_one(split: Split, transform: Hadamard | None) -> None:
+    """Each by the spec of its name there, from the values of its codes, turned and rotated (TetraJet-v2)."""
+    later = replace(split, source=Source.QUANTIZED, parts=tuple(Part(part.name, BLOCK) for part in split.parts))
+    again = GemmSpec(b=later, transform=transform)
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=split, b=split), dgrad=again, wgrad=again))
+    _, dx, dw, _ = run(module)
+
+    def read(x: Tensor) -> Tensor:
+        total = torch.zeros(x.mT.shape, dtype=torch.float64)
+        for tensor, part in zip(split.by.split(x), split.parts, strict=True):
+            codes = tensor.float() if part.spec is None else rounded(tensor, part.spec).float()
+            if len(codes) == 1:
+                turned = rounded(codes, BLOCK).float().expand_as(x).mT
+                total = total + (turned if transform is None else transform.left(turned)).double()
+                continue
+            total = total + rounded(codes.mT if transform is None else transform.left(codes.mT), BLOCK)
+        return total
+
+    dy = DY.double() if transform is None else transform.left(DY.double())
+    assert close(dx, dy @ read(module.weight.detach()).mT)
+    dy_t = DY.mT.double() if transform is None else transform.left(DY.mT.double())
+    assert close(dw, dy_t @ read(X).mT)
+
+
 def test_parts_have_noise_of_their_own_which_is_that_of_the_step() -> None:
     """The first has that of an operand which is one."""
     random = replace(ROW4, rounding=Rounding.STOCHASTIC)
@@ -318,7 +348,10 @@ def test_a_sum_of_parts_stands_in_the_plan_line_by_line_and_in_the_probe_row_by_
         (lambda: Split(by=Clamped(), parts=(Part("a", ROW4), Part("a", None))), "with names of their own"),
         (lambda: Split(by=Clamped(), parts=(Part("a", None), Part("b", None))), "clamp1: none of its parts a, b is"),
         (lambda: replace(CLAMPED, reused=("insid",)), r"no part named 'insid' \(did you mean 'inside'\?\)"),
-        (lambda: replace(CLAMPED, source=Source.QUANTIZED), "quantized from the original, or the values"),
+        (
+            lambda: LinearSpec(fprop=GemmSpec(a=CLAMPED), wgrad=GemmSpec(b=replace(CENTRED, source=Source.QUANTIZED))),
+            "wgrad.b quantizes parts of x again: inside, outliers, not mean, rest",
+        ),
         (
             lambda: Split(by=Clamped(), parts=(Part("a", replace(TENSOR8, amax=Delayed())), Part("b", None))),
             "part 'a': e4m3/tensor/delayed: a part is scaled by its own amax",
@@ -442,6 +475,15 @@ def test_a_clipped_gradient_is_zero_whatever_came_back() -> None:
     assert multiplied(g, torch.tensor([0.0, 0.0, 0.1])).tolist() == [0.0, 0.0, float(torch.tensor(0.3).bfloat16())]
 
 
+@pytest.mark.parametrize("spec", [ROW4, TENSOR8, replace(ROW4, scale=Fp32Decode())], ids=str)
+def test_no_row_clips_its_own_maximum(spec: OperandSpec) -> None:
+    """Although max / amax * amax may be a step of FP32 beyond."""
+    x = samples(2048, 64, seed=7)
+    scaled = scaled_values(x, spec)
+    assert spec is TENSOR8 or (scaled.abs() > spec.format.max).any()
+    assert ClipMask().factor(scaled, spec.format).all()
+
+
 def test_a_strict_mask_counts_the_largest_value_as_clipped() -> None:
     scaled = torch.tensor([[-6.0, 5.999, 6.0, 6.001, float("nan"), float("-inf")]])
     assert ClipMask().factor(scaled, E2M1).tolist() == [[True, True, True, False, False, False]]
@@ -557,6 +599,35 @@ def test_high_precision_is_that_of_a_plain_linear_and_a_phase_switches_all_of_it
     assert 0.01 < error.norm() / dx.norm() < 0.5
 
 
+def test_a_phase_that_no_step_begins_is_for_hooks() -> None:
+    """As where backward goes back to BF16 by a criterion; it stands in the plan, and what a step begins goes before."""
+
+    @dataclass
+    class Criterion:
+        met: bool = False
+
+        def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
+            for module in model.values():
+                module.use((0, 1, 1) if self.met else (0, 0, 0))
+
+        def __str__(self) -> str:
+            return "a criterion"
+
+    hook = Criterion()
+    gemm = GemmSpec(a=ROW4, b=ROW4)
+    phase = Phase(span=None, gemms=("dgrad", "wgrad"))
+    plan, (module,) = plan_of(LinearSpec(fprop=gemm, dgrad=gemm, wgrad=gemm), schedule=(phase,), hooks=(hook,))
+    assert "when a hook says so: high precision (torch)" in str(plan)
+    require_apart((phase, Phase(span=Span(start=0, end=3))), 10)
+    narrow = run(module)
+    hook.met = True
+    plan.begin_step(1, 0)
+    y, dx, dw, _ = run(module)
+    assert torch.equal(y, narrow[0])
+    assert close(dx, DY.double() @ module.weight.detach().double())
+    assert close(dw, DY.double().mT @ X.double())
+
+
 def test_a_transform_without_a_way_back_is_named() -> None:
     @dataclass(frozen=True, slots=True)
     class Flip:
@@ -576,3 +647,87 @@ def test_a_transform_without_a_way_back_is_named() -> None:
     assert run(linear_of(LinearSpec(fprop=fprop)))  # nothing needs it
     with pytest.raises(ValueError, match="flip names no way back"):
         run(linear_of(LinearSpec(fprop=fprop, dgrad=GemmSpec(b=values_of(ROW4)))))
+
+
+# What meets: rows that stand for all, products of two kinds, linears without a gradient of their weight.
+
+
+@dataclass(frozen=True)
+class MeanRow:
+    """The mean of all rows, as one row, and the rest."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.float().mean(0, keepdim=True)
+        return mean, x - mean
+
+    def __str__(self) -> str:
+        return "mean-row"
+
+
+def test_a_part_of_one_row_may_be_all_that_is_read_again() -> None:
+    split = Split(by=MeanRow(), parts=(Part("mean", BLOCK), Part("rest", BLOCK)), reused=("mean",))
+    again = values_of(split)
+    spec = LinearSpec(fprop=GemmSpec(a=split, b=split), dgrad=GemmSpec(b=again), wgrad=GemmSpec(b=again))
+    module = linear_of(spec)
+    _, dx, dw, _ = run(module)
+    x, w = (rounded(tensor.detach().mean(0, keepdim=True), BLOCK) for tensor in (X, module.weight))
+    assert close(dx, DY.double() @ w.expand(OUTS, INS))
+    assert close(dw, DY.double().mT @ x.expand(ROWS, INS))
+
+
+@pytest.mark.parametrize("operand", [SQUARE, TENSOR8], ids=str)
+def test_a_rule_in_wgrad_reads_codes_where_dgrad_needs_none(operand: OperandSpec) -> None:
+    plain = GemmSpec(a=operand, b=operand)
+    by_rule = replace(plain, accumulate=H100_FP8)
+    mixed = run(linear_of(LinearSpec(dgrad=plain, wgrad=by_rule)))
+    both = run(linear_of(LinearSpec(dgrad=by_rule, wgrad=by_rule)))
+    assert torch.equal(mixed[2], both[2])
+
+
+def test_siblings_share_no_operand_of_products_that_read_otherwise() -> None:
+    plain = GemmSpec(a=ROW4, b=ROW4)
+    specs = {"a": LinearSpec(fprop=plain), "b": LinearSpec(fprop=replace(plain, accumulate=H100_FP8))}
+    for order in ("ab", "ba"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(INS, OUTS) for name in "ab"})
+        rules = tuple(Rule(kind=nn.Linear, path=name, make=quantized(spec)) for name, spec in specs.items())
+        apply(Recipe(rules=rules), model, tokens=ROWS).begin_step(0, 0)
+        x = X.clone()
+        together = [model[name](x) for name in order]
+        assert all(torch.equal(y, model[name](X.clone())) for name, y in zip(order, together, strict=True))
+
+
+@pytest.mark.parametrize("spec", [ROW4, TENSOR8], ids=str)
+def test_dx_has_its_derivative_where_the_weight_is_frozen(spec: OperandSpec) -> None:
+    module = linear_of(LinearSpec(fprop=GemmSpec(a=spec, b=spec), dx=ClipMask(strict=True)))
+    trained = run(module)[1]
+    module.weight.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    module(x).backward(DY)
+    assert torch.equal(x.grad, trained)
+
+
+def test_bits_of_no_rows() -> None:
+    assert unpack_bits(pack_bits(torch.ones(0, 9, dtype=torch.bool)), 9).shape == (0, 9)
+
+
+def test_a_derivative_wants_the_weight_and_not_its_codes() -> None:
+    gemm = GemmSpec(a=SQUARE, b=SQUARE)
+    assert isinstance(linear_of(LinearSpec(fprop=gemm, dgrad=gemm)).reads_weight, OperandSpec)
+    assert isinstance(linear_of(LinearSpec(fprop=gemm, dgrad=gemm, dw=ClipMask())).reads_weight, str)
+
+
+def test_transforms_that_leave_no_way_back_are_refused() -> None:
+    scale = Rescale(name="scale", a=Along(1, -1), b=Along(1, 1))
+    tokens = Rescale(name="tokens", a=Along(0, -1), y=Along(0, 1))
+    for transform in (Outer(b=Hadamard()), tokens, Composed(first=tokens, second=Hadamard())):
+        fprop = GemmSpec(a=BLOCK, b=BLOCK, transform=transform)
+        for again in ({"dgrad": GemmSpec(b=values_of(BLOCK))}, {"wgrad": GemmSpec(b=values_of(BLOCK))}):
+            with pytest.raises(ValueError, match="rewrites the output of fprop, too"):
+                LinearSpec(fprop=fprop, **again)
+    for name in ("dx", "dw"):
+        with pytest.raises(ValueError, match=f"{name}: clip-mask multiplies where scale led"):
+            LinearSpec(fprop=GemmSpec(a=BLOCK, b=BLOCK, transform=scale), **{name: ClipMask()})
+    split = Split(by=MeanRow(), parts=(Part("mean", BLOCK), Part("rest", BLOCK)))
+    with pytest.raises(ValueError, match="a sum, and no codes"):
+        GemmSpec(a=BLOCK, b=values_of(split), accumulate=H100_FP8)
