@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from .backends import quantize_by
 from .linear import QuantLinear
-from .operands import Gathered
+from .packing import Gathered
 from .quantize import Quantized
 from .scaling import TENSOR, Unit
 from .slots import W

@@ -1,7 +1,8 @@
 """Number formats, and what they do to numbers: ``round``, ``encode``, ``decode``.
 
 A format is a grid of values. ``round`` takes any float tensor to the grid and stays in FP32; ``encode`` turns grid
-values into codes and ``decode`` codes into values. Scales are no business of this module.
+values into codes and ``decode`` codes into values. Scales are no business of this module. Three leaves of one protocol
+stand here side by side, which is why this file is long.
 
 ``NumberFormat`` is the protocol. Its leaves: ``ExMy`` (sign, exponent, mantissa), ``Integer``, ``PowersOfTwo`` (E8M0,
 for scales), and ``precision.codebook.Codebook``, a table of values. A recipe may bring another: plain torch computes

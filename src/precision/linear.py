@@ -21,8 +21,8 @@ from .assign import assign_backends
 from .backends import REFERENCE
 from .context import StepContext
 from .module import Observer, QuantizedModule, Site
-from .operands import Call, Gathered
-from .packing import AnyOperand, Saving, pack, pack_all, unpack, unpack_all
+from .operands import Call
+from .packing import AnyOperand, Gathered, Saving, pack, pack_all, unpack, unpack_all
 from .quantize import Quantized
 from .scaling import Delayed
 from .slots import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .backends import Cast, Operand, quantize_by
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, base_key, step_key
 from .observing import measured
-from .packing import AnyOperand, Parts, Saving, WithDerivative, parts_of, values
+from .packing import AnyOperand, Gathered, Parts, Saving, WithDerivative, parts_of, values
 from .quantize import Prepared, Quantized, dequantize, scaled_values
 from .scaling import Unit
 from .slots import (
@@ -41,16 +41,6 @@ from .transforms import Composed, back, drawn
 if TYPE_CHECKING:
     from .linear import QuantLinear
     from .module import Observer
-
-
-class Gathered(NamedTuple):
-    """How to read a weight that holds the values of its codes, unscaled (``precision.comm``).
-
-    ``scales`` and ``tensor_scale`` are those of the full weight, as in ``Quantized``.
-    """
-
-    scales: Tensor
-    tensor_scale: Tensor | None
 
 
 @dataclass(slots=True)  # a frozen one takes several times as long to make

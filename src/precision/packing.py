@@ -14,6 +14,16 @@ from .backends import Operand
 from .quantize import Prepared, Quantized, dequantize
 
 
+class Gathered(NamedTuple):
+    """How to read a weight that holds the values of its codes, unscaled (``precision.comm``).
+
+    ``scales`` and ``tensor_scale`` are those of the full weight, as in ``Quantized``.
+    """
+
+    scales: Tensor
+    tensor_scale: Tensor | None
+
+
 class Parts(NamedTuple):
     """An operand that is a sum (``spec.Split``)."""
 
