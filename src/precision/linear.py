@@ -126,6 +126,12 @@ class QuantLinear(QuantizedModule):
                 raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
             phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
         self._row = assign_backends(self, site, phases)
+        for number, phase in enumerate(site.phases, 1):  # what cannot be is said before the first step
+            fprop, dgrad, wgrad = (number if gemm in phase.gemms else 0 for gemm in GEMMS)
+            try:
+                self.plan_of((fprop, dgrad, wgrad))
+            except ValueError as error:
+                raise ValueError(f"schedule ({phase.when}): {self.path}: {error}") from error
 
     def plan_rows(self) -> tuple[str]:
         return (self._row,)

@@ -599,6 +599,18 @@ def test_high_precision_is_that_of_a_plain_linear_and_a_phase_switches_all_of_it
     assert 0.01 < error.norm() / dx.norm() < 0.5
 
 
+def test_a_phase_that_cannot_be_is_refused_before_the_first_step() -> None:
+    """The derivative was reached by codes of a rescaled operand; a phase that reads none leaves no way."""
+    scale = Rescale(name="by columns", a=Along(1, -1), b=Along(1, 1))
+    fprop = GemmSpec(a=BLOCK, b=BLOCK, transform=scale)
+    spec = LinearSpec(fprop=fprop, dgrad=GemmSpec(b=values_of(BLOCK)), dx=ClipMask())
+    plan_of(spec)
+    with pytest.raises(
+        ValueError, match=r"schedule \(steps 2 to 3\): l0: dx: clip-mask multiplies where by columns led"
+    ):
+        plan_of(spec, schedule=(Phase(span=Span(start=2, end=4), gemms=("dgrad",)),))
+
+
 def test_a_phase_that_no_step_begins_is_for_hooks() -> None:
     """As where backward goes back to BF16 by a criterion; it stands in the plan, and what a step begins goes before."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -256,6 +256,20 @@ def test_recipes_sum_by_a_rule(name: str) -> None:
     for exact, narrow in zip(*outputs, strict=True):
         error = (narrow - exact).norm() / exact.norm()
         assert 1e-5 < error < 1e-2
+
+
+def test_codes_that_a_rule_reads_itself_are_no_integers() -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Doubled(Fp32):
+        def read(self, codes: Tensor, stored: Tensor, element: NumberFormat, tile: Tile) -> Tensor:
+            return 2 * element.decode(codes) * stored
+
+    spec = OperandSpec(format=INT8, tile=Tile(1, -1), scale=Doubled())
+    a, b = torch.randn(4, 64), torch.randn(3, 64)
+    gemm = GemmSpec(a=spec, b=spec)
+    y = product(gemm, a, b)
+    assert torch.allclose(y, 4 * a @ b.mT, rtol=0.1, atol=2.0)
+    assert torch.allclose(y, dequantize(quantize(a, spec)) @ dequantize(quantize(b, spec)).mT, rtol=1e-5, atol=1e-4)
 
 
 def test_native_sums_stand_for_a_rule_where_they_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

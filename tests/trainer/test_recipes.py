@@ -507,7 +507,11 @@ def gain_of(config: TrainConfig) -> dict[str, Tensor]:
 
 def test_a_hook_has_parameters_a_loss_term_and_a_word_before_and_after_the_update(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "gain.py"
-    config, plan_text = finished_with(tiny, file, GAIN, "train.micro_batch_size=8")
+    config, plan_text = finished_with(
+        tiny, file, GAIN, "train.micro_batch_size=8", "probe.every=3", "eval.precision=high"
+    )
+    watched = [row["slot"] for row in read_rows(Path(config.run.dir) / "metrics.jsonl", "probe") if row["step"] == 6]
+    assert watched.count("fprop.x") == 2 * 15  # also those from before it was resumed
     line = (
         "every step: a gain before the head, drawn to 1 by 0.5; a term of the loss; changes gradients; changes weights"
     )

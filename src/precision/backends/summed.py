@@ -17,27 +17,23 @@ from torch import Tensor
 from ..formats import ExMy, Integer, NumberFormat
 from ..quantize import Quantized
 from ..quantize import _decoded as decoded_scales
-from ..scaling import FP32_MAX
+from ..scaling import FP32_MAX, reads
 from ..spec import GemmSpec, OperandSpec, Source
 from ..sums import Accumulate, Side, Summing, summed
 from .interface import Operand, Product, Quantizer, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summed:
-    """Emulation of a tensor core's sums.
+class OfCodes:
+    """A product that reads codes.
 
     Args:
         quantizer: who made the codes.
-        rule: of the sums.
         otherwise: who multiplies in a step that the recipe leaves in high precision.
-        by: who sums, where it knows the rule; None: plain torch.
     """
 
     quantizer: Quantizer
-    rule: Accumulate
     otherwise: Product
-    by: Summing | None = None
 
     reads_rows: ClassVar[bool] = True
 
@@ -45,15 +41,28 @@ class Summed:
     def name(self) -> str:
         return self.quantizer.name
 
-    @property
-    def identity(self) -> tuple[str, ...]:
-        return (repr(self.rule),)
-
     def why_not(self, gemm: GemmSpec, shape: Shape, device: torch.device) -> str | None:
         return self.otherwise.why_not(gemm, shape, device)
 
     def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> Product:
         return self.otherwise.for_gemm(gemm, shape, device, quantizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summed(OfCodes):
+    """Emulation of a tensor core's sums.
+
+    Args:
+        rule: of the sums.
+        by: who sums, where it knows the rule; None: plain torch.
+    """
+
+    rule: Accumulate
+    by: Summing | None = None
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        return (repr(self.rule),)
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``."""
@@ -72,32 +81,14 @@ class Summed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExactIntegers:
+class ExactIntegers(OfCodes):
     """Products of integers whose sums are exact, also where FP32 does not hold them, and rounded once to FP32.
 
     Exact below 2^53: 2^23 products of INT16, 2^39 of INT8. Where FP32 holds every sum of the two matrices and no scale
     is of a row, ``otherwise`` multiplies, to the same bits.
-
-    Args:
-        quantizer: who made the codes.
-        otherwise: as in ``Summed``.
     """
 
-    quantizer: Quantizer
-    otherwise: Product
-
-    reads_rows: ClassVar[bool] = True
     identity: ClassVar[tuple[str, ...]] = ("exact integers",)
-
-    @property
-    def name(self) -> str:
-        return self.quantizer.name
-
-    def why_not(self, gemm: GemmSpec, shape: Shape, device: torch.device) -> str | None:
-        return self.otherwise.why_not(gemm, shape, device)
-
-    def for_gemm(self, gemm: GemmSpec, shape: Shape, device: torch.device, quantizer: Quantizer) -> Product:
-        return self.otherwise.for_gemm(gemm, shape, device, quantizer)
 
     def gemm(self, a: Operand, b: Operand, *, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a [m, k] @ b [n, k].mT + bias [n] in ``dtype``."""
@@ -127,7 +118,7 @@ def sums_integers(gemm: GemmSpec, shape: Shape) -> bool:
     for spec in (a, b):
         constant = spec.scale.levels == 0 or (spec.scale.levels == 1 and spec.tile.inner == -1)
         across = spec.source is Source.VALUES and spec.tile.outer != spec.tile.inner
-        if not constant or across or type(spec.format) is not Integer:
+        if not constant or across or reads(spec.scale) or type(spec.format) is not Integer:
             return False
     rows = any(spec.scale.levels and spec.tile.outer != -1 for spec in (a, b))
     return rows or not _held_by_fp32(a.format, b.format, shape[2])
