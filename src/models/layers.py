@@ -212,6 +212,10 @@ class Decoder(nn.Module):
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         return Init(0.0, std / math.sqrt(2 * self.config.num_layers) if residual else std)
 
+    def multipliers_of(self, name: str, shape: torch.Size) -> tuple[float, float]:
+        """Factors of the learning rate and of the weight decay of the parameter ``name``: vectors do not decay."""
+        return 1.0, 1.0 if len(shape) > 1 else 0.0
+
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, positions_BT: Tensor | None = None
     ) -> Tensor:

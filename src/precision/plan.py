@@ -20,6 +20,7 @@ from .context import StepContext
 from .coverage import Coverage
 from .loss_scale import LossScaler
 from .module import PlanRow, quantized_modules
+from .parameters import Multipliers, Setting, described, groups, settings
 from .recipe import Recipe
 from .spec import GEMMS
 
@@ -38,6 +39,7 @@ class Plan:
     coverage: Coverage = field(default_factory=Coverage)
     notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
     context: StepContext = field(default_factory=StepContext)
+    settings: dict[str, Setting] = field(init=False)  # what the recipe says of single parameters, by name
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
     _clean_steps: Tensor = field(init=False)
@@ -45,7 +47,8 @@ class Plan:
     _end_steps: list[tuple[Callable[..., None], bool]] = field(init=False, repr=False)  # and whether it takes the loss
 
     def __post_init__(self) -> None:
-        """Raises ValueError for hooks whose tensors have one name, or are the model's."""
+        """Raises ValueError for hooks whose tensors have one name, or are the model's, and for what the recipe says of
+        parameters that are not there."""
         self._scale, self._clean_steps = (self.recipe.loss_scale or LossScaler()).start()
         hooks = self.recipe.hooks
         self._calls = {name: [getattr(hook, name) for hook in hooks if hasattr(hook, name)] for name in _CALLS}
@@ -58,6 +61,9 @@ class Plan:
             for path, parameter in self.model.named_parameters():
                 if id(parameter) in own:
                     raise ValueError(f"{own[id(parameter)]} of a hook is {path} of the model, too: it can be but one")
+        self.settings = settings(self.recipe.parameters, {name: p.shape for name, p in self.parameters().items()})
+        if drawn := [name for name, said in self.settings.items() if name.startswith("recipe.") and said.init]:
+            raise ValueError(f"parameters: {drawn[0]} is a hook's, which starts it itself")
 
     @property
     def loss_scale(self) -> float | None:
@@ -167,6 +173,30 @@ class Plan:
         """Parameters that hooks have of their own, as ``CLASS.NAME``."""
         return self._hook_tensors("parameters")
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name: the model's, and those of hooks as ``recipe.CLASS.NAME``."""
+        of_hooks = {f"recipe.{name}": parameter for name, parameter in self.hook_parameters().items()}
+        return dict(self.model.named_parameters()) | of_hooks
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The parameters that are trained, named, in groups of one learning rate and decay, for an optimizer.
+
+        A model may have a method ``multipliers_of(name, shape)``, factors of both; else what has one dimension does not
+        decay. The recipe's settings come first. A schedule multiplies a group's ``lr``, or sets it to its own times
+        ``lr_scale``. Parameters of hooks do not decay, and have a group of their own.
+
+        Args:
+            lr: the peak.
+        """
+        of_model: Multipliers = getattr(self.model, "multipliers_of", _multipliers)
+        trained = [(name, p) for name, p in self.parameters().items() if p.requires_grad]
+        result = []
+        for of_hooks in (False, True):
+            some = [(name, p) for name, p in trained if name.startswith("recipe.") == of_hooks]
+            say = _undecayed if of_hooks else of_model
+            result += groups(some, self.settings, lr=lr, weight_decay=weight_decay, of_model=say)
+        return result
+
     def _hook_tensors(self, kind: str) -> dict[str, Tensor]:
         return {
             f"{type(hook).__name__}.{name}": tensor
@@ -227,8 +257,27 @@ class Plan:
         scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]
         hooks = [f"every step: {_describe(hook)}" for hook in self.recipe.hooks]
-        lines = [head, *update, *scaler, *phases, *hooks, *map(str, self.rows), *self.notes, str(self.coverage)]
+        of_parameters = described(self.settings)
+        lines = [
+            head,
+            *update,
+            *of_parameters,
+            *scaler,
+            *phases,
+            *hooks,
+            *map(str, self.rows),
+            *self.notes,
+            str(self.coverage),
+        ]
         return "\n".join(lines) + "\n"
+
+
+def _multipliers(name: str, shape: torch.Size) -> tuple[float, float]:
+    return 1.0, 1.0 if len(shape) > 1 else 0.0
+
+
+def _undecayed(name: str, shape: torch.Size) -> tuple[float, float]:
+    return 1.0, 0.0
 
 
 def _tensors(owner: Any, kind: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .blocks import Block
 from .linear import quantized
 from .loss_scale import LossScaler
+from .parameters import ForParameters
 from .scaling import Current
 from .schedule import Span
 from .spec import GEMMS, LinearSpec
@@ -215,7 +216,8 @@ def require_apart(schedule: Sequence[Phase], total_steps: int | None) -> None:
 class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
-    ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
+    ``parameters``: learning rate, decay and initial values of single parameters, where not the model's; a later part
+    wins. ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
 
     Raises ValueError for a schedule whose phases meet.
     """
@@ -227,6 +229,7 @@ class Recipe:
     loss_scale: LossScaler | None = None
     schedule: tuple[Phase, ...] = ()
     hooks: tuple[Any, ...] = ()  # each a Hook, of which it may leave out what it does not need
+    parameters: tuple[ForParameters, ...] = ()
     one_micro_batch: bool = False
 
     def __post_init__(self) -> None:

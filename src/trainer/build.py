@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..models import ARCHITECTURES, Model, ModelConfig, create
 from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
+from ..models.layers import Init
 from ..models.memory import activation_bytes
 from ..precision.apply import apply
 from ..precision.comm import gather_codes
@@ -69,7 +70,7 @@ def build_state(
     lengths = {f"model.max_seq_len={model_config.max_seq_len}": model_config.max_seq_len}
     model, plan = build_model(model_config, recipe, parallel, world, backend=backend, tokens=tokens, seed=seed)
     if pretrained is None:
-        initialize(model, seed)
+        initialize(model, seed, plan)
     else:
         trained = world.on_all(lambda: _start_from(model, pretrained))
         lengths |= {} if trained is None else {f"the {trained} tokens that {pretrained} was trained at": trained}
@@ -83,7 +84,7 @@ def build_state(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
     with as_user_error("optim.moments: ", ValueError):
-        optimizer = build_optimizer(optim, model, plan, seed=seed, backend=backend)
+        optimizer = build_optimizer(optim, plan, seed=seed, backend=backend)
     plan.update_note = _moments_note(precision, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
 
@@ -165,10 +166,15 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 @torch.no_grad()
-def initialize(model: Model, seed: int) -> None:
-    """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows."""
+def initialize(model: Model, seed: int, plan: Plan) -> None:
+    """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows.
+
+    As the model says, or the recipe.
+    """
     for name, parameter in model.named_parameters():
-        _set_from_full(parameter, model.init_of(name).draw(seed, name, parameter.shape))
+        said = plan.settings[name].init
+        init = model.init_of(name) if said is None else Init(*said)
+        _set_from_full(parameter, init.draw(seed, name, parameter.shape))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from ..precision.plan import Plan
@@ -79,26 +78,18 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 def build_optimizer(
     config: OptimConfig,
-    model: nn.Module,
     plan: Plan,
     *,
     seed: int,
     backend: str,
 ) -> Optimizer:
-    """The update rule of the plan's recipe over two groups: matrices and embeddings decay, vectors do not; and a third
-    of the parameters of its hooks, which do not.
+    """The update rule of the plan's recipe over groups of parameters of one learning rate and decay.
 
     ``seed``: of rounding noise. Raises ValueError if the rule cannot hold its states as the recipe's ``moments`` say,
     and for hooks that change weights of which there is a master copy or a residual.
     """
     moments = plan.recipe.moments
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    of_hooks = [(f"recipe.{name}", p) for name, p in plan.hook_parameters().items() if p.requires_grad]
-    groups = [group for group in (*groups, {"params": of_hooks, "weight_decay": 0.0}) if group["params"]]
+    groups = plan.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
     betas = (config.beta1, config.beta2)
     optimizer = plan.recipe.update.build(
         groups, lr=config.lr, betas=betas, eps=config.eps, moments=moments, seed=seed, backend=backend

@@ -52,8 +52,7 @@ class TrainState:
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name: the model's, and those of the recipe's hooks."""
-        of_hooks = {f"{RECIPE_PREFIX}{name}": parameter for name, parameter in self.plan.hook_parameters().items()}
-        return dict(self.model.named_parameters()) | of_hooks
+        return self.plan.parameters()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, alive: what a checkpoint saves, and loads into in place."""

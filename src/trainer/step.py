@@ -84,7 +84,7 @@ def update_from(
         plan.before_update({name: local(p.grad) for name, p in state.parameters().items() if p.grad is not None})
     lr = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     measured = due(config.telemetry_every, step + 1)
     factor = None
     if world.deferred and not replicated and not plan.wants("after_update"):

@@ -68,7 +68,7 @@ def test_decay_falls_on_matrices_alone() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.LayerNorm(3))
     plan = apply(load("fp32"), model)
     config = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.3)
-    optimizer = build_optimizer(config, model, plan, seed=0, backend="auto")
+    optimizer = build_optimizer(config, plan, seed=0, backend="auto")
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.3, "1.weight": 0.3, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,

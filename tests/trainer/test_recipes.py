@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import launch, run_many, sign, tiny_overrides, train_here
-from narrowgauge.models.layers import RMSNorm
+from narrowgauge.models.layers import Init, RMSNorm
 from narrowgauge.precision import apply, load, recipes
 from narrowgauge.precision.loading import filled, names
 from narrowgauge.trainer import distributed
@@ -498,6 +498,55 @@ def recipe(*, strength: float = 0.5) -> Recipe:
     return Recipe(rules=(rule,), hooks=(gain,), dtypes=Dtypes(compute=torch.float32))
 '''
 GAIN_STATE = {"alpha", "alpha.step", "alpha.exp_avg", "alpha.exp_avg_sq", "updates", "loss"}
+
+
+PARAMETERS = '''"""A toy: hidden matrices learn and start by their width; norms stand still; biases start at 0.25."""
+
+from narrowgauge.precision.parameters import Parameters, Setting
+from narrowgauge.precision.recipe import Dtypes, Recipe
+
+
+class ByWidth:
+    def of(self, name, shape):
+        if name.startswith("layers.") and len(shape) == 2:
+            return Setting(lr=4 / shape[-1], init=(0.0, 0.5 * shape[-1] ** -0.5))
+
+    def __str__(self):
+        return "by width"
+
+
+def recipe() -> Recipe:
+    norms = Parameters(path=".*norm.*weight", setting=Setting(lr=0.0))
+    biases = Parameters(path=".*bias", setting=Setting(init=(0.25, 0.0), decay=3.0))
+    return Recipe(parameters=(ByWidth(), norms, biases), dtypes=Dtypes())
+'''
+
+
+def test_a_recipe_says_how_single_parameters_learn_and_start(tiny: Tiny, tmp_path: Path) -> None:
+    """In a run whose updates are decay alone: what is left of a weight is what its own rate and decay leave."""
+    file = tmp_path / "widths.py"
+    file.write_text(PARAMETERS)
+    options = ("optim.lr=0.5", "optim.weight_decay=0.1", "optim.eps=1e30", "optim.schedule=constant")
+    options = (f"precision.recipe={file}", *options, "optim.warmup_steps=0", "train.steps=1")
+    config = tiny(*options, gpt=True)
+    assert train_here(config) is ExitCode.FINISHED
+    (checkpoint,) = list_checkpoints(Path(config.run.dir) / "checkpoints")
+    weights = read_tensors(checkpoint, "model.")
+    up = weights["model.layers.0.mlp.up_proj.weight"]
+    width = up.shape[1]
+    start = Init(0.0, 0.5 * width**-0.5).draw(config.seed, "layers.0.mlp.up_proj.weight", up.shape)
+    assert torch.allclose(up, start * (1 - 0.5 * 4 / width * 0.1), rtol=1e-6, atol=0)
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.bias"], torch.full((len(up),), 0.25 * (1 - 0.5 * 0.3)))
+    assert torch.equal(weights["model.norm.weight"], torch.ones(width))
+    embedding = weights["model.embed_tokens.weight"]
+    start = Init(0.0, config.model.init_std).draw(config.seed, "embed_tokens.weight", embedding.shape)
+    assert torch.allclose(embedding, start * (1 - 0.5 * 0.1), rtol=1e-6, atol=0)
+    plan_text = (Path(config.run.dir) / "plan.txt").read_text()
+    assert (
+        "layers.0.self_attn.q_proj.weight and 9 others: learning rate x 0.125, starts as normal(0, 0.0883883)"
+        in plan_text
+    )
+    assert "16 others: decay x 3, starts at 0.25" in plan_text
 
 
 def gain_of(config: TrainConfig) -> dict[str, Tensor]:
