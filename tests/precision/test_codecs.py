@@ -29,7 +29,7 @@ from torchao.optim.quant_utils import create_dynamic_map
 
 NAMES = [
     "fp32", "bf16", "bf16/kahan", "e4m3", "e4m3/tensor", "e4m3_240/tensor", "e4m3_240/33", "e5m2", "e5m2/tensor",
-    "e3m4/64", "fp16/tensor", "fp16/64", "dynamic", "dynamic/100", "expanded", "expanded/33",
+    "e3m4/64", "int8", "int8/tensor", "fp16/tensor", "fp16/64", "dynamic", "dynamic/100", "expanded", "expanded/33",
 ]  # fmt: skip
 SHAPES = [(7, 300), (1, 1), (5, 128), (3, 1), (0, 40), (33, 257)]
 
