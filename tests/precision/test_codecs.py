@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from narrowgauge.precision.codebook import Codebook
-from narrowgauge.precision.formats import E2M1, E4M3, INT8
+from narrowgauge.precision.formats import E2M1, E4M3, Integer
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import amax
 from narrowgauge.precision.scaling import Tile
@@ -241,7 +241,7 @@ def test_a_table_of_values_is_a_codec() -> None:
 def test_codecs_that_cannot_be() -> None:
     for make in (
         lambda: Scaled(format=E2M1),
-        lambda: Scaled(format=INT8),
+        lambda: Scaled(format=Integer(bits=7)),
         lambda: Scaled(format=Codebook(name="wide", values=(0.0, 1.0), codes=(0, 0x8000))),
         lambda: Scaled(format=E4M3, rounding=Rounding.TRUNCATE),
         lambda: Plain(dtype=torch.float16),
