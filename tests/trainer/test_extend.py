@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import train_here
 from narrowgauge.precision import load
+from narrowgauge.precision.recipe import Recipe
 from narrowgauge.trainer.config import TrainConfig
 from narrowgauge.trainer.errors import ExitCode
 from narrowgauge.trainer.metrics import read_metrics
@@ -31,6 +32,7 @@ SHOWN = {
     "derivatives-1": "wgrad: high precision (torch), dw * dge5",
     "sums of products-1": "fprop: e4m3/row/fp32 x e4m3/row/fp32, sums of 32 products at 13 bits  [cpu",
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
+    "update rules-1": "moments factored: m e4m3/128, row fp32, col fp32; adamw: m fp32, v fp32 (the recipe's)",
     "layers-1": "saved for backward: e4m3/row/fp32",
 }
 
@@ -46,7 +48,8 @@ def test_every_section_has_a_recipe() -> None:
 def test_a_recipe_of_the_page_trains(tiny: Callable[..., TrainConfig], tmp_path: Path, name: str) -> None:
     file = tmp_path / "recipe.py"
     file.write_text(RECIPES[name])
-    assert load(str(file)).rules or load(str(file)).hooks
+    recipe = load(str(file))
+    assert recipe.rules or recipe.hooks or recipe.update != Recipe().update
     options = ("model.num_layers=3", "train.steps=3", "checkpoint.every=0", "probe.every=3", "sample.tokens=0")
     config = tiny(f"precision.recipe={file}", *options)
     assert train_here(config) is ExitCode.FINISHED
