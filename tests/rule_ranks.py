@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "precision"))
+from narrowgauge.precision.states import driver
 from narrowgauge.precision.states.driver import StateOptimizer
 from narrowgauge.precision.states.moments import STANDARD, Moments, chosen
 from narrowgauge.precision.states.rules import UpdateRule
@@ -78,6 +79,7 @@ def require_same(one: dict[str, Tensor], other: dict[str, Tensor], what: str, *,
 def main(rank: int, place: str) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist, as meant here
     torch.set_num_threads(1)
+    driver._GATHERED = 150  # several collectives an update
     dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=4)
     pair = dist.new_group([0, 1])
     two, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])

@@ -82,7 +82,7 @@ def build_state(
         say(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
-    with as_user_error("optim.moments: ", ValueError):
+    with as_user_error("optim: ", ValueError):
         optimizer = build_optimizer(optim, model, plan, seed=seed, backend=backend)
     plan.update_note = _moments_note(precision, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)

@@ -248,16 +248,17 @@ class GaLore(UpdateRule):
     rank: int = 2
     gap: int = 2
     rest: UpdateRule = AdamW()  # noqa: RUF009
-    states = (
-        State(name="m", extent=lambda shape: GaLore.low(shape, 2)),
-        State(name="v", signed=False, extent=lambda shape: GaLore.low(shape, 2)),
-        State(name="basis", extent=lambda shape: Extent((2, min(shape)), by_rows=False)),
-    )
 
-    @staticmethod
-    def low(shape, rank):  # type: ignore[no-untyped-def]
-        rows, cols = shape
-        return Extent((rows, rank)) if rows >= cols else Extent((rank, cols), by_rows=False)
+    @property
+    def states(self) -> tuple[State, ...]:
+        def low(shape: tuple[int, ...]) -> Extent:
+            rows, cols = shape
+            return Extent((rows, self.rank)) if rows >= cols else Extent((self.rank, cols), by_rows=False)
+
+        def basis(shape: tuple[int, ...]) -> Extent:
+            return Extent((self.rank, min(shape)), by_rows=False)
+
+        return State(name="m", extent=low), State(name="v", signed=False, extent=low), State(name="basis", extent=basis)
 
     def takes(self, name, shape):  # type: ignore[no-untyped-def]
         return len(shape) == 2 and min(shape) > self.rank

@@ -16,7 +16,7 @@ from ..noise import base_key, step_key
 from ..spec import Rounding
 from .choose import UpdateChoice, choose_update
 from .codecs import FP32, Codec, Kahan, Parts, Plain, Scaled
-from .exchange import elements_gathered, exchanged, local, over_ranks, row_offset, sharded_as
+from .exchange import exchanged, local, over_ranks, row_offset, sharded_as
 from .moments import STANDARD, Moments
 from .reference import Encoded, Kind, Update, amaxes_of, asked, given, new_values, store
 from .rules import WEIGHTS, UpdateRule, chain, rule_of
@@ -129,7 +129,11 @@ class StateOptimizer(Optimizer):
                 self.places[parameter] = place
                 for which, slot, state in _noises(place):
                     if not name:
-                        what = f"{place.codecs[which]} rounds stochastically" if which >= 0 else f"{rule.name} draws"
+                        what = (
+                            f"{place.codecs[which]} rounds stochastically"
+                            if which >= 0
+                            else f"{place.kind.rule.name} draws"
+                        )
                         raise ValueError(f"{what}: its noise goes by the parameter's name")
                     self._keyed[parameter, which] = len(keys)
                     keys.append(base_key(seed, f"{name}{state}", slot))
@@ -360,7 +364,7 @@ def _chunks(owners: list[Tensor]) -> Iterator[slice]:
     """Runs of parameters whose gathered matrices are held at a time. The same on all ranks."""
     start, held = 0, 0
     for index, owner in enumerate(owners):
-        size = elements_gathered(owner) or local(owner).numel()
+        size = owner.numel()  # of all ranks: they must cut alike
         if index > start and held + size > _GATHERED:
             yield slice(start, index)
             start, held = index, 0

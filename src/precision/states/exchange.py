@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -103,8 +102,3 @@ def exchanged(asked: Sequence[Tensor | Sum], parameters: Sequence[Tensor]) -> li
                 rows = -(-parameters[index].shape[0] // group.size()) * group.size()
                 result[index] = part.reshape(rows, *one.shape[1:])[: parameters[index].shape[0]]
     return [value for value in result if value is not None]
-
-
-def elements_gathered(parameter: Tensor) -> int:
-    """How many elements of another rank's part of a parameter are held after a gather, at most."""
-    return math.prod(parameter.shape) if group_of(parameter) is not None and parameter.dim() <= 2 else 0

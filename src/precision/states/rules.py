@@ -121,7 +121,7 @@ class UpdateRule:
     """The base of update rules; an attribute or a method that a rule leaves out is as here.
 
     Attributes:
-        states: of a parameter that the rule takes.
+        states: of a parameter that the rule takes; a property, too, where they depend on the rule's settings.
         rest: the rule of the parameters that this one does not take.
         arithmetic: the dtype in which values are handed over. FP32: everything is computed in FP32 and rounded once,
             when it is stored. BF16: every operation rounds.
@@ -130,7 +130,6 @@ class UpdateRule:
     """
 
     __slots__ = ()
-    states: tuple[State, ...] = ()
     rest: UpdateRule | None = None
     arithmetic: torch.dtype = torch.float32
     noisy: bool = False
@@ -138,6 +137,10 @@ class UpdateRule:
 
     def __repr__(self) -> str:  # of a rule that is no dataclass, and so has no settings
         return f"{type(self).__name__}()"
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return ()
 
     @property
     def name(self) -> str:
