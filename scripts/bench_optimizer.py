@@ -13,8 +13,9 @@ import time
 
 import torch
 from narrowgauge.models import create
+from narrowgauge.precision.states.adamw import AdamW
+from narrowgauge.precision.states.driver import StateOptimizer
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, chosen
-from narrowgauge.precision.states.updates import AdamW, CodecAdamW
 from narrowgauge.trainer.build import resolve_model
 from narrowgauge.trainer.cli import script_main
 from narrowgauge.trainer.config import load_config
@@ -80,8 +81,8 @@ class Stepper:
         if name is None:
             self.optimizer = AdamW(fused=fused).build(groups, **hyper)
         else:
-            self.optimizer = CodecAdamW(groups, **hyper, moments=moments)
-        self.kept = "m fp32, v fp32" if name is None else f"{moments} [{self.optimizer.backend.name}]"
+            self.optimizer = StateOptimizer(groups, rule=AdamW(), **hyper, moments=moments)
+        self.kept = "m fp32, v fp32" if name is None else f"{moments} [{self.optimizer.choices[0].backend.name}]"
 
     def state_bytes(self) -> int:
         """Of the moments, scales and masters that the optimizer keeps beside the parameters."""

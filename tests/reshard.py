@@ -17,28 +17,29 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "precision"))
+from narrowgauge.precision.states.adamw import AdamW
+from narrowgauge.precision.states.driver import StateOptimizer
 from narrowgauge.precision.states.moments import STANDARD, chosen
-from narrowgauge.precision.states.updates import CodecAdamW
 from test_updates import HYPER, VARIANTS
 
 SHAPES = [(7, 130), (5, 64), (3, 9), (6,), (2, 4)]  # no size divides into 4 rows of equal number
 
 
-def optimizer_on(mesh: DeviceMesh | None, variant: object) -> CodecAdamW:
+def optimizer_on(mesh: DeviceMesh | None, variant: object) -> StateOptimizer:
     kept = chosen(variant, STANDARD)  # type: ignore[arg-type]
     dtype = kept.param_dtype(torch.float32, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     whole = [(torch.randn(shape, generator=generator) * 0.02).to(dtype) for shape in SHAPES]
     params = [nn.Parameter(split(tensor, mesh)) for tensor in whole]
     named = [(f"p{index}", parameter) for index, parameter in enumerate(params)]
-    return CodecAdamW([{"params": named, "weight_decay": 0.1}], moments=kept, seed=5, **HYPER)  # type: ignore[arg-type]
+    return StateOptimizer([{"params": named, "weight_decay": 0.1}], rule=AdamW(), moments=kept, seed=5, **HYPER)  # type: ignore[arg-type]
 
 
 def split(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
     return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
-def update(optimizer: CodecAdamW, mesh: DeviceMesh | None, step: int) -> None:
+def update(optimizer: StateOptimizer, mesh: DeviceMesh | None, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in optimizer.param_groups[0]["params"]:
         grad = torch.randn(parameter.shape, generator=generator) * 10.0 ** -(step % 3)
@@ -46,7 +47,7 @@ def update(optimizer: CodecAdamW, mesh: DeviceMesh | None, step: int) -> None:
     optimizer.step()
 
 
-def tensors(optimizer: CodecAdamW) -> dict[str, Tensor]:
+def tensors(optimizer: StateOptimizer) -> dict[str, Tensor]:
     return {
         f"{index}.{key}": value.detach()
         for index, parameter in enumerate(optimizer.param_groups[0]["params"])
@@ -54,7 +55,7 @@ def tensors(optimizer: CodecAdamW) -> dict[str, Tensor]:
     }
 
 
-def whole(optimizer: CodecAdamW) -> dict[str, Tensor]:
+def whole(optimizer: StateOptimizer) -> dict[str, Tensor]:
     result = {}
     for name, value in tensors(optimizer).items():
         full = value.full_tensor() if isinstance(value, DTensor) else value

@@ -24,8 +24,10 @@ from .parameters import ForParameters
 from .scaling import Current
 from .schedule import Span
 from .spec import GEMMS, LinearSpec
+from .states.adamw import AdamW
+from .states.driver import OptimizerBuilder
 from .states.moments import STANDARD, Moments
-from .states.updates import AdamW, UpdateRule
+from .states.rules import UpdateRule
 from .suggest import close
 from .sums import Accumulate, Sums
 from .sums import by_name as rule_of
@@ -225,7 +227,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     dtypes: Dtypes = Dtypes()
     moments: Moments = STANDARD
-    update: UpdateRule = field(default_factory=AdamW)
+    update: UpdateRule | OptimizerBuilder = field(default_factory=AdamW)
     loss_scale: LossScaler | None = None
     schedule: tuple[Phase, ...] = ()
     hooks: tuple[Any, ...] = ()  # each a Hook, of which it may leave out what it does not need

@@ -23,7 +23,7 @@ from ..precision.comm import gather_codes
 from ..precision.coverage import CoverageWarning
 from ..precision.plan import Plan
 from ..precision.recipe import Recipe
-from ..precision.states.updates import CodecAdamW
+from ..precision.states.driver import StateOptimizer
 from .data.tokenizer import TextTokenizer, load_tokenizer
 from .distributed import ParallelConfig, World, say
 from .errors import UserError, as_user_error
@@ -83,7 +83,7 @@ def build_state(
         say(
             f"warning: data.tokenizer gives other tokens than the tokenizer in {pretrained}, whose weights know its own"
         )
-    with as_user_error("optim.moments: ", ValueError):
+    with as_user_error("optim: ", ValueError):
         optimizer = build_optimizer(optim, plan, seed=seed, backend=backend)
     plan.update_note = _moments_note(precision, optimizer)
     return TrainState(model, optimizer, plan, num_replicas=parallel.replicate)
@@ -246,9 +246,10 @@ def _reads_otherwise(tokenizer: TextTokenizer, directory: str) -> bool:
 
 def _moments_note(precision: Precision, optimizer: Optimizer) -> str:
     """A line of plan.txt: how states are held, who says so, and who computes."""
-    moments, own = precision.recipe.moments, precision.own_moments
+    rule = precision.recipe.update
+    moments, own = precision.recipe.moments.text(rule), precision.own_moments.text(rule)
     source = f"optim.moments; the recipe has {own}" if moments != own else "the recipe's"
-    by = f"[{optimizer.choice}]" if isinstance(optimizer, CodecAdamW) else type(optimizer).__module__
+    by = optimizer.computed_by if isinstance(optimizer, StateOptimizer) else type(optimizer).__module__
     return f"{moments} ({source}), vectors fp32, updated by {by}"
 
 

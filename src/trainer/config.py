@@ -31,7 +31,8 @@ from .rundir import Resume, RunDirectory
 from .schema import TrainConfig, flatten, plain
 
 _OPEN = re.compile(  # of any names
-    rf"precision\.args\.|data\.sources\.[^.]+(\.({'|'.join(part.name for part in fields(SourceConfig))}))?$"
+    r"precision\.args\.|optim\.update_args\.|"
+    rf"data\.sources\.[^.]+(\.({'|'.join(part.name for part in fields(SourceConfig))}))?$"
 )
 _EXECUTES = re.compile(r"hydra\.(searchpath|callbacks|hydra_logging|job_logging)\b")
 _MOST_DEPTH = 20  # of a config.yaml; those that are written have some 5
@@ -275,7 +276,7 @@ def _check_keys(overrides: Sequence[Override], base: DictConfig) -> None:
     hydra_known = {f"hydra.{key}" for key, _ in flatten(OmegaConf.to_container(OmegaConf.structured(HydraConf)))}
     for override in overrides:
         key = override.key_or_group
-        if key in (*groups(), EXPERIMENT) or key.startswith("precision.args."):
+        if key in (*groups(), EXPERIMENT) or key.startswith(("precision.args.", "optim.update_args.")):
             continue
         if key == "sweep":
             raise UserError(f"{override.input_line}: a named grid is of many runs: python -m narrowgauge --multirun")

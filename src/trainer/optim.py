@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from torch.optim import Optimizer
 
 from ..precision.plan import Plan
+from ..precision.states.driver import build
 from ..precision.states.telemetry import step_with_sums
 from .distributed import World
 from .errors import require_at_least
@@ -26,7 +27,7 @@ class Schedule(Enum):
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Hyperparameters of the update; the rule itself belongs to the precision recipe."""
+    """Hyperparameters of the update; the rule itself is the precision recipe's, unless ``update`` names one."""
 
     name: str
     lr: float
@@ -40,6 +41,8 @@ class OptimConfig:
     warmup_max_fraction: float = 0.1  # of the run: a short run is not all warm-up
     min_lr_ratio: float = 0.1  # where linear, cosine and wsd end
     decay_fraction: float = 0.2  # of the run, for wsd
+    update: str | None = None  # the update rule: adamw, lion, muon; null: as the recipe says
+    update_args: dict[str, Any] = field(default_factory=dict)  # settings of a rule that is named
     moments: Any = None  # how moments and weights are held; null: as the recipe says
     telemetry_every: int = 0  # steps between measurements of what updates do to weights; 0 = none
 
@@ -48,12 +51,12 @@ class OptimConfig:
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr}: must be positive")
         require_at_least("optim", self, eps=0, weight_decay=0, clip_norm=0, warmup_steps=0, telemetry_every=0)
-        for field in ("beta1", "beta2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"optim.{field}={getattr(self, field)}: must be at least 0 and below 1")
-        for field in ("warmup_max_fraction", "min_lr_ratio", "decay_fraction"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"optim.{field}={getattr(self, field)}: must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be at least 0 and below 1")
+        for name in ("warmup_max_fraction", "min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be between 0 and 1")
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -91,8 +94,15 @@ def build_optimizer(
     moments = plan.recipe.moments
     groups = plan.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
     betas = (config.beta1, config.beta2)
-    optimizer = plan.recipe.update.build(
-        groups, lr=config.lr, betas=betas, eps=config.eps, moments=moments, seed=seed, backend=backend
+    optimizer = build(
+        plan.recipe.update,
+        groups,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        moments=moments,
+        seed=seed,
+        backend=backend,
     )
     masters = any(key.startswith("master") for state in optimizer.state.values() for key in state)
     if masters and plan.wants("after_update"):

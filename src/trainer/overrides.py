@@ -194,7 +194,8 @@ def compose_line(override: Override) -> str:
         path, _, value = line.partition("=")
         names = path.removeprefix(f"{SOURCES}.").split(".")
         line = f"{SOURCES}={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
-    # The recipe's signature is the schema of its arguments, so the yaml need not name them all; sources have any names.
+    # A recipe's signature and a rule's fields are schemas: the yaml need not name all of them; sources have any names.
     if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
         return f"+{line.lstrip('+')}"
-    return f"++{line}" if line.startswith(("precision.args.", "precision.args=", SOURCES)) else line
+    opened = ("precision.args.", "precision.args=", "optim.update_args.", "optim.update_args=", SOURCES)
+    return f"++{line}" if line.startswith(opened) else line

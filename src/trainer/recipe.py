@@ -8,17 +8,23 @@ from typing import Any
 
 from ..precision.backends import require_backend
 from ..precision.loading import content_of, files_in, is_file, load, renamed, sha256
-from ..precision.recipe import Recipe, require_apart
+from ..precision.recipe import NO_ARGUMENTS, Recipe, require_apart
+from ..precision.states.driver import OptimizerBuilder
 from ..precision.states.moments import Moments, chosen
+from ..precision.states.rules import UpdateRule
+from ..precision.states.updates import named_rule
 from .errors import as_user_error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a model is computed in. The recipe's states are those of ``optim.moments``, where it says any."""
+    """What a model is computed in. The recipe's states are those of ``optim.moments``, where it says any, and its rule
+    that of ``optim.update``.
+    """
 
     recipe: Recipe
     own_moments: Moments  # the states that the recipe itself has
+    own_update: UpdateRule | OptimizerBuilder  # and its rule
     backend: str
 
 
@@ -32,19 +38,37 @@ class PrecisionConfig:
     schedule: list[Any] = field(default_factory=list)  # of phases: steps, gemms, recipe, args (precision.recipe)
     backend: str = "auto"
 
-    def parse(self, moments: Any, total_steps: int) -> Precision:
-        """With ``optim.moments``, for a run of ``total_steps``. Runs recipe files.
+    def parse(
+        self,
+        moments: Any,
+        total_steps: int,
+        *,
+        update: str | None = None,
+        update_args: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> Precision:
+        """With ``optim.moments``, ``update`` and ``update_args``, for a run of ``total_steps``. Runs recipe files.
 
-        Raises ValueError for an unknown recipe, argument or backend, UserError for an unknown codec and a schedule that
-        cannot be.
+        Raises ValueError for an unknown recipe, argument or backend, UserError for an unknown codec or update rule, and
+        a schedule that cannot be.
         """
         recipe = load(self.recipe, self.args, self.schedule)
         require_backend(self.backend)
+        rule = recipe.update
+        with as_user_error("optim.update: ", ValueError):
+            if update is not None:
+                rule = named_rule(update, update_args)
+            elif update_args:
+                raise ValueError(f"update_args={dict(update_args)} are settings of a rule, and optim.update names none")
         with as_user_error("optim.moments: ", ValueError):
-            states = chosen(moments, recipe.moments)
+            states = chosen(moments, recipe.moments, rule)
         with as_user_error("precision.", ValueError):
             require_apart(recipe.schedule, total_steps)
-        return Precision(recipe=replace(recipe, moments=states), own_moments=recipe.moments, backend=self.backend)
+        return Precision(
+            recipe=replace(recipe, moments=states, update=rule),
+            own_moments=recipe.moments,
+            own_update=recipe.update,
+            backend=self.backend,
+        )
 
     def files(self) -> list[str]:
         """The users' recipe files that this config names, its own first."""

@@ -15,7 +15,8 @@ from .errors import UserError
 from .loop import Status
 from .rundir import Resume, RunDirectory
 
-_MOMENTS = "optim.moments"  # compared by the value it is parsed to: it may stand for the recipe's own
+# Compared by the values that they are parsed to: they may stand for the recipe's own.
+_MOMENTS, _UPDATE = "optim.moments", "optim.update"
 # A run that goes on must not change these: its loss curve would be of two different runs.
 _FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "seed")
 _FIXED += tuple(
@@ -67,7 +68,8 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
     before = checkpoint.meta.get("identity", {})
-    both = {key: (before.get(key, value), value) for key, value in identity(config).items()}
+    own = {_UPDATE: _said(config.values.precision.own_update)}  # of a run from before there was the key
+    both = {key: (before.get(key, own.get(key, value)), value) for key, value in identity(config).items()}
     _require_no_change(
         {key: (old, new) for key, (old, new) in both.items() if old != new},
         config,
@@ -87,7 +89,13 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         for key, value in config.flat().items()
         if _is_fixed(key)
     }
-    return fixed | {_MOMENTS: str(config.values.precision.recipe.moments)}
+    recipe = config.values.precision.recipe
+    return fixed | {_MOMENTS: recipe.moments.text(recipe.update), _UPDATE: _said(recipe.update)}
+
+
+def _said(rule: object) -> str:
+    """A rule with its settings; of an object without words of its own, its type."""
+    return type(rule).__name__ if type(rule).__repr__ is object.__repr__ else str(rule)
 
 
 def _is_fixed(key: str) -> bool:
@@ -111,8 +119,8 @@ def _require_no_change(changed: Mapping[str, tuple[Any, Any]], config: TrainConf
     ways = ["choose another run.dir", "or run.resume=never to move it aside"]
     if all(key.startswith("precision.") for key in keys):
         ways.insert(1, "resume.recipe_change=allow to go on under this recipe")
-    if _MOMENTS in keys:
-        ways.insert(0, "states are not converted: keep optim.moments")
+    if states := [key for key in (_UPDATE, _MOMENTS) if key in keys]:
+        ways.insert(0, f"states are not converted: keep {' and '.join(states)}")
     text = "; ".join(_difference(key, *changed[key]) for key in keys)
     raise UserError(f"{where} with {text}: {', '.join(ways)}")
 

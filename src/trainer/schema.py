@@ -61,7 +61,10 @@ class TrainConfig:
     def values(self) -> Values:
         """What the texts and lists of the config stand for, parsed once. Runs recipe files; raises UserError."""
         with as_user_error("", ValueError):
-            precision = self.precision.parse(self.optim.moments, self.train.steps)
+            optim = self.optim
+            precision = self.precision.parse(
+                optim.moments, self.train.steps, update=optim.update, update_args=optim.update_args
+            )
         size = self.train.micro_batch_size
         return Values(precision=precision, micro_batch=None if size == "auto" else size)
 

@@ -50,7 +50,8 @@ from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import Prepared, Quantized, amax, dequantize, operand, quantize
 from narrowgauge.precision.scaling import ROW, TENSOR, Delayed, Fp32, Fp32Decode, PowerOfTwo, Tile, TwoLevel, Unit
 from narrowgauge.precision.spec import GemmSpec, OperandSpec, Rounding
-from narrowgauge.precision.states.updates import choose_update
+from narrowgauge.precision.states.adamw import AdamW
+from narrowgauge.precision.states.choose import choose_update
 from narrowgauge.precision.swiglu import Gradients, Hidden
 from narrowgauge.precision.transforms import Hadamard, drawn
 from test_backends import (
@@ -542,7 +543,7 @@ def test_updates_are_those_of_plain_torch(variant: object, dtype: torch.dtype, m
     """Uneven rows, a vector, a rank without rows; gradients that overflow, that are multiplied, that are left out."""
     monkeypatch.setattr(test_updates, "SHAPES", [(5, 150), (3,), (0, 9)])
     both = [make(variant, dtype, backend) for backend in ("triton", "reference")]
-    assert [str(optimizer.choice) for optimizer in both] == ["triton", "reference"]
+    assert [str(optimizer.choices[0]) for optimizer in both] == ["triton", "reference"]
     nan = torch.nan
     for step, (bad, gate) in enumerate([(None, None), (3e38, None), (None, [0.37, 1.0]), (nan, [nan, 0.0])]):
         for optimizer in both:
@@ -559,11 +560,12 @@ def test_updates_that_the_kernel_lacks() -> None:
         ("fp16/64", "fp16/64"),
         ("e4m3/100", "e4m3/100"),
     ):
-        assert f"(not triton: no kernel for {lacking}" in str(make(variant, backend="triton").choice)
-    assert "beta1=0.5" in str(make("fp8", backend="triton", betas=(0.5, 0.9)).choice)
-    assert str(choose_update(torch.device("meta"))) == "reference"
-    assert str(choose_update(torch.device("meta"), "triton")) == "reference (not triton: the parameters are on meta)"
-    assert "triton" not in str(choose_update(CPU))
+        assert f"(not triton: no kernel for {lacking}" in str(make(variant, backend="triton").choices[0])
+    assert "beta1=0.5" in str(make("fp8", backend="triton", betas=(0.5, 0.9)).choices[0])
+    assert str(choose_update(AdamW(), torch.device("meta"))) == "reference"
+    asked = choose_update(AdamW(), torch.device("meta"), "triton")
+    assert str(asked) == "reference (not triton: the parameters are on meta)"
+    assert "triton" not in str(choose_update(AdamW(), CPU))
 
 
 def made(

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from narrowgauge.precision.codebook import Codebook
-from narrowgauge.precision.formats import E2M1, E4M3, INT8
+from narrowgauge.precision.formats import E2M1, E4M3, Integer
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.quantize import amax
 from narrowgauge.precision.scaling import Tile
@@ -29,7 +29,7 @@ from torchao.optim.quant_utils import create_dynamic_map
 
 NAMES = [
     "fp32", "bf16", "bf16/kahan", "e4m3", "e4m3/tensor", "e4m3_240/tensor", "e4m3_240/33", "e5m2", "e5m2/tensor",
-    "e3m4/64", "fp16/tensor", "fp16/64", "dynamic", "dynamic/100", "expanded", "expanded/33",
+    "e3m4/64", "int8", "int8/tensor", "fp16/tensor", "fp16/64", "dynamic", "dynamic/100", "expanded", "expanded/33",
 ]  # fmt: skip
 SHAPES = [(7, 300), (1, 1), (5, 128), (3, 1), (0, 40), (33, 257)]
 
@@ -241,7 +241,7 @@ def test_a_table_of_values_is_a_codec() -> None:
 def test_codecs_that_cannot_be() -> None:
     for make in (
         lambda: Scaled(format=E2M1),
-        lambda: Scaled(format=INT8),
+        lambda: Scaled(format=Integer(bits=7)),
         lambda: Scaled(format=Codebook(name="wide", values=(0.0, 1.0), codes=(0, 0x8000))),
         lambda: Scaled(format=E4M3, rounding=Rounding.TRUNCATE),
         lambda: Plain(dtype=torch.float16),

@@ -12,7 +12,7 @@ import yaml
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load, names
 from narrowgauge.precision.recipe import Dtypes, Recipe, Rule
-from narrowgauge.precision.states.updates import AdamW
+from narrowgauge.precision.states.adamw import AdamW
 from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "precision"

@@ -194,7 +194,8 @@ def launched(way: Way) -> tuple[str, set[str]]:
         groups = [{"params": list(model.named_parameters())}]
         optimizer = recipe.update.build(groups, **hyper, backend=way.backend)
         optimizer.step()
-    return f"{plan}\nmoments by {getattr(optimizer, 'choice', 'torch')}", {each.kernel.__name__ for each in launches}
+    by = ", ".join(map(str, getattr(optimizer, "choices", ["torch"])))
+    return f"{plan}\nmoments by {by}", {each.kernel.__name__ for each in launches}
 
 
 def test_every_kernel_has_a_way_from_a_recipe() -> None:

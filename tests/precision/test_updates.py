@@ -12,13 +12,18 @@ import pytest
 import torch
 from narrowgauge.precision.codebook import Codebook
 from narrowgauge.precision.formats import E4M3, ExMy, exmy
+from narrowgauge.precision.states.adamw import AdamW
+from narrowgauge.precision.states.choose import choose_update
 from narrowgauge.precision.states.codecs import Codec, Scaled
+from narrowgauge.precision.states.driver import StateOptimizer
 from narrowgauge.precision.states.moments import CHOICES, STANDARD, Moments, chosen
+from narrowgauge.precision.states.reference import REFERENCE
 from narrowgauge.precision.states.telemetry import step_with_sums
-from narrowgauge.precision.states.updates import ORDER, AdamW, CodecAdamW, can_gate, choose_update, gated_step, multiply
+from narrowgauge.precision.states.updates import can_gate, gated_step, multiply
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+ORDER = (*AdamW.kernels, REFERENCE)
 SHAPES = [(37, 300), (5, 7), (33,), (1, 1), (6, 1), (0, 9)]
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 VARIANTS: list[object] = [
@@ -58,10 +63,10 @@ def set_grads(params: list[nn.Parameter], step: int, bad: float | None = None) -
             parameter.grad = parameter.grad.mT.contiguous().mT
 
 
-def make(moments: object, dtype: torch.dtype = torch.float32, backend: str = "auto", **hyper: object) -> CodecAdamW:
+def make(moments: object, dtype: torch.dtype = torch.float32, backend: str = "auto", **hyper: object) -> StateOptimizer:
     kept: Moments = chosen(moments, STANDARD)  # type: ignore[arg-type]
     params = parameters(kept.param_dtype(dtype, torch.bfloat16))
-    return CodecAdamW(groups(params), moments=kept, seed=3, backend=backend, **(HYPER | hyper))  # type: ignore[arg-type]
+    return StateOptimizer(groups(params), rule=AdamW(), moments=kept, seed=3, backend=backend, **(HYPER | hyper))  # type: ignore[arg-type]
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -95,7 +100,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def test_plain_states_are_torchs_adamw(backend: str, betas: tuple[float, float]) -> None:
     """foreach=False, fused=False: bit for bit, in weights and moments, also where torch's square roots are MKL's."""
     ours = make("fp32", backend=backend, betas=betas)
-    assert ours.backend.name == backend
+    assert ours.choices[0].backend.name == backend
     params = parameters(torch.float32)
     theirs = torch.optim.AdamW(groups(params), foreach=False, fused=False, **(HYPER | {"betas": betas}))
     for step in range(5):
@@ -112,7 +117,7 @@ def test_plain_states_are_torchs_adamw(backend: str, betas: tuple[float, float])
 def test_the_compiled_update_gives_the_bits_of_the_reference(variant: object) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         both = [make(variant, dtype, backend) for backend in ("cpu", "reference")]
-        assert [optimizer.backend.name for optimizer in both] == ["cpu", "reference"]
+        assert [optimizer.choices[0].backend.name for optimizer in both] == ["cpu", "reference"]
         assert same(*map(state_of, both)) == []
         for step in range(4):
             for optimizer in both:
@@ -175,7 +180,7 @@ def test_what_bf16_weights_lose() -> None:
     for variant in ("fp32", "pure_bf16", "pure_bf16_sr", "pure_bf16_kahan"):
         kept = chosen(variant, STANDARD)
         weight = nn.Parameter(torch.full((64, 64), 1.0, dtype=kept.param_dtype(torch.float32, torch.bfloat16)))
-        optimizer = CodecAdamW([{"params": [("w", weight)]}], lr=1e-4, moments=kept)
+        optimizer = StateOptimizer([{"params": [("w", weight)]}], rule=AdamW(), lr=1e-4, moments=kept)
         for _ in range(50):
             weight.grad = torch.full_like(weight, 1e-3)
             optimizer.step()
@@ -217,7 +222,9 @@ def test_measuring_changes_nothing_and_says_what_happened(variant: str) -> None:
 
 def test_lost_updates_are_counted() -> None:
     weight = nn.Parameter(torch.ones(10, 10, dtype=torch.bfloat16))
-    optimizer = CodecAdamW([{"params": [("w", weight)]}], lr=1e-5, moments=chosen("pure_bf16", STANDARD))
+    optimizer = StateOptimizer(
+        [{"params": [("w", weight)]}], rule=AdamW(), lr=1e-5, moments=chosen("pure_bf16", STANDARD)
+    )
     weight.grad = torch.ones_like(weight)
     weight.grad[:4] = 0.0  # no update, so none is lost
     count, lost, _, changes, updates, products = step_with_sums(optimizer)
@@ -230,9 +237,11 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_others_need_names() ->
     before = state_of(optimizer)
     optimizer.step()  # nobody has a gradient: as in a step that the trainer skips
     assert same(before, state_of(optimizer)) == []
-    assert str(choose_update(CPU, "reference")) == "reference"
+    assert str(choose_update(AdamW(), CPU, "reference")) == "reference"
     with pytest.raises(ValueError, match="its noise goes by the parameter's name"):
-        CodecAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], moments=chosen("bf16_sr", STANDARD))
+        StateOptimizer(
+            [{"params": [nn.Parameter(torch.ones(2, 2))]}], rule=AdamW(), moments=chosen("bf16_sr", STANDARD)
+        )
 
 
 class Unbounded(ExMy):
@@ -304,7 +313,7 @@ def test_noise_goes_by_the_number_of_a_parameters_own_updates() -> None:
     for others in (False, True):
         params = parameters(torch.bfloat16)
         named = groups(params) if others else [{"params": [("layers.0.weight", params[0])], "weight_decay": 0.1}]
-        optimizer = CodecAdamW(named, moments=kept, seed=3, **HYPER)  # type: ignore[arg-type]
+        optimizer = StateOptimizer(named, rule=AdamW(), moments=kept, seed=3, **HYPER)  # type: ignore[arg-type]
         for step in range(3):
             set_grads(params, step)
             if step == 0:

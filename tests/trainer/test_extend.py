@@ -32,6 +32,7 @@ SHOWN = {
     "sums of products-1": "fprop: e4m3/row/fp32 x e4m3/row/fp32, sums of 32 products at 13 bits  [cpu",
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
     "parameters-1": "layers.0.self_attn.q_proj.weight and 17 others: learning rate x 0.5, decay independent of the",
+    "update rules-1": "moments factored: m e4m3/128, row fp32, col fp32; adamw: m fp32, v fp32 (the recipe's)",
     "layers-1": "saved for backward: e4m3/row/fp32",
 }
 
@@ -48,6 +49,8 @@ def test_a_recipe_of_the_page_trains(tiny: Callable[..., TrainConfig], tmp_path:
     file = tmp_path / "recipe.py"
     file.write_text(RECIPES[name])
     assert load(str(file)) != Recipe()
+    recipe = load(str(file))
+    assert recipe.rules or recipe.hooks or recipe.update != Recipe().update
     options = ("model.num_layers=3", "train.steps=3", "checkpoint.every=0", "probe.every=3", "sample.tokens=0")
     config = tiny(f"precision.recipe={file}", *options)
     assert train_here(config) is ExitCode.FINISHED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_here
+from conftest import sign, train_here
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load
 from narrowgauge.precision.states.moments import CHOICES
@@ -118,6 +119,82 @@ def test_states_of_a_run_do_not_change(tiny: Tiny) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"optim\.moments: no moments named 'fp88' \(did you mean 'fp8'"):
         tiny("optim.moments=fp88")
+
+
+SAID = {
+    "lion": ("update Lion()", "moments m fp32 (the recipe's), vectors fp32, updated by [reference (no kernel for l"),
+    "muon": (
+        "update Muon(momentum=0.95, nesterov=True, iterations=4, ",
+        "moments muon: m int8/2048; adamw: m dynamic/256, v fp32 (optim.moments; the recipe has muon: m fp32; ",
+        "updated by muon [reference (no kernel for muon)], adamw [",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", list(SAID))
+def test_a_rule_by_name_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path, rule: str) -> None:
+    options = ["checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=6", "optim.telemetry_every=3"]
+    if rule == "muon":
+        options += ["optim.moments={m: int8/2048, adamw: {m: dynamic}}", "optim.update_args.iterations=4"]
+    config = tiny(f"optim={rule}", *options)
+    assert train_here(config) is ExitCode.FINISHED
+    shutil.copytree(config.run.dir, tmp_path / "alone")
+    go_back(config, 3)
+    assert train_here(config) is ExitCode.FINISHED
+    assert compare_runs(tmp_path / "alone", Path(config.run.dir)) == []
+    rows = read_metrics(tmp_path / "alone" / "metrics.jsonl", "train")
+    assert rows[6]["loss"] < rows[1]["loss"]
+    assert rows[6]["edq_ratio"] == pytest.approx(1, abs=1e-3)
+    plan = (tmp_path / "alone" / "plan.txt").read_text()
+    assert [line for line in SAID[rule] if line not in plan] == []
+    newest = list_checkpoints(tmp_path / "alone" / "checkpoints")[-1]
+    keys = [
+        {name.rpartition(".")[2] for name in read_tensors(newest, f"optim.{place}.weight")}
+        for place in ("layers.1.mlp.up_proj", "embed_tokens")
+    ]
+    if rule == "lion":
+        assert keys == [{"step", "exp_avg"}] * 2
+    else:
+        adamw = {"step", "exp_avg_codes", "exp_avg_scales", "exp_avg_sq"}
+        assert keys == [{"step", "exp_avg_codes", "exp_avg_scales"}, adamw]
+    with pytest.raises(
+        UserError, match=r"optim\.update=.*, not AdamW\(fused=True\): states are not converted"
+    ) as caught:
+        train_here(tiny("optim=adamw", "train.steps=8", "resume.recipe_change=allow"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_before_rules_had_names_goes_on_with_its_own(tiny: Tiny) -> None:
+    train_here(first := tiny("train.steps=2"))
+    (checkpoint,) = list_checkpoints(Path(first.run.dir) / "checkpoints")
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    assert meta["identity"].pop("optim.update") == "AdamW(fused=True)"
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    sign(checkpoint)
+    file = Path(first.run.dir) / "config.yaml"
+    file.write_text(re.sub(r"^  update(_args)?: .*\n", "", file.read_text(), flags=re.M))
+    assert "update" not in file.read_text()
+    with pytest.raises(UserError, match=r"optim\.update=AdamW\(fused=True\), not Lion\(\)"):
+        train_here(tiny("optim=lion", "train.steps=3"))
+    assert train_here(tiny("optim.update=adamw", "train.steps=3")) is ExitCode.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["optim.update=lyon"],
+            r"optim\.update: no rule named 'lyon' \(did you mean 'lion'\?\); there are: adamw, lion,",
+        ),
+        (["optim=muon", "optim.update_args={momentun: 0.9}"], r"no setting 'momentun' \(did you mean 'momentum'\?\)"),
+        (["optim.update_args={momentum: 0.9}"], "settings of a rule, and optim.update names none"),
+        (["optim=lion", "optim.moments={v: fp32}"], r"optim\.moments: no key 'v'; there are: m, master, block"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_one_line(tiny: Tiny, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        tiny(*options)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -825,6 +825,43 @@ def recipe(*, top: float = 3.0) -> Recipe:
     return Recipe(rules=(block_linears(spec),))
 '''
 
+RULE = '''"""Kind c, an update rule: momentum in a codec, over the root of a mean square by column."""
+
+from dataclasses import dataclass
+
+from narrowgauge.precision.formats import INT8
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec
+from narrowgauge.precision.states.moments import codec
+from narrowgauge.precision.states.rules import Extent, State, Sum, UpdateRule
+
+
+def by_column(shape):
+    return Extent((1, *shape[1:]), by_rows=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns(UpdateRule):
+    average: float = 0.9
+    states = (State(name="mean", codec=codec("e4m3/32/sr")), State(name="square", signed=False, extent=by_column))
+
+    def exchange(self, states, grad, weight, scalars):
+        return Sum(grad.square().sum(0, keepdim=True))
+
+    def update(self, states, grad, weight, scalars):
+        square = states["square"].lerp(scalars.exchanged / scalars.shape[0], 1 - self.average)
+        mean = states["mean"].lerp(grad, 1 - self.average)
+        new = weight * (1 - scalars.lr * scalars.decay) - scalars.lr * mean / (square.sqrt() + scalars.eps)
+        return {"mean": mean, "square": square}, new
+
+
+def recipe(*, average: float = 0.9) -> Recipe:
+    row = OperandSpec(format=INT8, tile=Tile(1, -1))
+    spec = LinearSpec(fprop=GemmSpec(a=row, b=row))
+    return Recipe(rules=(block_linears(spec),), update=Columns(average=average))
+'''
+
 KINDS = {
     # its text; lines of plan.txt; rows of the probe, and how each is rounded
     "slots": (
@@ -867,6 +904,14 @@ KINDS = {
         ),
         {"fprop.w": "e2m1/1x16/e8m0-floor [hadamard16]", "dgrad.w": "e2m1/1x16/e8m0-floor/values"},
     ),
+    "rule": (
+        RULE,
+        (
+            "update Columns(average=0.9)\n",
+            "moments mean e4m3/32/sr, square fp32 (the recipe's), vectors fp32, updated by [reference (no k",
+        ),
+        {"fprop.x": "int8/row/fp32"},
+    ),
 }
 
 
@@ -894,6 +939,33 @@ def test_a_recipe_of_every_kind_is_one_file(tiny: Tiny, tmp_path: Path, kind: st
         assert evaluate_on(replace(subject, precision="recipe"), None, "validation", 500, 8).loss != high
     finally:
         distributed.finish()
+
+
+def test_states_of_a_recipes_own_rule_are_seen_and_kept_by_any_codec(tiny: Tiny, tmp_path: Path) -> None:
+    (file := tmp_path / "rule.py").write_text(RULE)
+    moments = "optim.moments={square: e5m2, mean: bf16, master: fp16/tensor}"
+    options = ("optim.telemetry_every=2", "train.steps=4", "checkpoint.every=2", "optim.lr=1e-2")
+    config = tiny(f"precision.recipe={file}", moments, *options)
+    assert train_here(config) is ExitCode.FINISHED
+    root = Path(config.run.dir)
+    said = "moments mean bf16, square e5m2/128, weights fp16/tensor (optim.moments; the recipe has mean e4m3/32/sr, sq"
+    assert said in (root / "plan.txt").read_text()
+    saved = read_tensors(list_checkpoints(root / "checkpoints")[-1], "optim.layers.0.mlp.up_proj")
+    sizes = {name.rpartition(".")[2]: (value.dtype, tuple(value.shape)) for name, value in saved.items()}
+    assert sizes == {
+        "step": (torch.float32, ()), "mean": (torch.bfloat16, (64, 32)), "square_codes": (torch.uint8, (1, 32)),
+        "square_scales": (torch.float32, (1, 1)), "master_codes": (torch.float16, (64, 32)),
+        "master_scales": (torch.float32, ()),
+    }  # fmt: skip
+    rows = read_metrics(root / "metrics.jsonl", "train")
+    assert 0.9 < rows[4]["edq_ratio"] < 1.1
+    assert rows[4]["update_ratio"] > 0
+    with pytest.raises(
+        UserError, match=r"no key 'squares' \(did you mean 'square'\?\); there are: mean, square, master"
+    ):
+        tiny(f"precision.recipe={file}", "optim.moments={squares: fp32}", f"run.dir={tmp_path / 'other'}")
+    with pytest.raises(UserError, match="'bf16/sr' is for m and v; name the states: mean, square"):
+        tiny(f"precision.recipe={file}", "optim.moments=bf16/sr")
 
 
 def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ GROUPS = """
 data: c4 c4_stream mix sample text
 model: gpt2_124m gpt2_1558m gpt2_355m gpt2_774m gpt2_tiny llama3_1b llama3_70b llama3_8b llama3_8b_4blocks
     llama_130m llama_15m llama_1b llama_350m llama_60m llama_7b llama_tiny
-optim: adamw
+optim: adamw lion muon
 parallel: fsdp hsdp
 precision: bf16 exmy exmy_e5m2 exmy_e8m3 exmy_e8m5 fp16 fp32 fp8_block fp8_current fp8_delayed fp8_full fp8_rowwise
     fp8_rowwise_gw_hp mxfp4 mxfp8 nvfp4 smooth_swiglu
@@ -106,6 +106,8 @@ optim.warmup_steps: int
 optim.warmup_max_fraction: float
 optim.min_lr_ratio: float
 optim.decay_fraction: float
+optim.update: str | None
+optim.update_args: dict[str, Any]
 optim.moments: Any
 optim.telemetry_every: int
 parallel.name: str

@@ -1,5 +1,4 @@
-"""AdamW over codecs: decode, update in FP32, encode. ``reference`` is the definition; ``cpu`` gives the same bits, and
-so does ``triton`` in Triton's interpreter.
+"""AdamW with decoupled decay (arXiv 1711.05101), as torch computes it.
 
 For one parameter, with the step's scalars computed in float64 and rounded once to FP32, every operation in FP32:
 
@@ -10,149 +9,84 @@ For one parameter, with the step's scalars computed in float64 and rounded once 
 
 as ``torch.optim.AdamW(foreach=False, fused=False)`` does; bit for bit where all three are plain FP32. Elsewhere square
 roots are rounded correctly, as torch's on a CPU are not (nor are MKL's fast). m, v and w are what their
-codecs stand for; the new w comes from the new moments before they are rounded.
-
-A per-tensor scale needs the amax of the new values, on all ranks, before the first of them is encoded. So there are two
-passes, and the second computes the values again: no FP32 copy of anything is stored in between. (The reference, in
-plain torch, has FP32 copies of one tensor at a time.)
+codecs stand for; the new w comes from the new moments before they are rounded. The C++ kernel gives the bits of plain
+torch, and so does the one in Triton in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..noise import Noise
-from .codecs import FP32, Codec, Parts
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Encoded:
-    """One matrix in its codec: ``parts`` are changed in place. ``key``: int32 [2], of its rounding noise."""
-
-    codec: Codec
-    parts: Parts
-    key: Tensor | None = None
+from .adamw_cpu import CpuAdam, correction, step_size
+from .adamw_triton import TritonAdam
+from .codecs import FP32
+from .driver import StateOptimizer
+from .moments import STANDARD, Moments
+from .rules import Scalars, State, UpdateRule, Values
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Update:
-    """One parameter's update on this rank.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW(UpdateRule):
+    """As the rule of all parameters, FP32 with FP32 states, it is torch's own, fused unless ``fused`` is false."""
 
-    Args:
-        grad: [rows, cols], FP32 or BF16, contiguous.
-        m, v, w: the moments and the weights.
-        weight: the parameter [rows, cols], if ``w`` are separate master weights; else None: it is ``w``'s plain part.
-        row_offset: index of the first row in the full parameter.
-        lr, betas, eps, decay: as in torch; ``decay`` is the coefficient.
-        t: number of this update, from 1.
-        gate: FP32 [2]: what the gradient is multiplied by, and 1, or 0 for an update that is left out; None: 1 and 1.
-    """
+    fused: bool = True
+    states = (State(name="m", key="exp_avg"), State(name="v", key="exp_avg_sq", signed=False))
+    kernels = (CpuAdam(), TritonAdam())
 
-    grad: Tensor
-    m: Encoded
-    v: Encoded
-    w: Encoded
-    weight: Tensor | None
-    row_offset: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    decay: float
-    t: float
-    gate: Tensor | None = None
+    def update(self, states: Values, grad: Tensor, weight: Tensor, scalars: Scalars) -> tuple[Values, Tensor]:
+        (beta1, beta2), w = scalars.betas, weight
+        if scalars.decay != 0:
+            w = w * (1 - scalars.lr * scalars.decay)
+        m = states["m"].lerp(grad, 1 - beta1)
+        v = states["v"].mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = v.sqrt() if scalars.plain else v.double().sqrt().to(v.dtype)
+        denominator = (root / correction(scalars)).add_(scalars.eps)
+        return {"m": m, "v": v}, w.addcdiv(m, denominator, value=-step_size(scalars))
 
-    @property
-    def gradient(self) -> Tensor:
-        """FP32, multiplied, and rounded to its own dtype, as in place."""
-        if self.gate is None:
-            return self.grad.float()
-        return (self.grad.float() * self.gate[0]).to(self.grad.dtype).float()
+    def intended(self, states: Values, grad: Tensor, weight: Tensor, scalars: Scalars) -> Tensor:
+        new, _ = self.update(states, grad, weight, scalars)
+        share = new["m"] / (new["v"].sqrt() / correction(scalars) + scalars.eps)
+        return share * -step_size(scalars) - weight * (scalars.lr * scalars.decay)
 
-    @property
-    def states(self) -> tuple[Encoded, Encoded, Encoded]:
-        return self.m, self.v, self.w
-
-    @property
-    def step_size(self) -> float:
-        return float(self.lr / (1 - self.betas[0] ** self.t))
-
-    @property
-    def correction(self) -> float:
-        """What sqrt(v) is divided by."""
-        return float((1 - self.betas[1] ** self.t) ** 0.5)
-
-    @property
-    def plain(self) -> bool:
-        """Whether no state is narrow: then even the square roots are torch's."""
-        return self.weight is None and all(state.codec == FP32 for state in self.states)
-
-    @property
-    def per_tensor(self) -> bool:
-        """Whether one scale of a state wants an amax over all ranks."""
-        return any(state.codec.per_tensor for state in self.states)
+    def build(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        moments: Moments = STANDARD,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> Optimizer:
+        """torch's optimizer where all is FP32, else ``StateOptimizer``."""
+        groups = list(groups)
+        codecs = *(moments.of(self, state) for state in self.states), moments.master or FP32
+        if any(codec != FP32 for codec in codecs) or any(_dtype_of(group) != torch.float32 for group in groups):
+            return StateOptimizer(
+                groups, rule=self, lr=lr, betas=betas, eps=eps, moments=moments, seed=seed, backend=backend
+            )
+        optimizer = torch.optim.AdamW(
+            groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=self.fused, foreach=False
+        )
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                # What torch's AdamW would create at its first step; a fused update has its step counter on the device.
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if self.fused else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return optimizer
 
 
-class AdamBackend(Protocol):
-    name: str
-
-    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
-        """None if this backend can update parameters on ``device`` whose states have these codecs, with this least
-        beta1; else why not.
-        """
-
-    def amaxes(self, updates: Sequence[Update]) -> Tensor:
-        """FP32 [updates, 3]: amax of the new m, v and w of this rank where one scale serves the tensor, else 0."""
-
-    def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
-        """All updates, in place. ``amaxes`` [updates, 3]: over all ranks; None if no scale wants one."""
-
-
-def new_values(u: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """The new m, v and w: FP32 [rows, cols], before they are encoded."""
-    grad = u.gradient
-    m, v, w = (state.codec.decode(state.parts) for state in u.states)
-    if u.decay != 0:
-        w = w * (1 - u.lr * u.decay)
-    m = m.lerp(grad, 1 - u.betas[0])
-    v = v.mul(u.betas[1]).addcmul_(grad, grad, value=1 - u.betas[1])
-    root = v.sqrt() if u.plain else v.double().sqrt().float()
-    denominator = (root / u.correction).add_(u.eps)
-    return m, v, w.addcdiv(m, denominator, value=-u.step_size)
-
-
-class ReferenceAdam:
-    """Plain torch on any device, parameter by parameter."""
-
-    name = "reference"
-
-    def why_not(self, device: torch.device, codecs: Collection[Codec] = (), beta1: float = 0.9) -> str | None:
-        return None
-
-    def amaxes(self, updates: Sequence[Update]) -> Tensor:
-        result = torch.zeros(len(updates), 3, dtype=torch.float32, device=updates[0].grad.device)
-        for row, u in zip(result, updates, strict=True):
-            if u.per_tensor:
-                for which, (state, value) in enumerate(zip(u.states, new_values(u), strict=True)):
-                    if state.codec.per_tensor and value.numel():
-                        row[which] = value.abs().amax()
-        return result
-
-    def update(self, updates: Sequence[Update], amaxes: Tensor | None) -> None:
-        for index, u in enumerate(updates):
-            values = new_values(u)
-            for which, (state, value) in enumerate(zip(u.states, values, strict=True)):
-                noise = Noise(key=state.key, row_offset=u.row_offset) if state.key is not None else None
-                amax = amaxes[index, which] if amaxes is not None and state.codec.per_tensor else None
-                for name, part in state.codec.encode(value, amax=amax, noise=noise).items():
-                    stored = state.parts[name]
-                    stored.copy_(part if u.gate is None else torch.where(u.gate[1] != 0, part, stored))
-            if u.weight is not None:
-                u.weight.copy_(u.w.codec.decode(u.w.parts))
-
-
-REFERENCE: AdamBackend = ReferenceAdam()
+def _dtype_of(group: dict[str, Any]) -> torch.dtype:
+    first = group["params"][0]
+    parameter: Tensor = first[1] if isinstance(first, tuple) else first
+    return parameter.dtype

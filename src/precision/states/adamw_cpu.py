@@ -7,6 +7,7 @@ import functools
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from ... import native
 from ..backends.cpu import library as cpu
 from ..formats import ExMy
-from .adamw import Encoded, Update
 from .codecs import Codec, Dynamic, Expanded, Kahan, Plain, Scaled, dynamic_map, expanded_maps, expansion_limits
+from .reference import Encoded, Update
 
 SOURCE = Path(cpu.__file__).with_name("adamw.cpp")
 _ROOT_MODE = 0x140102  # as in adamw.cpp
@@ -49,6 +50,26 @@ class CUpdate(ctypes.Structure):
         ("codecs", CCodec * 3),
         ("states", CEncoded * 3),
     ]
+
+
+class Times(Protocol):
+    """The scalars of an update that hang on its number."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def t(self) -> float: ...
+
+
+def step_size(u: Times) -> float:
+    return float(u.lr / (1 - u.betas[0] ** u.t))
+
+
+def correction(u: Times) -> float:
+    """What sqrt(v) is divided by."""
+    return float((1 - u.betas[1] ** u.t) ** 0.5)
 
 
 def library() -> ctypes.CDLL | None:
@@ -143,7 +164,7 @@ def _array(updates: Sequence[Update], amaxes: Tensor | None) -> ctypes.Array[CUp
         target.decays, target.decay = u.decay != 0, 1 - u.lr * u.decay
         target.torch_root = u.plain
         target.lerp, target.beta2, target.square = 1 - beta1, beta2, 1 - beta2
-        target.correction, target.eps, target.step = u.correction, u.eps, -u.step_size
+        target.correction, target.eps, target.step = correction(u), u.eps, -step_size(u)
         target_codecs, target_states = target.codecs, target.states
         for which, (state, amax) in enumerate(zip(u.states, amaxes_of_states, strict=True)):
             if id(state.codec) not in codecs:

@@ -12,8 +12,8 @@ from ..backends.triton.device import installed, runs_on
 from ..backends.triton.fused import StateMatrix, Step, adamw, adamw_amaxes
 from ..formats import ExMy
 from ..spec import OperandSpec
-from .adamw import REFERENCE, Encoded, Update
 from .codecs import Codec, Plain, Scaled
+from .reference import REFERENCE, Encoded, Update
 
 
 class TritonAdam:

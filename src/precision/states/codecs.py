@@ -131,7 +131,8 @@ class Kahan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaled:
-    """Codes of a format of at most 8 bits, or FP16, under an FP32 scale of the tensor or of a block of a row.
+    """Codes of a float of 5 to 8 bits, INT8 (evenly spaced) or FP16, under an FP32 scale of the tensor or of a block of
+    a row.
 
     decode scale = max(amax, floor) / format.max (``precision.scaling.Fp32Decode``), so the largest element becomes the
     largest code. Error, to nearest: half a unit of the format's last mantissa bit, and where the format is subnormal
@@ -150,9 +151,10 @@ class Scaled:
     def __post_init__(self) -> None:
         f = self.format
         wide = isinstance(f, ExMy) and f.min_exponent <= -126
-        narrow = 5 <= f.bits <= 8 and not (wide or f.scales_only or isinstance(f, Integer))
+        whole = isinstance(f, Integer)
+        narrow = 5 <= f.bits <= 8 and not (wide or f.scales_only or (whole and f.bits < 8))
         if not narrow and f.dtype is not torch.float16:
-            raise ValueError(f"{f}: scaled states are floats of 5 to 8 bits, or fp16")
+            raise ValueError(f"{f}: scaled states are floats of 5 to 8 bits, int8, or fp16")
         if self.rounding is Rounding.TRUNCATE:
             raise ValueError(f"{f}: states are rounded to nearest or stochastically")
         _check_block(self.block)

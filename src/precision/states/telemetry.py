@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adamw import Encoded, Update, new_values
-from .codecs import FP32
-from .updates import CodecAdamW, local
+from .adamw import AdamW
+from .driver import StateOptimizer
+from .exchange import local
+from .rules import Scalars
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def step_with_sums(optimizer: Optimizer) -> tuple[float, float, float, float, fl
 
     With w the old weights, e the change of the stored ones, u the update as computed in FP32: the number of elements;
     that of those with e = 0 and u != 0; the sums of w^2, e^2, u^2 and e u. Those with u are NaN for an optimizer that
-    is neither ``CodecAdamW`` nor torch's AdamW. FP32 copies of one parameter at a time are allocated.
+    is neither ``StateOptimizer`` nor torch's AdamW. FP32 copies of one parameter at a time are allocated.
     """
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [parameter.grad for parameter, _ in parameters]
@@ -44,30 +45,23 @@ def step_with_sums(optimizer: Optimizer) -> tuple[float, float, float, float, fl
 
 
 def _stored_weight(optimizer: Optimizer, parameter: Tensor) -> Tensor:
-    """A copy of the stored weights, FP32: of two terms the high one; the master weights where there are any."""
-    if isinstance(optimizer, CodecAdamW) and (place := optimizer.places[parameter]).has_master:
-        return place.codecs[2].decode(place.parts[2]).clone().view(local(parameter).shape)
+    """A copy of the stored weights, FP32."""
+    if isinstance(optimizer, StateOptimizer):
+        return optimizer.stored_weight(parameter)
     return local(parameter.detach()).float().clone()
 
 
 def _intended(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """The update that the next step computes, before any weight is rounded: FP32, of the parameter's shape here."""
-    state = optimizer.state[parameter]
-    if isinstance(optimizer, CodecAdamW):
-        update = optimizer.next_update(parameter, group, float(state["step"]) + 1, {})
-    elif isinstance(optimizer, torch.optim.AdamW):
-        assert parameter.grad is not None
-        tensors = (state["exp_avg"], state["exp_avg_sq"], parameter.detach())
-        m, v, w = (Encoded(codec=FP32, parts={"": local(tensor)}) for tensor in tensors)
-        update = Update(
-            grad=local(parameter.grad), m=m, v=v, w=w, weight=None, row_offset=0, lr=float(group["lr"]),
-            betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], t=float(state["step"]) + 1,
-        )  # fmt: skip
-    else:
+    """The update that the next step computes, before any weight is rounded: of the parameter's shape here."""
+    if isinstance(optimizer, StateOptimizer):
+        return optimizer.intended(parameter, group)
+    if not isinstance(optimizer, torch.optim.AdamW):
         return None
-    new_m, new_v, _ = new_values(update)
-    weight = update.w.codec.decode(update.w.parts)
-    u = new_m / (new_v.sqrt() / update.correction + update.eps) * -update.step_size - weight * (
-        update.lr * update.decay
-    )
-    return u.view(local(parameter).shape)
+    state = optimizer.state[parameter]
+    assert parameter.grad is not None
+    grad, m, v, w = map(local, (parameter.grad, state["exp_avg"], state["exp_avg_sq"], parameter.detach()))
+    scalars = Scalars(
+        lr=float(group["lr"]), decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
+        t=float(state["step"]) + 1, shape=tuple(parameter.shape), rows=slice(None), plain=True,
+    )  # fmt: skip
+    return AdamW().intended({"m": m, "v": v}, grad, w, scalars)

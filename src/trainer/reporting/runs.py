@@ -228,9 +228,9 @@ def _label(runs: Sequence[Run]) -> None:
 
 
 def arguments(run: Run) -> dict[str, str]:
-    """The recipe's arguments by name, its schedule, and what replaces its moments, as text."""
-    telling = ("precision.args.", "precision.schedule", "optim.moments")
-    values = {k: repr(v) for k, v in sorted(run.values.items()) if k.startswith(telling) and v not in (None, [])}
+    """The recipe's arguments by name, its schedule, and what replaces its moments and its update rule, as text."""
+    telling = ("precision.args.", "precision.schedule", "optim.moments", "optim.update")
+    values = {k: repr(v) for k, v in sorted(run.values.items()) if k.startswith(telling) and v not in (None, [], {})}
     return {k.removeprefix("precision.args."): v for k, v in values.items()}
 
 
