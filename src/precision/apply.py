@@ -159,7 +159,10 @@ def _nothing(module: nn.Module, inputs: Any) -> None:
 def _by_step(recipe: Recipe, model: nn.Module) -> str:
     """What of a recipe in a model goes by the step, in words; nothing if nothing does."""
     of_modules = dict.fromkeys(module.goes_by_step for _, module in quantized_modules(model))
-    parts = [*filter(None, of_modules), *["the schedule"] * bool(recipe.schedule)]
+    reduce = recipe.comm.reduce
+    rounded = reduce is not None and reduce.spec.stochastic
+    noise = {"rounding noise": None} if rounded else {}
+    parts = [*filter(None, of_modules | noise), *["the schedule"] * bool(recipe.schedule)]
     return " and ".join([*parts, *(f"what a step does ({hook})" for hook in recipe.hooks)])
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import traced
 from .amax import Amaxes
 from .assign import assign_backends
-from .backends import REFERENCE
+from .backends import REFERENCE, Quantizer
 from .context import StepContext
 from .module import Observer, QuantizedModule, Site
 from .operands import Call
@@ -31,6 +31,7 @@ from .slots import (
     Backends,
     LinearPlan,
     Saved,
+    W,
     X,
     columns_of,
     gemms,
@@ -150,7 +151,27 @@ class QuantLinear(QuantizedModule):
 
     @property
     def reads_weight(self) -> OperandSpec | str:
-        return self.plan_of((0, 0, 0)).weight_once
+        spec = self.plan_of((0, 0, 0)).weight_once
+        for other in self.specs[1:]:
+            # Histories want every step's amax of the weight itself, and phases in high precision alone are watched for.
+            if not isinstance(spec, str) and (self.delayed is not None or other != LinearSpec()):
+                return "under its schedule, weights cannot be gathered as codes"
+        return spec
+
+    @property
+    def sends_weight(self) -> OperandSpec | None:
+        if self.context.high_precision or self.observer is not None:
+            return None
+        spec = self.plan.weight_once
+        return None if isinstance(spec, str) else spec
+
+    @property
+    def weight_quantizer(self) -> Quantizer:
+        return self.backends[0].quantizer
+
+    def weight_amax(self, shard: Tensor, amax: Tensor) -> Tensor:
+        held = self.amaxes.held(self.plan.slots[W], shard, now=amax)
+        return amax if held is None else held
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .backends import REFERENCE, Quantizer
+from .packing import Gathered
 from .scaling import Delayed
 from .spec import OperandSpec
 
@@ -91,6 +93,8 @@ class QuantizedModule(nn.Module):
     amax_held: Tensor
     amax_before: tuple[Tensor, Tensor] | None = None
     """History and held amaxes from before the step, while the step may be undone."""
+    gathered: Gathered | None = None
+    """While ``weight`` holds the unscaled values of gathered codes: their scales."""
 
     def bind(self, context: StepContext, site: Site) -> None:
         """Take the step context of the model, and the place in it.
@@ -123,8 +127,23 @@ class QuantizedModule(nn.Module):
     @property
     def reads_weight(self) -> OperandSpec | str:
         """The one quantization of ``weight`` that is all it reads, so that a gather over ranks may send the codes; or
-        why there is none."""
+        why there is none. A module that says one reads ``gathered`` wherever it reads the weight."""
         return f"{type(self).__name__} does not say how it reads its weight"
+
+    @property
+    def sends_weight(self) -> OperandSpec | None:
+        """By what ``weight`` is quantized before it is gathered for the next pass; None to gather it as it is."""
+        spec = self.reads_weight
+        return None if self.context.high_precision or isinstance(spec, str) else spec
+
+    @property
+    def weight_quantizer(self) -> Quantizer:
+        """Who quantizes a weight that is gathered as codes."""
+        return REFERENCE.quantizer
+
+    def weight_amax(self, shard: Tensor, amax: Tensor) -> Tensor:
+        """What the scale of a weight is computed from, given the amax of the whole weight; FP32 scalar."""
+        return amax
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Plan:
     coverage: Coverage = field(default_factory=Coverage)
     notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
     context: StepContext = field(default_factory=StepContext)
+    comm_notes: Sequence[str] | None = None  # what ranks send each other; None: a trainer does as the recipe says
     settings: dict[str, Setting] = field(init=False)  # what the recipe says of single parameters, by name
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
@@ -257,18 +258,9 @@ class Plan:
         scaler = [str(self.recipe.loss_scale)] if self.recipe.loss_scale is not None else []
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]
         hooks = [f"every step: {_describe(hook)}" for hook in self.recipe.hooks]
-        of_parameters = described(self.settings)
-        lines = [
-            head,
-            *update,
-            *of_parameters,
-            *scaler,
-            *phases,
-            *hooks,
-            *map(str, self.rows),
-            *self.notes,
-            str(self.coverage),
-        ]
+        comm = self.recipe.comm.notes if self.comm_notes is None else self.comm_notes
+        ways = [*described(self.settings), *scaler, *phases, *hooks]
+        lines = [head, *update, *ways, *map(str, self.rows), *comm, *self.notes, str(self.coverage)]
         return "\n".join(lines) + "\n"
 
 

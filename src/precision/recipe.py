@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .exchange import NO_COMM, Comm
 from .linear import quantized
 from .loss_scale import LossScaler
 from .parameters import ForParameters
@@ -233,6 +234,7 @@ class Recipe:
     hooks: tuple[Any, ...] = ()  # each a Hook, of which it may leave out what it does not need
     parameters: tuple[ForParameters, ...] = ()
     one_micro_batch: bool = False
+    comm: Comm = NO_COMM
 
     def __post_init__(self) -> None:
         require_apart(self.schedule, None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from ..models.layers import Init
 from ..models.memory import activation_bytes
 from ..precision.apply import apply
-from ..precision.comm import gather_codes
+from ..precision.comm import gather_codes, reduce_codes
 from ..precision.coverage import CoverageWarning
 from ..precision.plan import Plan
 from ..precision.recipe import Recipe
@@ -117,13 +118,13 @@ def build_model(
         param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
     )
     mesh = world.mesh(parallel)
+    reduction = recipe.comm.reduce
+    sharded = mesh if reduction is None else mesh["shard"]  # over replicas ``reduce_codes`` reduces
     reshards = parallel.reshards(world.size)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
-        with as_user_error("parallel.fp8_all_gather=true: ", ValueError):
-            plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
+        fully_shard(block, mesh=sharded, mp_policy=policy, reshard_after_forward=reshards)
+    fully_shard(model, mesh=sharded, mp_policy=policy, reshard_after_forward=False)
+    plan.comm_notes = communication(plan, model, parallel, mesh)
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
     # The loss is already divided by the weight of the global batch: gradients are summed, not averaged.
     for module in model.modules():
@@ -134,6 +135,28 @@ def build_model(
     plan.reset_state()
     model.tie_weights()
     return model, plan
+
+
+def communication(plan: Plan, model: Model, parallel: ParallelConfig, mesh: DeviceMesh) -> list[str]:
+    """Have FSDP send weights and gradients as the recipe and ``parallel.fp8_all_gather`` say; lines of plan.txt.
+
+    Raises UserError where that cannot be.
+    """
+    comm, dtypes, shards = plan.recipe.comm, plan.recipe.dtypes, mesh.get_group(mesh.ndim - 1)
+    lines = []
+    if parallel.fp8_all_gather or comm.gather:
+        said = "parallel.fp8_all_gather=true" if parallel.fp8_all_gather else "precision: the recipe's comm.gather"
+        if parallel.reshard_after_forward is False:
+            raise UserError(f"{said} needs parallel.reshard_after_forward=true or auto")
+        if shards.size() > 1:
+            with as_user_error(f"{said}: ", ValueError):
+                lines.append(gather_codes(model, model.layers, shards, dtypes.compute))
+        elif comm.gather:
+            lines.append("weights of one shard are gathered by nobody: none are sent as codes")
+    if comm.reduce is not None:
+        with as_user_error("precision: ", ValueError):
+            lines += reduce_codes(model, model.layers, mesh, comm.reduce, plan.context, dtypes.reduce)
+    return lines
 
 
 def execution_notes(model: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, world: World) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -14,9 +15,16 @@ import pytest
 import torch
 from conftest import TINY
 from narrowgauge.precision.apply import apply
-from narrowgauge.precision.comm import CodesAllGather, _Segment, gather_codes
+from narrowgauge.precision.comm import gather_codes
+from narrowgauge.precision.comm.gather import CodesAllGather, _Segment, _Weight
+from narrowgauge.precision.context import StepContext
+from narrowgauge.precision.formats import E4M3
 from narrowgauge.precision.linear import QuantLinear
 from narrowgauge.precision.loading import load
+from narrowgauge.precision.module import QuantizedModule
+from narrowgauge.precision.quantize import quantize
+from narrowgauge.precision.scaling import Tile
+from narrowgauge.precision.spec import OperandSpec
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.distributed import World
 from narrowgauge.trainer.errors import UserError
@@ -110,7 +118,11 @@ def test_the_same_run_for_fewer_bytes(results: dict[str, Any], name: str) -> Non
     assert plain["amax reductions"] == 0
     assert codes["amax reductions"] == 6 * case.amaxes  # one for every forward pass
     assert results[name]["first gathers"] == [case.whole, 0]
-    assert ["linears gathered as codes" in plan for plan in results[name]["plans"]] == [False, True]
+    assert "linears gathered as codes" not in results[name]["plans"][0]
+    said = re.search(r"linears gathered as codes, ([\d,]+) bytes a rank for ([\d,]+)", results[name]["plans"][1])
+    assert said is not None
+    sent, without = (int(number.replace(",", "")) for number in said.groups())
+    assert without - sent == case.saved * (1 if name == "nvfp4" else 2)  # blocks
 
 
 @pytest.mark.parametrize(
@@ -178,6 +190,75 @@ def test_a_schedule_over_amax_histories_is_refused(world: World) -> None:
     fully_shard(model.layers[0])
     with pytest.raises(ValueError, match=r"layers\.0\.proj: under its schedule"):
         gather_codes(model, model.layers, Group(2), torch.bfloat16)  # type: ignore[arg-type]
+
+
+class OwnLinear(QuantizedModule):
+    """A module of a recipe's own that multiplies by the codes of its weight, or does not say so."""
+
+    def __init__(self, shape: tuple[int, ...], reads: OperandSpec | None) -> None:
+        super().__init__()
+        self.path, self.reads = "layers.0.proj", reads
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def coverage(self) -> tuple[tuple[str, int, bool], ...]:
+        return (("fprop", self.weight.numel(), True),)
+
+    @property
+    def reads_weight(self) -> OperandSpec | str:
+        return super().reads_weight if self.reads is None else self.reads
+
+
+class OwnNorm(QuantizedModule):
+    path = "layers.0.norm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+def own(shape: tuple[int, ...], reads: OperandSpec | None) -> nn.Module:
+    model = Blocks(8)
+    model.layers[0] = nn.Sequential(OrderedDict(proj=OwnLinear(shape, reads), norm=OwnNorm()))
+    fully_shard(model.layers[0])
+    return model
+
+
+def test_a_module_of_a_recipes_own_takes_part(world: World) -> None:
+    spec = OperandSpec(format=E4M3, tile=Tile(1, 4))
+    model = own((6, 8), spec)
+    block = model.layers[0]  # type: ignore[index]
+    line = gather_codes(model, [block], Group(1), torch.float32)  # type: ignore[arg-type]
+    why = "layers.0.norm (OwnNorm does not say how it reads its weight)"
+    assert (
+        line == f"weights of 1 linears gathered as codes, {48 + 12 * 4 + 16} bytes a rank for 208; as they are: {why}"
+    )
+    weight = block.proj.weight.to_local().detach()
+    block.proj.context, codes = StepContext(), quantize(weight, spec)
+    gather = CodesAllGather(block, [_Segment(6, 8, _Weight(block.proj, spec, (6, 8))), _Segment(4, 1, None)])
+    sent, received = torch.cat([weight.flatten(), block.norm.weight.to_local().detach()]), torch.empty(52)
+    gather(received, sent, torch.distributed.group.WORLD)  # type: ignore[arg-type]
+    assert torch.equal(received[:48].view(6, 8), E4M3.decode(codes.codes))
+    assert torch.equal(block.proj.gathered.scales, codes.scales)
+    assert torch.equal(received[48:], torch.ones(4))
+    block.proj.context.high_precision = True
+    gather(received, sent, torch.distributed.group.WORLD)  # type: ignore[arg-type]
+    assert torch.equal(received, sent)
+    assert block.proj.gathered is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "reads", "error"),
+    [
+        ((6, 8), None, "OwnLinear does not say how it reads its weight"),
+        ((3, 6, 8), OperandSpec(format=E4M3), "a weight of 3 dimensions is not gathered as codes"),
+    ],
+)
+def test_a_module_of_a_recipes_own_is_refused(
+    world: World, shape: tuple[int, ...], reads: OperandSpec | None, error: str
+) -> None:
+    model = own(shape, reads)
+    with pytest.raises(ValueError, match=rf"layers\.0\.proj: {error}"):
+        gather_codes(model, model.layers, Group(2), torch.float32)  # type: ignore[arg-type]
 
 
 def test_kept_weights_are_refused() -> None:

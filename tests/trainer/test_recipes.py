@@ -862,6 +862,24 @@ def recipe(*, average: float = 0.9) -> Recipe:
     return Recipe(rules=(block_linears(spec),), update=Columns(average=average))
 '''
 
+COMM = '''"""Kind d, communication: gradients reduced in E5M2 blocks, not the embedding's; weights gathered as codes."""
+
+from narrowgauge.precision.exchange import Comm, Reduction
+from narrowgauge.precision.formats import E4M3, E5M2
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import PowerOfTwo, Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+
+
+def recipe(*, block: int = 16) -> Recipe:
+    fp8 = OperandSpec(format=E4M3)
+    gradient = OperandSpec(format=E5M2, tile=Tile(1, block), scale=PowerOfTwo(), rounding=Rounding.STOCHASTIC)
+    return Recipe(
+        rules=(block_linears(LinearSpec(fprop=GemmSpec(a=fp8, b=fp8), dgrad=GemmSpec(b=fp8))),),
+        comm=Comm(gather=True, reduce=Reduction(spec=gradient, paths=(r"layers\\..*", r"(norm|lm_head)\\..*"))),
+    )
+'''
+
 KINDS = {
     # its text; lines of plan.txt; rows of the probe, and how each is rounded
     "slots": (
@@ -911,6 +929,15 @@ KINDS = {
             "moments mean e4m3/32/sr, square fp32 (the recipe's), vectors fp32, updated by [reference (no k",
         ),
         {"fprop.x": "int8/row/fp32"},
+    ),
+    "comm": (
+        COMM,
+        (
+            "weights of one shard are gathered by nobody: none are sent as codes",
+            "rounded: gradients of layers.0.input_layernorm.weight and 18 others as e5m2/1x16/e8m0-rceil/sr, once a "
+            "step: one process sends none; embed_tokens.weight in float32",
+        ),
+        {"fprop.x": "e4m3/tensor/fp32", "dgrad.w": "e4m3/tensor/fp32"},
     ),
 }
 
@@ -990,6 +1017,9 @@ def test_a_recipe_of_every_kind_is_resumed_by_two_processes(corpus: Path, tmp_pa
     run_many(list(overrides.values()), 2, tmp_path)
     for kind in overrides:
         assert compare_runs(tmp_path / "whole" / kind, tmp_path / kind) == [], kind
+    plan_text = (tmp_path / "comm" / "plan.txt").read_text()
+    assert "weights of 14 linears gathered as codes" in plan_text
+    assert "as e5m2/1x16/e8m0-rceil/sr, all to all over 2 ranks, summed in rank order in float32" in plan_text
 
 
 @pytest.mark.long

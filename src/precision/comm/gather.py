@@ -9,8 +9,9 @@ FSDP2 has two doors for this. Its tensor extensions (``fsdp_pre_all_gather``) wa
 local tensors that FSDP replaces when it pads uneven shards. We take the other, ``set_custom_all_gather``: a collective
 over one group's flat buffer, which is the group's parameters in order, each padded to the rows of rank 0's shard. That
 layout is documented nowhere, so the first gather compares the buffer with the parameters. A gathered weight then holds
-its codes' values, unscaled and exact in BF16, and ``QuantLinear.gathered`` the scales; nothing else may read it, which
-is why parameters must be resharded after forward. What is saved is traffic, not memory: FSDP's buffers stay in BF16.
+its codes' values, unscaled and exact in BF16, and ``QuantizedModule.gathered`` the scales; nothing else may read it,
+which is why parameters must be resharded after forward. What is saved is traffic, not memory: FSDP's buffers stay in
+BF16. Which modules take part, and how, is their ``reads_weight`` and ``sends_weight``.
 
 Gradients are reduced as before. BF16 is gathered for validation in high precision, for GEMMs that a hook takes in it,
 and in steps that are watched (``precision.probe`` measures against the weight).
@@ -28,30 +29,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .backends import quantize_by
-from .linear import QuantLinear
-from .packing import Gathered
-from .quantize import Quantized
-from .scaling import TENSOR, Unit
-from .slots import W
-from .spec import LinearSpec, OperandSpec
+from ..backends import quantize_by
+from ..module import QuantizedModule
+from ..packing import Gathered
+from ..quantize import Quantized
+from ..scaling import TENSOR, Unit
+from ..spec import OperandSpec
+from .layout import all_gather, another_layout, parameters_of
 
 
 @dataclass(eq=False)
 class _Weight:
-    """A quantized linear's weight in the buffer of its group. ``amax``: of the full weight, as gathered."""
+    """A module's weight in the buffer of its group. ``amax``: of the full weight, as gathered."""
 
-    linear: QuantLinear
+    module: QuantizedModule
+    reads: OperandSpec
     shape: tuple[int, int]
     amax: Tensor | None = None
-
-    @property
-    def spec(self) -> OperandSpec | None:
-        """What it is quantized by before it is gathered; None where GEMMs of this pass want it as it is."""
-        if self.linear.context.high_precision or self.linear.observer is not None:
-            return None
-        spec = self.linear.plan.weight_once
-        return None if isinstance(spec, str) else spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +83,12 @@ class CodesAllGather:
         if not self.checked:
             self._check(input_tensor)
         parts = torch.split(input_tensor, [segment.numel for segment in self.segments])
-        specs = [segment.weight.spec if segment.weight is not None else None for segment in self.segments]
+        specs = [None if segment.weight is None else segment.weight.module.sends_weight for segment in self.segments]
         if not any(specs):
             for segment in self.segments:
                 if segment.weight is not None:
-                    segment.weight.linear.gathered = None
-            work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-            return work
+                    segment.weight.module.gathered = None
+            return all_gather(output_tensor, input_tensor, group, async_op)
         quantized = [
             _quantized(segment, part, spec) for segment, part, spec in zip(self.segments, parts, specs, strict=True)
         ]
@@ -105,7 +98,7 @@ class CodesAllGather:
         ]
         sent = torch.cat([piece for of_segment in pieces for piece in of_segment])
         received = torch.empty(group.size(), len(sent), dtype=torch.uint8, device=sent.device)
-        dist.all_gather_into_tensor(received.view(-1), sent, group)
+        all_gather(received.view(-1), sent, group)
         columns = iter(torch.split(received, [len(piece) for of_segment in pieces for piece in of_segment], 1))
         wanted = torch.split(output_tensor.view(group.size(), -1), [segment.numel for segment in self.segments], 1)
         for segment, q, out in zip(self.segments, quantized, wanted, strict=True):
@@ -114,21 +107,19 @@ class CodesAllGather:
             else:
                 _open(segment, q, next(columns), next(columns) if len(_sent(q)) > 1 else None, out)
             if segment.weight is not None and q is None:
-                segment.weight.linear.gathered = None
+                segment.weight.module.gathered = None
         return None
 
     def _check(self, buffer: Tensor) -> None:
         """Whether the flat buffer is what it is taken for."""
         sizes = [segment.numel for segment in self.segments]
-        shards = [parameter.to_local().flatten() for parameter in self.group.parameters()]  # type: ignore[attr-defined]
+        shards = [parameter.to_local().flatten() for parameter in parameters_of(self.group).values()]  # type: ignore[attr-defined]
         alike = buffer.numel() == sum(sizes) and all(
             torch.equal(part[: len(shard)].nan_to_num(), shard.to(part.dtype).nan_to_num())
             for part, shard in zip(torch.split(buffer, sizes), shards, strict=True)
         )
         if not alike:
-            raise RuntimeError(
-                "parallel.fp8_all_gather=true: this torch lays out what FSDP gathers in another way than 2.11 to 2.13"
-            )
+            raise another_layout("parallel.fp8_all_gather=true: this torch lays out what FSDP gathers")
         self.checked = True
 
 
@@ -138,10 +129,9 @@ def _quantized(segment: _Segment, part: Tensor, spec: OperandSpec | None) -> Qua
     weight = segment.weight
     scaled_by = None
     if weight.amax is not None:
-        scaled_by = weight.linear.amaxes.held(weight.linear.plan.slots[W], part, now=weight.amax)
-        scaled_by = weight.amax if scaled_by is None else scaled_by
+        scaled_by = weight.module.weight_amax(part, weight.amax)
     shard = part.view(segment.rows, segment.columns)
-    return quantize_by(weight.linear.backends[0].quantizer, shard, spec, amax=scaled_by)
+    return quantize_by(weight.module.weight_quantizer, shard, spec, amax=scaled_by)
 
 
 def _sent(q: Quantized) -> tuple[Tensor, ...]:
@@ -162,7 +152,7 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
         shape=(ranks * segment.rows, segment.columns),
         spec=OperandSpec(format=q.spec.format, scale=Unit()),
     )
-    values, _ = weight.linear.backends[0].quantizer.operand(every)
+    values, _ = weight.module.weight_quantizer.operand(every)
     out.copy_(values.reshape(out.shape))
     all_scales = q.scales
     if scales is not None:
@@ -173,7 +163,7 @@ def _open(segment: _Segment, q: Quantized, codes: Tensor, scales: Tensor | None,
         for tensor in gathered:
             if tensor is not None:
                 tensor.record_stream(torch.cuda.default_stream(out.device))
-    weight.linear.gathered = gathered
+    weight.module.gathered = gathered
 
 
 def gather_codes(
@@ -191,47 +181,62 @@ def gather_codes(
     """
     ranks = process_group.size()
     weights: list[_Weight] = []
+    left: list[str] = []
+    sent = plain = 0
     for group in groups:
         assert isinstance(group, FSDPModule)
         assert isinstance(group, nn.Module)
-        owners = {f"{path}.weight": linear for path, linear in group.named_modules() if isinstance(linear, QuantLinear)}
+        owners = {f"{path}.weight": one for path, one in group.named_modules() if isinstance(one, QuantizedModule)}
         segments = []
-        for name, parameter in group.named_parameters():
+        for name, parameter in parameters_of(group).items():
             rows = -(-parameter.shape[0] // ranks)
             columns = math.prod(parameter.shape[1:])
-            weight = _weight(owners[name], rows) if name in owners else None
-            weights += [weight] if weight is not None else []
+            weight = _weight(owners[name], parameter, rows, left) if name in owners else None
             segments.append(_Segment(rows, columns, weight))
+            plain += segments[-1].numel * dtype.itemsize
+            sent += segments[-1].numel * dtype.itemsize if weight is None else _bytes(segments[-1], weight.reads)
+            weights += [weight] if weight is not None else []
         group.set_custom_all_gather(CodesAllGather(group, segments))  # type: ignore[arg-type]  # a private protocol
     if not weights:
         raise ValueError("the recipe quantizes no weight")
     model.register_forward_pre_hook(_find_amaxes(weights, process_group, dtype), prepend=True)
-    return f"weights of {len(weights)} linears gathered as codes"
+    others = f"; as they are: {left[0]}{f' and {len(left) - 1} others' if len(left) > 1 else ''}" if left else ""
+    return f"weights of {len(weights)} linears gathered as codes, {sent:,} bytes a rank for {plain:,}{others}"
 
 
-def _weight(linear: QuantLinear, rows: int) -> _Weight:
-    spec = linear.reads_weight
+def _weight(module: QuantizedModule, parameter: Tensor, rows: int, left: list[str]) -> _Weight | None:
+    """None for a module without matrix products whose weight cannot go as codes: noted in ``left``."""
+    spec = module.reads_weight
     if isinstance(spec, str):
-        raise ValueError(f"{linear.path}: {spec}")
-    for other in linear.specs[1:]:
-        # Histories want every step's amax of the weight itself, and phases in high precision alone are looked out for.
-        if linear.delayed is not None or other != LinearSpec():
-            raise ValueError(f"{linear.path}: under its schedule, weights cannot be gathered as codes")
-    n, k = linear.out_features, linear.in_features
+        if module.coverage() == ():
+            left.append(f"{module.path} ({spec})")
+            return None
+        raise ValueError(f"{module.path}: {spec}")
+    if parameter.dim() != 2:
+        raise ValueError(f"{module.path}: a weight of {parameter.dim()} dimensions is not gathered as codes")
+    n, k = parameter.shape
     if spec.tile.outer > 0 and rows % spec.tile.outer and rows < n:
-        raise ValueError(f"{linear.path}: shards of {rows} rows cut its tiles of {spec.tile}")
-    return _Weight(linear, (n, k))
+        raise ValueError(f"{module.path}: shards of {rows} rows cut its tiles of {spec.tile}")
+    return _Weight(module, spec, (n, k))
+
+
+def _bytes(segment: _Segment, spec: OperandSpec) -> int:
+    """What a rank sends of a weight: codes, and the scales that belong to its shard alone."""
+    codes = segment.rows * (-(-segment.columns // 2) if spec.format.bits == 4 else segment.columns)
+    if spec.tile == TENSOR:
+        return codes
+    grid_rows, grid_columns = spec.tile.grid(segment.rows, segment.columns)
+    return codes + grid_rows * grid_columns * (4 if spec.scale.format is None else 1)
 
 
 def _find_amaxes(
     weights: Sequence[_Weight], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> Callable[[nn.Module, object], None]:
     """A hook that sets ``amax`` of every weight whose scale depends on the full weight."""
-    specs = [weight.linear.reads_weight for weight in weights]
     wanted = [
         weight
-        for weight, spec in zip(weights, specs, strict=True)
-        if isinstance(spec, OperandSpec) and spec.scale.levels and (spec.scale.levels == 2 or spec.tile == TENSOR)
+        for weight in weights
+        if weight.reads.scale.levels and (weight.reads.scale.levels == 2 or weight.reads.tile == TENSOR)
     ]
 
     @torch.no_grad()
@@ -240,7 +245,7 @@ def _find_amaxes(
             return
         found = []
         for weight in wanted:
-            parameter = weight.linear.weight
+            parameter = weight.module.weight
             assert isinstance(parameter, DTensor), "gathered before its amax was known"
             shard = parameter.to_local()
             found.append(shard.abs().amax() if shard.numel() else shard.new_zeros(()))
