@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import field, fields, make_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,15 +14,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ..models import ARCHITECTURES, Model, ModelConfig, create
+from ..models import Decoder, DecoderConfig, architectures, config_in, create
 from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
-from ..models.memory import activation_bytes
 from ..precision.apply import apply
 from ..precision.comm import gather_codes
 from ..precision.coverage import CoverageWarning
+from ..precision.loading import content_of, is_file, module_of, sha256
 from ..precision.plan import Plan
 from ..precision.recipe import Recipe
 from ..precision.states.updates import CodecAdamW
+from ..precision.suggest import close
 from .data.tokenizer import TextTokenizer, load_tokenizer
 from .distributed import ParallelConfig, World, say
 from .errors import UserError, as_user_error
@@ -31,8 +32,67 @@ from .pretrained import PretrainedDirectory
 from .recipe import Precision
 from .state import TrainState
 
-#: ``model.arch`` -> the schema of the ``model`` group.
-MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
+ModelConfig = DecoderConfig
+#: ``model.arch`` -> the schema of the ``model`` group: the models of this package.
+MODEL_SCHEMAS: dict[str, type[ModelConfig]] = architectures()
+#: Those of users' files that were run.
+OWN_SCHEMAS: dict[str, type[ModelConfig]] = {}
+
+
+def schema_of(arch: str) -> type[ModelConfig]:
+    """The schema of ``model.arch``: a name, or the path of a user's file, which ends in ``.py`` and is run.
+
+    Raises ValueError for an unknown name, a file that cannot be run, and one that defines no model.
+    """
+    if not is_file(arch):
+        if arch not in MODEL_SCHEMAS:
+            known = ", ".join(MODEL_SCHEMAS)
+            raise ValueError(f"model.arch={arch}: no such model{close(arch, MODEL_SCHEMAS)}; there are: {known}")
+        return MODEL_SCHEMAS[arch]
+    found = config_in(module_of(arch, "model"))
+    if found is None:
+        raise ValueError(f"{arch}: it has no class derived from narrowgauge.models.DecoderConfig, so it is no model")
+    OWN_SCHEMAS[arch] = found
+    return found
+
+
+class UnreadConfig(ModelConfig):
+    """Values of a model whose file is not run: to be read, not to be built."""
+
+
+def unread_schema(keys: Iterable[str]) -> type[UnreadConfig]:
+    """A schema of any values that has these keys, too."""
+    common = {field.name for field in fields(ModelConfig)}
+    own = [(str(key), Any, field(default=None)) for key in keys if key not in common]
+    return make_dataclass("Unread", own, bases=(UnreadConfig,), kw_only=True)
+
+
+def model_files(config: ModelConfig) -> list[str]:
+    """The user's file of the model, if it is in one."""
+    return [config.arch] if is_file(config.arch) else []
+
+
+def said_file(arch: str, content: str | None, said: Iterable[str]) -> str:
+    """``arch``, or, for a file, that of ``said`` which holds what it held: ``content``, as ``content_of`` says it.
+
+    Raises ValueError if there is none.
+    """
+    if not is_file(arch):
+        return arch
+    there = {content_of(file): file for file in said if is_file(file)}
+    if content not in there:
+        held = str(content).removesuffix(".py").replace(":", " ")
+        raise ValueError(f"a model file ({held}), which is Python and runs only if the command line names it")
+    return there[content]
+
+
+def require_said(arch: str, said: Collection[str]) -> None:
+    """Raises ValueError for a model file that the command line, which says ``said``, does not name."""
+    if is_file(arch) and arch not in said:
+        raise ValueError(
+            f"model.arch names the model file {arch} (sha256 {sha256(arch)}): it is Python, and runs only if the "
+            f"command line says model.arch={arch}"
+        )
 
 
 def resolve_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelConfig:
@@ -97,10 +157,11 @@ def build_model(
     backend: str = "auto",
     tokens: int | None = None,
     seed: int = 0,
-) -> tuple[Model, Plan]:
+) -> tuple[Decoder, Plan]:
     """The sharded model with its recipe in it, on the device, its parameters not yet set."""
     with torch.device("meta"):
         model = create(config)
+    own = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     with as_user_error("precision: ", ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
         plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
@@ -112,6 +173,8 @@ def build_model(
         if parallel.compiles(world.device):
             block.forward = torch.compile(block.forward)  # within FSDP's hooks, which cannot be compiled
     model.to(dtype=recipe.param_dtype)
+    for module, name, buffer in own:  # a model's own buffers keep their dtype
+        module._buffers[name] = buffer
     policy = MixedPrecisionPolicy(
         param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
     )
@@ -123,6 +186,11 @@ def build_model(
     if parallel.fp8_all_gather and (shards := mesh.get_group(mesh.ndim - 1)).size() > 1:
         with as_user_error("parallel.fp8_all_gather=true: ", ValueError):
             plan.rows = [*plan.rows, gather_codes(model, model.layers, shards, recipe.dtypes.compute)]
+    if model.counts_first:
+        plan.rows = [
+            *plan.rows,
+            "every step begins with a forward pass of its micro-batches, without gradients, that counts",
+        ]
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
     # The loss is already divided by the weight of the global batch: gradients are summed, not averaged.
     for module in model.modules():
@@ -130,7 +198,8 @@ def build_model(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
-    plan.reset_state()
+    with as_user_error("model: ", ValueError):
+        plan.reset_state()
     model.tie_weights()
     return model, plan
 
@@ -165,14 +234,14 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 @torch.no_grad()
-def initialize(model: Model, seed: int) -> None:
+def initialize(model: Decoder, seed: int) -> None:
     """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows."""
     for name, parameter in model.named_parameters():
         _set_from_full(parameter, model.init_of(name).draw(seed, name, parameter.shape))
 
 
 @torch.no_grad()
-def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
+def load_pretrained(model: Decoder, directory: PretrainedDirectory) -> None:
     """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
 
     Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes
@@ -180,7 +249,7 @@ def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
     """
     for name, parameter in model.named_parameters():
         piece = piece_of(model.config, name)
-        full = piece.cut(directory.tensor(piece.name))
+        full = piece.read(directory.tensor)
         if full.shape != parameter.shape:
             raise UserError(
                 f"{directory.path}: {piece.name} gives {name} the shape {list(full.shape)}, "
@@ -220,7 +289,7 @@ def _require_same_shape(config: ModelConfig, directory: PretrainedDirectory) -> 
             raise UserError(f"model.{part.name}={ours}, but model.init_from={directory.path} has {other}")
 
 
-def _start_from(model: Model, pretrained: str) -> int | None:
+def _start_from(model: Decoder, pretrained: str) -> int | None:
     """Returns the length, in tokens, that the weights were trained at, if it is known."""
     directory = PretrainedDirectory(pretrained)
     _require_same_shape(model.config, directory)
@@ -249,8 +318,9 @@ def _moments_note(precision: Precision, optimizer: Optimizer) -> str:
 def to_transformers(
     config: ModelConfig, tensors: Mapping[str, torch.Tensor], end_of_text: int, trained_length: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """``config.json`` and state dict of the same model in `transformers`."""
-    return to_hf_config(config, end_of_text, trained_length), to_hf_tensors(config, tensors)
+    """``config.json`` and state dict of the same model in `transformers`. Raises UserError if there is none."""
+    with as_user_error("", ValueError):
+        return to_hf_config(config, end_of_text, trained_length), to_hf_tensors(config, tensors)
 
 
 def sequence_bytes(
@@ -260,7 +330,7 @@ def sequence_bytes(
     blocks are compiled on CUDA."""
     fused = device.type == "cuda" and parallel.compiles(device)
     itemsize = dtype.itemsize if fused else None
-    return activation_bytes(config, seq_len, itemsize, recompute=parallel.activation_checkpointing)
+    return config.activation_bytes(seq_len, itemsize, recompute=parallel.activation_checkpointing)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from ..precision.probe import Probe
 from . import distributed
-from .build import build_state, num_parameters, resolve_model, sequence_bytes
+from .build import build_state, model_files, num_parameters, resolve_model, sequence_bytes
 from .checkpoint import Checkpoint, list_checkpoints
 from .checkpointer import Checkpointer
 from .config import TrainConfig
@@ -194,7 +194,8 @@ def _build(
         "deterministic": config.parallel.is_deterministic(world.device),
     }
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
-    world.on_main(lambda: directory.keep_recipe(config.precision.files()))
+    world.on_main(lambda: directory.keep_files("recipe", config.precision.files()))
+    world.on_main(lambda: directory.keep_files("model", model_files(config.model)))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     training.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     training.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)

@@ -42,7 +42,7 @@ class Values:
 class TrainConfig:
     """The complete config: one field a part, each described where the code that reads it is."""
 
-    model: Any = MISSING  # one of build.MODEL_SCHEMAS
+    model: Any = MISSING  # what build.schema_of(model.arch) gives
     data: DataConfig = MISSING
     precision: PrecisionConfig = MISSING
     optim: OptimConfig = MISSING
@@ -142,6 +142,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():
         store.store(group="model", name=f"{arch}_schema", node=schema)
+    store.store(group="model", name="own_schema", node={})  # of a user's file: known once that is run
 
 
 register_schemas()

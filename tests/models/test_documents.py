@@ -42,8 +42,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def blocks_anywhere(positions_BT: Tensor | None, tokens_BT: Tensor) -> documents.KeyBlocks | None:
-    return None if positions_BT is None else documents.key_blocks(attention.starts_of(positions_BT).clamp(min=0))
+def blocks_anywhere(starts_BT: Tensor) -> documents.KeyBlocks:
+    return documents.key_blocks(starts_BT)
 
 
 @pytest.mark.parametrize("name", ROWS)

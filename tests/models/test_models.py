@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, create
-from narrowgauge.models.layers import BLOCK_ATTENTION_MAX_POSITIONS, Init, causal_attention
+from narrowgauge.models.kernels.attention import Rope
+from narrowgauge.models.layers import BLOCK_ATTENTION_MAX_POSITIONS, CausalAttention, Init, Places, causal_attention
 from narrowgauge.models.llama import rope_table
 from narrowgauge.trainer.config import groups, load_config
 from torch import nn
@@ -169,12 +170,12 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("num_positions", [1, 7, 128, 129, 300, BLOCK_ATTENTION_MAX_POSITIONS + 1])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "v_width"), [(4, 4, 8), (6, 2, 8), (4, 2, 5), (2, 2, 12)])
+def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_heads: int, v_width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, num_positions, heads, 8), (2, num_positions, kv_heads, 8), (2, num_positions, kv_heads, 8)]
+    shapes = [(2, num_positions, heads, 8), (2, num_positions, kv_heads, 8), (2, num_positions, kv_heads, v_width)]
     q, k, v = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
-    dy = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
+    dy = torch.randn((2, num_positions, heads, v_width), dtype=torch.float64, generator=generator)
     ours = causal_attention(q, k, v)
     oracle = torch_attention(q, k, v)
     torch.testing.assert_close(ours, oracle)
@@ -182,6 +183,24 @@ def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_h
         torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(oracle, (q, k, v), dy), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_places_in_rotation_and_starts_of_documents_are_apart() -> None:
+    """Also where no kernel takes heads of these widths: BF16 falls to what takes them."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (8, 8, 6)
+    q, k, v = (torch.randn(1, 20, 2, width, dtype=torch.float64, generator=generator) for width in widths)
+    angles = torch.outer(torch.arange(20.0, dtype=torch.float64), torch.tensor([1.0, 0.3, 0.1, 0.01]))
+    rope = Rope(angles.cos(), angles.sin())
+    starts = torch.cat((torch.zeros(9), torch.full((11,), 9))).long()[None]
+    apart = causal_attention(q, k, v, rope, Places(None, starts))  # rotated by their places in the row
+    alone = [causal_attention(*(x[:, part] for x in (q, k, v)), rope) for part in (slice(0, 9), slice(9, 20))]
+    torch.testing.assert_close(apart, torch.cat(alone, 1))  # rotation is relative
+    shifted = causal_attention(q, k, v, rope, Places(torch.arange(20)[None] // 2, starts))
+    assert (shifted - apart).abs().max() > 0.01
+    narrow = CausalAttention()(*(x.bfloat16() for x in (q, k, v)), rope, Places(None, starts))
+    assert narrow.shape == (1, 20, 2, 6)
+    assert (narrow.double() - apart).norm() < 0.02 * apart.norm()
 
 
 def test_bf16_attention_is_as_near_to_fp64_as_torch_is() -> None:

@@ -1,4 +1,4 @@
-"""Every recipe in ``docs/extend.md`` is a file that trains, and is shown in plan.txt as the page says."""
+"""Every recipe and model in ``docs/extend.md`` is a file that trains, and is shown in plan.txt as the page says."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ SHOWN = {
     "sums of products-1": "fprop: e4m3/row/fp32 x e4m3/row/fp32, sums of 32 products at 13 bits  [cpu",
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
     "layers-1": "saved for backward: e4m3/row/fp32",
+    "models-1": "every step begins with a forward pass of its micro-batches, without gradients, that counts",
 }
 
 
@@ -46,9 +47,10 @@ def test_every_section_has_a_recipe() -> None:
 def test_a_recipe_of_the_page_trains(tiny: Callable[..., TrainConfig], tmp_path: Path, name: str) -> None:
     file = tmp_path / "recipe.py"
     file.write_text(RECIPES[name])
-    assert load(str(file)).rules or load(str(file)).hooks
+    key = "model.arch" if name.startswith("models") else "precision.recipe"
+    assert key == "model.arch" or load(str(file)).rules or load(str(file)).hooks
     options = ("model.num_layers=3", "train.steps=3", "checkpoint.every=0", "probe.every=3", "sample.tokens=0")
-    config = tiny(f"precision.recipe={file}", *options)
+    config = tiny(f"{key}={file}", *options)
     assert train_here(config) is ExitCode.FINISHED
     root = Path(config.run.dir)
     assert SHOWN[name] in (root / "plan.txt").read_text()
