@@ -186,7 +186,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, C] -> [B, T, C].
 
     An MLP that returns (y, ``Extras``) has the block return (x, ``Extras``). It is called with a second argument where
-    the block is given ``counts``, those of this block in the global batch.
+    the block is given ``counts``: what it counted, over the global batch.
     """
 
     def __init__(self, norm: Callable[[], nn.Module], self_attn: nn.Module, mlp: nn.Module) -> None:
@@ -315,8 +315,8 @@ class Decoder(nn.Module):
         """All blocks, and what they gave beside: auxiliary losses of one name added up, counts by "layers.N.NAME"."""
         extras: Extras | None = None
         for number, layer in enumerate(self.layers):
-            own = () if counts is None else (_of_block(counts, f"layers.{number}."),)
-            y = layer(x_BTC, rope, places, *own)
+            own = {} if counts is None else _of_block(counts, f"layers.{number}.")
+            y = layer(x_BTC, rope, places, own) if own else layer(x_BTC, rope, places)
             if isinstance(y, tuple):
                 y, more = y
                 extras = extras or Extras({}, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from pathlib import Path
+import sys
 from types import ModuleType
 
 from .config import DecoderConfig
@@ -14,7 +14,8 @@ from .config import DecoderConfig
 @functools.cache
 def architectures() -> dict[str, type[DecoderConfig]]:
     """``model.arch`` -> the config that describes it: of every file of this folder that defines a model."""
-    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if not module.ispkg)
+    path = sys.modules[__package__].__path__
+    names = sorted(module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names}
     return {name: config for name, module in modules.items() if (config := config_in(module)) is not None}
 

@@ -22,10 +22,10 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 
 from ..precision.loading import files_in, filled, is_file
 from ..precision.suggest import close
-from .build import ModelConfig, UnreadConfig, require_said, said_file, schema_of, unread_schema
 from .data.config import SourceConfig
 from .environ import is_text, unquoted
 from .errors import UserError, as_user_error, one_line
+from .model import ModelConfig, UnreadConfig, require_said, said_file, schema_of, unread_schema
 from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory

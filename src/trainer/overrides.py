@@ -16,10 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from .build import MODEL_SCHEMAS, OWN_SCHEMAS
 from .data.config import SourceConfig
 from .environ import require_text, unquoted
 from .errors import UserError, one_line
+from .model import MODEL_SCHEMAS, OWN_SCHEMAS
 from .own import CONFIG_DIR, EXPERIMENT
 from .schema import TrainConfig
 

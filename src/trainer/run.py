@@ -10,7 +10,7 @@ import torch
 
 from ..precision.probe import Probe
 from . import distributed
-from .build import build_state, model_files, num_parameters, resolve_model, sequence_bytes
+from .build import build_state, num_parameters, resolve_model, sequence_bytes
 from .checkpoint import Checkpoint, list_checkpoints
 from .checkpointer import Checkpointer
 from .config import TrainConfig
@@ -24,6 +24,7 @@ from .errors import ExitCode, RunFailed, UserError, as_user_error, one_line, rea
 from .loop import Outcome, Status, Training, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
+from .model import model_files
 from .resume import find_checkpoint, identity
 from .rundir import RunDirectory, environment, require_tokenizer
 from .spikes import SpikeAction, SpikeWatch

@@ -12,9 +12,9 @@ from typing import get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from narrowgauge.trainer import own
-from narrowgauge.trainer.build import MODEL_SCHEMAS
 from narrowgauge.trainer.config import groups, load_config
 from narrowgauge.trainer.data.config import SourceConfig
+from narrowgauge.trainer.model import MODEL_SCHEMAS
 from narrowgauge.trainer.schema import TrainConfig
 
 FLAGS = """

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from .. import distributed
-from ..build import UnreadConfig, build_state, resolve_model
+from ..build import build_state, resolve_model
 from ..checkpoint import Checkpoint, load_into, newest
 from ..config import TrainConfig, load_run_config, restored_model
 from ..data.tokenizer import TextTokenizer, load_tokenizer
 from ..distributed import World
 from ..errors import UserError, one_line
+from ..model import UnreadConfig
 from ..rundir import RunDirectory, require_tokenizer
 from ..state import POSITION, TrainState
 
