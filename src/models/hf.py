@@ -81,7 +81,8 @@ def from_hf_config(values: Mapping[str, Any], name: str) -> DecoderConfig:
     no size.
     """
     known = {kind: config for config in architectures().values() if (kind := _type_of(config)) is not None}
-    if (kind := values.get("model_type")) not in known:
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"model_type {reprlib.repr(kind)} is not built here; there are: {', '.join(sorted(known))}")
     config = known[kind].from_hf(values, name)
     config.validate()

@@ -25,7 +25,7 @@ from ..precision.suggest import close
 from .data.config import SourceConfig
 from .environ import is_text, unquoted
 from .errors import UserError, as_user_error, one_line
-from .model import ModelConfig, UnreadConfig, require_said, said_file, schema_of, unread_schema
+from .model import OWN_SCHEMAS, ModelConfig, UnreadConfig, require_said, said_file, schema_of, unread_schema
 from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory
@@ -153,6 +153,10 @@ def entry_config(place: Place, parsed: Sequence[Override]) -> str:
     return entry(place, [override.key_or_group for override in parsed], list(groups()))
 
 
+def _only_said(arch: str) -> str:
+    return f"{MODEL} names a file, {arch}, which is Python and runs only if the command line says {MODEL}={arch}"
+
+
 def check_own(file: Path, group: str) -> str | None:
     """The package that a yaml of the user's names for itself, None if it names none.
 
@@ -168,6 +172,9 @@ def check_own(file: Path, group: str) -> str | None:
             raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
+    arch = OmegaConf.select(tree, MODEL.removeprefix(prefix))
+    if isinstance(arch, str) and is_file(arch) and not OWN_SCHEMAS:
+        raise UserError(f"{file}: {_only_said(arch)}")
     known = _with_parts(kinds(TrainConfig))
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         full = f"{prefix}{key}"
@@ -309,7 +316,7 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
     assert isinstance(config, TrainConfig)
     if not isinstance(config.model, ModelConfig):
         if isinstance(config.model, dict) and is_file(arch := str(config.model.get("arch"))):
-            raise UserError(f"{MODEL} names a file, {arch}, which runs only if the command line says {MODEL}={arch}")
+            raise UserError(_only_said(arch))
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
     if said is not None:
         with as_user_error("", ValueError):

@@ -50,7 +50,7 @@ def export_run(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
     config, checkpoint, tokenizer = open_checkpoint(run_dir)
-    config = restored_model(config, checkpoint.meta["identity"], said)
+    config = restored_model(config, checkpoint.meta.get("identity", {}), said)
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}

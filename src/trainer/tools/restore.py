@@ -54,7 +54,7 @@ def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
     config, checkpoint, tokenizer = open_checkpoint(run_dir)
     # The recipe the weights were trained under: config.yaml may name the next one already (resume.recipe_change).
     try:
-        config = restored_model(config, checkpoint.meta["identity"], said)
+        config = restored_model(config, checkpoint.meta.get("identity", {}), said)
         precision = config.precision.restored(checkpoint.meta["recipe"], said)
         config = replace(config, precision=precision, parallel=replace(config.parallel, replicate=1))
         _ = config.values
