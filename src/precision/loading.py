@@ -50,7 +50,7 @@ def make_of(name: str) -> Callable[..., Any] | None:
     Raises ValueError for a file that cannot be read or run or has no such function, with file and line.
     """
     if is_file(name):
-        return _function(_module(name), name)
+        return _function(module_of(name), name)
     if name in names():
         return _function(importlib.import_module(f"{recipes.__name__}.{name}"), name)
     for point in _points():
@@ -114,22 +114,23 @@ def _points() -> list[importlib.metadata.EntryPoint]:
     return sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
 
 
-def _read(name: str) -> bytes:
+def _read(name: str, what: str = "recipe") -> bytes:
     path = Path(name).expanduser()
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"recipe file {name}: it is no file")
+            raise ValueError(f"{what} file {name}: it is no file")
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"recipe file {name}: {error.strerror or error}") from error
+        raise ValueError(f"{what} file {name}: {error.strerror or error}") from error
 
 
 _MODULES: dict[str, ModuleType] = {}
 """Files that were run, by content and name: what is loaded twice is the same, as types are compared."""
 
 
-def _module(name: str) -> ModuleType:
-    content = _read(name)
+def module_of(name: str, what: str = "recipe") -> ModuleType:
+    """A user's file, run once. Raises ValueError, with file and line, for one that cannot be read or run."""
+    content = _read(name, what)
     path = str(Path(name).expanduser())
     digest = hashlib.sha256(content + path.encode()).hexdigest()[:16]
     if digest not in _MODULES:

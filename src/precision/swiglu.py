@@ -40,12 +40,32 @@ def activation_of(mlp: nn.Module) -> str | None:
     A class says so by an attribute ``gated_activation``. It speaks for the forward pass of that class, not for another
     one of a subclass. Of `transformers` some classes are known, whose ``act_fn`` says it.
     """
-    kind = type(mlp)
+    named = _said(mlp, "gated_activation")
+    if named is not None or any("gated_activation" in vars(base) for base in type(mlp).__mro__):
+        return named
+    known = _name(type(mlp).forward) in _KNOWN_FORWARDS
+    return _known(mlp.act_fn) if known else None
+
+
+def replaced_activation(mlp: nn.Module) -> nn.Module | None:
+    """The child ``act`` of a module that names its activation, if it does not name the same: a rule has put it in."""
+    act = mlp._modules.get("act")
+    if act is None or (_said(act, "activation") or _known(act)) == _said(mlp, "gated_activation"):
+        return None
+    return act
+
+
+def _said(module: nn.Module, attribute: str) -> str | None:
+    """What the class says of its forward pass; None where it does not, or has another one since."""
+    kind = type(module)
     for base in kind.__mro__:
-        if "gated_activation" in vars(base):
-            return str(mlp.gated_activation) if kind.forward is getattr(base, "forward", None) else None
-    known = _name(kind.forward) in _KNOWN_FORWARDS
-    return _KNOWN_ACTIVATIONS.get(_name(type(mlp.act_fn))) if known else None
+        if attribute in vars(base):
+            return str(getattr(module, attribute)) if kind.forward is getattr(base, "forward", None) else None
+    return None
+
+
+def _known(activation: Any) -> str | None:
+    return _KNOWN_ACTIVATIONS.get(_name(type(activation)))
 
 
 def _name(of: Any) -> str:

@@ -15,10 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ..models import ARCHITECTURES, Model, ModelConfig, create
+from ..models import Decoder, create
 from ..models.hf import from_hf_config, piece_of, to_hf_config, to_hf_tensors
 from ..models.layers import Init
-from ..models.memory import activation_bytes
 from ..precision.apply import apply
 from ..precision.comm import gather_codes, reduce_codes
 from ..precision.coverage import CoverageWarning
@@ -28,13 +27,11 @@ from ..precision.states.driver import StateOptimizer
 from .data.tokenizer import TextTokenizer, load_tokenizer
 from .distributed import ParallelConfig, World, say
 from .errors import UserError, as_user_error
+from .model import ModelConfig
 from .optim import OptimConfig, build_optimizer
 from .pretrained import PretrainedDirectory
 from .recipe import Precision
 from .state import TrainState
-
-#: ``model.arch`` -> the schema of the ``model`` group.
-MODEL_SCHEMAS: dict[str, type] = dict(ARCHITECTURES)
 
 
 def resolve_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelConfig:
@@ -99,10 +96,11 @@ def build_model(
     backend: str = "auto",
     tokens: int | None = None,
     seed: int = 0,
-) -> tuple[Model, Plan]:
+) -> tuple[Decoder, Plan]:
     """The sharded model with its recipe in it, on the device, its parameters not yet set."""
     with torch.device("meta"):
         model = create(config)
+    own = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     with as_user_error("precision: ", ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # a run says it on its console
         plan = apply(recipe, model, tokens=tokens, device=world.device, backend=backend, seed=seed)
@@ -114,6 +112,8 @@ def build_model(
         if parallel.compiles(world.device):
             block.forward = torch.compile(block.forward)  # within FSDP's hooks, which cannot be compiled
     model.to(dtype=recipe.param_dtype)
+    for module, name, buffer in own:  # a model's own buffers keep their dtype
+        module._buffers[name] = buffer
     policy = MixedPrecisionPolicy(
         param_dtype=recipe.dtypes.compute, reduce_dtype=recipe.dtypes.reduce, cast_forward_inputs=False
     )
@@ -125,6 +125,11 @@ def build_model(
         fully_shard(block, mesh=sharded, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=sharded, mp_policy=policy, reshard_after_forward=False)
     plan.comm_notes = communication(plan, model, parallel, mesh)
+    if model.counts_first:
+        plan.rows = [
+            *plan.rows,
+            "every step begins with a forward pass of its micro-batches, without gradients, that counts",
+        ]
     plan.rows = [*plan.rows, *execution_notes(model, recipe.dtypes.compute, parallel, world)]
     # The loss is already divided by the weight of the global batch: gradients are summed, not averaged.
     for module in model.modules():
@@ -132,12 +137,13 @@ def build_model(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
-    plan.reset_state()
+    with as_user_error("model: ", ValueError):
+        plan.reset_state()
     model.tie_weights()
     return model, plan
 
 
-def communication(plan: Plan, model: Model, parallel: ParallelConfig, mesh: DeviceMesh) -> list[str]:
+def communication(plan: Plan, model: Decoder, parallel: ParallelConfig, mesh: DeviceMesh) -> list[str]:
     """Have FSDP send weights and gradients as the recipe and ``parallel.fp8_all_gather`` say; lines of plan.txt.
 
     Raises UserError where that cannot be.
@@ -189,7 +195,7 @@ def narrow_rows(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 @torch.no_grad()
-def initialize(model: Model, seed: int, plan: Plan) -> None:
+def initialize(model: Decoder, seed: int, plan: Plan) -> None:
     """Set every parameter from (seed, its name): the full tensor is drawn, each rank takes its rows.
 
     As the model says, or the recipe.
@@ -201,7 +207,7 @@ def initialize(model: Model, seed: int, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
+def load_pretrained(model: Decoder, directory: PretrainedDirectory) -> None:
     """Set every parameter from a `transformers` checkpoint, one tensor in memory at a time.
 
     Raises UserError if the checkpoint is of another shape, lacks a tensor, or holds one that no parameter takes
@@ -209,7 +215,7 @@ def load_pretrained(model: Model, directory: PretrainedDirectory) -> None:
     """
     for name, parameter in model.named_parameters():
         piece = piece_of(model.config, name)
-        full = piece.cut(directory.tensor(piece.name))
+        full = piece.read(directory.tensor)
         if full.shape != parameter.shape:
             raise UserError(
                 f"{directory.path}: {piece.name} gives {name} the shape {list(full.shape)}, "
@@ -249,7 +255,7 @@ def _require_same_shape(config: ModelConfig, directory: PretrainedDirectory) -> 
             raise UserError(f"model.{part.name}={ours}, but model.init_from={directory.path} has {other}")
 
 
-def _start_from(model: Model, pretrained: str) -> int | None:
+def _start_from(model: Decoder, pretrained: str) -> int | None:
     """Returns the length, in tokens, that the weights were trained at, if it is known."""
     directory = PretrainedDirectory(pretrained)
     _require_same_shape(model.config, directory)
@@ -279,8 +285,9 @@ def _moments_note(precision: Precision, optimizer: Optimizer) -> str:
 def to_transformers(
     config: ModelConfig, tensors: Mapping[str, torch.Tensor], end_of_text: int, trained_length: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """``config.json`` and state dict of the same model in `transformers`."""
-    return to_hf_config(config, end_of_text, trained_length), to_hf_tensors(config, tensors)
+    """``config.json`` and state dict of the same model in `transformers`. Raises UserError if there is none."""
+    with as_user_error("", ValueError):
+        return to_hf_config(config, end_of_text, trained_length), to_hf_tensors(config, tensors)
 
 
 def sequence_bytes(
@@ -290,7 +297,7 @@ def sequence_bytes(
     blocks are compiled on CUDA."""
     fused = device.type == "cuda" and parallel.compiles(device)
     itemsize = dtype.itemsize if fused else None
-    return activation_bytes(config, seq_len, itemsize, recompute=parallel.activation_checkpointing)
+    return config.activation_bytes(seq_len, itemsize, recompute=parallel.activation_checkpointing)
 
 
 def num_parameters(model: nn.Module) -> int:

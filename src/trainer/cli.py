@@ -12,7 +12,7 @@ from typing import Any
 from .environ import check_environment, forgive_console, require_text, unquoted
 from .errors import ExitCode, UserError, one_line
 
-_RECIPE = "precision.recipe"
+_FILES = ("precision.recipe", "model.arch")
 
 
 def script_main(main: Callable[..., Any], doc: str | None) -> None:
@@ -62,20 +62,20 @@ def _split(main: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, An
 
 
 def recipe_files_of(arguments: list[str]) -> list[str]:
-    """The values of ``precision.recipe=...``: the files of the run's recipe, which may then be run."""
-    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == _RECIPE]
+    """The values of ``precision.recipe=...`` and ``model.arch=...``: the files of the run, which may then be run."""
+    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key in _FILES]
     return [unquoted(value) for value in values]
 
 
 def run_dir_of(arguments: list[str]) -> Path:
-    """The value of ``run.dir=...``, the one argument besides the script's own and ``precision.recipe``.
+    """The value of ``run.dir=...``, the one argument besides the script's own and those that name files of the run.
 
     It is read as the trainer reads it.
 
     Raises UserError if it is missing or if there is another.
     """
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := sorted(values.keys() - {"run.dir", _RECIPE}):
+    if unknown := sorted(values.keys() - {"run.dir", *_FILES}):
         raise UserError(f"unknown argument {unknown[0]!r}; --help shows the ones there are")
     if not (directory := unquoted(values.get("run.dir", ""))):
         raise UserError("run.dir=... is missing: the directory of a run")

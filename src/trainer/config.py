@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 
 from ..precision.loading import files_in, filled, is_file
 from ..precision.suggest import close
-from .build import MODEL_SCHEMAS
 from .data.config import SourceConfig
-from .environ import is_text
+from .environ import is_text, unquoted
 from .errors import UserError, as_user_error, one_line
+from .model import OWN_SCHEMAS, ModelConfig, UnreadConfig, require_said, said_file, schema_of, unread_schema
 from .overrides import SOURCES, compose_line, for_compose, groups, is_hydra, kinds, parse
 from .own import ENTRY, EXPERIMENT, Place, entry, hydra_at, keys_of, read_own, split, text_of
 from .rundir import Resume, RunDirectory
 from .schema import TrainConfig, flatten, plain
 
+MODEL = "model.arch"
 _OPEN = re.compile(  # of any names
     r"precision\.args\.|optim\.update_args\.|"
     rf"data\.sources\.[^.]+(\.({'|'.join(part.name for part in fields(SourceConfig))}))?$"
@@ -49,6 +51,7 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     value out of range.
     """
     place, rest = split(overrides)
+    arch = own_model(rest)
     parsed = parse(rest, several=False)
     for override in parsed:
         if override.is_sweep_override():
@@ -59,9 +62,11 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     earlier = None if place.file is not None or EXPERIMENT in choices else _earlier_run(parsed)
     if earlier is None:
         if not keys_are_known:
-            _check_keys(parsed, _compose(place, name, for_compose(list(choices.values()))))
+            tree = _compose(place, name, for_compose(list(choices.values())))
+            _check_keys(parsed, with_model(tree, arch, []))
         lines = for_compose([override for override in parsed if not is_hydra(override)])
-        config = to_config(_compose(place, name, [*lines, *name_of_file(parsed)]), said)
+        tree = with_model(_compose(place, name, [*lines, *name_of_file(parsed)]), arch, parsed)
+        config = to_config(tree, said)
         arguments = filled(config.precision.recipe, {})
         for key in (o.key_or_group for o in parsed if o.is_delete() and o.key_or_group.startswith("precision.args.")):
             own = key.removeprefix("precision.args.").split(".")[0]
@@ -69,7 +74,7 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
                 raise UserError(f"~{key}: {config.precision.recipe} has no argument {own!r}{close(own, arguments)}")
         return config
     try:
-        tree = _run_tree(earlier, choices, place)
+        tree = with_model(_run_tree(earlier, choices, place), arch, [])
         _check_keys(parsed, tree)
         keys = [o for o in parsed if not is_hydra(o) and o.key_or_group not in choices]
         # What the run's first command added or took away is as it wants it already.
@@ -82,9 +87,49 @@ def load_config(overrides: Sequence[str], *, keys_are_known: bool = False) -> Tr
     return to_config(tree, said)
 
 
+def own_model(arguments: Sequence[str]) -> str | None:
+    """The model file that the command line names, which is run: it says what keys a model has."""
+    for key, _, value in (argument.partition("=") for argument in arguments):
+        if key.lstrip("+") == MODEL and is_file(unquoted(value)):
+            with as_user_error("", ValueError):
+                schema_of(unquoted(value))
+            return unquoted(value)
+    return None
+
+
+def with_model(tree: DictConfig, arch: str | None, overrides: Sequence[Override]) -> DictConfig:
+    """A composed tree whose ``model`` is of the schema of the file ``arch``; as it is without one.
+
+    Of a chosen model of another schema those values count that differ from its schema's own, and that the file's has.
+    ``overrides`` are laid over once more: they are said. Raises UserError for a key that the file's schema lacks.
+    """
+    if arch is None:
+        return tree
+    schema, kind = schema_of(arch), OmegaConf.get_type(tree.model)
+    values: dict[str, Any] = OmegaConf.to_container(tree.model)  # type: ignore[assignment]
+    known = [part.name for part in fields(schema)]
+    said = {override.key_or_group for override in overrides}
+    if is_dataclass(kind) and kind is not schema and not issubclass(kind, UnreadConfig):
+        usual: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(kind))  # type: ignore[assignment]
+        values = {key: value for key, value in values.items() if key in known and value != usual.get(key)}
+        if "model.name" not in said:
+            values["name"] = _name_of(arch)
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown key 'model.{key}'{close(key, known)}; {arch} has {', '.join(known)}")
+    lines = [one.input_line or "" for one in overrides if one.key_or_group.startswith("model.")]
+    with open_dict(tree), _composing():
+        base = OmegaConf.create({"model": OmegaConf.structured(schema)})  # so that an error says model.KEY
+        tree.model = OmegaConf.merge(base, {"model": values | {"arch": arch}}).model
+        plain_lines = [line.lstrip("+") for line in lines]
+        ConfigLoaderImpl._apply_overrides_to_config(parse(plain_lines, several=False), tree)
+    return tree
+
+
 def said_files(overrides: Sequence[Override]) -> set[str]:
-    """The recipe files that the command line names."""
-    values = [override.value() for override in overrides if override.key_or_group.startswith("precision.")]
+    """The recipe files, and the model files, that the command line names."""
+    keys = ("precision.", MODEL)
+    values = [override.value() for override in overrides if override.key_or_group.startswith(keys)]
     return {str(file) for value in values for file in files_in([{"": value}])}
 
 
@@ -94,7 +139,11 @@ def name_of_file(overrides: Sequence[Override], before: str | None = None) -> li
     recipe = values.get("precision.recipe")
     if not isinstance(recipe, str) or not is_file(recipe) or recipe == before or "precision.name" in values:
         return []
-    return [f"precision.name={re.sub(r'[^A-Za-z0-9_-]', '_', Path(recipe).stem)}"]
+    return [f"precision.name={_name_of(recipe)}"]
+
+
+def _name_of(file: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", Path(file).stem)
 
 
 def entry_config(place: Place, parsed: Sequence[Override]) -> str:
@@ -103,6 +152,10 @@ def entry_config(place: Place, parsed: Sequence[Override]) -> str:
     if place.file is not None:
         check_own(place.file, "")
     return entry(place, [override.key_or_group for override in parsed], list(groups()))
+
+
+def _only_said(arch: str) -> str:
+    return f"{MODEL} names a file, {arch}, which is Python and runs only if the command line says {MODEL}={arch}"
 
 
 def check_own(file: Path, group: str) -> str | None:
@@ -120,6 +173,9 @@ def check_own(file: Path, group: str) -> str | None:
             raise UserError(f"{file}: of Hydra's own groups, launcher and sweeper are yours")
         return package
     prefix = f"{group}." if group not in ("", EXPERIMENT) and package != "_global_" else ""
+    arch = OmegaConf.select(tree, MODEL.removeprefix(prefix))
+    if isinstance(arch, str) and is_file(arch) and not OWN_SCHEMAS:
+        raise UserError(f"{file}: {_only_said(arch)}")
     known = _with_parts(kinds(TrainConfig))
     for key, value in flatten(OmegaConf.to_container(tree, resolve=False)):
         full = f"{prefix}{key}"
@@ -168,6 +224,21 @@ def _run_tree(earlier: RunDirectory, choices: Mapping[str, Override], place: Pla
     return tree
 
 
+def restored_model(config: TrainConfig, identity: Mapping[str, Any], said: Iterable[str]) -> TrainConfig:
+    """A config that was read with no file run, with its model as the file says; ``identity``: of a checkpoint.
+
+    Raises UserError, where the model's is a file, if none of ``said`` holds what it held.
+    """
+    if not isinstance(config.model, UnreadConfig):
+        return config
+    with as_user_error("", ValueError):
+        arch = said_file(config.model.arch, identity.get(MODEL), said)
+    values = {part.name: getattr(config.model, part.name) for part in fields(config.model)} | {"arch": arch}
+    with _composing():
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema_of(arch)), values))
+    return replace(config, model=model)
+
+
 def load_run_config(file: Path, said: Collection[str] | None = frozenset()) -> TrainConfig:
     """The ``config.yaml`` of a run directory. Raises UserError if there is none or it cannot be read.
 
@@ -179,7 +250,9 @@ def load_run_config(file: Path, said: Collection[str] | None = frozenset()) -> T
 def _read_run(file: Path, said: Collection[str] | None = frozenset()) -> tuple[DictConfig, TrainConfig]:
     try:
         tree = read_yaml(file)
-        schema = MODEL_SCHEMAS[tree.model.arch]
+        arch = tree.model.arch
+        unread = is_file(arch) and (said is None or arch not in said)
+        schema = unread_schema(tree.model) if unread else schema_of(arch)
         tree.model = OmegaConf.merge(OmegaConf.structured(schema), tree.model)
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), tree)
         assert isinstance(merged, DictConfig)
@@ -242,10 +315,13 @@ def to_config(tree: Any, said: Collection[str] | None = frozenset()) -> TrainCon
     except OmegaConfBaseException as error:
         raise UserError(_type_error(error)) from error
     assert isinstance(config, TrainConfig)
-    if not isinstance(config.model, tuple(MODEL_SCHEMAS.values())):
+    if not isinstance(config.model, ModelConfig):
+        if isinstance(config.model, dict) and is_file(arch := str(config.model.get("arch"))):
+            raise UserError(_only_said(arch))
         raise UserError("model: the chosen config lacks the defaults entry that names its schema")
     if said is not None:
         with as_user_error("", ValueError):
+            require_said(config.model.arch, said)
             config.precision.require_said(said)
     config.validate(recipe=said is not None or not config.precision.files())
     config.precision.args = filled(config.precision.recipe, config.precision.args)
@@ -315,9 +391,14 @@ def _check_source(key: str, base: DictConfig) -> None:
 
 
 def _compose(place: Place, name: str, overrides: list[str]) -> DictConfig:
+    with _composing(), hydra_at(place):
+        return compose(name, overrides)
+
+
+@contextmanager
+def _composing() -> Iterator[None]:
     try:
-        with hydra_at(place):
-            return compose(name, overrides)
+        yield
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise UserError(_composition_error(error)) from error
 

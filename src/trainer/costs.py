@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,20 +61,10 @@ def peak_flops(device: str) -> float | None:
     return next((1e12 * peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, device)), None)
 
 
-def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Of training, every product counted once: 6 N + 12 L d T (arXiv 2204.02311, appendix B).
-
-    N: weights of the linears, the head's included, also where it shares them with the embedding; L: blocks; d: width
-    of attention, all heads; T: ``seq_len``. What causality saves and what is computed again do not change it.
-    """
-    config = model.config
-    products = (each for each in model.modules() if not isinstance(each, nn.Embedding))
-    weights = sum(
-        each.weight.numel()
-        for each in products
-        if isinstance(getattr(each, "weight", None), nn.Parameter) and each.weight.ndim == 2
-    )
-    return float(6 * weights + 12 * config.num_layers * config.num_heads * config.head_size * seq_len)
+def flops_per_token(model: Any, seq_len: int) -> float:
+    """Of training, every product counted once, as the model itself counts them."""
+    flops: float = model.flops_per_token(seq_len)
+    return flops
 
 
 def peak_memory(device: torch.device) -> int:

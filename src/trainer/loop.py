@@ -377,7 +377,8 @@ def _log_step(training: Training, step: int, result: StepResult, seconds: float)
         "grad_norm": result.grad_norm,
         "tokens_per_second": training.tokens_per_step / seconds,
         "time": time.time(),
-    } | result.telemetry
+    }
+    row |= {f"aux.{name}": value for name, value in result.aux.items()} | result.telemetry
     if result.loss_scale is not None:
         row["loss_scale"] = result.loss_scale
     if not result.applied:

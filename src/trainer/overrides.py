@@ -16,14 +16,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from .build import MODEL_SCHEMAS
 from .data.config import SourceConfig
 from .environ import require_text, unquoted
 from .errors import UserError, one_line
+from .model import MODEL_SCHEMAS, OWN_SCHEMAS
 from .own import CONFIG_DIR, EXPERIMENT
 from .schema import TrainConfig
 
 SOURCES = "data.sources"
+_NAMED = tuple(MODEL_SCHEMAS.values())
 _FLAGS = {"learning_rate": "optim.lr", "batch_size": "data.global_batch_size", "max_steps": "train.steps"}
 _FLAGS |= {"output_dir": "run.dir", "resume": "run.dir"}  # what other trainers call them
 
@@ -132,17 +133,21 @@ def _kind(key: str) -> Any:
     return kinds(TrainConfig).get(key)
 
 
-@cache
 def kinds(schema: type) -> dict[str, Any]:
     """The types of the leaves of a dataclass by dotted keys, without ``| None``."""
+    return _kinds(schema, (*MODEL_SCHEMAS.values(), *OWN_SCHEMAS.values()))
+
+
+@cache
+def _kinds(schema: type, models: tuple[type, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {"hydra.sweep.dir": _Text()} if schema is TrainConfig else {}
     for name, hint in get_type_hints(schema).items():
         optional = type(None) in get_args(hint)
         kind = next(one for one in get_args(hint) if one is not type(None)) if optional else hint
-        parts = MODEL_SCHEMAS.values() if (schema, name) == (TrainConfig, "model") else [kind]
+        parts = models if (schema, name) == (TrainConfig, "model") else [kind]
         for part in parts:
             if is_dataclass(part):
-                found |= {f"{name}.{key}": value for key, value in kinds(part).items()}
+                found |= {f"{name}.{key}": value for key, value in _kinds(part, models).items()}
             else:
                 found[name] = _Text(optional) if part is str else part
     return found
@@ -198,4 +203,6 @@ def compose_line(override: Override) -> str:
     if override.key_or_group == EXPERIMENT:  # no part of the config: it is added, whether or not that is said
         return f"+{line.lstrip('+')}"
     opened = ("precision.args.", "precision.args=", "optim.update_args.", "optim.update_args=", SOURCES)
-    return f"++{line}" if line.startswith(opened) else line
+    # A model's own file is the schema of its keys (``config.with_model``), which no schema that Hydra knows has.
+    own = override.key_or_group.startswith("model.") and override.key_or_group not in _kinds(TrainConfig, _NAMED)
+    return f"++{line}" if own or line.startswith(opened) else line

@@ -151,7 +151,8 @@ def entry(place: Place, chosen: Sequence[str], groups: Sequence[str]) -> str:
                 defaults.append({f"override /{group}": tree.pop(group)})
         model = tree.get("model")
         if isinstance(model, dict) and isinstance(model.get("arch"), str):
-            defaults.insert(1, {"override /model": f"{model['arch']}_schema"})
+            arch = "own" if model["arch"].endswith(".py") else model["arch"]
+            defaults.insert(1, {"override /model": f"{arch}_schema"})
     if "_self_" not in defaults:
         defaults.append("_self_")
     ConfigStore.instance().store(name=ENTRY, node={"defaults": defaults, **tree})

@@ -19,6 +19,7 @@ from .rundir import Resume, RunDirectory
 _MOMENTS, _UPDATE = "optim.moments", "optim.update"
 # A run that goes on must not change these: its loss curve would be of two different runs.
 _FIXED = ("model", "precision.recipe", "precision.args", "precision.schedule", "seed")
+_OF_FILES = ("precision.", "model.arch")  # may name files
 _FIXED += tuple(
     f"data.{name}" for name in ("seq_len", "global_batch_size", "document_mask", "stream", "lanes", "shuffle_rows")
 )
@@ -85,7 +86,7 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about the run it is of, besides the shapes of its tensors; recipe files by content."""
     fixed = {
-        key: renamed(value, content_of) if key.startswith("precision.") else value
+        key: renamed(value, content_of) if key.startswith(_OF_FILES) else value
         for key, value in config.flat().items()
         if _is_fixed(key)
     }
@@ -128,7 +129,8 @@ def _require_no_change(changed: Mapping[str, tuple[Any, Any]], config: TrainConf
 def _difference(key: str, old: Any, new: Any) -> str:
     if all(isinstance(one, str) and is_file(one) for one in (old, new)):
         held = f"{str(old).removesuffix('.py')}, not {str(new).removesuffix('.py')}"
-        return f"another {key}, the recipe file has changed: {held}"
+        what = "model" if key == "model.arch" else "recipe"
+        return f"another {key}, the {what} file has changed: {held}"
     return f"{key}={old}, not {new}"
 
 

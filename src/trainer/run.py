@@ -24,6 +24,7 @@ from .errors import ExitCode, RunFailed, UserError, as_user_error, one_line, rea
 from .loop import Outcome, Status, Training, tell_checkpoints, train
 from .machine import out_of_memory_line
 from .metrics import MetricsFile, evaluated_step
+from .model import model_files
 from .resume import find_checkpoint, identity
 from .rundir import RunDirectory, environment, require_tokenizer
 from .spikes import SpikeAction, SpikeWatch
@@ -194,7 +195,8 @@ def _build(
         "deterministic": config.parallel.is_deterministic(world.device),
     }
     world.on_main(lambda: directory.keep_tokenizer(config.data, data.tokenizer))
-    world.on_main(lambda: directory.keep_recipe(config.precision.files()))
+    world.on_main(lambda: directory.keep_files("recipe", config.precision.files()))
+    world.on_main(lambda: directory.keep_files("model", model_files(config.model)))
     world.on_main(lambda: directory.write_start(config.to_yaml(), str(state.plan), env))
     training.evaluated_step = world.on_main(lambda: evaluated_step(directory.metrics))
     training.metrics = world.on_all(lambda: MetricsFile(directory.metrics) if world.is_main else None)

@@ -235,11 +235,11 @@ class RunDirectory:
                             f"data.tokenizer={data.tokenizer} cannot be written such that it reads back alike"
                         )
 
-    def keep_recipe(self, files: Sequence[str]) -> None:
-        """Copy a user's recipe files, for the record, as ``recipe.py`` and so on; copies that differ stay."""
+    def keep_files(self, name: str, files: Sequence[str]) -> None:
+        """Copy a user's files, for the record, as ``NAME.py``, ``NAME-1.py`` and so on; copies that differ stay."""
         with self._writing():
             for number, file in enumerate(files):
-                target = self.path / (f"recipe-{number}.py" if number else "recipe.py")
+                target = self.path / (f"{name}-{number}.py" if number else f"{name}.py")
                 content = Path(file).expanduser().read_bytes()
                 if target.exists() and (before := sha256_of(target)) != hashlib.sha256(content).hexdigest():
                     target.rename(target.with_name(f"{target.stem}-{before[:12]}.py"))

@@ -14,7 +14,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 
-from .build import MODEL_SCHEMAS
 from .checkpoint import ResumeConfig
 from .checkpointer import CheckpointConfig
 from .console import LogConfig
@@ -23,6 +22,7 @@ from .data.tokenizer import tokenizer_place
 from .distributed import ParallelConfig
 from .errors import UserError, as_user_error
 from .loop import EvalConfig, LoopConfig, ProbeConfig
+from .model import MODEL_SCHEMAS
 from .optim import OptimConfig
 from .recipe import Precision, PrecisionConfig
 from .rundir import RunConfig
@@ -42,7 +42,7 @@ class Values:
 class TrainConfig:
     """The complete config: one field a part, each described where the code that reads it is."""
 
-    model: Any = MISSING  # one of build.MODEL_SCHEMAS
+    model: Any = MISSING  # what model.schema_of(arch) gives
     data: DataConfig = MISSING
     precision: PrecisionConfig = MISSING
     optim: OptimConfig = MISSING
@@ -145,6 +145,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     for arch, schema in MODEL_SCHEMAS.items():
         store.store(group="model", name=f"{arch}_schema", node=schema)
+    store.store(group="model", name="own_schema", node={})  # of a user's file: known once that is run
 
 
 register_schemas()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class TrainState:
     position, and only a rollback leaves data out.
     """
 
-    model: nn.Module
+    model: Any  # a ``models.Decoder``
     optimizer: Optimizer
     plan: Plan
     num_replicas: int = 1  # copies of every shard (HSDP)

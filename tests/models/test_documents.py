@@ -42,8 +42,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def blocks_anywhere(positions_BT: Tensor | None, tokens_BT: Tensor) -> documents.KeyBlocks | None:
-    return None if positions_BT is None else documents.key_blocks(attention.starts_of(positions_BT).clamp(min=0))
+def blocks_anywhere(starts_BT: Tensor) -> documents.KeyBlocks:
+    return documents.key_blocks(starts_BT)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -64,13 +64,14 @@ def test_blocks_are_those_that_torch_finds_in_the_whole_mask(name: str, cut: int
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_values_and_gradients_are_the_definitions() -> None:
+@pytest.mark.parametrize("v_width", [16, 24])
+def test_values_and_gradients_are_the_definitions(v_width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     starts_BT = attention.starts_of(positions_of(ROWS["ragged"]))
     batch, num_positions = starts_BT.shape
     q, k, v, dy = (
-        torch.randn(batch, heads, num_positions, 16, dtype=torch.float64, generator=generator).requires_grad_()
-        for heads in (4, 2, 2, 4)
+        torch.randn(batch, heads, num_positions, width, dtype=torch.float64, generator=generator).requires_grad_()
+        for heads, width in ((4, 16), (2, 16), (2, v_width), (4, v_width))
     )
     y = documents.document_attention(q, k, v, documents.key_blocks(starts_BT))
     wide = (x.repeat_interleave(2, dim=1) for x in (k, v))

@@ -71,7 +71,7 @@ def test_there_and_back(make: Any, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "rnn"}, "model_type 'rnn' is not built here; there are: llama, gpt2"),
+        ({"model_type": "rnn"}, "model_type 'rnn' is not built here; there are: gpt2, llama"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
         ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "rotary scaling 'yarn'"),

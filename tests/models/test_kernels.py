@@ -104,7 +104,8 @@ def test_native_attention_is_as_near_float64_as_its_definition(head_dim: int, nu
     angles = torch.outer(torch.arange(float(num_positions)), 100 ** -torch.linspace(0, 1, head_dim // 2))
     rope = Rope(angles.cos(), angles.sin())
     positions = documents(2, num_positions) if masked else None
-    ours = with_gradients(native_attention, [q, k, v], dy, rope, positions)
+    starts = starts_of(documents(2, num_positions)) if masked else None
+    ours = with_gradients(native_attention, [q, k, v], dy, rope, positions, starts)
     wide = [x.double() for x in (q, k, v)]
     exact = with_gradients(attention_of_heads, wide, dy.double(), Rope(*(x.double() for x in rope)), positions)
     definition = with_gradients(attention_of_heads, [q, k, v], dy, rope, positions)
@@ -120,10 +121,10 @@ def test_native_attention_keeps_documents_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 96, 2, 32, generator=generator).bfloat16().unbind()
     positions = torch.cat((torch.arange(40), torch.arange(56)))[None]
-    before = native_attention(q, k, v, None, positions)
+    before = native_attention(q, k, v, None, None, starts_of(positions))
     for x in (q, k, v):
         x[:, :40] = torch.randn(40, 2, 32, generator=generator) * 1e4
-    after = native_attention(q, k, v, None, positions)
+    after = native_attention(q, k, v, None, None, starts_of(positions))
     assert torch.equal(before[:, 40:], after[:, 40:])
     assert not torch.equal(before[:, :40], after[:, :40])
 
@@ -136,10 +137,11 @@ def test_native_attention_takes_positions_as_the_definition_does() -> None:
     later = torch.cat((torch.arange(100, 115), torch.arange(25)))[None]
     angles = torch.outer(torch.arange(200.0, dtype=torch.float64), torch.ones(8, dtype=torch.float64))
     rope = Rope(angles.cos(), angles.sin())
-    ours = native_attention(q, k, v, rope, later.int())
+    starts = starts_of(later).clamp(min=0)
+    ours = native_attention(q, k, v, rope, later.int(), starts)
     theirs = attention_of_heads(*(x.double() for x in (q, k, v)), rope, later.expand(2, -1))
     torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.03)
-    assert torch.equal(ours, native_attention(q, k, v, rope, later.expand(2, -1)))
+    assert torch.equal(ours, native_attention(q, k, v, rope, later.expand(2, -1), starts))
     with pytest.raises(ValueError, match="negative"):
         native_attention(q, k, v, rope, later - 30)
 

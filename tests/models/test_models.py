@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import narrowgauge.models as package
 import pytest
 import torch
 import transformers
-from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, create
-from narrowgauge.models.layers import BLOCK_ATTENTION_MAX_POSITIONS, Init, causal_attention
+from narrowgauge.models import GPT, GPTConfig, Llama, LlamaConfig, RopeScaling, architectures, create
+from narrowgauge.models.hf import Piece, to_hf_tensors
+from narrowgauge.models.kernels.attention import Rope
+from narrowgauge.models.layers import (
+    BLOCK_ATTENTION_MAX_POSITIONS,
+    CausalAttention,
+    Extras,
+    Init,
+    Losses,
+    Places,
+    causal_attention,
+)
 from narrowgauge.models.llama import rope_table
 from narrowgauge.trainer.config import groups, load_config
-from torch import nn
+from torch import Tensor, nn
 
 PUBLISHED = [
     ("llama_tiny", 4096, 5_868_800),
@@ -169,12 +182,12 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("num_positions", [1, 7, 128, 129, 300, BLOCK_ATTENTION_MAX_POSITIONS + 1])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "v_width"), [(4, 4, 8), (6, 2, 8), (4, 2, 5), (2, 2, 12)])
+def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_heads: int, v_width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, num_positions, heads, 8), (2, num_positions, kv_heads, 8), (2, num_positions, kv_heads, 8)]
+    shapes = [(2, num_positions, heads, 8), (2, num_positions, kv_heads, 8), (2, num_positions, kv_heads, v_width)]
     q, k, v = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
-    dy = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
+    dy = torch.randn((2, num_positions, heads, v_width), dtype=torch.float64, generator=generator)
     ours = causal_attention(q, k, v)
     oracle = torch_attention(q, k, v)
     torch.testing.assert_close(ours, oracle)
@@ -182,6 +195,24 @@ def test_attention_and_its_gradient_in_fp64(num_positions: int, heads: int, kv_h
         torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(oracle, (q, k, v), dy), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_places_in_rotation_and_starts_of_documents_are_apart() -> None:
+    """Also where no kernel takes heads of these widths: BF16 falls to what takes them."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (8, 8, 6)
+    q, k, v = (torch.randn(1, 20, 2, width, dtype=torch.float64, generator=generator) for width in widths)
+    angles = torch.outer(torch.arange(20.0, dtype=torch.float64), torch.tensor([1.0, 0.3, 0.1, 0.01]))
+    rope = Rope(angles.cos(), angles.sin())
+    starts = torch.cat((torch.zeros(9), torch.full((11,), 9))).long()[None]
+    apart = causal_attention(q, k, v, rope, Places(None, starts))  # rotated by their places in the row
+    alone = [causal_attention(*(x[:, part] for x in (q, k, v)), rope) for part in (slice(0, 9), slice(9, 20))]
+    torch.testing.assert_close(apart, torch.cat(alone, 1))  # rotation is relative
+    shifted = causal_attention(q, k, v, rope, Places(torch.arange(20)[None] // 2, starts))
+    assert (shifted - apart).abs().max() > 0.01
+    narrow = CausalAttention()(*(x.bfloat16() for x in (q, k, v)), rope, Places(None, starts))
+    assert narrow.shape == (1, 20, 2, 6)
+    assert (narrow.double() - apart).norm() < 0.02 * apart.norm()
 
 
 def test_bf16_attention_is_as_near_to_fp64_as_torch_is() -> None:
@@ -253,3 +284,102 @@ def test_impossible_llamas_are_refused(change: dict[str, int], word: str) -> Non
 def test_impossible_gpts_are_refused(change: dict[str, int], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         GPTConfig(name="t", **(SHAPE | change)).validate()
+
+
+class Choosy(nn.Module):
+    """A dense MLP that says how even its first features are, and counts those that are large."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.register_buffer("bias", torch.ones(4))
+
+    def forward(self, x_BTC: Tensor, counts: dict[str, Tensor] | None = None) -> tuple[Tensor, Extras]:
+        p_BTE = (x_BTC[..., :4].float() + self.bias).softmax(-1)
+        f_E = torch.ones(4) if counts is None else counts["large"].float()
+        large_E = (p_BTE.detach() > 0.25).sum((0, 1))
+        return self.mlp(x_BTC) * p_BTE[..., :1], Extras({"even": p_BTE @ f_E}, {"large": large_E})
+
+
+class ChoosyLlama(Llama):
+    def make_mlp(self, number: int) -> nn.Module:
+        mlp = super().make_mlp(number)
+        return mlp if number == 0 else Choosy(mlp)
+
+
+def choosy() -> Any:
+    shape = SHAPE | {"num_layers": 3, "num_kv_heads": 2, "vocab_size": 50}
+    return set_randomly(ChoosyLlama(LlamaConfig(name="t", **shape)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_hand_out_losses_and_counts_compiled_and_computed_again(recompute: bool) -> None:
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiles in (False, True):
+        model = choosy()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for block in model.layers:
+            block.recompute = recompute and compiles
+            if compiles:
+                block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+        counts = model(tokens, counting=True)
+        out = model(tokens, tokens, counts=counts)
+        assert isinstance(out, Losses)
+        (out.losses_BT + out.aux["even"]).sum().backward()
+        results.append((out, counts, [parameter.grad for parameter in model.parameters()]))
+        assert not torch._dynamo.utils.counters["graph_break"]
+    (plain, counts, gradients), (ours, own_counts, own_gradients) = results
+    assert counts.keys() == plain.counts.keys() == {"layers.1.large", "layers.2.large"}
+    for name, count in counts.items():
+        assert 0 < count.sum() <= 2 * 9 * 4
+        assert torch.equal(count, plain.counts[name])
+        assert torch.equal(count, own_counts[name])
+        assert torch.equal(count, ours.counts[name])
+    assert plain.aux["even"].shape == (2, 9)  # of both layers
+    torch.testing.assert_close(plain.aux["even"], ours.aux["even"])
+    for one, other in zip(gradients, own_gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_buffers_start_at_zero_or_as_their_module_says() -> None:
+    model = choosy()
+    model.reset_state()
+    assert torch.equal(model.layers[1].mlp.bias, torch.zeros(4))
+    model.layers[1].mlp.reset_state = lambda: None
+    model.layers[1].mlp.bias.fill_(3)
+    model.reset_state()
+    assert float(model.layers[1].mlp.bias.sum()) == 12
+    model.layers[2].mlp.register_buffer("table", torch.ones(2), persistent=False)
+    with pytest.raises(ValueError, match=r"the buffer layers\.2\.mlp\.table is not persistent, and Choosy has"):
+        model.reset_state()
+
+
+def test_a_file_of_the_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from .llama import LlamaConfig\n\nclass Mine(LlamaConfig):\n    arch: str = 'mine'\n"
+    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "none.py").write_text("from .llama import LlamaConfig\n")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    architectures.cache_clear()
+    try:
+        assert list(architectures()) == ["gpt", "llama", "mine"]
+        assert architectures()["mine"].__name__ == "Mine"
+    finally:
+        architectures.cache_clear()
+
+
+def test_experts_are_one_parameter_here_and_many_there() -> None:
+    class Mixed(LlamaConfig):
+        hf_type = "mixed"
+
+        def piece_of(self, name: str) -> Piece:
+            return Piece("experts.{}.w1.weight", transposed=True, experts=3)
+
+    config = Mixed(name="t", **SHAPE | {"num_kv_heads": 2})  # type: ignore[arg-type]
+    ours = torch.randn(3, 5, 4)
+    theirs = to_hf_tensors(config, {"mlp.gate_proj.weight": ours})
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {
+        f"experts.{expert}.w1.weight": (4, 5) for expert in range(3)
+    }
+    assert torch.equal(config.piece_of("mlp.gate_proj.weight").read(theirs.__getitem__), ours)

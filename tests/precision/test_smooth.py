@@ -462,7 +462,23 @@ def replaced() -> nn.Module:
 
 
 UNNAMED = "the model does not name its activation"
+
+
+class WithAct(SwiGLU):
+    """Its product is a module, in whose place a rule has put another."""
+
+    gated_activation = "silu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
 LEFT_ALONE = {
+    "a replaced activation": (WithAct, "its act became a ReLU"),
     "another forward pass": (Clamped, UNNAMED),
     "another activation": (Geglu, "its activation is gelu"),
     "a configured activation": (lambda: Configured("gelu"), "its activation is gelu"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import tiny_overrides, train_here
 from narrowgauge.models import create
-from narrowgauge.models.memory import activation_bytes
 from narrowgauge.precision.apply import apply
 from narrowgauge.precision.loading import load
 from narrowgauge.trainer import distributed
@@ -94,10 +93,10 @@ def test_activations_are_counted_as_they_are_kept(monkeypatch: pytest.MonkeyPatc
     config = load_config(["model=llama3_1b", "data.seq_len=4096", "data.global_batch_size=64"])
     model, parallel = replace(config.model, vocab_size=32_000), config.parallel
     # A CPU's count decides about the order of sums there: it must not change.
-    assert activation_bytes(model, 4096) / 4096 == 4 * (12 * 2048 + 4 * 8192) * 16 + 12 * 32_000
-    assert activation_bytes(model, 1024) / 1024 - activation_bytes(model, 4096) / 4096 == 4 * 32 * 1024 * 16
+    assert model.activation_bytes(4096) / 4096 == 4 * (12 * 2048 + 4 * 8192) * 16 + 12 * 32_000
+    assert model.activation_bytes(1024) / 1024 - model.activation_bytes(4096) / 4096 == 4 * 32 * 1024 * 16
     inputs_and_block = 4 * (2048 * 16 + 12 * 2048 + 4 * 8192)
-    assert activation_bytes(model, 4096, recompute=True) / 4096 == inputs_and_block + 12 * 32_000
+    assert model.activation_bytes(4096, recompute=True) / 4096 == inputs_and_block + 12 * 32_000
     world = World(0, 1, 1, CUDA, None, None)
     monkeypatch.setattr("narrowgauge.trainer.costs._memory_of_process", lambda world: 79.0 * 2**30)
 

@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-from narrowgauge.models.memory import activation_bytes
 from narrowgauge.trainer import machine
 from narrowgauge.trainer.config import load_config
 from narrowgauge.trainer.costs import micro_batch_size
@@ -146,7 +145,7 @@ def test_a_limit_decides_about_the_micro_batch(tmp_path: Path, monkeypatch: pyte
     world = World(0, 1, 1, torch.device("cpu"), None, None)
 
     def chosen() -> int:
-        return micro_batch_size(None, 128, activation_bytes(model, 512), world)
+        return micro_batch_size(None, 128, model.activation_bytes(512), world)
 
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     before = chosen()

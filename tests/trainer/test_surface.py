@@ -12,9 +12,9 @@ from typing import get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from narrowgauge.trainer import own
-from narrowgauge.trainer.build import MODEL_SCHEMAS
 from narrowgauge.trainer.config import groups, load_config
 from narrowgauge.trainer.data.config import SourceConfig
+from narrowgauge.trainer.model import MODEL_SCHEMAS
 from narrowgauge.trainer.schema import TrainConfig
 
 FLAGS = """
@@ -34,22 +34,6 @@ precision: bf16 exmy exmy_e5m2 exmy_e8m3 exmy_e8m5 fp16 fp32 fp8_block fp8_curre
     fp8_rowwise_gw_hp mxfp4 mxfp8 nvfp4 smooth_swiglu
 """
 KEYS = """
-model[llama].name: str
-model[llama].arch: str
-model[llama].vocab_size: int | None
-model[llama].hidden_size: int
-model[llama].intermediate_size: int
-model[llama].num_layers: int
-model[llama].num_heads: int
-model[llama].num_kv_heads: int
-model[llama].head_dim: int | None
-model[llama].max_seq_len: int
-model[llama].rope_theta: float
-model[llama].rope_scaling: RopeScaling | None
-model[llama].norm_eps: float
-model[llama].tie_embeddings: bool
-model[llama].init_std: float
-model[llama].init_from: str | None
 model[gpt].name: str
 model[gpt].arch: str
 model[gpt].vocab_size: int | None
@@ -62,6 +46,22 @@ model[gpt].norm_eps: float
 model[gpt].tie_embeddings: bool
 model[gpt].init_std: float
 model[gpt].init_from: str | None
+model[llama].name: str
+model[llama].arch: str
+model[llama].vocab_size: int | None
+model[llama].hidden_size: int
+model[llama].intermediate_size: int
+model[llama].num_layers: int
+model[llama].num_heads: int
+model[llama].max_seq_len: int
+model[llama].norm_eps: float
+model[llama].tie_embeddings: bool
+model[llama].init_std: float
+model[llama].init_from: str | None
+model[llama].num_kv_heads: int
+model[llama].head_dim: int | None
+model[llama].rope_theta: float
+model[llama].rope_scaling: RopeScaling | None
 data.name: str
 data.path: str
 data.tokenizer: str

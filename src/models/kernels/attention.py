@@ -17,6 +17,8 @@ from ... import native
 from . import compiled
 
 QUERY_BLOCK = 128
+# Beyond this length the probabilities that block attention stores outweigh what it saves (scripts/bench_attention.py).
+BLOCK_ATTENTION_MAX_POSITIONS = 1024
 _MAX_HEAD_DIM = 128
 
 
@@ -47,9 +49,9 @@ def visible_keys(num_positions: int, starts_NT: Tensor | None, device: torch.dev
     return visible_TT if starts_NT is None else visible_TT & (places >= starts_NT[..., None])
 
 
-def block_attention(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor, starts_NT: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D), masked) v of N heads. Saves the probabilities for backward: N*T*T/2 values."""
-    return _BlockAttention.apply(q_NTD, k_NTD, v_NTD, starts_NT)
+def block_attention(q_NTD: Tensor, k_NTD: Tensor, v_NTE: Tensor, starts_NT: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D), masked) v of N heads, [N, T, E]. Saves the probabilities for backward: N*T*T/2."""
+    return _BlockAttention.apply(q_NTD, k_NTD, v_NTE, starts_NT)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -60,7 +62,7 @@ class _BlockAttention(torch.autograd.Function):
         num_positions, head_dim = q.shape[1:]
         q = q * head_dim**-0.5
         mask = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-        y = torch.empty_like(q)
+        y = q.new_empty((*q.shape[:2], v.shape[-1]))
         probabilities = []
         for start in range(0, num_positions, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, num_positions)
@@ -92,30 +94,40 @@ class _BlockAttention(torch.autograd.Function):
         return dq.mul_(head_dim**-0.5), dk, dv, None
 
 
-def native_serves(q_BTHD: Tensor) -> bool:
-    """Whether the compiled kernel takes this."""
+def native_serves(q_BTHD: Tensor, v_BTKE: Tensor) -> bool:
+    """Whether the compiled kernel takes this: heads of q, k and v are of one width."""
+    if v_BTKE.shape[-1] != q_BTHD.shape[-1]:
+        return False
     fits = q_BTHD.dtype == torch.bfloat16 and q_BTHD.shape[-1] <= _MAX_HEAD_DIM and q_BTHD.shape[-1] % 2 == 0
     return q_BTHD.device.type == "cpu" and fits and compiled.has_attention()
 
 
 def native_attention(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, rope: Rope | None = None, positions_BT: Tensor | None = None
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    rope: Rope | None = None,
+    positions_BT: Tensor | None = None,
+    starts_BT: Tensor | None = None,
 ) -> Tensor:
-    """Rotation and attention in one kernel, [B, T, H, D]; H is a multiple of K. Keeps log sums for backward: B*T*H."""
+    """Rotation and attention in one kernel, [B, T, H, D]; H is a multiple of K. Keeps log sums for backward: B*T*H.
+
+    ``positions_BT``: the angles of every token; ``starts_BT``: the first token it sees.
+    """
     cos, sin = (None, None) if rope is None else (part.float().contiguous() for part in rope)
-    starts = None
-    if positions_BT is not None:
-        positions_BT = positions_BT.to(torch.int64).expand(q_BTHD.shape[:2]).contiguous()
-        if int(positions_BT.min()) < 0:
-            raise ValueError("a position in a document is negative")
-        starts = starts_of(positions_BT).clamp(min=0)  # a window may begin in the middle of a document
+    shape = q_BTHD.shape[:2]
+    positions_BT, starts_BT = (
+        None if x is None else x.to(torch.int64).expand(shape).contiguous() for x in (positions_BT, starts_BT)
+    )
+    if positions_BT is not None and int(positions_BT.min()) < 0:
+        raise ValueError("a position in a document is negative")
     if rope is not None:
         needed = q_BTHD.shape[1] if positions_BT is None else 1 + int(positions_BT.max())
         if rope.cos_PE.shape[0] < needed or rope.cos_PE.shape[1] * 2 != q_BTHD.shape[-1]:
             shape = list(rope.cos_PE.shape)
             raise ValueError(f"angles of shape {shape} for {needed} positions of heads of {q_BTHD.shape[-1]}")
     y_BTHD, _ = _attention(
-        q_BTHD.contiguous(), k_BTKD.contiguous(), v_BTKD.contiguous(), cos, sin, positions_BT, starts
+        q_BTHD.contiguous(), k_BTKD.contiguous(), v_BTKD.contiguous(), cos, sin, positions_BT, starts_BT
     )
     return y_BTHD
 

@@ -59,8 +59,8 @@ def _ordered(dense_BNN: Tensor) -> tuple[Tensor, Tensor]:
     return dense_B1NN.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
-def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, blocks: KeyBlocks) -> Tensor:
-    """softmax(q k^T / sqrt(D), causal, within a document) v, [B, H, T, D]; H is a multiple of K."""
+def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, blocks: KeyBlocks) -> Tensor:
+    """softmax(q k^T / sqrt(D), causal, within a document) v, [B, H, T, E]; H is a multiple of K."""
     starts_BT, *tables = blocks
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, blocks: K
         mask_mod=visible,
     )
     attend = flex_attention if q_BHTD.device.type == "cpu" or torch.compiler.is_compiling() else _compiled()
-    return attend(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1])
+    return attend(q_BHTD, k_BKTD, v_BKTE, block_mask=mask, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1])
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from ...precision.swiglu import DOWN, GATE, UP, fold, scales_of
 from .. import distributed
 from ..build import resolve_model, to_transformers
 from ..checkpoint import read_tensors
+from ..config import restored_model
 from ..data.open import open_windows
 from ..data.tokenizer import save_for_transformers
 from ..errors import UserError, one_line
@@ -49,6 +50,7 @@ def export_run(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out={out} exists and is not empty: choose another directory")
     config, checkpoint, tokenizer = open_checkpoint(run_dir)
+    config = restored_model(config, checkpoint.meta.get("identity", {}), said)
     model_config = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)
     tensors = read_tensors(checkpoint.path, "model.")
     ours = {name.removeprefix("model."): tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}

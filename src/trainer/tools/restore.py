@@ -11,10 +11,11 @@ import torch
 from .. import distributed
 from ..build import build_state, resolve_model
 from ..checkpoint import Checkpoint, load_into, newest
-from ..config import TrainConfig, load_run_config
+from ..config import TrainConfig, load_run_config, restored_model
 from ..data.tokenizer import TextTokenizer, load_tokenizer
 from ..distributed import World
 from ..errors import UserError, one_line
+from ..model import UnreadConfig
 from ..rundir import RunDirectory, require_tokenizer
 from ..state import POSITION, TrainState
 
@@ -30,7 +31,7 @@ class Run:
 
 
 def open_checkpoint(run_dir: Path) -> tuple[TrainConfig, Checkpoint, TextTokenizer]:
-    """The config of a run, of which no recipe file is run, its newest checkpoint, and the tokenizer stored with it.
+    """The config of a run, of which no file is run, its newest checkpoint, and the tokenizer stored with it.
 
     Raises UserError if it is no run directory, or holds no usable checkpoint or another tokenizer.
     """
@@ -46,19 +47,22 @@ def open_checkpoint(run_dir: Path) -> tuple[TrainConfig, Checkpoint, TextTokeniz
 
 
 def restore_run(run_dir: Path, said: Sequence[str] = ()) -> Run:
-    """Open ``run_dir``; ``said``: the recipe files that the command line names, which alone may run.
+    """Open ``run_dir``; ``said``: the files of recipe and model that the command line names, which alone may run.
 
-    Raises UserError if it is no run directory or holds no usable checkpoint, or for a recipe file that is not said.
+    Raises UserError if it is no run directory or holds no usable checkpoint, or for a file that is not said.
     """
     config, checkpoint, tokenizer = open_checkpoint(run_dir)
     # The recipe the weights were trained under: config.yaml may name the next one already (resume.recipe_change).
     try:
+        config = restored_model(config, checkpoint.meta.get("identity", {}), said)
         precision = config.precision.restored(checkpoint.meta["recipe"], said)
         config = replace(config, precision=precision, parallel=replace(config.parallel, replicate=1))
         _ = config.values
     except (ValueError, UserError) as error:
-        copies = [str(path) for path in sorted(run_dir.glob("recipe*.py"))]
-        hint = f"; its copy is {' and '.join(copies)}: precision.recipe={copies[0]}" if copies else ""
+        unread = isinstance(config.model, UnreadConfig)
+        name, key = ("model", "model.arch") if unread else ("recipe", "precision.recipe")
+        copies = [str(path) for path in sorted(run_dir.glob(f"{name}*.py"))]
+        hint = f"; its copy is {' and '.join(copies)}: {key}={copies[0]}" if copies else ""
         raise UserError(f"{checkpoint.path} was trained with {one_line(error)}{hint}") from error
     world = distributed.start(config.parallel)
     model = resolve_model(config.model, tokenizer.vocab_size, config.data.seq_len)

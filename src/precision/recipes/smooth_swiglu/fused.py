@@ -34,7 +34,7 @@ from ...quantize import Quantized
 from ...scaling import TENSOR, Current, Tile
 from ...slots import DGRAD_DY, DGRAD_W, WGRAD_DY, WGRAD_X, Backends, Origin, W, X
 from ...spec import LinearSpec, OperandSpec, Source, Transform
-from ...swiglu import DOWN, PROJECTIONS, Gradients, Hidden, activation_of, scales_of, swiglu
+from ...swiglu import DOWN, PROJECTIONS, Gradients, Hidden, activation_of, replaced_activation, scales_of, swiglu
 from ...transforms import Composed, Hadamard, Rescale
 from .scales import ChannelScales, TokenScales
 
@@ -130,6 +130,8 @@ class FusedSwiGLU:
             return f"the model does not name its activation: no gated_activation of the forward pass of {kind}"
         if activation != "silu":
             return f"its activation is {activation}"
+        if (act := replaced_activation(self.mlp)) is not None:
+            return f"its act became a {type(act).__name__}"
         children = self.mlp._modules
         for name in PROJECTIONS:
             if not isinstance(linear := children.get(name), QuantLinear):
