@@ -17,7 +17,7 @@ from .scaling import TENSOR, outer_of
 from .slots import TENSORS, TRANSPOSED, SlotPlan
 
 if TYPE_CHECKING:
-    from .linear import QuantLinear
+    from .operands import Multiplier
 
 UNKNOWN = -1.0
 """A held amax that is not known: this step scales by the tensor's own."""
@@ -26,14 +26,14 @@ UNKNOWN = -1.0
 class Amaxes:
     """Reads and writes the amax buffers of one linear, and remembers what the device was asked about them."""
 
-    def __init__(self, linear: QuantLinear) -> None:
+    def __init__(self, linear: Multiplier) -> None:
         self._linear = linear
         self.ask_again()
 
     def ask_again(self) -> None:
         """The buffers may have been written from outside: forget the device's answers."""
         self._maybe_unknown = self._linear.delayed is not None
-        self._followed: dict[int, tuple[QuantLinear, int, int]] = {}
+        self._followed: dict[int, tuple[Multiplier, int, int]] = {}
         self._views: tuple[Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]] | None = None
         self.measured: dict[int, int] = {}  # how often the tensor of each column was measured
 
@@ -72,7 +72,7 @@ class Amaxes:
             self._maybe_unknown = bool((self._linear.amax_held == UNKNOWN).any())
         return self._maybe_unknown
 
-    def follows(self, first: QuantLinear, slot: SlotPlan) -> bool:
+    def follows(self, first: Multiplier, slot: SlotPlan) -> bool:
         """Whether this linear's history of the slot's tensor equals that of ``first``, which has measured this very x.
 
         If so, it takes over what was measured. Two histories that are equal once, and are given the same from then on,

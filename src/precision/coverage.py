@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .blocks import LINEARS
 from .module import QuantizedModule
 from .spec import GEMMS
 
@@ -95,7 +96,7 @@ def covered(model: nn.Module, selected: Mapping[str, str], reasons: Mapping[str,
 
     seen: set[int] = set()  # a linear that shares its weight multiplies for itself; any other parameter counts once
     for path, module in model.named_modules():
-        if not isinstance(module, QuantizedModule | nn.Linear):
+        if not isinstance(module, QuantizedModule) and not isinstance(module, LINEARS):
             continue
         seen.update(map(id, module._parameters.values()))
         products = module.coverage() if isinstance(module, QuantizedModule) else None
