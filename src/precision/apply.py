@@ -274,8 +274,9 @@ class _Scene:
             else:
                 chosen.append((path, module))
         if not chosen:
+            noun = "linears" if nn.Linear in rule.kinds else rule.kinds[0].__name__
             raise ValueError(
-                f"all {len(matched)} linears in {self.blocks.total} blocks are to be kept in high precision "
+                f"all {len(matched)} {noun} in {self.blocks.total} blocks are to be kept in high precision "
                 f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
             )
         if in_blocks:

@@ -79,7 +79,7 @@ class Coverage:
         parts = [f"{self.short} ({', '.join(GEMMS)})", *([f"not: {', '.join(named)}"] if named else [])]
         if any("expert" in left.name for left in self.left):
             parts.append("experts count as if every one were used")
-        return "; ".join([*parts, "attention's score products have no weights and are never quantized"])
+        return "; ".join([*parts, "attention's score products have no weights and are not counted"])
 
 
 def covered(model: nn.Module, selected: Mapping[str, str], reasons: Mapping[str, str]) -> Coverage:

@@ -9,7 +9,7 @@ that it follows a token to whichever expert, rank or micro-batch reads it; that 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,12 @@ from .planned import Multiply, Planned
 from .scaling import Delayed
 from .slots import LinearPlan, plain
 from .spec import LinearSpec, Transform
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+
+Multiplier: TypeAlias = "QuantLinear | Expert"
+"""Who multiplies rows with a weight."""
 
 
 class Routing(Protocol):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends import Cast, Operand
+from .context import SharedInput
 from .estimator import multiplied, pack_bits, unpack_bits
 from .noise import Noise, Rows, base_key, step_key
 from .observing import measured
@@ -38,11 +39,8 @@ from .spec import Estimator, Transform
 from .transforms import Composed, back, drawn
 
 if TYPE_CHECKING:
-    from .grouped import Expert
-    from .linear import QuantLinear
+    from .grouped import Multiplier
     from .module import Observer
-
-    Multiplier: TypeAlias = QuantLinear | Expert
 
 
 @dataclass(slots=True)  # a frozen one takes several times as long to make
@@ -191,8 +189,14 @@ class Call:
         if key is None:
             return self._cast(slot, x, codes)
         if (key, codes) not in self.shared:
-            self.shared[key, codes] = self._cast(slot, x, codes)
+            handed_on = self._handed_on(slot)
+            self.shared[key, codes] = self._cast(slot, x, codes) if handed_on is None else handed_on
         return self.shared[key, codes]
+
+    def _handed_on(self, slot: SlotPlan) -> AnyOperand | None:
+        """The slot's codes, where the layer that gave x made them by its spec."""
+        own = slot.transform is None and slot.column is None and not slot.all_ranks
+        return SharedInput.handed_on(self.shared, slot.spec, slot.transposed) if own and self.shared else None
 
     def weight(self, number: int, weight: Tensor) -> AnyOperand:
         """The operand of slot W or DGRAD_W."""
@@ -288,7 +292,7 @@ class Call:
     def share_pair(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
         slot = self.plan.slots[X]
-        if self.shared is None or not slot.one_read or slot.stochastic:
+        if self.shared is None or not slot.one_read or slot.stochastic or self._handed_on(slot) is not None:
             return
         keys = (
             (self._key(slot, x), self.plan.saves_fprop_codes),

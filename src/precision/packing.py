@@ -114,7 +114,7 @@ def pack(tensors: Iterator[Any], layout: Layout) -> Any:
     return next(tensors)
 
 
-def unpack_all(operands: Sequence[Saving]) -> tuple[list[Tensor], tuple[Layout, ...]]:
+def unpack_all(operands: Sequence[Saving | None]) -> tuple[list[Tensor], tuple[Layout, ...]]:
     """The tensors of several operands, one that several share only once, and how to have the operands again."""
     tensors: list[Tensor] = []
     places: dict[int, int] = {}

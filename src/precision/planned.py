@@ -32,7 +32,7 @@ from .slots import (
 from .spec import GEMMS, LinearSpec, OperandSpec, Source, Split, Transform, draws
 
 if TYPE_CHECKING:
-    from .operands import Multiplier
+    from .grouped import Multiplier
 
 
 class Planned(QuantizedModule):

@@ -31,7 +31,8 @@ SHOWN = {
     "derivatives-1": "wgrad: high precision (torch), dw * dge5",
     "sums of products-1": "fprop: e4m3/row/fp32 x e4m3/row/fp32, sums of 32 products at 13 bits  [cpu",
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
-    "layers-1": "saved for backward: e4m3/row/fp32",
+    "layers-1": "NarrowNorm\n    saved.x: e4m3/1x16/fp32  [cpu]\n    out: e4m3/tensor/fp32, handed on  [cpu]",
+    "experts-1": "fprop: e4m3/1x32/e8m0-rceil x e4m3/1x32/e8m0-rceil",
 }
 
 
