@@ -18,6 +18,7 @@ where ``Function.forward`` calls ``at.quantized("saved.x", x)`` and ``at.save``,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,13 +42,11 @@ class Named(NamedTuple):
     """One of a layer's tensors.
 
     Args:
-        number: in the order of names, which its noise goes by.
         spec: how it is quantized.
         column: of the amax history, or None.
         quantizer: who makes it.
     """
 
-    number: int
     spec: OperandSpec
     column: int | None
     quantizer: Quantizer
@@ -69,6 +68,7 @@ class Layer(QuantizedModule):
     """
 
     plan: LinearPlan
+    """Of no GEMM: readers of amaxes ask a linear for what its plan leaves unmeasured."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -95,8 +95,8 @@ class Layer(QuantizedModule):
         if len(kinds) > 1:
             raise ValueError(f"a layer keeps one kind of amax history, not {', '.join(sorted(map(str, kinds)))}")
         self.named = {
-            name: Named(number, spec, columns.index(name) if name in columns else None, REFERENCE.quantizer)
-            for number, (name, spec) in enumerate(specs.items())
+            name: Named(spec, columns.index(name) if name in columns else None, REFERENCE.quantizer)
+            for name, spec in specs.items()
         }
         self.delayed = kinds.pop() if kinds else None
         history, held = (None, None) if self.delayed is None else self.delayed.start(len(columns), "meta")
@@ -199,7 +199,7 @@ class Pass:
 
         Noise goes by the global index of a row. In training a delayed spec records the amax.
         """
-        layer, rows = self.layer, x.detach().reshape(-1, x.shape[-1])
+        layer, rows = self.layer, x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         one = layer.named[name]
         noise = None
         if one.spec.stochastic:
@@ -227,9 +227,8 @@ class Pass:
     def _base_key(self, name: str) -> Tensor:
         layer = self.layer
         if name not in layer.base_keys:
-            number = layer.named[name].number
             device = self.first_sample.device
-            layer.base_keys[name] = base_key(layer.context.seed, layer.path, number, device=device)
+            layer.base_keys[name] = base_key(layer.context.seed, f"{layer.path}: {name}", 0, device=device)
         return layer.base_keys[name]
 
     def hand_on(self, y: Tensor, q: Quantized, *, transposed: bool = False) -> None:
@@ -240,7 +239,7 @@ class Pass:
 
         Raises ValueError for codes of another shape.
         """
-        shape = (y.numel() // y.shape[-1], y.shape[-1])
+        shape = (math.prod(y.shape[:-1]), y.shape[-1])
         if q.shape != (shape[::-1] if transposed else shape):
             raise ValueError(f"{self.layer.path}: codes of {list(q.shape)} are not those of y {list(y.shape)}")
         self.layer.context.shared.hand_on(y, q.spec, transposed, q)

@@ -101,8 +101,8 @@ def gradient(module: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     return leaf.grad
 
 
-def noise_of(number: int, step: int, first_row: int) -> Noise:
-    return Noise(key=step_key(base_key(3, "layers.0.act", number), step), row_offset=first_row)
+def noise_of(name: str, step: int, first_row: int) -> Noise:
+    return Noise(key=step_key(base_key(3, f"layers.0.act: {name}", 0), step), row_offset=first_row)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -114,7 +114,7 @@ def test_what_is_saved_and_what_comes_back_is_quantized_by_its_spec(backend: str
     plan.begin_step(2, 0)
     plan.begin_micro(10, 4)
     near = dequantize(quantize(x.flatten(0, 1), GROUPS)).view(x.shape)
-    rough = dequantize(quantize(dy.flatten(0, 1), RANDOM, noise=noise_of(1, 2, 60))).view(x.shape)
+    rough = dequantize(quantize(dy.flatten(0, 1), RANDOM, noise=noise_of(GRAD, 2, 60))).view(x.shape)
     expected, exact = (2 * near * rough).bfloat16(), (2 * x * dy)
     got = gradient(layer, x, dy)
     assert torch.equal(got, expected)
