@@ -14,6 +14,7 @@ from narrowgauge.models.grouped import GroupedLinear, Routing
 from narrowgauge.precision import Plan, apply, load
 from narrowgauge.precision.backends import ORDER, Cast, choose
 from narrowgauge.precision.backends.triton.quantizer import Triton
+from narrowgauge.precision.blocks import Experts
 from narrowgauge.precision.estimator import ClipMask
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2, INT8
 from narrowgauge.precision.grouped import QuantGroupedLinear
@@ -23,7 +24,7 @@ from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.operand_spec import Part, Split
 from narrowgauge.precision.probe import Probe
 from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.recipe import Phase, Recipe, Rule, block_linears, keep
+from narrowgauge.precision.recipe import BLOCK_LINEARS, Phase, Recipe, Rule, block_linears, keep
 from narrowgauge.precision.scaling import Fp32, Mean, PowerOfTwo, Quantile, Rms, Std, Tile, TwoLevel
 from narrowgauge.precision.schedule import Span
 from narrowgauge.precision.slots import OUTPUTS, SLOTS
@@ -398,6 +399,10 @@ def test_rules_reach_experts_and_keep_them_as_they_do_linears() -> None:
     # A rule for linears alone leaves them, and coverage says so; paths name them.
     linears = Recipe(rules=(Rule(kind=nn.Linear, path=".*router", make=quantized(LinearSpec())),))
     assert not any(isinstance(module, QuantGroupedLinear) for module in apply(linears, model()).model.modules())
+    apart = (Rule(kind=Experts, path=BLOCK_LINEARS, make=quantized(LinearSpec(fprop=GemmSpec(a=MX8)))), *linears.rules)
+    text = str(apply(Recipe(rules=apart), model()))
+    assert text.count("fprop: e4m3/1x32/e8m0-rceil x -") == 4
+    assert text.count("fprop: high precision") == 2
     plan = apply("mxfp8", moe := model(), paths=r".*experts\.up")
     assert sum(isinstance(module, QuantGroupedLinear) for module in moe.modules()) == 2
     with pytest.raises(ValueError, match=r"the model is itself a Linear"):
