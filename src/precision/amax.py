@@ -17,7 +17,8 @@ from .scaling import TENSOR, outer_of
 from .slots import TENSORS, TRANSPOSED, SlotPlan
 
 if TYPE_CHECKING:
-    from .linear import QuantLinear
+    from .grouped import Multiplier
+    from .layer import Layer, Named
 
 UNKNOWN = -1.0
 """A held amax that is not known: this step scales by the tensor's own."""
@@ -26,18 +27,18 @@ UNKNOWN = -1.0
 class Amaxes:
     """Reads and writes the amax buffers of one linear, and remembers what the device was asked about them."""
 
-    def __init__(self, linear: QuantLinear) -> None:
+    def __init__(self, linear: Multiplier | Layer) -> None:
         self._linear = linear
         self.ask_again()
 
     def ask_again(self) -> None:
         """The buffers may have been written from outside: forget the device's answers."""
         self._maybe_unknown = self._linear.delayed is not None
-        self._followed: dict[int, tuple[QuantLinear, int, int]] = {}
+        self._followed: dict[int, tuple[Multiplier | Layer, int, int]] = {}
         self._views: tuple[Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]] | None = None
         self.measured: dict[int, int] = {}  # how often the tensor of each column was measured
 
-    def held(self, slot: SlotPlan, x: Tensor, now: Tensor | None = None) -> Tensor | None:
+    def held(self, slot: SlotPlan | Named, x: Tensor, now: Tensor | None = None) -> Tensor | None:
         """The amax that scales this slot's tensor: None for its own. In training records the new one (``now``)."""
         column = slot.column
         if column is None:
@@ -72,7 +73,7 @@ class Amaxes:
             self._maybe_unknown = bool((self._linear.amax_held == UNKNOWN).any())
         return self._maybe_unknown
 
-    def follows(self, first: QuantLinear, slot: SlotPlan) -> bool:
+    def follows(self, first: Multiplier, slot: SlotPlan) -> bool:
         """Whether this linear's history of the slot's tensor equals that of ``first``, which has measured this very x.
 
         If so, it takes over what was measured. Two histories that are equal once, and are given the same from then on,
@@ -97,7 +98,7 @@ class Amaxes:
         """Whether amaxes of a step are exchanged between ranks."""
         return self._linear.training and dist.is_initialized() and dist.get_world_size() > 1
 
-    def of_all_ranks(self, slot: SlotPlan, x: Tensor) -> Tensor | None:
+    def of_all_ranks(self, slot: SlotPlan | Named, x: Tensor) -> Tensor | None:
         """The amax of this slot's tensor over all ranks; None for its own, where no other rank is asked."""
         spec = slot.spec
         if spec is None or not self.meets_ranks():

@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
-from .blocks import Blocks, find_blocks
+from .assign import shape_of
+from .blocks import LINEARS, Blocks, Experts, find_blocks
 from .context import StepContext, require_steps
 from .coverage import OUTSIDE, CoverageWarning, covered
-from .linear import QuantLinear
+from .linear import quantized
 from .loading import load
 from .module import ModulePhase, PlanRow, QuantizedModule, Site, quantized_modules
 from .plan import Plan
@@ -82,8 +83,8 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
                 _set(model, place, replacement)
     for path in dict.fromkeys(path for modules in of_phases for path in modules):
         module = model.get_submodule(path)
-        if type(module) is nn.Linear:  # in high precision but for a phase
-            _set(model, path, QuantLinear(module, path, LinearSpec()))
+        if _is_plain(module):  # in high precision but for a phase
+            _set(model, path, quantized(LinearSpec())(module, path))
         elif not isinstance(module, QuantizedModule):
             raise ValueError(f"schedule: {path} is a {type(module).__name__} outside the phases: no step can switch it")
     if recipe.schedule and not any(quantized_modules(model)):
@@ -98,9 +99,9 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
             )
             module.bind(context, Site(path=path, device=device, tokens=tokens, backend=backend, phases=phases))
             rows += module.plan_rows()
-        elif type(module) is nn.Linear:
+        elif _is_plain(module):
             dtype = str(recipe.dtypes.compute).removeprefix("torch.")
-            shape = f"{module.in_features:>6} -> {module.out_features:<6}"
+            shape = shape_of(module)
             rows.append(f"{path:44} {shape}  fprop, dgrad, wgrad: {dtype} (torch)")
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
@@ -114,6 +115,11 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
                     _set(model, name, torch.empty_like(buffer, device=device))
             plan.reset_state()
     return plan
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear | Experts]:
+    """Whether it is what a quantized module of ours can stand for at a step that does not quantize."""
+    return type(module) is nn.Linear or isinstance(module, Experts)
 
 
 def _set(model: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
@@ -199,11 +205,11 @@ class _Scene:
     def of(cls, model: nn.Module, paths: list[str]) -> _Scene:
         """Raises ValueError for a model that is quantized already or is a single linear, and for a pattern of
         ``paths`` that is none or matches no linear."""
-        if isinstance(model, nn.Linear):
+        if isinstance(model, LINEARS):
             raise ValueError(
                 "the model is itself a Linear, which has no place to be replaced in: wrap it, as nn.Sequential(linear)"
             )
-        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, LINEARS)}
         for path, module in quantized_modules(model):
             kind = type(module).__name__
             raise ValueError(
@@ -236,7 +242,7 @@ class _Scene:
         of_kind = [
             (path, module)
             for path, module in self.model.named_modules()
-            if isinstance(module, rule.kind) and path not in self.unreached
+            if isinstance(module, rule.kinds) and path not in self.unreached
         ]
         matched = [
             (path, module)
@@ -257,7 +263,7 @@ class _Scene:
             near = "" if isinstance(rule.path, Where) else close(rule.path, kinds)
             which = "for the blocks" if in_blocks else repr(rule.path)
             raise ValueError(
-                f"the rule {which} matches no {rule.kind.__name__}{siblings}{near}; {_there(kinds)}"
+                f"the rule {which} matches no {rule.kinds[0].__name__}{siblings}{near}; {_there(kinds)}"
                 + (hint if other else "")
             )
         if in_blocks and not self.paths and len(self.blocks.stacks) != 1:
@@ -271,8 +277,9 @@ class _Scene:
             else:
                 chosen.append((path, module))
         if not chosen:
+            noun = "linears" if nn.Linear in rule.kinds else rule.kinds[0].__name__
             raise ValueError(
-                f"all {len(matched)} linears in {self.blocks.total} blocks are to be kept in high precision "
+                f"all {len(matched)} {noun} in {self.blocks.total} blocks are to be kept in high precision "
                 f"({'; '.join(map(str, rule.keep))}): nothing is left for the recipe"
             )
         if in_blocks:
@@ -290,7 +297,7 @@ class _Scene:
             linears = [
                 path
                 for path, module in self.model.named_modules()
-                if selector.names(path, module) and isinstance(module, nn.Linear | rule.kind)
+                if selector.names(path, module) and isinstance(module, (*LINEARS, *rule.kinds))
             ]
             if linears:
                 self.notes.append(f"to keep in high precision: {selector}: {linears[0]} is in high precision already")
@@ -298,7 +305,7 @@ class _Scene:
             kinds = sorted(path for path, _ in of_kind)
             near = close(selector.path, kinds) if selector.path is not None else ""
             raise ValueError(
-                f"to keep in high precision: {selector} matches no {rule.kind.__name__}{near}; {_there(kinds)}"
+                f"to keep in high precision: {selector} matches no {rule.kinds[0].__name__}{near}; {_there(kinds)}"
             )
 
     def _matches(self, rule: Rule, path: str) -> bool:

@@ -18,6 +18,32 @@ from dataclasses import dataclass, field
 from torch import nn
 
 
+class _ByStructure(type):
+    def __instancecheck__(cls, module: object) -> bool:
+        if not isinstance(module, nn.Module) or hasattr(module, "plan_rows"):  # quantized
+            return False
+        shape = tuple(getattr(module, name, None) for name in ("num_experts", "out_features", "in_features"))
+        weight = getattr(module, "weight", None) if None not in shape else None
+        return isinstance(weight, nn.Parameter) and weight.shape == shape and getattr(module, "bias", None) is None
+
+
+class Experts(nn.Module, metaclass=_ByStructure):
+    """What a module of the linears of many experts is known by (``isinstance``): a parameter ``weight`` [num_experts,
+    out_features, in_features], attributes of these names, and no bias.
+
+    Its forward pass takes x [rows, in_features], rows in the order of experts, and ``precision.grouped.Routing``.
+    """
+
+    num_experts: int
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+
+
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, Experts)
+"""What a recipe of linears quantizes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """One of the ``total`` blocks of a stack, in order."""
@@ -57,7 +83,7 @@ class Blocks:
 
 def find_blocks(model: nn.Module) -> Blocks:
     """The blocks of ``model``, which is not quantized yet."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [path for path, module in model.named_modules() if isinstance(module, LINEARS)]
     return Blocks(dict(_stacks(model, "")), linears)
 
 
@@ -78,7 +104,7 @@ def _deeper(holders: list[tuple[str, nn.Module]]) -> list[tuple[str, list[str]]]
 
 def _members(module: nn.Module, holders: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """The blocks among the children with linears, if the module is a stack."""
-    composite = [(at, child) for at, child in holders if not isinstance(child, nn.Linear)]
+    composite = [(at, child) for at, child in holders if not isinstance(child, LINEARS)]
     if not isinstance(module, nn.Sequential):
         return composite if all(name.isdigit() for name, _ in module.named_children()) else []
     if len(holders) == 1:
@@ -94,4 +120,4 @@ def _kind(module: nn.Module) -> Hashable:
 
 
 def _linears_in(module: nn.Module) -> list[str]:
-    return [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
+    return [path for path, inner in module.named_modules() if isinstance(inner, LINEARS)]

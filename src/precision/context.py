@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ class SharedInput:
     """Operands of the newest input: sibling linears (q, k, v; gate, up) read one tensor and share its codes.
 
     The tensor is known by its object and its version, so that neither another tensor at the same place nor one that was
-    written to is taken for it.
+    written to is taken for it. A layer that quantized its output hands the codes on to those that read it.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,18 @@ class SharedInput:
         if self._input() is not x or self._version != x._version:
             self._input, self._version, self._operands = weakref.ref(x), x._version, {}
         return self._operands
+
+    def hand_on(self, x: Tensor, spec: Hashable, transposed: bool, operand: Any) -> None:
+        """Whoever quantizes x, or x.mT, next by this spec, without noise and by its own amaxes, takes this operand."""
+        operands = self.operands_of(x)
+        if operands is not None:
+            operands.setdefault("handed on", []).append((spec, transposed, operand))
+
+    @staticmethod
+    def handed_on(operands: Mapping[Hashable, Any], spec: Hashable, transposed: bool) -> Any:
+        """What was handed on for this among the operands of x, or None."""
+        offers = operands.get("handed on", ())
+        return next((q for said, turned, q in offers if turned == transposed and said == spec), None)
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .blocks import LINEARS
 from .module import QuantizedModule
 from .spec import GEMMS
 
@@ -78,7 +79,7 @@ class Coverage:
         parts = [f"{self.short} ({', '.join(GEMMS)})", *([f"not: {', '.join(named)}"] if named else [])]
         if any("expert" in left.name for left in self.left):
             parts.append("experts count as if every one were used")
-        return "; ".join([*parts, "attention's score products have no weights and are never quantized"])
+        return "; ".join([*parts, "attention's score products have no weights and are not counted"])
 
 
 def covered(model: nn.Module, selected: Mapping[str, str], reasons: Mapping[str, str]) -> Coverage:
@@ -95,7 +96,7 @@ def covered(model: nn.Module, selected: Mapping[str, str], reasons: Mapping[str,
 
     seen: set[int] = set()  # a linear that shares its weight multiplies for itself; any other parameter counts once
     for path, module in model.named_modules():
-        if not isinstance(module, QuantizedModule | nn.Linear):
+        if not isinstance(module, QuantizedModule) and not isinstance(module, LINEARS):
             continue
         seen.update(map(id, module._parameters.values()))
         products = module.coverage() if isinstance(module, QuantizedModule) else None

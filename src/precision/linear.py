@@ -1,4 +1,4 @@
-"""The quantized linear: one autograd function over six operand slots (``slots.py``).
+"""The quantized linear: one autograd function (``planned.py``) over six operand slots (``slots.py``).
 
 Forward saves for backward what the plan says of x (``LinearPlan.saved``): as a rule the codes and scales that wgrad
 reads, computed in the forward pass. It saves nothing of the weight but the parameter itself, which FSDP gathers anew
@@ -7,147 +7,48 @@ and dgrad quantizes. A slot without a spec stays in high precision, and a linear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import traced
 from .amax import Amaxes
-from .assign import assign_backends
-from .backends import REFERENCE, Quantizer
-from .context import StepContext
-from .module import Observer, QuantizedModule, Site
+from .backends import Quantizer
+from .blocks import Experts
+from .grouped import QuantGroupedLinear
 from .operands import Call
-from .packing import AnyOperand, Gathered, Saving, pack, pack_all, unpack, unpack_all
+from .packing import AnyOperand, Saving, pack_all, unpack_all
+from .planned import Multiply, Planned
 from .quantize import Quantized
-from .scaling import Delayed
-from .slots import (
-    OUTPUTS,
-    SLOTS,
-    Backends,
-    LinearPlan,
-    Saved,
-    W,
-    X,
-    columns_of,
-    gemms,
-    is_stochastic,
-    operands,
-    plain,
-    resolve,
-)
-from .spec import GEMMS, LinearSpec, OperandSpec, Source, Split, Transform, draws
+from .slots import LinearPlan, Saved, W, X, plain
+from .spec import LinearSpec, OperandSpec
 
 
-class QuantLinear(QuantizedModule):
+class QuantLinear(Planned):
     """A linear with quantized operands. Parameters are named and shaped as in ``nn.Linear``.
 
-    ``specs`` are its own and those of a schedule; ``use`` picks one for each GEMM. The amax history has the columns of
-    all of them, and every column is written at every training step, whether the spec in use reads it or not.
     ``statistics``, if a module that rewrites linears sets it, computes from x [rows, in_features] what the spec's
-    transforms read, in every forward pass: FP32, detached, saved for backward.
-
-    Buffers, for delayed scaling only: those of ``precision.amax``.
-
-    Raises ValueError for a spec whose delayed operands want histories of different kinds.
+    transforms read, in every forward pass: FP32, detached, saved for backward. Else as ``Planned``.
     """
 
-    in_features: int
-    out_features: int
-    weight: Tensor
-    bias: Tensor | None
-
     def __init__(self, linear: nn.Linear | QuantLinear, path: str, spec: LinearSpec) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.path = path
-        self.statistics: Callable[[Tensor], Tensor] | None = None
-        self.context = StepContext()
-        self.observer: Observer | None = None
-        self.gathered: Gathered | None = None  # while the weight is one of codes
-        self.base_keys: dict[int, Tensor] = {}  # of rounding noise, by slot
-        self.drawn: dict[int, tuple[Tensor, Transform]] = {}  # of a step, by GEMM
+        super().__init__(linear, path, spec)
         self.token = traced.register(self)
-        self.set_specs((spec,))
 
-    @property
-    def spec(self) -> LinearSpec:
-        """Its own, which holds wherever no schedule says otherwise."""
-        return self.specs[0]
-
-    @property
-    def active(self) -> LinearSpec:
-        """The spec of this step."""
-        return self.plan.spec
-
-    @property
-    def backends(self) -> Backends:
-        """Of the GEMMs of this step."""
-        return self.plan.backends
-
-    def set_specs(self, specs: Sequence[LinearSpec], backends: Sequence[Backends] = ()) -> None:
-        """Give it these specs, its own first, with the backends of their GEMMs (default: the reference)."""
-        self.specs = tuple(specs)
-        self.backends_of = tuple(backends) or ((REFERENCE, REFERENCE, REFERENCE),) * len(self.specs)
-        self.columns = list(dict.fromkeys(column for spec in specs for column in columns_of(spec).values()))
-        kinds = {column.delayed for column in self.columns}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{self.path}: one linear keeps one kind of amax history, not {', '.join(sorted(map(str, kinds)))}"
-            )
-        self.delayed: Delayed | None = kinds.pop() if kinds else None
-        history, held = (None, None) if self.delayed is None else self.delayed.start(len(self.columns), "meta")
-        self.register_buffer("amax_history", history)
-        self.register_buffer("amax_held", held)
+    def start_amaxes(self) -> None:
         self.amaxes = Amaxes(self)
-        self._plans: dict[tuple[int, int, int], LinearPlan] = {}
-        self.use((0, 0, 0))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is another linear."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.token = traced.register(self)
-        self.amaxes = Amaxes(self)
         for plan in self._plans.values():
-            traced.join(self, plan.kind, plan.kind_of_inputs)
+            self.join(plan)
 
-    # The protocol of ``precision.module``.
-
-    def bind(self, context: StepContext, site: Site) -> None:
-        self.context = context
-        phases = []
-        for phase in site.phases:
-            if phase.module is not None and not isinstance(phase.module, QuantLinear):
-                kind = type(phase.module).__name__
-                raise ValueError(f"schedule ({phase.when}): no step can switch {self.path} to a {kind}")
-            phases.append((phase.when, phase.gemms, LinearSpec() if phase.module is None else phase.module.spec))
-        self._row = assign_backends(self, site, phases)
-        for number, phase in enumerate(site.phases, 1):  # what cannot be is said before the first step
-            fprop, dgrad, wgrad = (number if gemm in phase.gemms else 0 for gemm in GEMMS)
-            try:
-                self.plan_of((fprop, dgrad, wgrad))
-            except ValueError as error:
-                raise ValueError(f"schedule ({phase.when}): {self.path}: {error}") from error
-
-    def plan_rows(self) -> tuple[str]:
-        return (self._row,)
-
-    def coverage(self) -> tuple[tuple[str, int, bool], ...] | None:
-        if self.spec == LinearSpec():
-            return None
-        named = zip(GEMMS, gemms(self.spec), strict=True)
-        return tuple((name, self.weight.numel(), gemm.a is not None and gemm.b is not None) for name, gemm in named)
-
-    @property
-    def goes_by_step(self) -> str:
-        random = any(is_stochastic(operand) for spec in self.specs for operand in operands(spec))
-        drawn = any(draws(gemm.transform) for spec in self.specs for gemm in gemms(spec))
-        return "rounding noise" if random else "a random transform" if drawn else ""
+    def join(self, plan: LinearPlan) -> None:
+        traced.join(self, plan.kind, plan.kind_of_inputs)
 
     @property
     def reads_weight(self) -> OperandSpec | str:
@@ -174,38 +75,11 @@ class QuantLinear(QuantizedModule):
         return amax if held is None else held
 
     @property
-    def observed(self) -> tuple[str, ...]:
-        parts = {
-            f"{SLOTS[slot]}.{part.name}": None
-            for spec in self.specs
-            for slot, operand in enumerate(operands(spec))
-            if isinstance(operand, Split) and operand.source is not Source.VALUES
-            for part in operand.parts
-        }
-        return (*SLOTS, *parts, *OUTPUTS)
-
-    @property
     def is_plain_linear(self) -> bool:
         return self.plan.empty
 
-    def observe(self, observer: Observer | None) -> None:
-        self.observer = observer
-
     def ask_again(self) -> None:
         self.amaxes.ask_again()
-
-    def use(self, picks: tuple[int, int, int]) -> None:
-        """From now on compute fprop, dgrad and wgrad by these of ``specs``."""
-        self.plan = self.plan_of(picks)
-
-    def plan_of(self, picks: tuple[int, int, int]) -> LinearPlan:
-        """The plan of these of ``specs``; (0, 0, 0) for its own."""
-        if picks not in self._plans:
-            fprop, dgrad, wgrad = (self.backends_of[pick][gemm] for gemm, pick in enumerate(picks))
-            shape = self.in_features, self.out_features, self.bias is not None
-            plan = self._plans[picks] = resolve(self.specs, picks, (fprop, dgrad, wgrad), self.columns, shape)
-            traced.join(self, plan.kind, plan.kind_of_inputs)
-        return self._plans[picks]
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.spec}"
@@ -215,22 +89,15 @@ class QuantLinear(QuantizedModule):
 
         Raises ValueError for another number of features, where it quantizes; what ``F.linear`` raises elsewhere.
         """
-        plan, high = self.plan, self.context.high_precision
-        unquantized = high or (plan.empty and not (self.training and plan.unmeasured))
-        # torch multiplies FP16 on a CPU in a scalar loop: the reference does it in float32.
-        if unquantized and not (x.dtype == torch.float16 and x.device.type == "cpu"):
+        if self.unquantized(x):
             return F.linear(x, self.weight, self.bias)
+        plan, high = self.plan, self.context.high_precision
         self.require_width(x)
         if torch.compiler.is_compiling() and not high and self._traceable(x):
             inputs = plan.kind_of_inputs if plan.shares_inputs else None
             return traced.linear(x, self.weight, self.bias, self.token, plan.kind, inputs)
         y: Tensor = self._quantized(x, plain(plan.backends) if high else plan)
         return y
-
-    def require_width(self, x: Tensor) -> None:
-        """Raises ValueError unless x is [..., in_features]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"{self.path} takes {self.in_features} features; its input has shape {tuple(x.shape)}")
 
     def _traceable(self, x: Tensor) -> bool:
         """Whether what this call computes follows from its tensors, its token and its plan."""
@@ -251,22 +118,15 @@ class QuantLinear(QuantizedModule):
         shared = self.context.shared.operands_of(x)
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):
-            y: Tensor = _Linear.apply(x, weight, bias, self, plan, rows_per_sample, shared, differentiated)  # type: ignore[no-untyped-call]
+            y: Tensor = Multiply.apply(x, weight, bias, self, plan, rows_per_sample, shared, differentiated)  # type: ignore[no-untyped-call]
             return y
         # As it treats a plain linear; inside, what is in float32 has its reason.
         dtype = torch.get_autocast_dtype(kind)
         shared = shared if x.dtype == dtype else None
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            y = _Linear.apply(x, weight, bias, self, plan, rows_per_sample, shared, differentiated)  # type: ignore[no-untyped-call]
+            y = Multiply.apply(x, weight, bias, self, plan, rows_per_sample, shared, differentiated)  # type: ignore[no-untyped-call]
         return y
-
-    def reset_state(self, value: float = 0.0) -> None:
-        """Forget every amax. ``value``: what is held instead, 0 for a scale of 1, or ``UNKNOWN``."""
-        if self.delayed is not None:
-            self.amax_history.zero_()
-            self.amax_held.fill_(value)
-        self.amaxes.ask_again()
 
     # What ``precision.traced`` calls. Lists of tensors are flat; how they are read is known by shape (``_LAYOUTS``).
 
@@ -330,10 +190,12 @@ class QuantLinear(QuantizedModule):
         return Call(self, self.plan, context.first_sample, context.rows_per_sample(x, rows), shared, stats)
 
 
-def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
-    """The ``make`` of a rule that gives every linear this spec."""
+def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], Planned]:
+    """The ``make`` of a rule that gives every linear, and the linears of every expert, this spec."""
 
-    def make(module: nn.Module, path: str) -> QuantLinear:
+    def make(module: nn.Module, path: str) -> Planned:
+        if isinstance(module, Experts):
+            return QuantGroupedLinear(module, path, spec)
         assert isinstance(module, nn.Linear)
         return QuantLinear(module, path, spec)
 
@@ -342,61 +204,3 @@ def quantized(spec: LinearSpec) -> Callable[[nn.Module, str], QuantLinear]:
 
 _LAYOUTS: dict[Hashable, Any] = {}
 """How the lists of tensors that operators give are read: by what, for which kind of linear and shape."""
-
-_reshaped = torch.ops.aten._unsafe_view.default
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-class _Linear(torch.autograd.Function):
-    """x [..., in_features] to y [..., out_features]. Views are taken inside: outside each would be a node more."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        linear: QuantLinear,
-        plan: LinearPlan,
-        rows_per_sample: int,
-        shared: dict[Hashable, AnyOperand] | None,
-        differentiated: bool,
-    ) -> Tensor:
-        rows = _rows(x)
-        stats = linear.statistics(rows) if linear.statistics is not None else None
-        observer = linear.observer
-        if observer is not None and not (differentiated and linear.training and not plan.empty):
-            observer = None  # one that computes plainly is measured from outside
-        call = Call(linear, plan, linear.context.first_sample, rows_per_sample, shared, stats, observer)
-        y, saved, ctx.figures = call.forward(rows, weight, bias, differentiated, ctx.needs_input_grad[0])
-        parts, ctx.layout = unpack(x if saved is rows else saved)
-        ctx.save_for_backward(weight, stats, *parts, *((x,) if observer is not None else ()))
-        ctx.call, ctx.has_bias, ctx.shape = call.for_backward(), bias is not None, x.shape
-        # Not as a view: what a Function returns as one cannot be written to.
-        return y if x.dim() == 2 and not y._is_view() else _reshaped(y, [*x.shape[:-1], linear.out_features])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # No decorator: it would enter a mode that holds already, but where gradients are to have a graph.
-        return _differentiated_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, stats, *pieces = ctx.saved_tensors
-    rows = _rows(dy)
-    saved: Any = pack(iter(pieces), ctx.layout)
-    if isinstance(saved, Tensor):  # None where the weight has no gradient
-        saved = _rows(saved)
-    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    call: Call = ctx.call.with_stats(stats)
-    watched = (ctx.figures, _rows(pieces[-1])) if call.observer is not None else None
-    dx, dw = call.backward(rows, weight, saved, needed, watched)
-    dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
-    dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return dx, dw, dbias, None, None, None, None, None
-
-
-_differentiated_once = once_differentiable(_backward)

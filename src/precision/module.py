@@ -152,7 +152,8 @@ class QuantizedModule(nn.Module):
 
     @property
     def is_plain_linear(self) -> bool:
-        """Whether it now computes what ``nn.Linear`` does: the probe then measures it from outside."""
+        """Whether it now computes what ``nn.Linear``, or the plain linears of experts, do: the probe then measures it
+        from outside."""
         return False
 
     def observe(self, observer: Observer | None) -> None:

@@ -23,9 +23,11 @@ become logical by a mask. In C and Triton the same is plain uint32 arithmetic.
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def base_key(seed: int, path: str, slot: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -65,14 +67,18 @@ class Noise:
         key: of ``step_key``.
         row_offset: global index of the tensor's first row: what other ranks and micro-batches have before it. May
             exceed 2^32. An integer or a 0-dim int64 tensor.
+        rows: int64 [rows], places of the tensor's rows after ``row_offset``, where they do not follow one another, as
+            tokens that were routed to an expert. None: 0, 1, 2 ...
         transposed: the tensor that is quantized is the transpose of the one whose rows are counted. So dy.mT, quantized
             along tokens, gets noise by (token, feature) like dy.
     """
 
-    __slots__ = ("base", "first_sample", "rows_of_a_sample", "step", "transposed")
+    __slots__ = ("base", "first_sample", "rows", "rows_of_a_sample", "step", "transposed")
 
-    def __init__(self, *, key: Tensor, row_offset: Tensor | int = 0, transposed: bool = False) -> None:
-        self.base, self.first_sample, self.transposed = key, row_offset, transposed
+    def __init__(
+        self, *, key: Tensor, row_offset: Tensor | int = 0, rows: Tensor | None = None, transposed: bool = False
+    ) -> None:
+        self.base, self.first_sample, self.rows, self.transposed = key, row_offset, rows, transposed
         self.step: Tensor | int | None = None
         self.rows_of_a_sample = 1
 
@@ -84,6 +90,7 @@ class Noise:
         step: Tensor | int,
         first_sample: Tensor | int,
         rows_of_a_sample: int,
+        rows: Tensor | None = None,
         transposed: bool = False,
     ) -> Noise:
         """The noise whose key is ``step_key(base, step)`` and whose row offset is first_sample * rows_of_a_sample.
@@ -92,8 +99,9 @@ class Noise:
             base: of ``base_key``.
             step, first_sample: not negative; integers or 0-dim int64 tensors.
             rows_of_a_sample: 0 for what does not depend on the data, as weights.
+            rows: as in ``Noise``.
         """
-        noise = cls(key=base, row_offset=first_sample, transposed=transposed)
+        noise = cls(key=base, row_offset=first_sample, rows=rows, transposed=transposed)
         noise.step, noise.rows_of_a_sample = step, rows_of_a_sample
         return noise
 
@@ -118,18 +126,43 @@ class Noise:
 
     def again(self) -> Noise:
         """Other noise for the same elements."""
-        return Noise(key=_fmix32(self.key ^ _AGAIN), row_offset=self.row_offset, transposed=self.transposed)
+        key = _fmix32(self.key ^ _AGAIN)
+        return Noise(key=key, row_offset=self.row_offset, rows=self.rows, transposed=self.transposed)
+
+    @property
+    def places(self) -> Tensor | None:
+        """int64 [rows], global indices of rows that do not follow one another; None where they do."""
+        return None if self.rows is None else self.rows + self.row_offset
 
     def _uniform(self, key: Tensor, shape: tuple[int, int], steps: tuple[int, int]) -> Tensor:
         """Noise of every ``steps``-th row and column."""
         (rows, cols), (row_step, col_step) = (shape[::-1], steps[::-1]) if self.transposed else (shape, steps)
-        offset, high = _words(self.row_offset, key.device)
-        low = torch.arange(0, rows * row_step, row_step, dtype=torch.int32, device=key.device) + offset
-        carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
-        row_hash = _fmix32(_fmix32(low ^ key[0]) + (high + carry.int()))
+        if (places := self.places) is not None:
+            places = places[:: max(row_step, 1)]
+            low, high = _words(pad(places, (0, rows - len(places))), key.device)  # a matrix without rows is one tile
+        else:
+            offset, high = _words(self.row_offset, key.device)
+            low = torch.arange(0, rows * row_step, row_step, dtype=torch.int32, device=key.device) + offset
+            carry = (low ^ _signed(1 << 31)) < (offset ^ _signed(1 << 31))  # as unsigned numbers: the sum wrapped
+            high = high + carry.int()
+        row_hash = _fmix32(_fmix32(low ^ key[0]) + high)
         col = torch.arange(0, cols * col_step, col_step, dtype=torch.int32, device=key.device) * _signed(0x9E3779B9)
         summed = row_hash[None, :] + col[:, None] if self.transposed else row_hash[:, None] + col
         return ((_fmix32(summed ^ key[1]) >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+
+class Rows(NamedTuple):
+    """Where the rows lie that were routed to an expert, and those of its weight.
+
+    Args:
+        ids: int64 [rows], places among all that the micro-batch could route.
+        per_sample: places of a sample.
+        first_of_weight: rows of the weights of the experts before.
+    """
+
+    ids: Tensor
+    per_sample: int
+    first_of_weight: int
 
 
 def _signed(word: int) -> int:

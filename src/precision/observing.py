@@ -34,7 +34,7 @@ def measured(
         parts = [part.expand(x.mT.shape).mT if slot.transposed else part for part in call.split(slot, x)]
         rows += [(slot, x, q.sum()), *zip(slot.parts, parts, q.operands, strict=True)]
     figures = [
-        observer.operand(call.linear, slot.row, slot.described(x.dtype), call.transformed(slot, x), q)
+        observer.operand(call.linear.owner, slot.row, slot.described(x.dtype), call.transformed(slot, x), q)
         for slot, x, q in rows
     ]
-    return [*figures, observer.output(call.linear, OUTPUTS[gemm], *given, y, bias)]
+    return [*figures, observer.output(call.linear.owner, OUTPUTS[gemm], *given, y, bias)]

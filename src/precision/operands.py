@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import Cast, Operand, quantize_by
+from .backends import Cast, Operand
+from .context import SharedInput
 from .estimator import multiplied, pack_bits, unpack_bits
-from .noise import Noise, base_key, step_key
+from .noise import Noise, Rows, base_key, step_key
 from .observing import measured
-from .packing import AnyOperand, Gathered, Parts, Saving, WithDerivative, parts_of, values
+from .packing import AnyOperand, Parts, Saving, WithDerivative, parts_of, values
 from .quantize import Prepared, Quantized, dequantize, scaled_values
-from .scaling import Unit
 from .slots import (
     DGRAD,
     DGRAD_DY,
@@ -35,11 +35,11 @@ from .slots import (
     W,
     X,
 )
-from .spec import Estimator, OperandSpec, Transform
+from .spec import Estimator, Transform
 from .transforms import Composed, back, drawn
 
 if TYPE_CHECKING:
-    from .linear import QuantLinear
+    from .grouped import Multiplier
     from .module import Observer
 
 
@@ -50,16 +50,16 @@ class Call:
     Args:
         linear, plan: whose, and by which plan.
         first_sample: 0-dim int64, global index of the micro-batch's first sample.
-        rows_per_sample: rows of x that a sample takes.
+        rows_per_sample: rows of x that a sample takes; of an expert, which rows they are.
         shared: operands of x, those of sibling linears included; None in the backward pass.
         stats: what transforms read.
         observer: who watches the GEMMs of training steps, and changes nothing.
     """
 
-    linear: QuantLinear
+    linear: Multiplier
     plan: LinearPlan
     first_sample: Tensor
-    rows_per_sample: int
+    rows_per_sample: int | Rows
     shared: dict[Hashable, AnyOperand] | None
     stats: Tensor | None = None
     observer: Observer | None = None
@@ -140,12 +140,20 @@ class Call:
 
     def noise(self, slot: SlotPlan) -> Noise:
         """Of the slot's tensor at this place in the data; that of a weight is the same everywhere."""
-        linear = self.linear
+        place, of_weight = self.rows_per_sample, TENSORS[slot.number] == "w"
+        first: Tensor | int = self.first_sample
+        if not isinstance(place, Rows):
+            each, ids = 0 if of_weight else place, None
+        elif of_weight:
+            first, each, ids = place.first_of_weight, 1, None
+        else:
+            each, ids = place.per_sample, place.ids
         return Noise.of(
             base=self._base_key(slot.noise),
-            step=linear.context.step,
-            first_sample=self.first_sample,
-            rows_of_a_sample=0 if TENSORS[slot.number] == "w" else self.rows_per_sample,
+            step=self.linear.context.step,
+            first_sample=first,
+            rows_of_a_sample=each,
+            rows=ids,
             transposed=slot.transposed,
         )
 
@@ -181,14 +189,22 @@ class Call:
         if key is None:
             return self._cast(slot, x, codes)
         if (key, codes) not in self.shared:
-            self.shared[key, codes] = self._cast(slot, x, codes)
+            handed_on = self._handed_on(slot)
+            self.shared[key, codes] = self._cast(slot, x, codes) if handed_on is None else handed_on
         return self.shared[key, codes]
+
+    def _handed_on(self, slot: SlotPlan) -> AnyOperand | None:
+        """The slot's codes, where the layer that gave x made them by its spec."""
+        own = slot.transform is None and slot.column is None and not slot.all_ranks
+        return SharedInput.handed_on(self.shared, slot.spec, slot.transposed) if own and self.shared else None
 
     def weight(self, number: int, weight: Tensor) -> AnyOperand:
         """The operand of slot W or DGRAD_W."""
         slot = self.plan.slots[number]
         if self.linear.gathered is not None:
-            codes = self._gathered(number, weight, self.linear.gathered)
+            spec = self.plan.slots[W].spec
+            assert spec is not None, "gathered as codes"
+            codes = self.linear.gathered.codes_of(weight, spec, self.plan.slots[number].quantizer)
             return codes if number == W else codes.t()
         if number == W:
             return self.operand(W, weight)
@@ -276,7 +292,7 @@ class Call:
     def share_pair(self, x: Tensor) -> None:
         """Have the codes of x for fprop and for wgrad ready, if one read makes both."""
         slot = self.plan.slots[X]
-        if self.shared is None or not slot.one_read or slot.stochastic:
+        if self.shared is None or not slot.one_read or slot.stochastic or self._handed_on(slot) is not None:
             return
         keys = (
             (self._key(slot, x), self.plan.saves_fprop_codes),
@@ -409,19 +425,6 @@ class Call:
         if self.shared is None or not self.plan.slots[X].reads_rows:
             return None
         return self.shared.get((self._key(self.plan.slots[WGRAD_X], x), True))
-
-    def _gathered(self, number: int, weight: Tensor, gathered: Gathered) -> Quantized:
-        spec = self.plan.slots[W].spec
-        assert spec is not None, "gathered as codes"
-        # Values of codes have the codes back when they are rounded without a scale.
-        values = OperandSpec(format=spec.format, scale=Unit())
-        return Quantized(
-            codes=quantize_by(self.plan.slots[number].quantizer, weight, values).codes,
-            scales=gathered.scales,
-            tensor_scale=gathered.tensor_scale,
-            shape=(weight.shape[0], weight.shape[1]),
-            spec=spec,
-        )
 
     def _key(self, slot: SlotPlan, x: Tensor) -> Hashable | None:
         """What the codes of a slot depend on, x apart; None where a device would have to be waited for to know.

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Operand
+from .backends import Operand, Quantizer, quantize_by
 from .quantize import Prepared, Quantized, dequantize
+from .scaling import Unit
+from .spec import OperandSpec
 
 
 class Gathered(NamedTuple):
@@ -22,6 +24,18 @@ class Gathered(NamedTuple):
 
     scales: Tensor
     tensor_scale: Tensor | None
+
+    def codes_of(self, weight: Tensor, spec: OperandSpec, quantizer: Quantizer) -> Quantized:
+        """The codes by ``spec`` whose values ``weight`` holds."""
+        # Values of codes have the codes back when they are rounded without a scale.
+        values = OperandSpec(format=spec.format, scale=Unit())
+        return Quantized(
+            codes=quantize_by(quantizer, weight, values).codes,
+            scales=self.scales,
+            tensor_scale=self.tensor_scale,
+            shape=(weight.shape[0], weight.shape[1]),
+            spec=spec,
+        )
 
 
 class Parts(NamedTuple):
@@ -100,7 +114,7 @@ def pack(tensors: Iterator[Any], layout: Layout) -> Any:
     return next(tensors)
 
 
-def unpack_all(operands: Sequence[Saving]) -> tuple[list[Tensor], tuple[Layout, ...]]:
+def unpack_all(operands: Sequence[Saving | None]) -> tuple[list[Tensor], tuple[Layout, ...]]:
     """The tensors of several operands, one that several share only once, and how to have the operands again."""
     tensors: list[Tensor] = []
     places: dict[int, int] = {}

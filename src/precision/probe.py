@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Operand
+from .blocks import Experts
 from .formats import pack4
 from .module import QuantizedModule
 from .plan import Plan
@@ -185,12 +186,15 @@ class Probe:
             return
         if not (module.training and y.requires_grad):
             return
-        x, weight, bias = inputs[0].detach(), module.weight, module.bias
+        x, weight, bias = inputs[0].detach(), module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
         assert isinstance(bias, Tensor | None)
         forward = [*self._plain_rows(module, "x", x, y.dtype), *self._plain_rows(module, "w", weight, y.dtype)]
-        matrix = x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1])
-        forward.append(self.output(module, OUTPUTS[0], *matrix, bias))
+        matrices = [(x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1]))]
+        if weight.dim() == 3:
+            counts = inputs[1].counts_E.tolist()
+            matrices = list(zip(torch.split(x, counts), weight.unbind(), torch.split(y.detach(), counts), strict=True))
+        forward += [self.output(module, OUTPUTS[0], *matrix, bias) for matrix in matrices]
 
         def backward(dy: Tensor) -> None:  # once, also where the forward pass is computed again
             self.add([*forward, *self._plain_rows(module, "dy", dy.detach(), dy.dtype)])
@@ -207,7 +211,7 @@ class Probe:
 def _rows_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, QuantizedModule):
         return module.observed
-    return SLOTS + OUTPUTS if type(module) is nn.Linear else ()
+    return SLOTS + OUTPUTS if type(module) is nn.Linear or isinstance(module, Experts) else ()
 
 
 def check_settings(every: int, layers: str | None) -> None:
@@ -271,7 +275,7 @@ def _figures(given: Tensor, used: Tensor, limits: tuple[Tensor, Tensor] | None, 
     )
     amax = size.max() if size.numel() else torch.zeros((), dtype=torch.float32, device=x.device)
     extremes = [amax, *(torch.full((), -math.inf, dtype=torch.float32, device=x.device) for _ in range(2))]
-    if scales is not None and scales.numel():
+    if scales is not None and scales.numel() and x.numel():
         known = scales.isfinite()
         extremes[1] = torch.where(known, scales, -math.inf).max()
         extremes[2] = torch.where(known, -scales, -math.inf).max()

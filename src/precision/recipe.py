@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block
+from .blocks import LINEARS, Block
 from .exchange import NO_COMM, Comm
 from .linear import quantized
 from .loss_scale import LossScaler
@@ -116,12 +116,13 @@ def _count(wanted: float, num_blocks: int) -> int:
 class Rule:
     """Replaces every module of type ``kind`` whose path matches ``path`` in full by ``make(module, path, *siblings)``.
 
-    ``path``: a regex, or ``BLOCK_LINEARS``. ``keep``: the modules among them that stay as they are. ``siblings``: names
-    of children that the module's parent must have, or the rule passes it by; ``children``: of those that it must have
-    itself. ``optional``: it may match nothing.
+    ``kind``: or one of several: ``precision.blocks.LINEARS`` are linears, and those of experts. ``path``: a regex, or
+    ``BLOCK_LINEARS``. ``keep``: the modules among them that stay as they are. ``siblings``: names of children that the
+    module's parent must have, or the rule passes it by; ``children``: of those that it must have itself. ``optional``:
+    it may match nothing.
     """
 
-    kind: type[nn.Module]
+    kind: type[nn.Module] | tuple[type[nn.Module], ...]
     path: str | Where
     make: Callable[..., nn.Module]
     keep: tuple[Keep, ...] = ()
@@ -129,10 +130,14 @@ class Rule:
     children: tuple[str, ...] = ()
     optional: bool = False
 
+    @property
+    def kinds(self) -> tuple[type[nn.Module], ...]:
+        return self.kind if isinstance(self.kind, tuple) else (self.kind,)
+
 
 def block_linears(spec: LinearSpec, keep: tuple[Keep, ...] = ()) -> Rule:
-    """The rule that gives the linears of the blocks this spec, but for those to keep in high precision."""
-    return Rule(kind=nn.Linear, path=BLOCK_LINEARS, make=quantized(spec), keep=keep)
+    """The rule that gives the linears of the blocks, also of experts, this spec, but for those to keep."""
+    return Rule(kind=LINEARS, path=BLOCK_LINEARS, make=quantized(spec), keep=keep)
 
 
 class Hook(Protocol):

@@ -31,7 +31,9 @@ void one(int64_t rows, int64_t cols) {
     const Format& format = formats[among(0, 2)];
     const int64_t bits = format.bits;
     const auto packed = [&](int64_t r, int64_t c) { return r * (bits == 4 ? (c + 1) / 2 : c); };
-    const Noise noise = {int32_t(among(0, 1)), int32_t(among(0, 1)), 1, 2, uint64_t(among(0, 1)) << 33};
+    Buffer places(std::max(rows, cols) * 8);  // of rows that do not follow one another
+    const Noise noise = {int32_t(among(0, 1)), int32_t(among(0, 1)), 1, 2, uint64_t(among(0, 1)) << 33,
+                         among(0, 1) ? places.as<const int64_t>() : nullptr};
     for (const auto& tile : tiles) {
         const int64_t tall = std::max<int64_t>(tile[0], 1), wide = std::max<int64_t>(tile[1], 1);
         const int64_t grid = (rows + tall - 1) / tall * ((cols + wide - 1) / wide);

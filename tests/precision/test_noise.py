@@ -7,9 +7,20 @@ import itertools
 
 import pytest
 import torch
+from narrowgauge.precision.backends import REFERENCE, Cast
+from narrowgauge.precision.backends.cpu.quantizer import Cpu
+from narrowgauge.precision.formats import E2M1, E4M3
 from narrowgauge.precision.noise import Noise, base_key, step_key
+from narrowgauge.precision.quantize import prepare
+from narrowgauge.precision.scaling import PowerOfTwo, Tile, TwoLevel
+from narrowgauge.precision.spec import OperandSpec, Rounding
 from torch import Tensor
 
+SPECS_OF_ROWS = [
+    OperandSpec(format=E4M3, rounding=Rounding.STOCHASTIC),
+    OperandSpec(format=E4M3, tile=Tile(1, 32), scale=PowerOfTwo(), rounding=Rounding.STOCHASTIC),
+    OperandSpec(format=E2M1, tile=Tile(1, 16), scale=TwoLevel(), rounding=Rounding.STOCHASTIC),
+]
 SEED, PATH, SLOT, STEP = 1234, "layers.0.attention.q_proj", 2, 7
 
 
@@ -174,3 +185,43 @@ def test_noise_of_tiles_is_that_of_their_first_elements_by_other_keys(offset: in
     by_parts = Noise.of(base=base_key(SEED, PATH, SLOT), step=STEP, first_sample=offset, rows_of_a_sample=1)
     assert torch.equal(by_parts.of_tiles((3, 4), (32, 16)), got)
     assert torch.equal(by_parts.again().uniform(2, 3), again)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("offset", [0, 2**32 - 6, 2**40 + 3])
+def test_rows_that_do_not_follow_one_another(offset: int, transposed: bool) -> None:
+    """As tokens that were routed to an expert; tiles take the place of their first row."""
+    ids = [7, 2, 2**33, 5, 0]
+    noise = make(row_offset=offset, rows=torch.tensor(ids), transposed=transposed)
+
+    def of(noise: Noise) -> list[list[float]]:
+        shape = (3, 5) if transposed else (5, 3)
+        values = noise.uniform(*shape)
+        return (values.mT if transposed else values).tolist()
+
+    assert of(noise) == [[scalar_noise(SEED, PATH, SLOT, STEP, offset + row, c) for c in range(3)] for row in ids]
+    in_order = make(row_offset=offset, transposed=transposed)
+    assert of(make(row_offset=offset, rows=torch.arange(5), transposed=transposed)) == of(in_order)
+    again = make(row_offset=offset, rows=torch.arange(5), transposed=transposed).again()
+    assert of(again) == of(in_order.again())
+    grid, extent = ((2, 3), (1, 2)) if transposed else ((3, 2), (2, 1))
+    tiles = make(row_offset=offset, rows=torch.arange(5), transposed=transposed).of_tiles(grid, extent)
+    assert torch.equal(tiles, in_order.of_tiles(grid, extent))
+    empty = make(rows=torch.zeros(0, dtype=torch.int64), transposed=transposed)
+    assert empty.of_tiles((1, 1), (0, 3)[:: -1 if transposed else 1]).shape == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (64, 48), (33, 7)])
+@pytest.mark.parametrize("spec", SPECS_OF_ROWS, ids=str)
+def test_compiled_kernels_have_the_noise_of_such_rows(spec: OperandSpec, shape: tuple[int, int]) -> None:
+    """Of a matrix and of a transpose, in one call and by passes, as codes and as values."""
+    rows = torch.randperm(1000)[: shape[0]] * 2**25
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for of, transposed in ((x, False), (x.mT, True)):
+        noise = make(row_offset=9, rows=rows, transposed=transposed)
+        wanted = REFERENCE.quantizer.cast(of, Cast(spec=spec, noise=noise))
+        got = Cpu().cast(of, Cast(spec=spec, noise=noise))
+        assert torch.equal(got.codes, wanted.codes)
+        prepared = Cpu().cast(of, Cast(spec=spec, noise=noise, codes=False))
+        wanted = prepare(of, spec, noise=noise)
+        assert torch.equal(prepared.matrix, wanted.matrix)

@@ -33,9 +33,10 @@ SHOWN = {
     "hooks-1": "a term of the loss; changes gradients; changes weights; parameter strength []",
     "parameters-1": "layers.0.self_attn.q_proj.weight and 17 others: learning rate x 0.5, decay independent of the",
     "update rules-1": "moments factored: m e4m3/128, row fp32, col fp32; adamw: m fp32, v fp32 (the recipe's)",
-    "layers-1": "saved for backward: e4m3/row/fp32",
+    "layers-1": "NarrowNorm\n    saved.x: e4m3/1x16/fp32  [cpu]\n    out: e4m3/tensor/fp32, handed on  [cpu]",
     "communication-1": "as e4m3/tensor/fp32-pow2, one scale for all ranks, times a factor that lets 1e-05 of the sums",
     "models-1": "every step begins with a forward pass of its micro-batches, without gradients, that counts",
+    "experts-1": "fprop: e4m3/1x32/e8m0-rceil x e4m3/1x32/e8m0-rceil",
 }
 
 

@@ -995,11 +995,141 @@ def test_states_of_a_recipes_own_rule_are_seen_and_kept_by_any_codec(tiny: Tiny,
         tiny(f"precision.recipe={file}", "optim.moments=bf16/sr")
 
 
+LAYERS = '''"""Kind e, layers that are no linears: norms and the product of a SwiGLU keep codes for backward, and hand
+codes on to the linears that read their output."""
+
+import torch
+from narrowgauge.precision.formats import E4M3, E5M2
+from narrowgauge.precision.hooks import RollAmax
+from narrowgauge.precision.layer import Layer
+from narrowgauge.precision.packing import values
+from narrowgauge.precision.recipe import Keep, Recipe, Rule, block_linears
+from narrowgauge.precision.scaling import Delayed, Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding, Source
+from torch import nn
+
+GROUPS = OperandSpec(format=E4M3, tile=Tile(1, 16), rounding=Rounding.STOCHASTIC)
+LATE = OperandSpec(format=E4M3, amax=Delayed(history=3))
+TENSOR = OperandSpec(format=E4M3)
+
+
+class Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, at):
+        inverse = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        at.save(ctx, at.quantized("saved.x", x), weight, inverse)
+        return (x.float() * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        codes, weight, inverse = ctx.at.saved(ctx)
+        normed, g = values(codes).view(dy.shape) * inverse, dy.float() * weight
+        dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+        return dx.to(dy.dtype), (dy.float() * normed).flatten(0, -2).sum(0).to(weight.dtype), None, None
+
+
+class Norm(Layer):
+    def __init__(self, norm):
+        super().__init__({"saved.x": GROUPS, "out": TENSOR}, handed_on=["out"])
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x):
+        at = self.at(x)
+        if not at.narrow:
+            return nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        y = Normed.apply(x, self.weight, self.eps, at)
+        at.hand_on(y, at.quantized("out", y))
+        return y
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, at):
+        at.save(ctx, at.quantized("saved.gate", gate), at.quantized("saved.up", up))
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dh):
+        gate, up = (values(codes).view(dh.shape) for codes in ctx.at.saved(ctx))
+        s = gate.sigmoid()
+        d_gate, d_up = dh * up * s * (1 + gate * (1 - s)), dh * gate * s
+        return d_gate.to(dh.dtype), d_up.to(dh.dtype), None
+
+
+class SwiGLU(Layer):
+    def __init__(self, mlp):
+        super().__init__({"saved.gate": GROUPS, "saved.up": LATE, "out": TENSOR}, handed_on=["out"])
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        at = self.at(gate)
+        if not at.narrow:
+            return self.down_proj(nn.functional.silu(gate) * up)
+        h = Product.apply(gate, up, at)
+        at.hand_on(h, at.quantized("out", h))
+        return self.down_proj(h)
+
+
+def recipe(*, keep: tuple[Keep, ...] = ()) -> Recipe:
+    again = OperandSpec(format=E4M3, source=Source.QUANTIZED)
+    dy = OperandSpec(format=E5M2)
+    spec = LinearSpec(
+        fprop=GemmSpec(a=TENSOR, b=TENSOR),
+        dgrad=GemmSpec(a=dy, b=again),
+        wgrad=GemmSpec(a=OperandSpec(format=E5M2, source=Source.QUANTIZED), b=again),
+    )
+    norms = Rule(kind=nn.Module, path=r".*layernorm", make=lambda norm, path: Norm(norm), keep=keep)
+    mlps = Rule(kind=nn.Module, path=r".*\\.mlp", make=lambda mlp, path: SwiGLU(mlp))
+    return Recipe(rules=(norms, mlps, block_linears(spec)), hooks=(RollAmax(),))
+'''
+
+
+def test_layers_that_are_no_linears_keep_codes_and_hand_them_on(tiny: Tiny, tmp_path: Path) -> None:
+    """Several rules, with what they keep; probe, histories and high precision as of linears."""
+    file = tmp_path / "layers.py"
+    config, plan_text = finished_with(tiny, file, LAYERS, "probe.every=3", "eval.precision=high", "eval.every=6")
+    random, out = "e4m3/1x16/fp32/sr  [cpu]", "    out: e4m3/tensor/fp32, handed on  [cpu]\n"
+    assert f"layers.1.input_layernorm                     Norm\n    saved.x: {random}\n{out}" in plan_text
+    assert f"SwiGLU\n    saved.gate: {random}\n    saved.up: e4m3/tensor/delayed3  [cpu]\n{out}" in plan_text
+    root = Path(config.run.dir)
+    seen = [row for row in read_rows(root / "metrics.jsonl", "probe") if row["step"] == 6]
+    for slot, count in {"saved.x": 8, "saved.gate": 4, "saved.up": 4, "out": 12, "fprop.x": 30}.items():
+        mine = [row for row in seen if row["slot"] == slot]
+        assert len(mine) == count  # with those from before it was resumed
+        assert all(row["elements"] > 0 and (row["sqnr_db"] or 99) > 15 for row in mine)
+    # What a layer hands on is what the linear reads.
+    made, read = ({(row["module"], row["slot"]): row for row in seen}[which] for which in HANDED_ON)
+    assert {**made, "module": "", "slot": ""} == {**read, "module": "", "slot": ""}
+    newest = read_tensors(list_checkpoints(root / "checkpoints")[-1], "recipe.")
+    assert newest["recipe.layers.1.mlp.amax_history"].shape == (3, 1)
+    assert (newest["recipe.layers.1.mlp.amax_held"] > 0).all()
+    high = read_metrics(root / "metrics.jsonl", "eval")[6]["loss"]
+    try:
+        subject = open_run(root, said=(str(file),))
+        assert evaluate_on(subject, None, "validation", 500, 8).loss == high
+        assert evaluate_on(replace(subject, precision="recipe"), None, "validation", 500, 8).loss != high
+        model = subject.state.model
+    finally:
+        distributed.finish()
+    assert type(model.get_submodule("layers.0.input_layernorm")).__name__ == "Norm"
+    kept = tiny(
+        f"precision.recipe={file}", "precision.args.keep_first=1", f"run.dir={tmp_path / 'kept'}", "train.steps=1"
+    )
+    assert train_here(kept) is ExitCode.FINISHED
+    plan_text = (tmp_path / "kept" / "plan.txt").read_text()
+    assert plan_text.count(" Norm\n") == 2
+    assert plan_text.count(" SwiGLU\n") == 2
+
+
+HANDED_ON = [("layers.1.mlp", "out"), ("layers.1.mlp.down_proj", "fprop.x")]
+
+
 def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
     """The overrides of a run of every kind, each with directories of its own."""
     (root / "recipes").mkdir()
     overrides = {}
-    for kind, (text, *_) in (KINDS | {"hook": (GAIN,)}).items():
+    for kind, (text, *_) in (KINDS | {"hook": (GAIN,), "layers": (LAYERS,)}).items():
         file = root / "recipes" / f"{kind}.py"
         file.write_text(text)
         options = (f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4", "sample.tokens=0")
@@ -1023,7 +1153,7 @@ def test_a_recipe_of_every_kind_is_resumed_by_two_processes(corpus: Path, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [*KINDS, "hook"])
+@pytest.mark.parametrize("kind", [*KINDS, "hook", "layers"])
 def test_a_recipe_of_every_kind_survives_a_kill(corpus: Path, tmp_path: Path, kind: str) -> None:
     """Of the launcher and both processes, at whatever step they were."""
     overrides = [*kinds_in(tmp_path, corpus)[kind], "train.steps=40", "checkpoint.keep_last=99"]

@@ -58,15 +58,23 @@ class Choice:
         return f"{self.backend.name}{''.join(f' ({reason})' for reason in self.refused)}"
 
 
-def choose(gemm: GemmSpec, shape: Shape, device: torch.device, wanted: str = "auto") -> Choice:
-    """The backend for a GEMM. Raises ValueError for a name that no backend has, and where the named one refuses."""
+def choose(
+    gemm: GemmSpec, shape: Shape, device: torch.device, wanted: str = "auto", *, experts: bool = False
+) -> Choice:
+    """The backend for a GEMM; ``experts``: each multiplies rows of its own, some none.
+
+    Raises ValueError for a name that no backend has, and where the named one refuses.
+    """
     require_backend(wanted)
     reasons: dict[str, str] = {}
     for backend in ORDER:
         quantizer, product = backend.quantizer, backend.product
         if wanted not in ("auto", product.name):
             continue
-        if reason := product.why_not(gemm, shape, device):
+        reason = product.why_not(gemm, shape, device)
+        if reason is None and experts and isinstance(product, ScaledMM):
+            reason = "no native product over the rows of experts, of which there may be none"
+        if reason:
             reasons[product.name] = reason
         elif quantizer.why_not(gemm, device) is None:
             refused = tuple(

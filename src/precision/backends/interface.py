@@ -74,6 +74,10 @@ class Quantizer(Passes, Protocol):
         """Whether ``cast`` and ``cast_both`` note amaxes in the pass that quantizes."""
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether kernels have the noise of rows that do not follow one another (``Noise.rows``)."""
+
+    @property
     def by_column(self) -> bool:
         """Whether FP32 scales of parts of a row lie in memory column by column, where kernels write them."""
 

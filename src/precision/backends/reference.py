@@ -25,6 +25,7 @@ class Reference(TorchPasses):
 
     name = "reference"
     notes = False
+    takes_rows = True
     by_column = False
 
     def why_not(self, gemm: GemmSpec, device: torch.device) -> str | None:

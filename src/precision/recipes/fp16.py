@@ -13,8 +13,8 @@ On a CPU matrix products are computed in float32 and rounded once to FP16: torch
 """
 
 import torch
-from torch import nn
 
+from ..blocks import LINEARS
 from ..linear import quantized
 from ..loss_scale import LossScaler
 from ..recipe import Dtypes, Recipe, Rule
@@ -38,7 +38,7 @@ def recipe(
         min_scale: the scale goes no lower.
     """
     return Recipe(
-        rules=(Rule(kind=nn.Linear, path=".*", make=quantized(LinearSpec())),),
+        rules=(Rule(kind=LINEARS, path=".*", make=quantized(LinearSpec())),),
         dtypes=Dtypes(param=torch.float32, compute=torch.float16, reduce=torch.float32),
         loss_scale=LossScaler(init=init_scale, growth=growth, backoff=backoff, interval=interval, floor=min_scale),
     )

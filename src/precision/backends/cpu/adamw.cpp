@@ -154,7 +154,7 @@ void encode_row(const Codec& codec, const Encoded& encoded, uint64_t row_offset,
                 float* uniform, int32_t* code) {
     const int64_t start = row * cols;
     if (codec.stochastic) {
-        const Noise noise{1, 0, encoded.key0, encoded.key1, row_offset};
+        const Noise noise{1, 0, encoded.key0, encoded.key1, row_offset, nullptr};
         const uint32_t hash = row_hash(noise, uint64_t(row));
 #pragma omp simd
         for (int64_t i = 0; i < cols; ++i) {

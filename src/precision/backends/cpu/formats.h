@@ -20,11 +20,12 @@ struct Format {
     float max;
 };
 
-// Where rounding noise comes from; on = 0: nearest even.
+// Where rounding noise comes from; on = 0: nearest even. rows: places of rows, or null where they follow one another.
 struct Noise {
     int32_t on, transposed;
     uint32_t key0, key1;
     uint64_t row_offset;
+    const int64_t* rows;
 };
 
 namespace {

@@ -25,6 +25,7 @@ class CNoise(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("on", "transposed")),
         *((name, ctypes.c_uint32) for name in ("key0", "key1")),
         ("row_offset", ctypes.c_uint64),
+        ("rows", ctypes.c_void_p),
     ]
 
 
@@ -72,8 +73,9 @@ def c_format(format: NumberFormat) -> CFormat:
 
 
 def c_noise(noise: Noise | None) -> CNoise:
-    """``noise``; rounding to nearest for None."""
+    """``noise``, whose ``rows`` must outlive it; rounding to nearest for None."""
     if noise is None:
         return CNoise()
     key0, key1 = (int(word) & 0xFFFFFFFF for word in noise.key.tolist())
-    return CNoise(1, int(noise.transposed), key0, key1, int(noise.row_offset) & 0xFFFFFFFFFFFFFFFF)
+    rows = None if noise.rows is None else native.pointer(noise.rows)
+    return CNoise(1, int(noise.transposed), key0, key1, int(noise.row_offset) & 0xFFFFFFFFFFFFFFFF, rows)

@@ -72,10 +72,14 @@ struct Hashes {
         rows.resize(num_rows);
         cols.resize((num_cols + PAIR - 1) / PAIR * PAIR);
         const bool by_col = (noise.transposed != 0) != transposed;  // which the noise calls rows
-        for (size_t i = 0; i < rows.size(); ++i) rows[i] = by_col ? uint32_t(i) * 0x9E3779B9u : row_hash(noise, i);
+        const size_t counted = by_col ? num_cols : num_rows;
+        const auto row_hash_of = [&](size_t i) {
+            return row_hash(noise, noise.rows && i < counted ? uint64_t(noise.rows[i]) : i);
+        };
+        for (size_t i = 0; i < rows.size(); ++i) rows[i] = by_col ? uint32_t(i) * 0x9E3779B9u : row_hash_of(i);
         for (size_t i = 0; i < cols.size(); ++i) {
             const size_t place = i / PAIR * PAIR + i % PAIR / 2 + i % 2 * LANES;
-            cols[place] = by_col ? row_hash(noise, i) : uint32_t(i) * 0x9E3779B9u;
+            cols[place] = by_col ? row_hash_of(i) : uint32_t(i) * 0x9E3779B9u;
         }
     }
 

@@ -10,6 +10,7 @@ With TRITON_INTERPRET=1 the kernels run on the CPU, one operation at a time in n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Triton(Reference):
 
     name = "triton"
     notes = True
+    takes_rows = False
 
     def __init__(self, *, by_column: bool = False) -> None:
         self.by_column = by_column
@@ -87,6 +89,11 @@ class Triton(Reference):
         ``operand`` gives of them, where BF16 holds that. ``note``: as in ``quantize_fused``.
         """
         spec, amax, noise, note = cast.spec, cast.amax, one_noise(cast), cast.note
+        if noise is not None and noise.rows is not None:
+            if note is not None:
+                y = x if cast.transform is None else self.transformed(cast.transform, x, left=cast.left)
+                note.copy_(torch.maximum(note, self.amax(y, TENSOR).reshape(note.shape)))
+            return super().cast(x, replace(cast, note=None))
         said = cast.transform
         while type(said) is Composed:
             x, said = self.transformed(said.first, x, left=cast.left), said.second
@@ -102,6 +109,8 @@ class Triton(Reference):
     def cast_both(self, x: Tensor, cast: Cast) -> tuple[Quantized, Quantized] | tuple[Prepared, Prepared] | None:
         noise, values, by_column = cast.noise, not cast.codes, self.by_column
         assert noise is None or isinstance(noise, tuple)
+        if noise is not None and noise[0].rows is not None:
+            return None
         return quantize_both(
             x, cast.spec, amax=cast.amax, noise=noise, note=cast.note, values=values, by_column=by_column
         )

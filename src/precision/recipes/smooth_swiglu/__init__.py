@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ...grouped import QuantGroupedLinear
 from ...linear import QuantLinear
 from ...loading import load
 from ...recipe import NO_ARGUMENTS, Recipe, Rule, one_of
@@ -52,7 +53,8 @@ def recipe(
     if not inner.rules:
         raise ValueError(f"the base {base} quantizes no linear: there is nothing to smooth")
     make = smooth(one_of("form", form, FORMS), pow2=pow2)
-    rules = (*inner.rules, Rule(kind=QuantLinear, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP)))
+    kinds = QuantLinear, QuantGroupedLinear  # these are refused
+    rules = (*inner.rules, Rule(kind=kinds, path=rf"(.*\.)?{DOWN}", make=make, siblings=(GATE, UP)))
     if one_of("fuse", fuse, {"auto": "auto", "always": "always", "never": "never"}) != "never":
         make_fused = fuse_swiglu(always=fuse == "always")
         rules += (Rule(kind=nn.Module, path=".+", make=make_fused, children=PROJECTIONS, optional=True),)

@@ -100,11 +100,15 @@ class TokenScales:
 def smooth(form: Form, *, pow2: bool) -> Callable[..., QuantLinear]:
     """The ``make`` of a rule for quantized down-projections, with siblings gate and up.
 
-    It raises ValueError for one that is smoothed already, and as ``smoothed`` does.
+    It raises ValueError for one that is smoothed already, for that of experts, and as ``smoothed`` does.
     """
 
     def make(down: nn.Module, path: str, gate: nn.Module, up: nn.Module) -> QuantLinear:
-        assert isinstance(down, QuantLinear)
+        if not isinstance(down, QuantLinear):
+            raise ValueError(
+                f"{path}: Smooth-SwiGLU is not for experts, whose rows have no scales of their own: take its base "
+                "recipe, or keep them in high precision (keep_paths of base_args)"
+            )
         if down.statistics is not None:
             raise ValueError(f"{path} is smoothed already")
         linear = QuantLinear(down, path, smoothed(down.spec, form))
