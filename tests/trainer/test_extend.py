@@ -43,8 +43,12 @@ SHOWN = {
 def test_every_section_has_a_recipe() -> None:
     assert RECIPES.keys() == SHOWN.keys()
     assert len(SECTIONS) == len({name.rpartition("-")[0] for name in RECIPES})
-    table = re.findall(r"\[([^]]+)\]\(#", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"))
-    assert table == [section.splitlines()[0] for section in SECTIONS]
+    first, papers = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").split("\n## ")[0].split("\n### ")
+    titles = [section.splitlines()[0] for section in SECTIONS]
+    assert re.findall(r"\[([^]]+)\]\(#", first) == titles
+    used = re.findall(r"\[([^]]+)\]\(#([^)]+)\)", papers)
+    assert {name.lower() for name, _ in used} == {title.lower() for title in titles}
+    assert all(anchor == name.lower().replace(" ", "-") for name, anchor in used)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
