@@ -80,9 +80,9 @@ def _line(number: int, spec: LinearSpec, choices: Choices, tokens: int | None, e
     notes = [choice.backend.note(gemm)]
     notes += [f"a micro-batch of {tokens} tokens cuts blocks of {max(cut)}: another has other scales"] if cut else []
     notes += ["a transform of all tokens of a micro-batch: another has other scales"] if -1 in blocks else []
-    random = any(is_stochastic(side) for side, of in zip((gemm.a, gemm.b), sides, strict=True) if of != "w")
+    random = [of for side, of in zip((gemm.a, gemm.b), sides, strict=True) if of != "w" and is_stochastic(side)]
     if experts and random and not choice.backend.quantizer.takes_rows:
-        notes += ["rounded in plain torch: no kernel for the noise of routed rows"]
+        notes += [f"{' and '.join(random)} rounded in plain torch: no kernel for the noise of routed rows"]
     line = f"{', '.join(filter(None, [str(gemm), derivative]))}  [{', '.join([str(choice), *filter(None, notes)])}]"
     parts = [
         (name, part)

@@ -133,6 +133,7 @@ class Layer(QuantizedModule):
                 kind = type(other).__name__
                 raise ValueError(f"schedule ({phase.when}): no step can switch {site.path} to another {kind}")
         super().bind(context, site)
+        self.base_keys = {}
         self._high = tuple(phase.module is None for phase in site.phases)
         wanted = "auto" if site.backend == "scaled_mm" else site.backend  # which only multiplies
         for name, one in self.named.items():

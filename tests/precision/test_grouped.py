@@ -13,6 +13,7 @@ import torch
 from narrowgauge.models.grouped import GroupedLinear, Routing
 from narrowgauge.precision import Plan, apply, load
 from narrowgauge.precision.backends import ORDER, Cast, choose
+from narrowgauge.precision.backends.cpu.quantizer import Cpu
 from narrowgauge.precision.backends.triton.quantizer import Triton
 from narrowgauge.precision.blocks import Experts
 from narrowgauge.precision.estimator import ClipMask
@@ -502,6 +503,9 @@ def test_who_computes_stands_in_the_plan() -> None:
 
 
 def test_native_products_and_kernels_without_noise_of_rows_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cpu, "takes_rows", False)
+    text = str(apply(loaded("mxfp4"), model_of(experts())))
+    assert text.count("cpu, dy rounded in plain torch: no kernel for the noise of routed rows]") == 2
     native = next(backend.product for backend in ORDER if backend.name == "scaled_mm")
     monkeypatch.setattr(type(native), "why_not", lambda *arguments: None)
     gemm, device = GemmSpec(a=TENSOR8, b=TENSOR8), torch.device("cpu")
