@@ -217,6 +217,7 @@ class Recipe:
     """All that a paper may change about precision. The trainer reads these fields and never the recipe's name.
 
     ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
+    ``comm``: weights gathered and gradients reduced as codes.
 
     Raises ValueError for a schedule whose phases meet.
     """

@@ -219,6 +219,8 @@ class CodesReduce:
         for one, part in zip(self.segments, parts, strict=True):
             if one.coded and one.name in self._vectors:
                 matrices[one.name] = self._vectors.pop(one.name)
+                if output.is_cuda:  # made on the stream of the reduce-scatter
+                    matrices[one.name].record_stream(torch.cuda.current_stream(output.device))
             elif one.coded:
                 matrices[one.name] = one.matrix(part[: math.prod((one.held(ranks.shard), *one.shape[1:]))])
         meets = [ranks.replicas] if self.reduction.shared_scale else []
