@@ -6,7 +6,7 @@ torchrun reduced.py DIRECTORY: writes ``RANK.pt``: name of the case and mesh -> 
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -124,6 +124,7 @@ CASES = {
     "two": case(OperandSpec(format=E2M1, tile=Tile(1, 2), scale=TwoLevel()), paths=ALL),
     "nan": case(OperandSpec(format=E2M1, tile=Tile(1, 4), scale=PowerOfTwo()), spoilt=torch.nan),
     "inf": case(FP8, spoilt=-torch.inf, shared_scale=True),
+    "bf16": replace(case(FP8, paths=ALL), dtype=torch.bfloat16),
     "plain": Case(lambda: None),
 }
 

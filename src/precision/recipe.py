@@ -226,6 +226,7 @@ class Recipe:
 
     ``parameters``: learning rate, decay and initial values of single parameters, where not the model's; a later part
     wins. ``one_micro_batch``: scales are of the tensors of a full step, which must be one micro-batch on every rank.
+    ``comm``: weights gathered and gradients reduced as codes.
 
     Raises ValueError for a schedule whose phases meet.
     """

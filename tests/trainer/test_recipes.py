@@ -1153,6 +1153,22 @@ def test_a_recipe_of_every_kind_is_resumed_by_two_processes(corpus: Path, tmp_pa
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("processes", "way"),
+    [(2, "gathered from 2 replicas"), (4, "all to all over 2 ranks, then gathered from 2 replicas")],
+)
+def test_gradients_in_codes_are_resumed_with_replicas(corpus: Path, tmp_path: Path, processes: int, way: str) -> None:
+    """Sharded over one replica's mesh, as their reduction wants it."""
+    overrides = [*kinds_in(tmp_path, corpus)["comm"], "parallel=hsdp"]
+    run_many([overrides], processes, tmp_path)
+    shutil.copytree(tmp_path / "comm", tmp_path / "whole")
+    go_back(load_config(overrides), 2)
+    run_many([overrides], processes, tmp_path)
+    assert compare_runs(tmp_path / "whole", tmp_path / "comm") == []
+    assert f"as e5m2/1x16/e8m0-rceil/sr, {way}, summed" in (tmp_path / "comm" / "plan.txt").read_text()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "hook", "layers"])
 def test_a_recipe_of_every_kind_survives_a_kill(corpus: Path, tmp_path: Path, kind: str) -> None:
     """Of the launcher and both processes, at whatever step they were."""

@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,82 +37,9 @@ from ..quantize import Quantized, amax, dequantize, quantize
 from ..scaling import AMAX, TENSOR
 from ..suggest import close
 from .layout import all_gather, another_layout, parameters_of
+from .traffic import Cost, Part, Ranks, Segment, parts_of
 
 _SLOTS = (64, 65)  # of rounding noise, at the first and at the second rounding: modules and states have lower ones
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranks:
-    """The processes that gradients are summed over: those that share a replica, and those that hold the same shard."""
-
-    shards: dist.ProcessGroup
-    replicas: dist.ProcessGroup | None
-    shard: int
-    replica: int
-    num_shards: int
-    num_replicas: int
-
-    @classmethod
-    def of(cls, mesh: DeviceMesh) -> _Ranks:
-        last = mesh.ndim - 1
-        several = last > 0
-        return cls(
-            shards=mesh.get_group(last),
-            replicas=mesh.get_group(0) if several else None,
-            shard=mesh.get_local_rank(last),
-            replica=mesh.get_local_rank(0) if several else 0,
-            num_shards=mesh.size(last),
-            num_replicas=mesh.size(0) if several else 1,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A parameter's part of the flat buffers: ``rows`` of its first dimension on every rank, the last ones padded."""
-
-    name: str
-    shape: tuple[int, ...]
-    rows: int
-    coded: bool
-
-    @property
-    def vector(self) -> bool:
-        return len(self.shape) == 1
-
-    @property
-    def numel(self) -> int:
-        """Of a shard, with padding."""
-        return self.rows * math.prod(self.shape[1:])
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-    def matrix_rows(self, rows: int) -> int:
-        """Of the matrix of so many rows of the first dimension."""
-        return rows * math.prod(self.shape[1:-1])
-
-    def held(self, shard: int) -> int:
-        """Rows of the first dimension that a shard holds."""
-        return max(0, min(self.rows, self.shape[0] - shard * self.rows))
-
-    def matrix(self, flat: Tensor) -> Tensor:
-        """[rows, columns] of whole rows of the parameter; a vector is one row."""
-        return flat.reshape(1, -1) if self.vector else flat.reshape(-1, self.columns)
-
-
-class _Part(NamedTuple):
-    """Codes or scales of a rounded matrix: [rows, n] by row, or of all of it."""
-
-    tensor: Tensor
-    by_row: bool
-
-
-def _parts(q: Quantized, vector: bool) -> list[_Part]:
-    """Codes, scales, and those of an outer level if there is one."""
-    parts = [_Part(q.codes, True), _Part(q.scales, q.spec.tile != TENSOR)]
-    parts += [] if q.tensor_scale is None else [_Part(q.tensor_scale, q.tensor_scale.dim() == 2)]
-    return [_Part(tensor, by_row and not vector) for tensor, by_row in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +52,7 @@ class _Rounded:
     """
 
     q: Quantized
-    parts: Sequence[_Part]
+    parts: Sequence[Part]
     factor: Tensor | float | None
     pieces: Sequence[Tensor]
 
@@ -136,9 +63,9 @@ class CodesReduce:
     ``all_reduce`` does with the result."""
 
     group: nn.Module
-    segments: Sequence[_Segment]
+    segments: Sequence[Segment]
     reduction: Reduction
-    ranks: _Ranks
+    ranks: Ranks
     context: StepContext
     _vectors: dict[str, Tensor] = field(default_factory=dict, init=False)  # whole sums, between the two reductions
     _keys: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
@@ -219,6 +146,8 @@ class CodesReduce:
         for one, part in zip(self.segments, parts, strict=True):
             if one.coded and one.name in self._vectors:
                 matrices[one.name] = self._vectors.pop(one.name)
+                if output.is_cuda:  # made on the stream of the reduce-scatter
+                    matrices[one.name].record_stream(torch.cuda.current_stream(output.device))
             elif one.coded:
                 matrices[one.name] = one.matrix(part[: math.prod((one.held(ranks.shard), *one.shape[1:]))])
         meets = [ranks.replicas] if self.reduction.shared_scale else []
@@ -268,7 +197,7 @@ class CodesReduce:
             dist.all_reduce(bits, dist.ReduceOp.MAX, group)
         return dict(zip(matrices, bits.view(torch.float32), strict=True))
 
-    def _rounded(self, one: _Segment, x: Tensor, of_tensor: Tensor | None, second: int) -> _Rounded:
+    def _rounded(self, one: Segment, x: Tensor, of_tensor: Tensor | None, second: int) -> _Rounded:
         """x [rows, columns] at its first, or second, rounding; by destination at the first."""
         spec, ranks = self.reduction.spec, self.ranks
         finite = x.isfinite().all()
@@ -281,7 +210,7 @@ class CodesReduce:
         headroom = self.reduction.headroom
         factor = None if headroom is None else headroom.factor(one.name)
         q = quantize(x if factor is None else x.float() * factor, spec, amax=of_tensor, noise=noise)
-        parts = _parts(q, one.vector)
+        parts = parts_of(q, one.vector)
         pieces = []
         for tensor, by_row in parts:
             if by_row and not second and ranks.num_shards > 1:
@@ -293,7 +222,7 @@ class CodesReduce:
         pieces.append(finite.to(torch.uint8).view(1, 1))
         return _Rounded(q, parts, factor, pieces)
 
-    def _summed(self, one: _Segment, mine: _Rounded, arrived: Sequence[Tensor], rows: int) -> Tensor:
+    def _summed(self, one: Segment, mine: _Rounded, arrived: Sequence[Tensor], rows: int) -> Tensor:
         """The sum of what every rank sent of these ``rows``: FP32 [rows, columns]."""
         *pieces, finite = arrived
         codes = []
@@ -399,21 +328,21 @@ def reduce_codes(
     Gives lines for plan.txt. Raises ValueError for paths that match no parameter, and for a statistic of a tensor that
     no rank has whole.
     """
-    ranks = _Ranks.of(mesh)
+    ranks = Ranks.of(mesh)
     if ranks.num_replicas > 1 < ranks.num_shards and reduction.per_tensor and reduction.spec.statistic != AMAX:
         raise ValueError(f"{reduction.spec}: no rank has all of a replica's sum to take its {reduction.spec.statistic}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks = list(groups)
     of_blocks = {names[id(p)] for block in blocks for p in parameters_of(block).values() if p.dim() > 1}
     chosen = _chosen(reduction, names.values(), of_blocks)
-    cost = _Cost(reduction, ranks, dtype)
+    cost = Cost(reduction, ranks, dtype)
     for group in [*blocks, model]:
         assert isinstance(group, FSDPModule)
         segments = []
         for parameter in parameters_of(group).values():
             if parameter.requires_grad:
                 name, shape = names[id(parameter)], tuple(parameter.shape)
-                segments.append(_Segment(name, shape, -(-shape[0] // ranks.num_shards), name in chosen))
+                segments.append(Segment(name, shape, -(-shape[0] // ranks.num_shards), name in chosen))
         cost.add(segments)
         if not any(one.coded for one in segments):
             if ranks.replicas is not None:
@@ -439,67 +368,3 @@ def _chosen(reduction: Reduction, names: Iterable[str], of_blocks: set[str]) -> 
             raise ValueError(f"gradients reduced as codes: {path!r} matches no parameter{close(path, names)}")
         chosen |= found
     return chosen
-
-
-@dataclass(eq=False)
-class _Cost:
-    """What a rank hands to collectives to reduce the gradients of a step, in bytes."""
-
-    reduction: Reduction
-    ranks: _Ranks
-    dtype: torch.dtype
-    coded: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    bytes: int = 0
-    plain: int = 0
-
-    def add(self, segments: Sequence[_Segment]) -> None:
-        ranks = self.ranks
-        shards, replicas = ranks.num_shards, ranks.num_replicas
-        values = sum(one.numel for one in segments) * self.dtype.itemsize
-        plain = (values * shards if shards > 1 else 0) + (values if replicas > 1 else 0)
-        self.plain += plain
-        coded = [one for one in segments if one.coded]
-        self.coded += [one.name for one in coded]
-        self.others += [one.name for one in segments if not one.coded]
-        if not coded:
-            self.bytes += plain
-            return
-        amaxes = 4 * len(coded)
-        if shards > 1:
-            for one in segments:
-                rows = one.matrix_rows(one.rows)
-                self.bytes += shards * (self._of(one, rows) if one.coded else one.numel * self.dtype.itemsize)
-            self.bytes += amaxes * (1 + (replicas > 1)) if self.reduction.shared_scale else 0
-        if replicas > 1:
-            for one in segments:
-                rows = one.matrix_rows(one.held(ranks.shard))
-                self.bytes += self._of(one, rows) if one.coded else one.numel * self.dtype.itemsize
-            self.bytes += amaxes if self.reduction.shared_scale else 0
-            self.bytes += amaxes if shards > 1 and self.reduction.per_tensor else 0
-
-    def _of(self, one: _Segment, rows: int) -> int:
-        """Codes, scales and a byte for what is not finite, of so many rows of a matrix."""
-        noise = Noise(key=torch.zeros(2, dtype=torch.int32)) if self.reduction.spec.stochastic else None
-        q = quantize(torch.zeros(1, one.columns), self.reduction.spec, noise=noise)
-        parts = _parts(q, one.vector)
-        return 1 + sum(part.tensor.numel() * part.tensor.itemsize * (rows if part.by_row else 1) for part in parts)
-
-    @property
-    def lines(self) -> list[str]:
-        """Of plan.txt."""
-        ranks, dtype = self.ranks, str(self.dtype).removeprefix("torch.")
-        others = f"; {_listed(self.others)} in {dtype}" if self.others else ""
-        what = f"gradients of {_listed(self.coded)} as {self.reduction}"
-        if ranks.num_shards * ranks.num_replicas == 1:
-            return [f"rounded: {what}, once a step: one process sends none{others}"]
-        ways = [f"all to all over {ranks.num_shards} ranks"] if ranks.num_shards > 1 else []
-        ways += [f"gathered from {ranks.num_replicas} replicas"] if ranks.num_replicas > 1 else []
-        return [
-            f"reduced: {what}, {', then '.join(ways)}, summed in rank order in float32{others}",
-            f"reduced: {self.bytes:,} bytes a step and rank, for {self.plain:,} in {dtype}",
-        ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} others"
