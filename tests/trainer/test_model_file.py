@@ -14,11 +14,15 @@ import torch
 from conftest import run_many, tiny_overrides, train_here
 from narrowgauge.models.layers import CausalAttention, GatedSiLU
 from narrowgauge.trainer import distributed
+from narrowgauge.trainer.build import build_state, resolve_model
 from narrowgauge.trainer.checkpoint import list_checkpoints, read_tensors
 from narrowgauge.trainer.config import TrainConfig, load_config, load_run_config
+from narrowgauge.trainer.data.batches import Batch
 from narrowgauge.trainer.distributed import ParallelConfig, World
 from narrowgauge.trainer.errors import ExitCode, UserError
 from narrowgauge.trainer.metrics import read_metrics
+from narrowgauge.trainer.state import local
+from narrowgauge.trainer.step import update_from
 from narrowgauge.trainer.tools.export import export_run
 from narrowgauge.trainer.tools.restore import restore_run
 from test_extend import RECIPES
@@ -150,6 +154,50 @@ def close(one: Path, other: Path, tolerance: float = 2e-6) -> None:
             assert torch.equal(tensor, after[name])
         elif name.startswith("model."):
             torch.testing.assert_close(tensor, after[name], atol=1e-4, rtol=1e-4)
+
+
+class Thirds:
+    """Six samples in three micro-batches, some of whose targets do not count."""
+
+    num_micro = 3
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(257, (6, 33), generator=generator)
+    weights = (torch.rand(6, 32, generator=generator) > 0.3).float()
+
+    def first_sample(self, step: int) -> int:
+        return 0
+
+    def batch(self, step: int, micro: int) -> Batch:
+        part = slice(2 * micro, 2 * micro + 2)
+        return Batch(self.tokens[part], self.weights[part], 2 * micro)
+
+
+def test_auxiliary_losses_weigh_what_losses_weigh(tiny: Tiny, moe: Path, world: World) -> None:
+    """Against one pass over the whole batch, and one formula."""
+    config = tiny(f"model.arch={moe}", "model.balance=2", *FP32)
+    model_config = resolve_model(config.model, 257, 32)
+    precision = config.values.precision
+    state = build_state(model_config, precision, config.parallel, config.optim, world, seed=0)
+    exact: Any = model_config.build()
+    exact.load_state_dict({name: local(tensor).detach() for name, tensor in state.model.state_dict().items()})
+    batch = Thirds()
+    x_BT, y_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    counts = exact(x_BT, counting=True)
+    assert [int(count.sum()) for count in counts.values()] == [6 * 32 * 2] * 2
+    losses_BT, aux, _ = exact(x_BT, y_BT, counts=counts)
+
+    def mean(values_BT: Tensor) -> Tensor:
+        return (values_BT * batch.weights).sum() / batch.weights.sum()
+
+    (mean(losses_BT) + mean(aux["balance"])).backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in exact.parameters()]).norm()
+    result = update_from(state, batch, world, config.optim, 0, 3)
+    assert result.loss == pytest.approx(float(mean(losses_BT.detach())), rel=1e-6)
+    assert result.aux == {"balance": pytest.approx(float(mean(aux["balance"].detach())), rel=1e-6)}
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    for number, count in enumerate(counts.values()):
+        wanted = 0.05 * (count.float().mean() - count.float()).sign()
+        assert torch.equal(state.model.layers[number].mlp.router.bias, wanted)
 
 
 def test_however_the_batch_is_cut(tiny: Tiny, moe: Path, tmp_path: Path) -> None:
