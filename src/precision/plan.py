@@ -99,6 +99,18 @@ class Plan:
         for begin_micro in self._calls["begin_micro"]:
             begin_micro(self.model)
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within, passes count alone and are made again: hooks hear of no micro-batch, amax histories forget them."""
+        calls, self._calls = self._calls, self._calls | {"begin_micro": []}
+        try:
+            yield
+        finally:
+            self._calls = calls
+            for _, module in quantized_modules(self.model):
+                if module.delayed is not None:
+                    module.amax_history[0].zero_()
+
     def wants(self, method: str) -> bool:
         """Whether a hook has this method of ``Hook``."""
         return bool(self._calls[method])

@@ -155,11 +155,12 @@ def update_from(
 def counts_of(state: TrainState, batches: list[Batch], world: World) -> dict[str, Tensor]:
     """The counts of the global batch, from a forward pass of each micro-batch without gradients.
 
-    In training mode, with the noise of the pass that follows: what is rounded, and so what is chosen, is the same. A
-    history of amaxes holds the same maximum after a second pass, and the probe looks at passes with gradients alone.
+    In training mode, with the noise of the pass that follows: what is rounded, and so what is chosen, is the same; but
+    for histories of amaxes that move at every micro-batch, which stand still here. The probe looks at passes with
+    gradients alone.
     """
     counts: dict[str, Tensor] = {}
-    with torch.no_grad():
+    with torch.no_grad(), state.plan.counting():
         for batch in batches:
             state.plan.begin_micro(batch.first_sample, len(batch.tokens))
             tokens_BT, positions_BT = _inputs(batch, world.device)
