@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from narrowgauge.precision.comm import reduce_codes
+from narrowgauge.precision.comm_spec import Reduction
 from narrowgauge.precision.context import StepContext
-from narrowgauge.precision.exchange import Reduction
 from narrowgauge.precision.formats import E2M1, E4M3, E5M2
 from narrowgauge.precision.scaling import PowerOfTwo, Tile, TwoLevel
 from narrowgauge.precision.spec import OperandSpec, Rounding

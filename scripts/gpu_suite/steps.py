@@ -118,7 +118,7 @@ def build_here(
     """
 
     @torch.no_grad()
-    def drawn(built: Any, seed: int) -> None:
+    def drawn(built: Any, seed: int, plan: Any) -> None:
         torch.manual_seed(seed)
         for name, parameter in built.named_parameters():
             init = built.init_of(name)

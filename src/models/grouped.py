@@ -5,15 +5,17 @@ Shape suffixes: R rows, E experts.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Routing(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Routing:
     """Which expert reads which rows of a micro-batch.
 
     Args:
@@ -27,6 +29,12 @@ class Routing(NamedTuple):
     counts_E: Tensor
     ids_R: Tensor
     total: int
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """``counts_E`` on the host, which waits for the device: once for all linears of a block."""
+        counts: list[int] = self.counts_E.tolist()
+        return counts
 
 
 class GroupedLinear(nn.Module):
@@ -44,7 +52,7 @@ class GroupedLinear(nn.Module):
             nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
 
     def forward(self, x_RC: Tensor, routing: Routing) -> Tensor:
-        rows = x_RC.split(routing.counts_E.tolist())
+        rows = x_RC.split(routing.rows)
         return torch.cat([F.linear(x, w) for x, w in zip(rows, self.weight.unbind(), strict=True)])
 
     def extra_repr(self) -> str:

@@ -292,7 +292,11 @@ class Decoder(nn.Module):
                     buffer.zero_()
 
     def after_step(self, counts: Counts) -> None:
-        """After an update that was applied; ``counts``: of the global batch, by "layers.N.NAME". May write buffers."""
+        """After an update that was applied; ``counts``: of the global batch, by "layers.N.NAME".
+
+        May write buffers, in place, and nothing else: where a device decides, what was written is undone if the update
+        was not applied.
+        """
 
     def weights_per_token(self) -> int:
         """Weights of the matrix products that a token meets, the head's included: all that are matrices."""

@@ -36,8 +36,8 @@ class Routing(Protocol):
     """Which expert reads which rows of a micro-batch; a model's own type of these fields."""
 
     @property
-    def counts_E(self) -> Tensor:
-        """int64 [experts], rows of every expert; rows lie in the order of experts."""
+    def rows(self) -> list[int]:
+        """How many rows every expert has; rows lie in the order of experts."""
 
     @property
     def ids_R(self) -> Tensor:
@@ -84,7 +84,7 @@ class QuantGroupedLinear(Planned):
         Raises ValueError for x of another shape, where it quantizes.
         """
         if self.unquantized(x):
-            rows = torch.split(x, routing.counts_E.tolist())
+            rows = torch.split(x, routing.rows)
             return torch.cat([F.linear(x_e, w) for x_e, w in zip(rows, self.weight.unbind(), strict=True)])
         self.require_width(x)
         if x.dim() != 2 or len(routing.ids_R) != len(x):
@@ -105,7 +105,7 @@ class QuantGroupedLinear(Planned):
     # One opaque step to a compiler, which would round otherwise what it fused.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized(self, x: Tensor, weight: Tensor, routing: Routing, plan: LinearPlan) -> Tensor:
-        counts = routing.counts_E.tolist()
+        counts = routing.rows
         ids = torch.split(routing.ids_R.to(torch.int64), counts)
         per_sample = self.context.rows_per_sample(x, routing.total)
         differentiated = torch.is_grad_enabled() and self.weight.requires_grad

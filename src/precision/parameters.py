@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +42,14 @@ class Setting:
     init: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        deviation = None if self.init is None else self.init[1]
-        for name, value in (("lr", self.lr), ("decay", self.decay), ("init", deviation)):
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} of a parameter: from 0, and finite")
+        for name, value in (("lr", self.lr), ("decay", self.decay)):
+            if value is not None and not (_is_finite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} of a parameter: a finite number from 0")
+        init = self.init
+        if init is not None and not (
+            isinstance(init, tuple) and len(init) == 2 and all(map(_is_finite, init)) and init[1] >= 0
+        ):
+            raise ValueError(f"init={init!r} of a parameter: a mean and a standard deviation from 0, both finite")
 
     def __str__(self) -> str:
         factors = (("learning rate", self.lr), ("decay", self.decay))
@@ -54,6 +59,10 @@ class Setting:
             mean, std = self.init
             parts.append(f"starts as normal({mean:.6g}, {std:.6g})" if std else f"starts at {mean:.6g}")
         return ", ".join(parts) or "as the model says"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class ForParameters(Protocol):
@@ -86,16 +95,20 @@ class Parameters:
         return repr(self.path)
 
 
-def settings(said: Sequence[ForParameters], shapes: Mapping[str, torch.Size]) -> dict[str, Setting]:
+def settings(
+    said: Sequence[ForParameters], shapes: Mapping[str, torch.Size], tied: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Setting]:
     """What is said of every parameter of these full shapes, by name; a later part wins, field by field.
 
-    Raises ValueError for a part that says nothing of any of them.
+    ``tied``: other names of a parameter, and its own: what is said of one is said of the parameter, whose own name
+    comes first. Raises ValueError for a part that says nothing of any of them.
     """
     result = {name: Setting() for name in shapes}
+    names = dict(tied) | {name: name for name in shapes}
     for part in said:
-        meant = {name: setting for name, shape in shapes.items() if (setting := part.of(name, shape)) is not None}
+        meant = {names[name]: setting for name in names if (setting := part.of(name, shapes[names[name]])) is not None}
         if not meant:
-            near = close(part.path, shapes) if isinstance(part, Parameters) else ""
+            near = close(part.path, names) if isinstance(part, Parameters) else ""
             raise ValueError(
                 f"parameters: {part} says nothing of any parameter{near}; the first is {next(iter(shapes))}"
             )
@@ -137,13 +150,23 @@ def groups(
     ]
 
 
-def described(said: Mapping[str, Setting]) -> list[str]:
-    """Lines of plan.txt: what is said of which parameters."""
+def described(said: Mapping[str, Setting], *, drawn: bool, grouped: bool) -> list[str]:
+    """Lines of plan.txt: what is said of which parameters.
+
+    ``drawn``, ``grouped``: whether a training loop draws initial values, and learns in groups, as is said.
+    """
     alike: dict[Setting, list[str]] = {}
     for name, setting in said.items():
         if setting != Setting():
             alike.setdefault(setting, []).append(name)
-    return [
+    lines = [
         f"parameters: {names[0]}{f' and {len(names) - 1} others' if len(names) > 1 else ''}: {setting}"
         for setting, names in alike.items()
     ]
+    if any(setting != Setting(init=setting.init) for setting in alike) and not grouped:
+        lines.append(
+            "parameters: learning rates and decay are left to the training loop: plan.parameter_groups has them"
+        )
+    if any(setting.init is not None for setting in alike) and not drawn:
+        lines.append("parameters: they start as they are, and not as the recipe says: plan.initial has that")
+    return lines

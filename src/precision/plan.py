@@ -41,6 +41,8 @@ class Plan:
     context: StepContext = field(default_factory=StepContext)
     comm_notes: Sequence[str] | None = None  # what ranks send each other; None: a trainer does as the recipe says
     settings: dict[str, Setting] = field(init=False)  # what the recipe says of single parameters, by name
+    _drawn: bool = field(default=False, init=False)  # initial values, by a training loop that asked for them
+    _grouped: bool = field(default=False, init=False)
     _step: int = field(default=0, init=False)
     _scale: Tensor = field(init=False)
     _clean_steps: Tensor = field(init=False)
@@ -62,7 +64,11 @@ class Plan:
             for path, parameter in self.model.named_parameters():
                 if id(parameter) in own:
                     raise ValueError(f"{own[id(parameter)]} of a hook is {path} of the model, too: it can be but one")
-        self.settings = settings(self.recipe.parameters, {name: p.shape for name, p in self.parameters().items()})
+        shapes = {name: parameter.shape for name, parameter in self.parameters().items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        everywhere = self.model.named_parameters(remove_duplicate=False)
+        tied = {name: names[id(parameter)] for name, parameter in everywhere if name not in shapes}
+        self.settings = settings(self.recipe.parameters, shapes, tied)
         if drawn := [name for name, said in self.settings.items() if name.startswith("recipe.") and said.init]:
             raise ValueError(f"parameters: {drawn[0]} is a hook's, which starts it itself")
 
@@ -191,6 +197,11 @@ class Plan:
         of_hooks = {f"recipe.{name}": parameter for name, parameter in self.hook_parameters().items()}
         return dict(self.model.named_parameters()) | of_hooks
 
+    def initial(self, name: str) -> tuple[float, float] | None:
+        """Mean and standard deviation by which the recipe has a parameter of the model start; None: it says nothing."""
+        self._drawn = True
+        return self.settings[name].init
+
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters that are trained, named, in groups of one learning rate and decay, for an optimizer.
 
@@ -201,6 +212,7 @@ class Plan:
         Args:
             lr: the peak.
         """
+        self._grouped = True
         of_model: Multipliers = getattr(self.model, "multipliers_of", _multipliers)
         trained = [(name, p) for name, p in self.parameters().items() if p.requires_grad]
         result = []
@@ -271,7 +283,8 @@ class Plan:
         phases = [f"schedule: {phase}" for phase in self.recipe.schedule]
         hooks = [f"every step: {_describe(hook)}" for hook in self.recipe.hooks]
         comm = self.recipe.comm.notes if self.comm_notes is None else self.comm_notes
-        ways = [*described(self.settings), *scaler, *phases, *hooks]
+        of_parameters = described(self.settings, drawn=self._drawn, grouped=self._grouped)
+        ways = [*of_parameters, *scaler, *phases, *hooks]
         lines = [head, *update, *ways, *map(str, self.rows), *comm, *self.notes, str(self.coverage)]
         return "\n".join(lines) + "\n"
 

@@ -192,7 +192,7 @@ class Probe:
         forward = [*self._plain_rows(module, "x", x, y.dtype), *self._plain_rows(module, "w", weight, y.dtype)]
         matrices = [(x.reshape(-1, x.shape[-1]), weight, y.detach().reshape(-1, y.shape[-1]))]
         if weight.dim() == 3:
-            counts = inputs[1].counts_E.tolist()
+            counts = inputs[1].rows
             matrices = list(zip(torch.split(x, counts), weight.unbind(), torch.split(y.detach(), counts), strict=True))
         forward += [self.output(module, OUTPUTS[0], *matrix, bias) for matrix in matrices]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import LINEARS, Block
-from .exchange import NO_COMM, Comm
+from .comm_spec import NO_COMM, Comm
 from .linear import quantized
 from .loss_scale import LossScaler
 from .parameters import ForParameters

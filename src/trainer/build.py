@@ -201,7 +201,7 @@ def initialize(model: Decoder, seed: int, plan: Plan) -> None:
     As the model says, or the recipe.
     """
     for name, parameter in model.named_parameters():
-        said = plan.settings[name].init
+        said = plan.initial(name)
         init = model.init_of(name) if said is None else Init(*said)
         _set_from_full(parameter, init.draw(seed, name, parameter.shape))
 

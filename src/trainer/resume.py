@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..precision.loading import content_of, is_file, renamed
+from ..precision.states.rules import described
 from .checkpoint import Checkpoint, RecipeChange, had_checkpoints, newest
 from .config import TrainConfig, differences, load_run_config
 from .data.config import DataConfig
@@ -69,7 +70,7 @@ def _judge(config: TrainConfig, directory: RunDirectory, checkpoint: Checkpoint 
             say(f"{directory.path} holds no usable checkpoint: starting at step 0")
         return None
     before = checkpoint.meta.get("identity", {})
-    own = {_UPDATE: _said(config.values.precision.own_update)}  # of a run from before there was the key
+    own = {_UPDATE: described(config.values.precision.own_update)}  # of a run from before there was the key
     both = {key: (before.get(key, own.get(key, value)), value) for key, value in identity(config).items()}
     _require_no_change(
         {key: (old, new) for key, (old, new) in both.items() if old != new},
@@ -91,12 +92,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         if _is_fixed(key)
     }
     recipe = config.values.precision.recipe
-    return fixed | {_MOMENTS: recipe.moments.text(recipe.update), _UPDATE: _said(recipe.update)}
-
-
-def _said(rule: object) -> str:
-    """A rule with its settings; of an object without words of its own, its type."""
-    return type(rule).__name__ if type(rule).__repr__ is object.__repr__ else str(rule)
+    return fixed | {_MOMENTS: recipe.moments.text(recipe.update), _UPDATE: described(recipe.update)}
 
 
 def _is_fixed(key: str) -> bool:

@@ -236,6 +236,8 @@ def _after_step_there(model: Any, counts: dict[str, Tensor], applied: Tensor) ->
     """``model.after_step``, whose writes into buffers are undone on the device where the step was not applied."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.after_step(counts)
+    if any(one is not now for (one, _), now in zip(before, model.buffers(), strict=True)):
+        raise RuntimeError(f"{type(model).__name__}.after_step replaces a buffer: write into it, as by copy_")
     for buffer, old in before:
         buffer.copy_(torch.where(applied, buffer, old))
 

@@ -17,8 +17,8 @@ from narrowgauge.precision import Recipe, apply
 from narrowgauge.precision.comm import reduce_codes
 from narrowgauge.precision.comm.layout import parameters_of
 from narrowgauge.precision.comm.reduce import CodesReduce
+from narrowgauge.precision.comm_spec import Comm, Reduction
 from narrowgauge.precision.context import StepContext
-from narrowgauge.precision.exchange import Comm, Reduction
 from narrowgauge.precision.formats import BF16, E2M1, E4M3
 from narrowgauge.precision.quantize import dequantize, quantize
 from narrowgauge.precision.scaling import Current, Mean, Tile, TwoLevel

@@ -864,7 +864,7 @@ def recipe(*, average: float = 0.9) -> Recipe:
 
 COMM = '''"""Kind d, communication: gradients reduced in E5M2 blocks, not the embedding's; weights gathered as codes."""
 
-from narrowgauge.precision.exchange import Comm, Reduction
+from narrowgauge.precision.comm_spec import Comm, Reduction
 from narrowgauge.precision.formats import E4M3, E5M2
 from narrowgauge.precision.recipe import Recipe, block_linears
 from narrowgauge.precision.scaling import PowerOfTwo, Tile

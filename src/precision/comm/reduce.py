@@ -1,6 +1,6 @@
 """Gradients reduced as codes: FSDP2's reduce-scatter as an exchange of codes, all to all, summed in rank order in FP32.
 
-Every rank rounds its own gradient of a parameter, whole (``exchange.Reduction``), and sends every other rank the codes
+Every rank rounds its own gradient of a parameter, whole (``comm_spec.Reduction``), and sends every other rank the codes
 of that one's rows, with the scales that belong to them; so nothing is rounded on the way, and a sum does not depend on
 a ring. Parameters of the same FSDP group that are not rounded travel in the same exchange as they are, and are summed
 alike. Under HSDP the sums of each replica are rounded again, gathered from all replicas, and summed in their order; the
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from ..comm_spec import Reduction
 from ..context import StepContext
-from ..exchange import Reduction
 from ..noise import Noise, base_key
 from ..quantize import Quantized, amax, dequantize, quantize
 from ..scaling import AMAX, TENSOR
@@ -140,6 +140,7 @@ class CodesReduce:
         """
         ranks = self.ranks
         self._require_size(output)
+        _hold(output)
         parts = torch.split(output, [one.numel for one in self.segments])
         second = int(ranks.num_shards > 1)
         matrices: dict[str, Tensor] = {}
@@ -304,7 +305,15 @@ class _AllReduce:
     replicas: dist.ProcessGroup
 
     def __call__(self, output: Tensor) -> None:
+        _hold(output)
         dist.all_reduce(output, group=self.replicas)
+
+
+def _hold(output: Tensor) -> None:
+    """Have the allocator know that this stream, which is not that of the reduce-scatter, reads and writes the buffer:
+    FSDP lets go of it where gradients get another dtype, and holds it for its own all-reduce alone."""
+    if output.is_cuda:
+        output.record_stream(torch.cuda.current_stream(output.device))
 
 
 def reduce_codes(
@@ -334,7 +343,8 @@ def reduce_codes(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks = list(groups)
     of_blocks = {names[id(p)] for block in blocks for p in parameters_of(block).values() if p.dim() > 1}
-    chosen = _chosen(reduction, names.values(), of_blocks)
+    everywhere = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    chosen = _chosen(reduction, everywhere, of_blocks)
     cost = Cost(reduction, ranks, dtype)
     for group in [*blocks, model]:
         assert isinstance(group, FSDPModule)
@@ -356,14 +366,15 @@ def reduce_codes(
     return cost.lines
 
 
-def _chosen(reduction: Reduction, names: Iterable[str], of_blocks: set[str]) -> set[str]:
+def _chosen(reduction: Reduction, names: Mapping[str, str], of_blocks: set[str]) -> set[str]:
+    """``names``: every name of a parameter, and the first of its own: tied ones have several."""
     if not reduction.paths:
         if not of_blocks:
             raise ValueError("the blocks have no matrices whose gradients could be reduced as codes")
         return of_blocks
-    names, chosen = list(names), set()
+    chosen = set()
     for path in reduction.paths:
-        found = {name for name in names if re.fullmatch(path, name)}
+        found = {own for name, own in names.items() if re.fullmatch(path, name)}
         if not found:
             raise ValueError(f"gradients reduced as codes: {path!r} matches no parameter{close(path, names)}")
         chosen |= found

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..exchange import Reduction
+from ..comm_spec import Reduction
 from ..noise import Noise
 from ..quantize import Quantized, quantize
 from ..scaling import TENSOR

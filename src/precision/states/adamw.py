@@ -65,10 +65,14 @@ class AdamW(UpdateRule):
         seed: int = 0,
         backend: str = "auto",
     ) -> Optimizer:
-        """torch's optimizer where all is FP32, else ``StateOptimizer``."""
+        """torch's optimizer where all is FP32, else ``StateOptimizer``; that, too, for a rule derived from this one."""
         groups = list(groups)
         codecs = *(moments.of(self, state) for state in self.states), moments.master or FP32
-        if any(codec != FP32 for codec in codecs) or any(_dtype_of(group) != torch.float32 for group in groups):
+        if (
+            type(self) is not AdamW
+            or any(codec != FP32 for codec in codecs)
+            or any(_dtype_of(group) != torch.float32 for group in groups)
+        ):
             return StateOptimizer(
                 groups, rule=self, lr=lr, betas=betas, eps=eps, moments=moments, seed=seed, backend=backend
             )

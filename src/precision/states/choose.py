@@ -35,9 +35,11 @@ def choose_update(
 
     A name that only matrix products know means nothing here.
     """
-    if not rule.kernels:
+    # Kernels are of one class: what derives from it computes something else.
+    kernels: tuple[Backend, ...] = vars(type(rule)).get("kernels", ())
+    if not kernels:
         return UpdateChoice(REFERENCE, () if wanted == REFERENCE.name else (f"no kernel for {rule.name}",))
-    order: tuple[Backend, ...] = (*rule.kernels, REFERENCE)
+    order: tuple[Backend, ...] = (*kernels, REFERENCE)
     reasons = {backend.name: backend.why_not(device, codecs, beta1) for backend in order}
     if wanted in reasons and reasons[wanted] is None:
         return UpdateChoice(next(backend for backend in order if backend.name == wanted))

@@ -72,7 +72,7 @@ class Place:
 
     name: str
     kind: Kind
-    engine: int  # which of the optimizer's rules
+    rule_index: int  # in the optimizer's rules
     rows: int
     cols: int
     row_offset: int
@@ -143,7 +143,7 @@ class StateOptimizer(Optimizer):
         beta1 = min(float(group["betas"][0]) for group in self.param_groups)
         self.choices: list[UpdateChoice] = []
         for number, one in enumerate(self.rules):
-            places = [place for place in self.places.values() if place.engine == number]
+            places = [place for place in self.places.values() if place.rule_index == number]
             codecs = dict.fromkeys(codec for place in places for codec in place.codecs)
             self.choices.append(choose_update(one, device, backend, codecs=codecs, beta1=beta1))
         with torch.no_grad():
@@ -232,18 +232,18 @@ class StateOptimizer(Optimizer):
         batches: list[list[Update]] = [[] for _ in self.rules]
         owners: list[list[Tensor]] = [[] for _ in self.rules]
         for parameter, group, t in seen:
-            engine = self.places[parameter].engine
-            batches[engine].append(self.next_update(parameter, group, t, keys, gates))
-            owners[engine].append(parameter)
+            number = self.places[parameter].rule_index
+            batches[number].append(self.next_update(parameter, group, t, keys, gates))
+            owners[number].append(parameter)
         self._compute([pair for pair in enumerate(batches) if pair[1] and not self._exchanges[pair[0]]])
-        for engine, exchanges in enumerate(self._exchanges):
+        for number, exchanges in enumerate(self._exchanges):
             if exchanges:
-                for chunk in _chunks(owners[engine]):
-                    self._compute_with_others(batches[engine][chunk], owners[engine][chunk])
+                for chunk in _chunks(owners[number]):
+                    self._compute_with_others(batches[number][chunk], owners[number][chunk])
 
     def _compute(self, batches: list[tuple[int, list[Update]]]) -> None:
         """The updates of rules that need nothing of other ranks but amaxes: of all of them in one collective."""
-        backends = [self.choices[engine].backend for engine, _ in batches]
+        backends = [self.choices[number].backend for number, _ in batches]
         found = [
             backend.amaxes(updates) if any(u.per_tensor for u in updates) else None
             for backend, (_, updates) in zip(backends, batches, strict=True)
@@ -323,7 +323,7 @@ class StateOptimizer(Optimizer):
         """
         t = float(self.state[parameter]["step"]) + 1
         update = self.next_update(parameter, group, t, self._step_keys({parameter: t}))
-        if self._exchanges[self.places[parameter].engine]:
+        if self._exchanges[self.places[parameter].rule_index]:
             (update,) = _after_exchange([update], [parameter])
         return update.kind.rule.intended(*given(update))
 

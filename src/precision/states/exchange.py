@@ -67,13 +67,13 @@ def exchanged(asked: Sequence[Tensor | Sum], parameters: Sequence[Tensor]) -> li
 
     Args:
         asked: this rank's rows of what has the rows of its parameter, or terms of a sum; of one mesh.
-        parameters: sharded by rows, or not sharded. Stacks of matrices need nothing from other ranks.
+        parameters: sharded by rows, or not sharded. Rows of stacks of matrices need nothing from other ranks.
     """
     result: list[Tensor | None] = [None] * len(asked)
     alike: dict[torch.dtype, list[int]] = {}
     for index, (one, parameter) in enumerate(zip(asked, parameters, strict=True)):
         value = one.value if isinstance(one, Sum) else one
-        if group_of(parameter) is None or parameter.dim() > 2:
+        if group_of(parameter) is None or (parameter.dim() > 2 and not isinstance(one, Sum)):
             result[index] = value
         else:
             alike.setdefault(value.dtype, []).append(index)

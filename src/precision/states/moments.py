@@ -111,6 +111,9 @@ class Moments:
 
 STANDARD = Moments()
 
+Signs = dict[str, dict[str, bool]]
+"""Of states by name, and of each by the rule that has it: whether values may be negative."""
+
 
 def chosen(choice: str | Mapping[str, Any] | None, base: Moments, rule: object = None) -> Moments:
     """``base``, with what ``choice`` names: one of ``CHOICES``, one codec for m and v, or a mapping of states,
@@ -123,15 +126,18 @@ def chosen(choice: str | Mapping[str, Any] | None, base: Moments, rule: object =
     if choice is None:
         return base
     rules = list(chain(rule)) if isinstance(rule, UpdateRule) else []
-    signs = {state.name: state.signed for one in rules for state in one.states} if rules else {"m": True, "v": False}
+    signs: Signs = {} if rules else {"m": {"": True}, "v": {"": False}}
+    for one in rules:
+        for state in one.states:
+            signs.setdefault(state.name, {})[one.name] = state.signed
     if isinstance(choice, str):
         near = close(choice, CHOICES)
         if choice in CHOICES:
             named = {name: text for name, text in CHOICES[choice].items() if name in signs or name == WEIGHTS}
-            return base.with_(**{name: codec(text, signed=signs.get(name, True)) for name, text in named.items()})
+            return base.with_(**_spelled(named, signs))
         try:
             codec(choice)
-            both = {name: codec(choice, signed=signs[name]) for name in ("m", "v") if name in signs}
+            both = _spelled({name: choice for name in ("m", "v") if name in signs}, signs)
         except ValueError as error:
             message = f"no moments named {choice!r}{near}; there are: {', '.join(CHOICES)}; or {_SPELLED}"
             raise ValueError(message if "no codec named" in str(error) else str(error)) from error
@@ -148,7 +154,7 @@ def chosen(choice: str | Mapping[str, Any] | None, base: Moments, rule: object =
         if (inner := choice.get(name)) is not None:
             if not isinstance(inner, Mapping):
                 raise ValueError(f"{name}={inner!r}: a mapping of its states")
-            own = {state.name: state.signed for state in one.states}
+            own = {state.name: {one.name: state.signed} for state in one.states}
             _require_known(inner, (*own, "block"))
             codecs = _spelled(inner, own, inner.get("block", choice.get("block")))
             given |= {f"{name}.{state}": codec for state, codec in codecs.items()}
@@ -161,15 +167,21 @@ def _require_known(given: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ValueError(f"no key {key!r}{close(str(key), known)}; there are: {', '.join(known)}")
 
 
-def _spelled(given: Mapping[str, Any], signs: Mapping[str, bool], block: Any) -> dict[str, Codec]:
-    """The codecs of a mapping from names to texts."""
+def _spelled(given: Mapping[str, Any], signs: Signs, block: Any = None) -> dict[str, Codec]:
+    """The codecs of a mapping from names to texts: one for all rules that have a state of a name, unless the values of
+    some may be negative and those of others not."""
     if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
         raise ValueError(f"block={block!r}: a number of elements")
-    return {
-        name: codec(text, signed=signs.get(name, True), block=block)
-        for name, text in given.items()
-        if name != "block" and text is not None
-    }
+    result = {}
+    for name, text in given.items():
+        if name == "block" or text is None:
+            continue
+        of_rules = signs.get(name, {"": True})
+        if len(set(of_rules.values())) == 1:
+            result[name] = codec(text, signed=next(iter(of_rules.values())), block=block)
+        else:
+            result |= {f"{rule}.{name}": codec(text, signed=signed, block=block) for rule, signed in of_rules.items()}
+    return result
 
 
 def codec(text: Any, *, signed: bool = True, block: int | None = None) -> Codec:

@@ -61,8 +61,8 @@ class Muon(UpdateRule):
             raise ValueError(f"iterations={self.iterations}: from 1 to 99")
         if len(self.coefficients) != 3:
             raise ValueError(f"coefficients={self.coefficients}: three numbers")
-        if self.eps < 0:
-            raise ValueError(f"eps={self.eps}: at least 0")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps={self.eps}: at least 0, and finite")
         if self.scale not in ("original", "match_rms_adamw"):
             raise ValueError(f"scale={self.scale!r}: original or match_rms_adamw")
 

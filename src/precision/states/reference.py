@@ -151,6 +151,8 @@ def new_values(u: Update) -> list[Tensor]:
     """The new states and weights, before they are encoded: FP32, each as the matrix that its codec sees."""
     rule, rows = u.kind.rule, u.grad.shape[0]
     states, weight = rule.update(*given(u))
+    if states.keys() != (names := {state.name for state in rule.states}):
+        raise ValueError(f"{rule.name}: states {sorted(states)} came back, not {sorted(names)}")
     result = []
     for state, extent in zip(rule.states, u.kind.extents, strict=True):
         value = states[state.name]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ class UpdateRule:
         arithmetic: the dtype in which values are handed over. FP32: everything is computed in FP32 and rounded once,
             when it is stored. BF16: every operation rounds.
         noisy: ``update`` draws from ``Scalars.noise``.
-        kernels: backends (``driver.Backend``) that compute this rule, in the order of preference, before plain torch.
+        kernels: backends (``reference.Backend``) that compute this very class, in the order of preference, before plain
+            torch; what derives from it has none but its own.
     """
 
     __slots__ = ()
@@ -180,6 +182,25 @@ def chain(rule: UpdateRule) -> Iterator[UpdateRule]:
     while following is not None:
         yield following
         following = following.rest
+
+
+def described(rule: object) -> str:
+    """What a rule is, the same in every process and version: its name, and the settings that are not as usual."""
+    if isinstance(rule, FunctionType):
+        return rule.__qualname__
+    if isinstance(rule, tuple):
+        return f"({', '.join(map(described, rule))})"
+    if not is_dataclass(rule) or isinstance(rule, type):
+        own = type(rule).__repr__ is not object.__repr__
+        return str(rule) if own else type(rule).__name__
+    other = [one for one in fields(rule) if _differs(getattr(rule, one.name), one)]
+    settings = ", ".join(f"{one.name}={described(getattr(rule, one.name))}" for one in other)
+    return f"{type(rule).__name__}({settings})"
+
+
+def _differs(value: object, setting: Field[Any]) -> bool:
+    usual = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return usual is MISSING or described(usual) != described(value)
 
 
 def rule_of(rule: UpdateRule, name: str, shape: Shape) -> UpdateRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -32,14 +33,15 @@ def named_rule(name: str, args: Mapping[str, Any]) -> UpdateRule:
     given: dict[str, Any] = {}
     for key, value in args.items():
         if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}{close(str(key), known)}; it has: {', '.join(known)}")
+            there = f"it has: {', '.join(known)}" if known else f"it has none, and optim={name} gives none"
+            raise ValueError(f"{name} has no setting {key!r}{close(str(key), known)}; {there}")
         usual = known[key].default
         assert usual is not MISSING, f"{name}.{key} needs a default"
         if isinstance(usual, UpdateRule):
             given[key] = named_rule(str(value), {})
         else:
             given[key] = _like(usual, value)
-            if type(given[key]) is not type(usual):
+            if not _alike(usual, given[key]):
                 raise ValueError(f"{key}={value!r}: {name} wants it like {usual!r}")
     return RULES[name](**given)
 
@@ -49,6 +51,13 @@ def _like(usual: Any, value: Any) -> Any:
     if isinstance(usual, tuple) and isinstance(value, (list, tuple)):
         return tuple(_like(usual[0], item) for item in value)
     return float(value) if isinstance(usual, float) and type(value) is int else value
+
+
+def _alike(usual: Any, value: Any) -> bool:
+    """Whether they are of one type, item by item, and no number is infinite or none."""
+    if isinstance(usual, tuple) and isinstance(value, tuple):
+        return len(usual) == len(value) and all(map(_alike, usual, value))
+    return type(value) is type(usual) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def can_gate(optimizer: Optimizer) -> bool:

@@ -26,7 +26,8 @@ class Headroom(Protocol):
         """That of the parameter ``name`` at this step: FP32 scalar, the same on all ranks. A power of two is exact."""
 
     def reduced(self, name: str, codes: Sequence[Quantized], total: Tensor) -> None:
-        """After a reduction, with this rank's rows of a parameter (all there is of a vector); called where it has any.
+        """After a reduction, of which a step of HSDP has two, with this rank's rows of a parameter (all there is of a
+        vector); called where it has any.
 
         Args:
             name: of the parameter.
