@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from narrowgauge.precision import apply
@@ -39,9 +41,12 @@ def test_a_later_part_wins_field_by_field() -> None:
         (lambda: settings((Parameters(path="upp.weight", setting=Setting()),), SHAPES), "upp.weight.*did you mean"),
         (lambda: settings((ByWidth(),), {"norm": torch.Size((4,))}), "by width says nothing of any parameter"),
         (lambda: Parameters(path="(", setting=Setting()), "not a regular expression"),
-        (lambda: Setting(lr=-1.0), "lr=-1.0 of a parameter: from 0"),
+        (lambda: Setting(lr=-1.0), "lr=-1.0 of a parameter: a finite number from 0"),
+        (lambda: Setting(lr="2"), "lr='2' of a parameter"),  # type: ignore[arg-type]
+        (lambda: Setting(init=(math.nan, 1.0)), r"init=\(nan, 1.0\) of a parameter: a mean and a standard deviation"),
+        (lambda: Setting(init=(1.0,)), r"init=\(1.0,\) of a parameter"),  # type: ignore[arg-type]
         (lambda: Setting(decay=float("nan")), "decay=nan of a parameter"),
-        (lambda: Setting(init=(0.0, -0.1)), "init=-0.1 of a parameter"),
+        (lambda: Setting(init=(0.0, -0.1)), r"init=\(0.0, -0.1\) of a parameter"),
         (
             lambda: groups(
                 [("a", torch.zeros(1))], {"a": Setting(lr=0.0, independent=True)}, lr=1.0, weight_decay=0.1,
@@ -101,3 +106,20 @@ def test_a_hooks_parameter_starts_by_its_hook() -> None:
     faster = Parameters(path="recipe.Gain.gain", setting=Setting(lr=10.0))
     plan = apply(Recipe(parameters=(faster,), hooks=(Gain(),)), nn.Sequential(nn.Linear(2, 2)))
     assert plan.parameter_groups(lr=1.0, weight_decay=0.1)[-1]["lr"] == 10.0
+
+
+def test_what_is_said_of_a_tied_parameter_by_any_of_its_names_is_said_of_it() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "up": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)})
+    model["head"].weight = model["embed"].weight
+    plan = apply(Recipe(parameters=(Parameters(path=r"head\.weight", setting=Setting(lr=0.5)),)), model)
+    assert plan.settings["embed.weight"] == Setting(lr=0.5)
+
+
+def test_the_plan_says_what_is_left_to_a_training_loop() -> None:
+    said = (Parameters(path="0.weight", setting=Setting(lr=0.5, init=(0.0, 1.0))),)
+    plan = apply(Recipe(parameters=said), nn.Sequential(nn.Linear(2, 2)))
+    left = "parameters: learning rates and decay are left to the training loop", "parameters: they start as they are"
+    assert [line in str(plan) for line in left] == [True, True]
+    plan.parameter_groups(lr=1.0, weight_decay=0.0)
+    assert plan.initial("0.weight") == (0.0, 1.0)
+    assert [line in str(plan) for line in left] == [False, False]

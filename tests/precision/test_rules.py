@@ -13,13 +13,14 @@ import pytest
 import torch
 from narrowgauge.precision.noise import Noise, base_key, step_key
 from narrowgauge.precision.spec import Rounding
+from narrowgauge.precision.states import driver
 from narrowgauge.precision.states.adamw import AdamW
 from narrowgauge.precision.states.codecs import BF16, Dynamic, Plain, Scaled
 from narrowgauge.precision.states.driver import StateOptimizer
 from narrowgauge.precision.states.lion import Lion
 from narrowgauge.precision.states.moments import STANDARD, Moments, chosen, codec
 from narrowgauge.precision.states.muon import Muon
-from narrowgauge.precision.states.rules import Extent, State, Sum, UpdateRule, rule_of
+from narrowgauge.precision.states.rules import Extent, State, Sum, UpdateRule, described, rule_of
 from narrowgauge.precision.states.telemetry import step_with_sums
 from narrowgauge.precision.states.updates import RULES, gated_step, multiply, named_rule
 from test_updates import params_of, same, state_of
@@ -226,9 +227,6 @@ class Columns(UpdateRule):
     )
     noisy = True
 
-    def takes(self, name, shape):  # type: ignore[no-untyped-def]
-        return len(shape) < 3
-
     def exchange(self, states, grad, weight, scalars):  # type: ignore[no-untyped-def]
         return Sum(grad.square().sum(0, keepdim=True))
 
@@ -373,7 +371,10 @@ def test_what_is_wrong_is_one_line() -> None:
         ("muon", {"nesterov": "x"}, "nesterov='x': muon wants it like True"),
         ("muon", {"momentum": 1.5}, r"momentum=1.5: at least 0 and below 1"),
         ("muon", {"scale": "rms"}, "scale='rms': original or match_rms_adamw"),
-        ("lion", {"m": 1}, "lion has no setting 'm'; it has: "),
+        ("lion", {"m": 1}, "lion has no setting 'm'; it has none, and optim=lion gives none"),
+        ("muon", {"coefficients": ["a", 1, 2]}, r"coefficients=\['a', 1, 2\]: muon wants it like \(3.4445"),
+        ("muon", {"coefficients": [1, True, 2]}, "coefficients=.*: muon wants it like"),
+        ("muon", {"eps": math.nan}, "eps=nan: muon wants it like 1e-07"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             named_rule(name, args)
@@ -392,6 +393,59 @@ def test_a_state_of_another_shape_than_was_said() -> None:
     optimizer = make(_Short(), shapes=[(3, 4)])
     set_grads(optimizer, 0)
     with pytest.raises(ValueError, match=r"_short: state m came back as \[1, 4\], not \[3, 4\]"):
+        optimizer.step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Farther(AdamW):
+    """AdamW, and a thousand farther."""
+
+    by: Any = math.sqrt
+    rest: UpdateRule | None = None
+    states = (State(name="m", key="exp_avg"), State(name="v", key="exp_avg_sq"))
+
+    def update(self, states, grad, weight, scalars):  # type: ignore[no-untyped-def]
+        new, weight = AdamW.update(self, states, grad, weight, scalars)
+        return new, weight + 1000
+
+
+@pytest.mark.parametrize("choice", [None, "bf16"])
+def test_what_derives_from_a_rule_with_kernels_is_computed_itself(choice: str | None) -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+    groups = [{"params": [("layers.0.weight", weight)]}]
+    optimizer = driver.build(_Farther(), groups, moments=chosen(choice, STANDARD), seed=0, backend="auto", **HYPER)
+    weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert (weight > 999).all()
+    assert isinstance(optimizer, StateOptimizer)
+    assert optimizer.computed_by == "[reference (no kernel for _farther)]"
+
+
+def test_what_a_run_is_told_by_is_the_same_in_every_process() -> None:
+    """Settings that are as usual go without saying: a rule may learn another."""
+    assert described(Muon()) == "Muon()"
+    assert described(Muon(momentum=0.9, rest=Lion())) == "Muon(momentum=0.9, rest=Lion())"
+    assert described(_Farther(by=make)) == "_Farther(by=make)"
+    assert described(object()) == "object"
+
+
+def test_states_of_one_name_and_another_sign_have_a_codec_each() -> None:
+    rule = _Farther(rest=AdamW())
+    for choice in ({"v": "dynamic"}, "dynamic", "dynamic8"):
+        moments = chosen(choice, STANDARD, rule)  # type: ignore[arg-type]
+        assert moments.of(rule, rule.states[1]) == Dynamic(signed=True)
+        assert moments.of(AdamW(), AdamW.states[1]) == Dynamic(signed=False)
+
+
+class _Lacking(Lion):
+    def update(self, states, grad, weight, scalars):  # type: ignore[no-untyped-def]
+        return {"mm": grad}, weight
+
+
+def test_a_state_that_does_not_come_back() -> None:
+    optimizer = make(_Lacking(), shapes=[(3, 4)])
+    set_grads(optimizer, 0)
+    with pytest.raises(ValueError, match=r"_lacking: states \['mm'\] came back, not \['m'\]"):
         optimizer.step()
 
 

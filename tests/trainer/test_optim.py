@@ -157,9 +157,7 @@ def test_a_rule_by_name_trains_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Pat
     else:
         adamw = {"step", "exp_avg_codes", "exp_avg_scales", "exp_avg_sq"}
         assert keys == [{"step", "exp_avg_codes", "exp_avg_scales"}, adamw]
-    with pytest.raises(
-        UserError, match=r"optim\.update=.*, not AdamW\(\): states are not converted"
-    ) as caught:
+    with pytest.raises(UserError, match=r"optim\.update=.*, not AdamW\(\): states are not converted") as caught:
         train_here(tiny("optim=adamw", "train.steps=8", "resume.recipe_change=allow"))
     assert "\n" not in str(caught.value)
 
