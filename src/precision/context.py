@@ -64,6 +64,7 @@ class StepContext:
         high_precision: whether matrix products run without quantization, as in some evaluations.
         samples: of the micro-batch, where known.
         shared: operands that sibling linears share.
+        hands_on: some layer gives linears codes in place of its output: none of them is then traced.
     """
 
     seed: int = 0
@@ -71,6 +72,7 @@ class StepContext:
     high_precision: bool = False
     samples: int | None = None
     shared: SharedInput = field(default_factory=SharedInput)
+    hands_on: bool = False
     step: Tensor = field(init=False)
     first_sample: Tensor = field(init=False)
     _begun: bool = field(default=False, init=False)  # whether any step ever was

@@ -133,6 +133,7 @@ class Layer(QuantizedModule):
                 kind = type(other).__name__
                 raise ValueError(f"schedule ({phase.when}): no step can switch {site.path} to another {kind}")
         super().bind(context, site)
+        context.hands_on |= bool(self.handed_on)
         self.base_keys = {}
         self._high = tuple(phase.module is None for phase in site.phases)
         wanted = "auto" if site.backend == "scaled_mm" else site.backend  # which only multiplies
@@ -152,7 +153,7 @@ class Layer(QuantizedModule):
     def plan_rows(self) -> tuple[str]:
         lines = [f"{self.path:44} {type(self).__name__}"]
         for name, one in self.named.items():
-            handed_on = ", handed on" if name in self.handed_on else ""
+            handed_on = ", for linears of this spec" if name in self.handed_on else ""
             lines.append(f"    {name}: {one.spec}{handed_on}  [{self._choices[name]}]")
         return ("\n".join(lines),)
 

@@ -104,7 +104,7 @@ class QuantLinear(Planned):
         usual = self.plan.traceable and self.observer is None and self.gathered is None and self.statistics is None
         # An operator is also run to see what it gives: not by all ranks at once, as a collective has to be.
         usual = usual and not (self.plan.all_ranks and self.amaxes.meets_ranks())
-        return usual and not torch.is_autocast_enabled(x.device.type)
+        return usual and not self.context.hands_on and not torch.is_autocast_enabled(x.device.type)
 
     # Where it is not traced (``precision.traced``) it is one opaque step: what a compiler would fuse it would round
     # otherwise.

@@ -25,7 +25,11 @@ from .recipe import Recipe
 from .spec import GEMMS
 
 _CALLS = ("begin_step", "begin_micro", "loss_terms", "before_update", "after_update")
-_WORDS = {"loss_terms": "a term of the loss", "before_update": "changes gradients", "after_update": "changes weights"}
+_WORDS = {
+    "loss_terms": "a term of the loss",
+    "before_update": "may change gradients",
+    "after_update": "may change weights",
+}
 
 
 @dataclass
@@ -54,6 +58,9 @@ class Plan:
         parameters that are not there."""
         self._scale, self._clean_steps = (self.recipe.loss_scale or LossScaler()).start()
         hooks = self.recipe.hooks
+        for hook in hooks:
+            if hasattr(hook, "prepare"):
+                hook.prepare(self.model)
         self._calls = {name: [getattr(hook, name) for hook in hooks if hasattr(hook, name)] for name in _CALLS}
         ends = [hook.end_step for hook in hooks if hasattr(hook, "end_step")]
         self._end_steps = [(end, "loss" in inspect.signature(end).parameters) for end in ends]

@@ -149,6 +149,10 @@ class Hook(Protocol):
     the model, too. A recipe with such a hook is of one model.
     """
 
+    def prepare(self, model: nn.Module) -> None:
+        """Once, when the recipe is put into a model, whose parameters have their full shapes and may be on the meta
+        device: to make tensors of one's own by them. A model of ours has its ``config``."""
+
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None: ...
 
     def begin_micro(self, model: nn.Module) -> None:

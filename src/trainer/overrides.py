@@ -205,4 +205,4 @@ def compose_line(override: Override) -> str:
     opened = ("precision.args.", "precision.args=", "optim.update_args.", "optim.update_args=", SOURCES)
     # A model's own file is the schema of its keys (``config.with_model``), which no schema that Hydra knows has.
     own = override.key_or_group.startswith("model.") and override.key_or_group not in _kinds(TrainConfig, _NAMED)
-    return f"++{line}" if own or line.startswith(opened) else line
+    return f"++{line.lstrip('+')}" if own or line.lstrip("+").startswith(opened) else line

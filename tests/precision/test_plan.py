@@ -68,7 +68,9 @@ def test_a_loop_gets_what_hooks_have() -> None:
     plan.end_step()
     assert float(plan.state_tensors()["Term.seen"]) == -1.0
     text = str(plan)
-    assert "every step: Term(); a term of the loss; changes gradients; changes weights; parameter scale []\n" in text
+    assert (
+        "every step: Term(); a term of the loss; may change gradients; may change weights; parameter scale []\n" in text
+    )
     assert "every step: half; a term of the loss; parameter half []\n" in text
 
 
@@ -92,3 +94,21 @@ def test_the_trainer_of_transformers_refuses_what_it_has_no_place_for(tmp_path: 
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=r"no place for what the recipe's hooks have: loss_terms, Half\.half"):
         callback.on_train_begin(arguments, TrainerState(), TrainerControl())
+
+
+class PerParameter(nn.Module):
+    """A count for every matrix of the model."""
+
+    def prepare(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                self.register_buffer(name.replace(".", "_"), torch.zeros(parameter.shape[0]))
+
+
+def test_a_hook_has_tensors_by_the_models_own() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 3))
+    plan = apply(Recipe(hooks=(PerParameter(),)), model, device=torch.device("cpu"))
+    ((name, counts),) = plan.state_tensors().items()
+    assert name == "PerParameter.0_weight"
+    assert torch.equal(counts, torch.zeros(3))

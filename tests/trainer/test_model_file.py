@@ -73,7 +73,7 @@ def test_a_model_is_one_file(tiny: Tiny, moe: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(steps, steps.round(), atol=1e-5, rtol=0)
 
     moved = moe.rename(tmp_path / "elsewhere.py")
-    with pytest.raises(UserError, match=r"model file .*my_moe\.py.* No such file|names the model file|cannot be read"):
+    with pytest.raises(UserError, match=r"my_moe\.py"):
         load_run_config(root / "config.yaml", {str(moe)})
     with pytest.raises(
         UserError, match=r"a model file \(sha256 [0-9a-f]{64}\), .*; its copy is .*model\.arch=.*model\.py"
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_model_is_one_line(tiny: Tiny, tmp_path: Path, text: s
     (tmp_path / "own.py").write_text(text)
     with pytest.raises(UserError, match=words):
         tiny(f"model.arch={tmp_path / 'own.py'}")
-    with pytest.raises(UserError, match=r"model.arch=lama: no such model|model.arch=lama"):
+    with pytest.raises(UserError, match=r"model\.arch=lama: llama_tiny is a llama"):
         tiny("model.arch=lama")
 
 

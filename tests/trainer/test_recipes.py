@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from narrowgauge.trainer.own import CONFIG_DIR
 from narrowgauge.trainer.reporting.numerics import heat_map, numerics_of, worst_layers
 from narrowgauge.trainer.reporting.report import Settings, find_runs
 from narrowgauge.trainer.tools.evaluation import evaluate_on, open_run
+from test_extend import RECIPES
 from torch import Tensor, nn
 from whole_runs import compare_runs
 
@@ -561,9 +562,7 @@ def test_a_hook_has_parameters_a_loss_term_and_a_word_before_and_after_the_updat
     )
     watched = [row["slot"] for row in read_rows(Path(config.run.dir) / "metrics.jsonl", "probe") if row["step"] == 6]
     assert watched.count("fprop.x") == 2 * 15  # also those from before it was resumed
-    line = (
-        "every step: a gain before the head, drawn to 1 by 0.5; a term of the loss; changes gradients; changes weights"
-    )
+    line = "every step: a gain before the head, drawn to 1 by 0.5; a term of the loss; may change gradients; may change weights"
     assert f"{line}; parameter alpha []\n" in plan_text
     state = gain_of(config)
     assert state.keys() == GAIN_STATE
@@ -1089,7 +1088,10 @@ def test_layers_that_are_no_linears_keep_codes_and_hand_them_on(tiny: Tiny, tmp_
     """Several rules, with what they keep; probe, histories and high precision as of linears."""
     file = tmp_path / "layers.py"
     config, plan_text = finished_with(tiny, file, LAYERS, "probe.every=3", "eval.precision=high", "eval.every=6")
-    random, out = "e4m3/1x16/fp32/sr  [cpu]", "    out: e4m3/tensor/fp32, handed on  [cpu]\n"
+    random, out = (
+        "e4m3/1x16/fp32/sr  [cpu]",
+        "    out: e4m3/tensor/fp32, for linears of this spec  [cpu]\n",
+    )
     assert f"layers.1.input_layernorm                     Norm\n    saved.x: {random}\n{out}" in plan_text
     assert f"SwiGLU\n    saved.gate: {random}\n    saved.up: e4m3/tensor/delayed3  [cpu]\n{out}" in plan_text
     root = Path(config.run.dir)
@@ -1125,31 +1127,97 @@ def test_layers_that_are_no_linears_keep_codes_and_hand_them_on(tiny: Tiny, tmp_
 HANDED_ON = [("layers.1.mlp", "out"), ("layers.1.mlp.down_proj", "fprop.x")]
 
 
+EXPERTS = '''"""Kind f, experts: routed rows rounded by noise, weights scaled by a history of each expert."""
+
+from narrowgauge.precision.formats import E2M1, E4M3
+from narrowgauge.precision.hooks import RollAmax
+from narrowgauge.precision.recipe import Recipe, block_linears
+from narrowgauge.precision.scaling import Delayed, PowerOfTwo, Tile
+from narrowgauge.precision.spec import GemmSpec, LinearSpec, OperandSpec, Rounding
+
+
+def recipe() -> Recipe:
+    x = OperandSpec(format=E2M1, tile=Tile(1, 16), scale=PowerOfTwo(), rounding=Rounding.STOCHASTIC)
+    w = OperandSpec(format=E4M3, amax=Delayed(history=3))
+    spec = LinearSpec(fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=x, b=w), wgrad=GemmSpec(a=x, b=x))
+    return Recipe(rules=(block_linears(spec),), hooks=(RollAmax(),))
+'''
+MODEL = RECIPES["models-1"]  # a mixture of experts, balanced over the global batch
+
+
+def test_a_model_with_experts_is_one_file_and_quantized_by_any_recipe(tiny: Tiny, tmp_path: Path) -> None:
+    """Trained, resumed bit for bit, in plan.txt and the probe, validated without; the router in high precision."""
+    (tmp_path / "own").mkdir()
+    model = tmp_path / "own" / "moe.py"
+    model.write_text(MODEL)
+    file = tmp_path / "experts.py"
+    options = (f"model.arch={model}", "probe.every=3", "eval.precision=high", "eval.every=6")
+    config, plan_text = finished_with(tiny, file, EXPERTS, *options)
+    line = (
+        "layers.1.mlp.up_proj                         4 x 32 -> 64\n    fprop: e2m1/1x16/e8m0-rceil/sr x e4m3/tensor/"
+    )
+    assert line in plan_text
+    assert "layers.*.mlp.router.weight 0.4% (2-D parameter of Router" in plan_text
+    root = Path(config.run.dir)
+    rows = read_metrics(root / "metrics.jsonl", "train")
+    assert all(row["aux.balance"] > 0 for row in rows.values())
+    seen = [row for row in read_rows(root / "metrics.jsonl", "probe") if row["step"] == 6]
+    of_experts = [row for row in seen if row["module"] == "layers.1.mlp.up_proj" and row["slot"] == "fprop.x"]
+    assert [row["elements"] for row in of_experts] == [8 * 32 * 2 * 32] * 2  # tokens, experts each, width; resumed
+    newest = read_tensors(list_checkpoints(root / "checkpoints")[-1], "recipe.")
+    assert newest["recipe.layers.1.mlp.up_proj.amax_held"].shape == (4,)
+    high = read_metrics(root / "metrics.jsonl", "eval")[6]["loss"]
+    try:
+        subject = open_run(root, said=(str(file), str(model)))
+        assert evaluate_on(subject, None, "validation", 500, 8).loss == high
+        assert evaluate_on(replace(subject, precision="recipe"), None, "validation", 500, 8).loss != high
+    finally:
+        distributed.finish()
+
+
 def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
     """The overrides of a run of every kind, each with directories of its own."""
     (root / "recipes").mkdir()
     overrides = {}
-    for kind, (text, *_) in (KINDS | {"hook": (GAIN,), "layers": (LAYERS,)}).items():
+    (root / "recipes" / "model").mkdir()
+    model = root / "recipes" / "model" / "moe.py"
+    model.write_text(MODEL)
+    for kind, (text, *_) in (KINDS | OTHERS).items():
         file = root / "recipes" / f"{kind}.py"
         file.write_text(text)
-        options = (f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4", "sample.tokens=0")
+        options = [f"precision.recipe={file}", "train.micro_batch_size=2", "train.steps=4", "sample.tokens=0"]
+        options += [f"model.arch={model}"] * (kind == "experts")
         overrides[kind] = tiny_overrides(corpus, root / kind, *options)
     return overrides
 
 
+OTHERS = {"hook": (GAIN,), "layers": (LAYERS,), "experts": (EXPERTS,)}
+OF_ONE_RANK = ("slots", "formats", "scales", "derivative")  # what ranks have of each other is but a linear's
+
+
+@pytest.mark.long
+def test_a_recipe_of_further_kinds_is_resumed_by_two_processes(corpus: Path, tmp_path: Path) -> None:
+    resumed_by_two(corpus, tmp_path, OF_ONE_RANK)
+
+
 def test_a_recipe_of_every_kind_is_resumed_by_two_processes(corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, with weights in parts and two micro-batches a step."""
-    overrides = kinds_in(tmp_path, corpus)
-    run_many(list(overrides.values()), 2, tmp_path)
-    for kind in overrides:
-        shutil.copytree(tmp_path / kind, tmp_path / "whole" / kind)
-        go_back(load_config(overrides[kind]), 2)
-    run_many(list(overrides.values()), 2, tmp_path)
-    for kind in overrides:
-        assert compare_runs(tmp_path / "whole" / kind, tmp_path / kind) == [], kind
+    resumed_by_two(corpus, tmp_path, [kind for kind in KINDS | OTHERS if kind not in OF_ONE_RANK])
     plan_text = (tmp_path / "comm" / "plan.txt").read_text()
     assert "weights of 14 linears gathered as codes" in plan_text
     assert "as e5m2/1x16/e8m0-rceil/sr, all to all over 2 ranks, summed in rank order in float32" in plan_text
+
+
+def resumed_by_two(corpus: Path, root: Path, kinds: Iterable[str]) -> None:
+    """Train each, go on from the middle, and compare."""
+    overrides = {kind: of_kind for kind, of_kind in kinds_in(root, corpus).items() if kind in kinds}
+    run_many(list(overrides.values()), 2, root)
+    for kind in overrides:
+        shutil.copytree(root / kind, root / "whole" / kind)
+        go_back(load_config(overrides[kind]), 2)
+    run_many(list(overrides.values()), 2, root)
+    for kind in overrides:
+        assert compare_runs(root / "whole" / kind, root / kind) == [], kind
 
 
 @pytest.mark.long
@@ -1169,7 +1237,7 @@ def test_gradients_in_codes_are_resumed_with_replicas(corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [*KINDS, "hook", "layers"])
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_a_recipe_of_every_kind_survives_a_kill(corpus: Path, tmp_path: Path, kind: str) -> None:
     """Of the launcher and both processes, at whatever step they were."""
     overrides = [*kinds_in(tmp_path, corpus)[kind], "train.steps=40", "checkpoint.keep_last=99"]
