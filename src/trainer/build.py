@@ -165,7 +165,7 @@ def communication(plan: Plan, model: Decoder, parallel: ParallelConfig, mesh: De
     return lines
 
 
-def execution_notes(model: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, world: World) -> list[str]:
+def execution_notes(model: Decoder, dtype: torch.dtype, parallel: ParallelConfig, world: World) -> list[str]:
     """Lines of plan.txt: what ``auto`` came to, and what a GPU will be slow at."""
     device = world.device
     parts = [
@@ -174,6 +174,9 @@ def execution_notes(model: nn.Module, dtype: torch.dtype, parallel: ParallelConf
         f"sums in {'a fixed' if parallel.is_deterministic(device) else 'any'} order",
     ]
     warnings = narrow_rows(model, dtype) if device.type == "cuda" else []
+    counted = type(model).weights_per_token is not Decoder.weights_per_token
+    if not counted and any(parameter.ndim > 2 for parameter in model.parameters()):
+        warnings.append(f"warning: MFU leaves experts out: {type(model).__name__} has no weights_per_token of its own")
     return [f"execution on {device.type}: {', '.join(parts)}", *warnings]
 
 

@@ -281,6 +281,27 @@ def test_codes_by_another_spec_are_not_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(compiled(y), linear(y.clone()))
 
 
+class Zeros(Squared):
+    """Hands on codes that are all zero: who takes them gives the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = self.at(x)
+        y = x + 0
+        q = at.quantized(OUT, y)
+        at.hand_on(y, replace(q, codes=torch.zeros_like(q.codes)))
+        return y
+
+
+def test_compiled_blocks_take_codes_that_are_handed_on() -> None:
+    plan = plan_of(lambda: Zeros(out=TENSOR8), LinearSpec(fprop=GemmSpec(a=TENSOR8)))
+    layer, linear = (plan.model.get_submodule(f"layers.0.{path}") for path in ("act", "q_proj"))
+    block = nn.Sequential(layer, linear)
+    plan.begin_step(0, 0)
+    outputs = [way(samples(2, 16, WIDTH)).detach() for way in (block, torch.compile(block))]
+    assert not outputs[0].any()
+    assert torch.equal(*outputs)
+
+
 def test_the_probe_counts_each_tensor_once() -> None:
     spec = LinearSpec(fprop=GemmSpec(a=TENSOR8))
     plan = plan_of(lambda: Squared(out=TENSOR8), spec)
