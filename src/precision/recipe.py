@@ -156,7 +156,7 @@ class Hook(Protocol):
     def begin_step(self, model: nn.Module, step: int, total_steps: int | None) -> None: ...
 
     def begin_micro(self, model: nn.Module) -> None:
-        """Before every micro-batch."""
+        """Before every micro-batch; not before a pass that only counts for a model, and is made again."""
 
     def loss_terms(self, model: nn.Module) -> Tensor:
         """A scalar that is added to the loss of every micro-batch, after its forward pass, for backward alone.
