@@ -260,7 +260,7 @@ def test_decided_on_the_device_as_on_the_host(
     assert all(torch.equal(tensor, state_of(roots[1])[name]) for name, tensor in state_of(roots[0]).items())
 
 
-@pytest.mark.parametrize("roll", ["step", "micro"])
+@pytest.mark.parametrize("roll", [pytest.param("step", marks=pytest.mark.long), "micro"])
 def test_a_pass_that_counts_leaves_no_trace(tiny: Tiny, moe: Path, tmp_path: Path, roll: str) -> None:
     """Histories of amaxes, rounding noise and the probe are those of a run without it."""
     options = (
