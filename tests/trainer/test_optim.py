@@ -76,8 +76,18 @@ def test_decay_falls_on_matrices_alone() -> None:
     }  # fmt: skip
 
 
+LIKE_OTHERS = ("bf16", "dynamic8", "fp8_fishman", "fp8_tensor", "pure_bf16")
+
+
 @pytest.mark.parametrize(
-    "moments", [*sorted(set(CHOICES) - {"fp32"}), "{m: expanded/16, v: dynamic, master: bf16/kahan}"]
+    "moments",
+    [
+        *(
+            pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ())
+            for name in sorted(set(CHOICES) - {"fp32"})
+        ),
+        "{m: expanded/16, v: dynamic, master: bf16/kahan}",
+    ],
 )
 def test_runs_with_narrow_states_train_and_resume_bit_for_bit(tiny: Tiny, tmp_path: Path, moments: str) -> None:
     options = ("checkpoint.every=3", "checkpoint.keep_last=9", "train.steps=5", "optim.telemetry_every=2")
