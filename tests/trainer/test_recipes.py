@@ -1195,7 +1195,7 @@ def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
 
 
 OTHERS = {"hook": (GAIN,), "layers": (LAYERS,), "experts": (EXPERTS,)}
-OF_ONE_RANK = ("slots", "formats", "scales", "derivative")  # what ranks have of each other is but a linear's
+OF_ONE_RANK = ("slots", "formats", "scales", "parts", "derivative")  # what ranks have of each other is but a linear's
 
 
 @pytest.mark.long
