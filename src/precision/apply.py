@@ -74,6 +74,7 @@ def apply(
 def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.device, backend: str, seed: int) -> Plan:
     model = scene.model
     of_phases = [_modules_of(phase, scene) for phase in recipe.schedule]
+    of_model = frozenset(name for name, _ in model.named_buffers()) & model.state_dict().keys()
     for rule in recipe.rules:
         for path, module in scene.chosen(rule):
             parent = path.rpartition(".")[0]
@@ -106,7 +107,8 @@ def _put_in(recipe: Recipe, scene: _Scene, tokens: int | None, device: torch.dev
         elif (row := getattr(module, "plan_row", None)) is not None:
             rows.append(row)
     coverage = replace(covered(model, scene.selected, scene.reasons), scheduled=bool(recipe.schedule))
-    plan = Plan(recipe, model, rows, coverage=coverage, notes=tuple(dict.fromkeys(scene.notes)), context=context)
+    notes = tuple(dict.fromkeys(scene.notes))
+    plan = Plan(recipe, model, rows, coverage=coverage, notes=notes, context=context, of_model=of_model)
     if device.type != "meta":
         plan.move_hooks(device)
         if not any(parameter.is_meta for parameter in model.parameters()):

@@ -237,7 +237,7 @@ class Pass:
         """Linears that read y, the output, next and by the spec of q take these codes of it, and quantize nothing.
 
         What they compute is the same: q is what ``quantized`` gave of y, or of y.mT if ``transposed``. A linear with
-        another spec, with a transform, or that is compiled, quantizes y itself.
+        another spec, or with a transform, quantizes y itself.
 
         Raises ValueError for codes of another shape.
         """

@@ -43,6 +43,7 @@ class Plan:
     coverage: Coverage = field(default_factory=Coverage)
     notes: Sequence[str] = ()  # what a user may want to know of how the recipe's arguments were taken
     context: StepContext = field(default_factory=StepContext)
+    of_model: frozenset[str] = frozenset()  # persistent buffers that the model had before the recipe came
     comm_notes: Sequence[str] | None = None  # what ranks send each other; None: a trainer does as the recipe says
     settings: dict[str, Setting] = field(init=False)  # what the recipe says of single parameters, by name
     _drawn: bool = field(default=False, init=False)  # initial values, by a training loop that asked for them
@@ -176,8 +177,8 @@ class Plan:
         self.begin_step(max(0, steps_done - 1), 0, total_steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What the recipe remembers from step to step, by name: the model's persistent buffers, the tensors of hooks,
-        the loss scale. They are alive, to be written in place.
+        """What the recipe remembers from step to step, by name: persistent buffers of what it put in, the tensors of
+        hooks, the loss scale. They are alive, to be written in place.
 
         Buffers that every rank has for itself appear as one tensor with a first dimension of ranks.
         """
@@ -192,8 +193,12 @@ class Plan:
         return buffers | parameters | (scaling if self.recipe.loss_scale is not None else {})
 
     def buffers(self) -> dict[str, Tensor]:
-        """The model's persistent buffers by name, alive: this rank's."""
-        return _tensors(self.model, "buffers")
+        """Persistent buffers of what the recipe put in, by name, alive: this rank's."""
+        return {name: buffer for name, buffer in _tensors(self.model, "buffers").items() if name not in self.of_model}
+
+    def model_buffers(self) -> dict[str, Tensor]:
+        """The model's own persistent buffers by name, alive: alike on all ranks, whatever the recipe."""
+        return {name: buffer for name, buffer in _tensors(self.model, "buffers").items() if name in self.of_model}
 
     def hook_parameters(self) -> dict[str, Tensor]:
         """Parameters that hooks have of their own, as ``CLASS.NAME``."""

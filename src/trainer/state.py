@@ -63,6 +63,7 @@ class TrainState:
             result[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 result[f"optim.{name}.{key}"] = value
+        result |= {f"model.{name}": buffer for name, buffer in self.plan.model_buffers().items()}
         for name, parameter in self.plan.hook_parameters().items():
             for key, value in self.optimizer.state[parameter].items():
                 result[f"{RECIPE_PREFIX}{name}.{key}"] = value

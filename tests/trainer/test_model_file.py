@@ -26,7 +26,7 @@ from narrowgauge.trainer.step import update_from
 from narrowgauge.trainer.tools.export import export_run
 from narrowgauge.trainer.tools.restore import restore_run
 from test_extend import RECIPES
-from test_recipes import go_back
+from test_recipes import PARTS_OF_BLOCKS, go_back
 from torch import Tensor
 from whole_runs import compare_runs
 
@@ -66,7 +66,7 @@ def test_a_model_is_one_file(tiny: Tiny, moe: Path, tmp_path: Path) -> None:
     rows = rows_of(root)
     assert rows[-1]["loss"] < rows[0]["loss"] < 6
     assert all(0.015 < row["aux.balance"] < 0.03 for row in rows)  # two layers, near 0.01 each
-    bias = state_of(root)["recipe.layers.1.mlp.router.bias"]
+    bias = state_of(root)["model.layers.1.mlp.router.bias"]
     assert bias.dtype == torch.float32
     assert 0 < bias.abs().max() < 0.31
     steps = bias / 0.05  # of six updates by a sign
@@ -254,10 +254,28 @@ def test_decided_on_the_device_as_on_the_host(
             key: second.get(key) for key in ("loss", "aux.balance")
         }
     for root in roots:
-        states = [read_tensors(path, "recipe.") for path in list_checkpoints(root / "checkpoints")]
-        first, third = (state["recipe.layers.0.mlp.router.bias"] for state in states)  # the second is not sound
+        states = [read_tensors(path, "model.") for path in list_checkpoints(root / "checkpoints")]
+        first, third = (state["model.layers.0.mlp.router.bias"] for state in states)  # the second is not sound
         assert (third - first).abs().max() == pytest.approx(0.05)  # one update
     assert all(torch.equal(tensor, state_of(roots[1])[name]) for name, tensor in state_of(roots[0]).items())
+
+
+def test_buffers_of_a_model_are_the_models_under_whatever_recipe(tiny: Tiny, moe: Path) -> None:
+    """A change of recipe leaves behind what the recipe remembered, and nothing that the model did."""
+    options = (f"model.arch={moe}", *QUICK, "checkpoint.every=2", "optim.schedule=constant")
+    first = tiny(*options, "precision=fp8_delayed", "train.steps=3")
+    assert train_here(first) is ExitCode.FINISHED
+    root = Path(first.run.dir)
+    before = state_of(root)
+    change = ("precision=fp32", "train.steps=4", "resume.recipe_change=allow", "model.bias_rate=0.0")
+    with pytest.raises(UserError, match=r"model\.bias_rate=0\.05, not 0\.0"):
+        train_here(tiny(*options, *change))
+    moe_bias = "model.layers.1.mlp.router.bias"
+    assert train_here(tiny(*options, *change[:-1])) is ExitCode.FINISHED
+    after = state_of(root)
+    assert not any(name.startswith("recipe.") for name in after)
+    assert before[moe_bias].abs().min() > 0.01
+    torch.testing.assert_close((after[moe_bias] - before[moe_bias]).abs(), torch.full((4,), 0.05), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("roll", [pytest.param("step", marks=pytest.mark.long), "micro"])
@@ -348,54 +366,9 @@ def test_further_losses_without_counts(tiny: Tiny, tmp_path: Path) -> None:
     assert abs(evaluation["loss"] - rows[-1]["loss"]) < 0.3  # without the auxiliary one
 
 
-PARTS = '''"""A toy: attention reads q, k and v in E4M3, and the hidden activation is squared ReLU in E4M3."""
-
-from narrowgauge.precision.formats import E4M3
-from narrowgauge.precision.module import QuantizedModule
-from narrowgauge.precision.quantize import dequantize, quantize
-from narrowgauge.precision.recipe import Recipe, Rule
-from narrowgauge.precision.scaling import Tile
-from narrowgauge.precision.spec import OperandSpec
-from torch import nn
-
-ROW = OperandSpec(format=E4M3, tile=Tile(1, -1))
-
-
-def rounded(x):
-    rows = x.reshape(-1, x.shape[-1])
-    return x + (dequantize(quantize(rows.detach(), ROW)).to(x.dtype).view_as(x) - x).detach()
-
-
-class Core(QuantizedModule):
-    def __init__(self, core):
-        super().__init__()
-        self.inner = core
-
-    def forward(self, q, k, v, *context):
-        if not self.context.high_precision:
-            q, k, v = rounded(q), rounded(k), rounded(v)
-        return self.inner(q, k, v, *context)
-
-    def plan_rows(self):
-        return (f"{self.path:44} q, k, v: {ROW}",)
-
-
-class Act(QuantizedModule):
-    def forward(self, gate, up):
-        return rounded(gate.relu().square() * up)
-
-
-def recipe() -> Recipe:
-    return Recipe(rules=(
-        Rule(kind=nn.Module, path=r".*self_attn\\.core", make=lambda core, path: Core(core)),
-        Rule(kind=nn.Module, path=r".*mlp\\.act", make=lambda act, path: Act()),
-    ))
-'''
-
-
 def test_a_rule_replaces_the_core_of_attention_and_the_activation(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "parts.py"
-    file.write_text(PARTS)
+    file.write_text(PARTS_OF_BLOCKS)
     losses = []
     for precision in (f"precision.recipe={file}", "precision=bf16"):
         config = tiny(precision, *QUICK[:-1], f"run.dir={tmp_path / precision[-4:]}", "data.document_mask=true")

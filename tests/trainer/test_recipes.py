@@ -1178,6 +1178,51 @@ def test_a_model_with_experts_is_one_file_and_quantized_by_any_recipe(tiny: Tiny
         distributed.finish()
 
 
+PARTS_OF_BLOCKS = '''"""A toy: attention reads q, k and v in E4M3, and the hidden activation is squared ReLU in E4M3."""
+
+from narrowgauge.precision.formats import E4M3
+from narrowgauge.precision.module import QuantizedModule
+from narrowgauge.precision.quantize import dequantize, quantize
+from narrowgauge.precision.recipe import Recipe, Rule
+from narrowgauge.precision.scaling import Tile
+from narrowgauge.precision.spec import OperandSpec
+from torch import nn
+
+ROW = OperandSpec(format=E4M3, tile=Tile(1, -1))
+
+
+def rounded(x):
+    rows = x.reshape(-1, x.shape[-1])
+    return x + (dequantize(quantize(rows.detach(), ROW)).to(x.dtype).view_as(x) - x).detach()
+
+
+class Core(QuantizedModule):
+    def __init__(self, core):
+        super().__init__()
+        self.inner = core
+
+    def forward(self, q, k, v, *context):
+        if not self.context.high_precision:
+            q, k, v = rounded(q), rounded(k), rounded(v)
+        return self.inner(q, k, v, *context)
+
+    def plan_rows(self):
+        return (f"{self.path:44} q, k, v: {ROW}",)
+
+
+class Act(QuantizedModule):
+    def forward(self, gate, up):
+        return rounded(gate.relu().square() * up)
+
+
+def recipe() -> Recipe:
+    return Recipe(rules=(
+        Rule(kind=nn.Module, path=r".*self_attn\\.core", make=lambda core, path: Core(core)),
+        Rule(kind=nn.Module, path=r".*mlp\\.act", make=lambda act, path: Act()),
+    ))
+'''
+
+
 def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
     """The overrides of a run of every kind, each with directories of its own."""
     (root / "recipes").mkdir()
@@ -1194,7 +1239,7 @@ def kinds_in(root: Path, corpus: Path) -> dict[str, list[str]]:
     return overrides
 
 
-OTHERS = {"hook": (GAIN,), "layers": (LAYERS,), "experts": (EXPERTS,)}
+OTHERS = {"hook": (GAIN,), "layers": (LAYERS,), "core": (PARTS_OF_BLOCKS,), "experts": (EXPERTS,)}
 OF_ONE_RANK = ("slots", "formats", "scales", "parts", "derivative")  # what ranks have of each other is but a linear's
 
 

@@ -69,7 +69,8 @@ class PrecisionCallback(TrainerCallback):
             logging.get_logger(__name__).warning(f"{file} is not there: the recipe measures its amaxes anew for a step")
             self._plan.forget()
             return
-        saved = load_file(file)
+        # Earlier versions saved the model's own buffers here, too, which its checkpoint has.
+        saved = {name: tensor for name, tensor in load_file(file).items() if name not in self._plan.of_model}
         ours, found = ({name: tensor.shape for name, tensor in some.items()} for some in (tensors, saved))
         if wrong := sorted(name for name in ours.keys() | found.keys() if ours.get(name) != found.get(name)):
             raise ValueError(f"{file} is of another recipe or model: {wrong[0]} differs, one of {len(wrong)}")
